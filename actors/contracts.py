@@ -1,0 +1,293 @@
+"""Frozen specs and results that cross between rooms, processes and machines.
+
+Standard library only, so that every process can import it in no time.
+`*Spec` is requested, `*Result` is measured, `*Ref` points at an artifact.
+Weights never travel inside these objects; they are referred to by URI and hash.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+Progress = Callable[[int, int, str], None]
+"""Called with (units done, units in all, note); must be cheap and never raise."""
+
+
+def no_progress(done: int, total: int, note: str = "") -> None:
+    """The `Progress` that tells nobody."""
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of a JSON-able value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """One file of an artifact: name relative to the artifact, size and SHA-256."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ArtifactRef:
+    """A directory of files at `uri` (local path or s3://, gs://), with their hashes."""
+
+    uri: str
+    files: tuple[FileRef, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content; where it lies does not matter."""
+        return digest([[f.name, f.size_bytes, f.sha256] for f in self.files])
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where a source model comes from and how it is loaded.
+
+    `path` is a hub id, a local directory, a GGUF file, or
+    `package://PACKAGE/FILE.gguf` for a file inside an installed Python package.
+    """
+
+    path: str
+    dtype: str = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a source model without loading its weights.
+
+    `fingerprint` changes whenever the weights or the configuration change.
+    """
+
+    spec: ModelSpec
+    model_type: str
+    num_layers: int
+    num_parameters: int
+    vocab_size: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model on a trajectory: source model + dropped layers + adapter chain.
+
+    `dropped` holds source layer indices, ascending. `adapters` are applied in
+    order; each names its tensors by source layer index, so that layers dropped
+    later do not shift it.
+    """
+
+    source: ModelSpec
+    dropped: tuple[int, ...] = ()
+    adapters: tuple[ArtifactRef, ...] = ()
+
+    def without(self, source_layers: tuple[int, ...]) -> "ModelRef":
+        """The same model with more source layers dropped."""
+        return replace(self, dropped=tuple(sorted({*self.dropped, *source_layers})))
+
+    def recovered(self, adapter: ArtifactRef | None) -> "ModelRef":
+        """The same model with one more adapter at the end of its chain."""
+        return self if adapter is None else replace(self, adapters=(*self.adapters, adapter))
+
+    def kept(self, num_source_layers: int) -> tuple[int, ...]:
+        """Source indices of the layers that remain: `map(l)` of DESIGN §6."""
+        gone = set(self.dropped)
+        return tuple(i for i in range(num_source_layers) if i not in gone)
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """A body of text: a built-in name, a local file, or a hub data set."""
+
+    builtin: str | None = None
+    path: str | None = None
+    config: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """What is known of a text before it is used."""
+
+    spec: TextSpec
+    fingerprint: str
+    num_rows: int | None
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """Score every remaining layer of `model` as a candidate for removal."""
+
+    model: ModelRef
+    calibration: TextSpec
+    criterion: str = "hidden_cosine"
+    reference: str = "source"
+    pooling: str = "flatten"
+    max_sequences: int | None = None
+    sequence_length: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """One score a candidate layer; how to read it is the criterion's matter.
+
+    `source_layers[i]` is the source layer index of `scores[i]`. `removal_order`
+    lists source layers from the first to remove to the last.
+    """
+
+    source_layers: tuple[int, ...]
+    scores: tuple[float, ...]
+    removal_order: tuple[int, ...]
+    num_sequences: int
+    num_tokens: int
+    layer_forwards: int
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Which weights recovery may change. `alpha` defaults to the rank."""
+
+    kind: str = "lora"
+    rank: int = 32
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """Weights of the three distillation terms (IteRABRe §3.2); 0 switches a term off."""
+
+    hidden: float = 1.0
+    attention: float = 1.0
+    logits: float = 1.0
+
+
+@dataclass(frozen=True)
+class RecoverySpec:
+    """Heal `model` (the student) by training adapters against its source model.
+
+    `batch_size` counts sequences of one optimizer step over all workers, so the
+    result does not depend on how many workers share it.
+    """
+
+    model: ModelRef
+    data: TextSpec
+    objective: str = "kd"
+    loss: LossSpec = field(default_factory=LossSpec)
+    adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    sequence_length: int = 512
+    batch_size: int = 32
+    micro_batch_size: int = 4
+    learning_rate: float = 1e-4
+    lr_schedule: str = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_tokens: int = 2_500_000
+    checkpoint_steps: int = 100
+    seed: int = 0
+    deepspeed: str = "{}"
+    """The user's DeepSpeed configuration, as JSON text."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step of recovery. Losses are means over the whole batch."""
+
+    step: int
+    tokens: int
+    loss: float
+    terms: tuple[tuple[str, float], ...]
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RecoveryResult:
+    """What recovery measured, and the adapter it trained (None for `none`)."""
+
+    adapter: ArtifactRef | None
+    steps: tuple[StepRecord, ...]
+    tokens: int
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class PerplexitySpec:
+    """Token perplexity of a text, concatenated and cut into windows of `context` tokens."""
+
+    name: str
+    data: TextSpec
+    context: int = 1024
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """Measure `model` on perplexity texts and lm-eval tasks."""
+
+    model: ModelRef
+    perplexity: tuple[PerplexitySpec, ...] = ()
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured number. `name` is `subject/measure`, e.g. `blimp_sample/acc`."""
+
+    name: str
+    value: float
+    unit: str = ""
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Metrics of one model, with the versions that produced them."""
+
+    metrics: tuple[Metric, ...]
+    num_parameters: int
+    versions: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """Write `model` as an ordinary Hugging Face directory.
+
+    `card` is the README.md text and `provenance` the `iterabre.json` content.
+    """
+
+    model: ModelRef
+    card: str
+    provenance: str
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The exported directory."""
+
+    artifact: ArtifactRef
+    num_layers: int
+    num_parameters: int
+
+
+def to_json(value: Any) -> dict[str, Any]:
+    """A contract object as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(asdict(value)))

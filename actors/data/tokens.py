@@ -1,0 +1,96 @@
+"""From text to token ids: blocks for training, sequences for calibration, the order of batches.
+
+Shape letters: S sequences of a data set, B sequences of one optimizer step, T tokens.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import LongTensor
+from transformers import PreTrainedTokenizerBase
+
+from actors.errors import RequestError
+
+
+def tokenize_text(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+) -> LongTensor:
+    """All texts as one run of token ids, at most `max_tokens` of them: LongTensor [T].
+
+    The texts are concatenated before tokenising, as language modelling on
+    WikiText is done since GPT-2, and no special tokens are added. A text that
+    does not end its line is followed by a newline, so that documents of a
+    JSONL file do not run into each other.
+    """
+    parts: list[str] = []
+    for text in texts:
+        if parts and not parts[-1].endswith("\n"):
+            parts.append("\n")
+        if text:
+            parts.append(text)
+    # verbose=False: the text is longer than the model's context on purpose; it is cut into windows later.
+    ids = tokenizer("".join(parts), add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids[:max_tokens], dtype=torch.long)
+
+
+def pack_blocks(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    max_tokens: int | None = None,
+) -> LongTensor:
+    """Cut the concatenated texts into full blocks: LongTensor [S, T], T = `sequence_length`.
+
+    S·T is the exact number of tokens used; it never exceeds `max_tokens`, and
+    the tail that does not fill a block is left out.
+
+    Raises RequestError if there are fewer tokens than one block holds.
+    """
+    ids = tokenize_text(texts, tokenizer, max_tokens)
+    num_blocks = len(ids) // sequence_length
+    if num_blocks == 0:
+        limit = "" if max_tokens is None else f" (max_tokens is {max_tokens})"
+        raise RequestError(
+            f"the text gives {len(ids)} tokens{limit}, fewer than one sequence of {sequence_length}; "
+            "give more text or a smaller sequence_length"
+        )
+    return ids[: num_blocks * sequence_length].view(num_blocks, sequence_length)
+
+
+def calibration_sequences(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    max_sequences: int | None = None,
+) -> list[LongTensor]:
+    """One sequence for each of the first `max_sequences` rows that are not blank.
+
+    Each is a LongTensor [T], T ≤ `sequence_length`, with the tokenizer's
+    default special tokens. The newline that ends a row is not part of it.
+
+    Raises RequestError if every row is blank.
+    """
+    rows = [text.rstrip("\r\n") for text in texts if text.strip()][:max_sequences]
+    if not rows:
+        raise RequestError("the calibration text has no row that is not blank")
+    encoded = tokenizer(rows, truncation=True, max_length=sequence_length, verbose=False)["input_ids"]
+    return [torch.tensor(ids, dtype=torch.long) for ids in encoded]
+
+
+def batch_order(num_sequences: int, batch_size: int, num_steps: int, seed: int) -> LongTensor:
+    """Which sequences each optimizer step takes: LongTensor [`num_steps`, `batch_size`].
+
+    The sequences are shuffled anew for every epoch and the epochs are strung
+    together, so that each step is full. Rows depend on `seed` alone: how many
+    workers share a step does not matter, and a longer run begins like a
+    shorter one, so a resumed run goes on where it stopped.
+
+    Raises RequestError if there are no sequences.
+    """
+    if num_sequences < 1:
+        raise RequestError("there are no training sequences to order")
+    generator = torch.Generator().manual_seed(seed)
+    num_epochs = -(-num_steps * batch_size // num_sequences)
+    epochs = [torch.randperm(num_sequences, generator=generator) for _ in range(num_epochs)]
+    stream = torch.cat(epochs) if epochs else torch.empty(0, dtype=torch.long)
+    return stream[: num_steps * batch_size].view(num_steps, batch_size)

@@ -1,0 +1,24 @@
+"""Loading, surgery and export of causal language models."""
+
+from actors.models.chain import device, load_source, materialize, prune_to
+from actors.models.export import export_model, save_pretrained
+from actors.models.families import depth, find_layers
+from actors.models.load import describe_model, load_model, load_tokenizer
+from actors.models.replay import LayerwisePass
+from actors.models.surgery import remove_layers
+
+__all__ = [
+    "LayerwisePass",
+    "depth",
+    "describe_model",
+    "device",
+    "export_model",
+    "find_layers",
+    "load_model",
+    "load_source",
+    "load_tokenizer",
+    "materialize",
+    "prune_to",
+    "remove_layers",
+    "save_pretrained",
+]

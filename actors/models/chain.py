@@ -1,0 +1,91 @@
+"""From a `ModelRef` to a model: source weights, adapters folded in, layers dropped.
+
+Adapters are ordinary PEFT LoRA directories whose tensors are named by *source*
+layer index, so each also opens on the unpruned model with plain PEFT.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from actors.artifacts import fetch
+from actors.contracts import ArtifactRef, ModelRef
+from actors.models.families import depth, find_layers
+from actors.models.load import load_model
+from actors.models.surgery import remove_layers
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def materialize(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model that `ref` describes, with its adapters merged, and its tokenizer."""
+    model, tokenizer = load_source(ref)
+    return prune_to(model, ref), tokenizer
+
+
+def load_source(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The unpruned model that `ref` starts from, and its tokenizer."""
+    source = ref.source
+    return load_model(
+        source.path,
+        dtype=source.dtype,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+def prune_to(model: PreTrainedModel, ref: ModelRef) -> PreTrainedModel:
+    """Turn the loaded source model into the one `ref` describes, in place."""
+    kept = ref.kept(depth(model.config))
+    if ref.dropped:
+        remove_layers(model, ref.dropped)
+    for adapter in ref.adapters:
+        model = merge_adapter(model, adapter, kept)
+    return model
+
+
+def merge_adapter(model: PreTrainedModel, adapter: ArtifactRef, kept: tuple[int, ...]) -> PreTrainedModel:
+    """Add an adapter's weight changes to the layers that are still there.
+
+    Args:
+        model: the pruned model.
+        adapter: a LoRA whose tensors are named by source layer index.
+        kept: source index of each layer of `model`.
+    """
+    directory = fetch(adapter)
+    config = LoraConfig.from_pretrained(str(directory))
+    current = {source: position for position, source in enumerate(kept)}
+    trained = config.layers_to_transform
+    config.layers_to_transform = [current[i] for i in trained if i in current]
+    weights = rename_layers(load_file(directory / ADAPTER_WEIGHTS), find_layers(model).path, current)
+    adapted = get_peft_model(model, config)
+    set_peft_model_state_dict(adapted, weights)
+    return adapted.merge_and_unload()
+
+
+def rename_layers(
+    tensors: Mapping[str, Tensor], layers_path: str, renumbered: Mapping[int, int]
+) -> dict[str, Tensor]:
+    """Tensors with `<layers_path>.<old>.` become `<layers_path>.<new>.`; unlisted layers are left out."""
+    pattern = re.compile(rf"(^|\.){re.escape(layers_path)}\.(\d+)\.")
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = pattern.search(name)
+        if match is None:
+            renamed[name] = tensor
+        elif int(match[2]) in renumbered:
+            start, end = match.span(2)
+            renamed[f"{name[:start]}{renumbered[int(match[2])]}{name[end:]}"] = tensor
+    return renamed
+
+
+def device() -> torch.device:
+    """The accelerator this process was given, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+

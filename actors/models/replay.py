@@ -1,0 +1,120 @@
+"""Walking a batch through a model one block at a time, outside the family's own loop.
+
+Scoring and distillation both need single blocks: to start a candidate in the
+middle, or to keep a teacher and a student side by side. What each block is
+called with (masks, rotary embeddings, windows) is the family's own business, so
+it is captured from the family's own forward, run once with every block replaced
+by a stand-in that only takes notes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from actors.models.families import find_layers
+
+StandIn = Callable[[int, Tensor], Tensor]
+
+
+class LayerwisePass:
+    """One batch's way through a model, block by block.
+
+    Args:
+        model: a decoder language model of N blocks.
+        input_ids_BT: token ids; every row as long as the others, no padding
+            unless `attention_mask_BT` says where.
+        attention_mask_BT: 1 for tokens, 0 for padding.
+
+    Attributes:
+        hidden_BTD: what the first block receives (embeddings, scaled or with
+            positions added as the family does).
+    """
+
+    def __init__(self, model: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None):
+        self._backbone = model.base_model
+        self._blocks = find_layers(model).modules
+        self._inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._tuples = _blocks_return_tuples(self._backbone, self._blocks[0], input_ids_BT[:1, :1])
+        self.hidden_BTD = self._capture()
+
+    def block(self, index: int, hidden_BTD: Tensor) -> Tensor:
+        """Output of block `index` on `hidden_BTD`."""
+        args, kwargs = self._calls[index]
+        return _hidden_of(self._blocks[index](hidden_BTD, *args, **kwargs))
+
+    def finish(self, hidden_BTD: Tensor) -> Tensor:
+        """The last hidden state after the final norm, from the output of the last block."""
+        last = len(self._blocks) - 1
+        with self._stand_ins(lambda index, hidden: hidden_BTD if index == last else hidden):
+            return self._forward()
+
+    def _forward(self) -> Tensor:
+        return self._backbone(**self._inputs, use_cache=False).last_hidden_state
+
+    def _capture(self) -> Tensor:
+        entered: list[Tensor] = []
+
+        def note(index: int, hidden: Tensor) -> Tensor:
+            if index == 0:
+                entered.append(hidden)
+            return hidden
+
+        with self._stand_ins(note, capture=True):
+            self._forward()
+        return entered[0]
+
+    @contextmanager
+    def _stand_ins(self, compute: StandIn, capture: bool = False) -> Iterator[None]:
+        """Replace every block's forward by `compute(index, hidden)`."""
+        for index, block in enumerate(self._blocks):
+            block.forward = self._stand_in(index, compute, capture)
+        try:
+            yield
+        finally:
+            for block in self._blocks:
+                del block.forward
+
+    def _stand_in(self, index: int, compute: StandIn, capture: bool) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                hidden, args = args[0], args[1:]
+            else:
+                hidden = kwargs.pop("hidden_states")
+            if capture:
+                self._calls.append((args, kwargs))
+            output = compute(index, hidden)
+            return (output,) if self._tuples else output
+
+        return forward
+
+
+def _hidden_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _SeenEnoughError(Exception):
+    """Ends a forward pass early."""
+
+
+def _blocks_return_tuples(backbone: nn.Module, block: nn.Module, input_ids_BT: Tensor) -> bool:
+    """Whether this family's loop expects a tuple from a block; seen from one block on one token."""
+    seen: list[bool] = []
+
+    def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        seen.append(isinstance(output, tuple))
+        raise _SeenEnoughError
+
+    hook = block.register_forward_hook(look)
+    try:
+        with torch.no_grad():
+            backbone(input_ids=input_ids_BT, use_cache=False)
+    except _SeenEnoughError:
+        pass
+    finally:
+        hook.remove()
+    return seen[0]

@@ -1,0 +1,192 @@
+"""DeepSpeed: the one place that knows how the optimizer is run and its state is kept."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from actors.contracts import RecoverySpec
+from actors.errors import RequestError
+from actors.models import device
+from actors.recovery.adapters import trainable_parameters
+
+CHECKPOINT_TAG = "state"
+ZERO_STAGES = (0, 1, 2)
+OURS = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "batch_size / (micro_batch_size * workers)",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer": "learning_rate and weight_decay",
+    "scheduler": "lr_schedule and warmup_steps",
+}
+"""DeepSpeed fields that follow from the recovery settings, and from which."""
+
+
+class Engine:
+    """A training module under DeepSpeed.
+
+    Args:
+        module: forward(input_ids_BT) → dict of scalars with `loss`.
+        spec: batch sizes, optimizer and the user's DeepSpeed configuration.
+        world_size: number of workers; a process group of that size must exist.
+
+    Raises:
+        RequestError: the batch does not divide among the workers, or the
+            DeepSpeed configuration contradicts the recovery settings.
+    """
+
+    def __init__(self, module: nn.Module, spec: RecoverySpec, world_size: int):
+        config = deepspeed_config(spec, world_size)
+        _keep_to_torch_collectives()
+        self._max_grad_norm = spec.max_grad_norm
+        self._parameters = trainable_parameters(module)
+        self._engine, *_ = deepspeed.initialize(
+            model=module.to(device()), model_parameters=self._parameters, config=config
+        )
+        self._engine.train()
+
+    def backward(self, input_ids_BT: Tensor) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; the detached terms."""
+        terms = self._engine(input_ids_BT.to(self._engine.device))
+        self._engine.backward(terms["loss"])
+        return {name: value.detach() for name, value in terms.items()}
+
+    def finish_micro_batch(self, learning_rate: float) -> None:
+        """After each `backward`; the one that completes the batch changes the weights."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    def gradient_norm(self) -> float | None:
+        """L2 norm of the whole batch's gradient before clipping.
+
+        Without ZeRO it is known between the last `backward` and the step, with
+        ZeRO (which shards gradients) only after the step; None before that.
+        """
+        if self._engine.zero_optimization():
+            norm = self._engine.get_global_grad_norm()
+            return None if norm is None else float(norm)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
+
+    def save(self, directory: Path, state: dict[str, Any]) -> None:
+        """Write adapters, optimizer and `state`; every worker calls this, each writes its share."""
+        self._engine.save_checkpoint(
+            str(directory), tag=CHECKPOINT_TAG, client_state=state, exclude_frozen_parameters=True
+        )
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Read back what `save` wrote and return its `state`."""
+        _, state = self._engine.load_checkpoint(
+            str(directory), tag=CHECKPOINT_TAG, load_module_strict=False
+        )
+        return state
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+def deepspeed_config(spec: RecoverySpec, world_size: int) -> dict[str, Any]:
+    """The user's DeepSpeed configuration completed by what the recovery settings imply.
+
+    Raises:
+        RequestError: see `Engine`.
+    """
+    user = _parse(spec.deepspeed)
+    ours = {
+        "train_batch_size": spec.batch_size,
+        "train_micro_batch_size_per_gpu": spec.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(spec, world_size),
+        "gradient_clipping": spec.max_grad_norm,
+        "optimizer": {
+            "type": "AdamW",
+            # DeepSpeed's own fused Adam is compiled on first use, for minutes.
+            "params": {"lr": spec.learning_rate, "weight_decay": spec.weight_decay, "torch_adam": True},
+        },
+    }
+    for name in OURS.keys() & user.keys():
+        if user[name] not in ("auto", ours.get(name)):
+            raise RequestError(
+                f"DeepSpeed field {name!r} is {user[name]!r}, but it follows from the recovery settings "
+                f"({OURS[name]}); leave it out or give 'auto'"
+            )
+    _check_zero_stage(user)
+    quiet = {"steps_per_print": None, "wall_clock_breakdown": False}
+    free = {name: value for name, value in user.items() if name not in OURS}
+    return {**quiet, **free, **ours}
+
+
+def accumulation_steps(spec: RecoverySpec, world_size: int) -> int:
+    """Micro-batches of one worker in one optimizer step.
+
+    Raises:
+        RequestError: the batch does not divide evenly.
+    """
+    at_once = spec.micro_batch_size * world_size
+    if at_once < 1 or spec.batch_size % at_once:
+        raise RequestError(
+            f"batch_size {spec.batch_size} is no multiple of micro_batch_size {spec.micro_batch_size} "
+            f"x {world_size} workers = {at_once}; change one of the three"
+        )
+    return spec.batch_size // at_once
+
+
+@contextmanager
+def single_process_group() -> Iterator[None]:
+    """A process group of this process alone, as DeepSpeed needs one; gone afterwards."""
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    before = {name: os.environ.get(name) for name in launcher}
+    os.environ.update(launcher)
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.HashStore(),
+        rank=0,
+        world_size=1,
+        timeout=timedelta(minutes=10),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        # DeepSpeed remembers the group it has seen, and would use it after its end.
+        deepspeed.comm.comm.cdb = None
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        config = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise RequestError(f"the DeepSpeed configuration is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise RequestError(f"the DeepSpeed configuration must be a JSON object, not {type(config).__name__}")
+    return config
+
+
+def _check_zero_stage(user: dict[str, Any]) -> None:
+    stage = user.get("zero_optimization", {}).get("stage", 0)
+    if stage not in ZERO_STAGES:
+        raise RequestError(
+            f"DeepSpeed field 'zero_optimization.stage' is {stage!r}; recovery trains with "
+            f"{', '.join(map(str, ZERO_STAGES))} (adapters are small: sharding the frozen weights is not offered)"
+        )
+
+
+def _keep_to_torch_collectives() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives and from chatting.
+
+    `__compatible_ops__` is DeepSpeed's own record of what it may build.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -1,0 +1,122 @@
+"""Scoring on Ray: a pool of actors that share the calibration sequences."""
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.contracts import Progress, ScoreResult, ScoreSpec, no_progress
+from actors.errors import IterabreError, WorkError
+from actors.scoring.score import Scorer, ScoreRows
+
+log = logging.getLogger(__name__)
+
+SHARES_PER_ACTOR = 4
+"""More shares than actors, so that a fast actor takes over from a slow or lost one."""
+
+
+@ray.remote(max_restarts=3)
+class ScoreActor:
+    """Scores shares of one spec's calibration sequences; holds its models between shares."""
+
+    def __init__(self, spec: ScoreSpec):
+        self._scorer = Scorer(spec)
+
+    def ready(self) -> bool:
+        """Answers once the actor has been placed."""
+        return True
+
+    def score(self, positions: list[int]) -> ScoreRows:
+        """Score rows of the sequences at `positions`."""
+        return self._scorer.score(positions)
+
+
+def score_on_ray(
+    spec: ScoreSpec,
+    *,
+    actors: int,
+    cpus: float,
+    gpus: float,
+    start_timeout_s: float,
+    progress: Progress = no_progress,
+) -> ScoreResult:
+    """Score on a pool of up to `actors` actors; begins as soon as one of them has a place.
+
+    A share whose actor is lost goes to another; the others are not run again.
+    All actors are gone when this returns, so that training can have their place.
+
+    Raises:
+        WorkError: no actor got a place within `start_timeout_s`, or all were lost.
+    """
+    scorer = Scorer(spec)
+    with _pool(spec, actors, cpus, gpus) as pool:
+        _wait_for_first(pool, start_timeout_s, cpus, gpus)
+        rows = _share_out(pool, scorer.shares(len(pool) * SHARES_PER_ACTOR), progress)
+    return scorer.result(rows)
+
+
+@contextmanager
+def _pool(spec: ScoreSpec, actors: int, cpus: float, gpus: float) -> Iterator[list[ActorHandle]]:
+    # DEFAULT scheduling: inside a Tune trial, actors would else be held to the trial's own small share.
+    options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
+    pool = [ScoreActor.options(**options).remote(spec) for _ in range(actors)]
+    try:
+        yield pool
+    finally:
+        for actor in pool:
+            ray.kill(actor)
+
+
+def _wait_for_first(pool: list[ActorHandle], timeout_s: float, cpus: float, gpus: float) -> None:
+    ready, _ = ray.wait([actor.ready.remote() for actor in pool], num_returns=1, timeout=timeout_s)
+    if not ready:
+        raise WorkError(
+            f"no score actor got its {cpus:g} CPU and {gpus:g} GPU within {timeout_s:g} s; "
+            f"the cluster has {ray.available_resources()} free. Lower execution.scoring or wait for other work"
+        )
+
+
+def _share_out(pool: list[ActorHandle], shares: list[list[int]], progress: Progress) -> dict[int, list[float]]:
+    """Give every actor a share as soon as it is free, until all shares are scored."""
+    todo = deque(shares)
+    idle: list[ActorHandle] = []
+    pending: dict[Any, tuple[ActorHandle, list[int]]] = {actor.ready.remote(): (actor, []) for actor in pool}
+    rows: dict[int, list[float]] = {}
+    total = sum(len(share) for share in shares)
+    while len(rows) < total:
+        while idle and todo:
+            actor, share = idle.pop(), todo.popleft()
+            pending[actor.score.remote(share)] = (actor, share)
+        if not pending:
+            raise WorkError(f"all {len(pool)} score actors were lost; see the run's logs, then use --resume")
+        (done,), _ = ray.wait(list(pending), num_returns=1)
+        actor, share = pending.pop(done)
+        try:
+            answer = _get(done)
+        except RayActorError as error:
+            # Only the lost share is run again. An actor that may come back is asked; a dead one is forgotten.
+            if share:
+                log.warning("a score actor was lost (%s); its %d sequences go to another", error, len(share))
+                todo.append(share)
+                pending[actor.ready.remote()] = (actor, [])
+            continue
+        if share:
+            rows.update(zip(share, answer, strict=True))
+            progress(len(rows), total, "sequences")
+        idle.append(actor)
+    return rows
+
+
+def _get(reference: Any) -> Any:
+    """The value, with a user's error raised as itself rather than wrapped by Ray."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, IterabreError):
+            raise error.cause from None
+        raise

@@ -1,0 +1,326 @@
+"""The campaign file: pydantic models of the YAML, and how it is read.
+
+Imports neither torch nor ray, so that a wrong file is refused in well under a second.
+Whether the named models, data, criteria and tasks exist is `orchestrator.plan`'s matter.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from orchestrator.errors import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def _safe_name(value: object) -> object:
+    """Names become parts of paths, so they may hold nothing that leads out of a directory."""
+    if isinstance(value, str) and not NAME.fullmatch(value):
+        raise ValueError(f"{value!r} is no name: letters, digits, '.', '_' and '-' only, at most 100")
+    return value
+
+
+Name = Annotated[str, BeforeValidator(_safe_name)]
+
+
+class Section(BaseModel):
+    """Every section refuses keys it does not know and never coerces strings to numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(Section):
+    """A source model."""
+
+    id: Name = Field(description="Short name used in results and paths.")
+    path: str = Field(
+        min_length=1,
+        description="Hub id, local directory, GGUF file, or package://PACKAGE/FILE.gguf.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Type of the weights in memory."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run code that the model's repository brings.")
+
+
+class TextConfig(Section):
+    """A body of text: exactly one of `builtin` and `path`."""
+
+    builtin: str | None = Field(None, description="Name of a text that ships with the project.")
+    path: str | None = Field(
+        None, description="Local .txt, .jsonl, .json, .csv or .parquet file, or hub data set."
+    )
+    config: str | None = Field(None, description="Configuration name of a hub data set.")
+    split: str = Field("train", description="Split of a hub data set.")
+    text_column: str = Field("text", description="Column that holds the text.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TextConfig":
+        if (self.builtin is None) == (self.path is None):
+            raise ValueError("give exactly one of `builtin` and `path`")
+        return self
+
+
+class ScoringConfig(Section):
+    """How the next layer to remove is chosen."""
+
+    criterion: str = Field("hidden_cosine", description="A name in the table of criteria.")
+    reference: Literal["source", "current"] = Field(
+        "source", description="Model whose last hidden state is kept: the unpruned or the current one."
+    )
+    pooling: str = Field("flatten", description="flatten, token_mean or last_token.")
+    calibration: TextConfig = TextConfig(builtin="iterabre-appendix-a")
+    max_sequences: int | None = Field(None, ge=1, description="Use only the first so many sequences.")
+    sequence_length: int = Field(512, ge=2, description="Longer sequences are cut to so many tokens.")
+
+
+class ScheduleConfig(Section):
+    """In what portions layers go."""
+
+    mode: Literal["iterative", "direct"] = Field(
+        "iterative", description="Score again after every portion, or remove all at once."
+    )
+    layers_per_iteration: int = Field(1, ge=1, description="Layers removed between two recoveries.")
+
+
+class LossConfig(Section):
+    """Weights of the distillation terms; 0 switches a term off."""
+
+    hidden: float = Field(1.0, ge=0)
+    attention: float = Field(1.0, ge=0)
+    logits: float = Field(1.0, ge=0)
+
+
+class AdapterConfig(Section):
+    """What recovery trains."""
+
+    kind: str = Field("lora", description="Kind of adapter.")
+    rank: int = Field(32, ge=1)
+    alpha: float | None = Field(None, gt=0, description="Scale; the rank if not given.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = Field(
+        "all-linear", description="all-linear, ffn, attention, or a list of module names."
+    )
+
+
+class RecoveryConfig(Section):
+    """How a pruned model is healed. The defaults are the paper's (IteRABRe §4)."""
+
+    objective: str = Field("kd", description="A name in the table of objectives.")
+    loss: LossConfig = LossConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: TextConfig = TextConfig(path="Salesforce/wikitext", config="wikitext-2-raw-v1", split="train")
+    sequence_length: int = Field(512, ge=2, description="Tokens a training sequence.")
+    batch_size: int = Field(32, ge=1, description="Sequences an optimizer step, over all workers.")
+    micro_batch_size: int = Field(4, ge=1, description="Sequences a worker holds at a time.")
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_tokens: int = Field(2_500_000, ge=1, description="Tokens seen in one recovery.")
+    checkpoint_steps: int = Field(100, ge=1, description="Steps between two checkpoints.")
+
+
+class MethodConfig(Section):
+    """A way to compress: criterion × schedule × recovery."""
+
+    name: Name
+    scoring: ScoringConfig = ScoringConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
+
+
+class TargetConfig(Section):
+    """A depth to stop at: exactly one of `layers` and `fraction`."""
+
+    layers: int | None = Field(None, description="Layers to keep.")
+    fraction: float | None = Field(None, gt=0, lt=1, description="Share of the layers to remove.")
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> "TargetConfig":
+        if (self.layers is None) == (self.fraction is None):
+            raise ValueError("give exactly one of `layers` and `fraction`")
+        return self
+
+
+class PerplexityConfig(Section):
+    """Token perplexity of a text, concatenated and cut into windows of `context` tokens."""
+
+    name: Name
+    data: TextConfig
+    context: int = Field(1024, ge=2)
+    max_tokens: int | None = Field(None, ge=2, description="Only the text's first so many tokens.")
+
+
+class EvaluationConfig(Section):
+    """What is measured, on the dense model and after every iteration."""
+
+    perplexity: list[PerplexityConfig] = [
+        PerplexityConfig(name="wikitext2", data=TextConfig(builtin="wikitext-2-raw-test"))
+    ]
+    tasks: list[str] = Field([], description="lm-eval tasks and groups, by name.")
+    include_path: str | None = Field(None, description="Directory with further lm-eval tasks.")
+    limit: int | None = Field(None, ge=1, description="Only the first so many documents of a task.")
+    num_fewshot: int | None = Field(None, ge=0)
+    batch_size: int = Field(8, ge=1)
+    also_before_recovery: bool = Field(True, description="Measure the pruned model before it is healed, too.")
+
+
+class PoolConfig(Section):
+    """Actors that share a stage's work, and what each holds."""
+
+    actors: int = Field(2, ge=1)
+    cpus: float = Field(1.0, gt=0)
+    gpus: float = Field(0.0, ge=0)
+
+
+class WorkerConfig(Section):
+    """What one evaluation or export holds."""
+
+    cpus: float = Field(1.0, gt=0)
+    gpus: float = Field(0.0, ge=0)
+
+
+class TrainingConfig(Section):
+    """The workers of one recovery; they start together or not at all."""
+
+    workers: int = Field(1, ge=1)
+    cpus: float = Field(1.0, gt=0, description="CPUs a worker.")
+    gpus: float = Field(0.0, ge=0, description="GPUs a worker.")
+    deepspeed: str | None = Field(None, description="DeepSpeed JSON file, merged into ours.")
+    max_failures: int = Field(3, ge=0, description="Lost workers before the recovery is given up.")
+
+
+class ExecutionConfig(Section):
+    """Where and how wide the work runs. Nothing here changes a result."""
+
+    backend: Literal["ray", "local"] = "ray"
+    scoring: PoolConfig = PoolConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: WorkerConfig = WorkerConfig()
+    max_concurrent_trajectories: int = Field(1, ge=1)
+    start_timeout_s: float = Field(
+        600.0, gt=0, description="Longest wait for the cluster to give what a stage asks for."
+    )
+
+
+class StorageConfig(Section):
+    """Where runs are kept."""
+
+    path: str = Field("runs", min_length=1, description="Local directory, NFS, s3:// or gs://.")
+
+
+class CampaignConfig(Section):
+    """One campaign: models × methods × seeds, with stops at the targets."""
+
+    name: Name
+    models: list[ModelConfig] = Field(min_length=1)
+    methods: list[MethodConfig] = Field(min_length=1)
+    targets: list[TargetConfig] = Field(min_length=1)
+    seeds: list[int] = Field([0], min_length=1)
+    evaluation: EvaluationConfig = EvaluationConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    storage: StorageConfig = StorageConfig()
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> "CampaignConfig":
+        for kind, names in (
+            ("model id", [m.id for m in self.models]),
+            ("method name", [m.name for m in self.methods]),
+            ("seed", [str(s) for s in self.seeds]),
+        ):
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                raise ValueError(f"{kind} {sorted(twice)[0]!r} stands there twice")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that also reads `1e-4` as the number it looks like."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> CampaignConfig:
+    """Read a campaign file and apply `--set a.b=c` overrides.
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown key or a wrong value; names the place.
+    """
+    file = Path(path)
+    try:
+        raw = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"config file {str(path)!r} must hold a mapping with the keys name, models, methods…"
+        )
+    for override in overrides or []:
+        _apply(raw, override)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], where: str) -> CampaignConfig:
+    """Check an already read campaign file.
+
+    Raises:
+        ConfigError: every wrong field on a line of its own.
+    """
+    try:
+        return CampaignConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"  {_dotted(e['loc'])}: {_plain(e)}" for e in error.errors()]
+        raise ConfigError("\n".join([f"{where} is not a valid campaign file:", *lines])) from error
+
+
+def _plain(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return "unknown key; see docs/configuration.md for the known ones"
+    message = error["msg"].removeprefix("Value error, ")
+    return message if error["type"] == "missing" else f"{message} (got {error['input']!r})"
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location) or "(top level)"
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one field, e.g. `methods.0.recovery.learning_rate=1e-4`; the value is YAML."""
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"--set {override!r}: write it as path.to.field=value")
+    *parents, last = path.split(".")
+    place: Any = raw
+    for part in parents:
+        place = _step_into(place, part, override)
+    value = yaml.load(text, Loader=_Loader)
+    if isinstance(place, list):
+        place[_position(place, last, override)] = value
+    else:
+        place[last] = value
+
+
+def _step_into(place: Any, part: str, override: str) -> Any:
+    if isinstance(place, list):
+        return place[_position(place, part, override)]
+    inner = place.setdefault(part, {})
+    if not isinstance(inner, (dict, list)):
+        raise ConfigError(f"--set {override!r}: {part!r} holds a value, not a section")
+    return inner
+
+
+def _position(place: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(place):
+        raise ConfigError(f"--set {override!r}: {part!r} is no position in a list of {len(place)}, from 0")
+    return int(part)

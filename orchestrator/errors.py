@@ -1,0 +1,31 @@
+"""The errors that deciding what to run can raise; the tree's root is in `actors.errors`."""
+
+from actors.errors import IterabreError, RequestError, WorkError, unknown_name
+
+
+class ConfigError(RequestError):
+    """The YAML file or a `--set` override is wrong."""
+
+
+class RunExistsError(RequestError):
+    """The output directory holds another run, or the same run with other settings."""
+
+
+class ClusterTooSmallError(RequestError):
+    """The cluster can never give what the configuration asks for."""
+
+
+class CorruptStageError(WorkError):
+    """A stored stage result does not match its manifest."""
+
+
+__all__ = [
+    "ClusterTooSmallError",
+    "ConfigError",
+    "CorruptStageError",
+    "IterabreError",
+    "RequestError",
+    "RunExistsError",
+    "WorkError",
+    "unknown_name",
+]

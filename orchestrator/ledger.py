@@ -1,0 +1,121 @@
+"""Append-only Parquet ledger: one row per measured number.
+
+Every finished stage leaves one immutable part file under a name that follows
+from the stage. Writing a part again after a crash replaces it, so nothing is
+counted twice. Parts appear whole: read `ledger/*.parquet` at any moment with
+pandas, polars or DuckDB.
+"""
+
+import io
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from operator import attrgetter
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from pyarrow.fs import FileType
+
+from actors.artifacts import explained, filesystem, join, list_files, write_bytes
+from actors.errors import WorkError
+from orchestrator.store import safe_name
+
+SUFFIX = ".parquet"
+
+SCHEMA = pa.schema(
+    [
+        pa.field("campaign", pa.string(), nullable=False),
+        pa.field("trajectory", pa.string(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("iteration", pa.int32(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("phase", pa.string()),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),
+        pa.field("unit", pa.string(), nullable=False),
+        pa.field("stderr", pa.float64()),
+        pa.field("step", pa.int64()),
+        pa.field("layer", pa.int32()),
+        pa.field("when", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("where", pa.string(), nullable=False),
+    ]
+)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measured number and all that is needed to say what it is.
+
+    `iteration` 0 is the unpruned model. `stage` is score, prune, recover,
+    evaluate or export; `phase` is the state of an evaluated model: dense,
+    pruned or recovered. `step` is an optimizer step, `layer` a source layer index.
+    """
+
+    campaign: str
+    trajectory: str
+    model: str
+    method: str
+    seed: int
+    iteration: int
+    stage: str
+    key: str
+    metric: str
+    value: float
+    unit: str = ""
+    phase: str | None = None
+    stderr: float | None = None
+    step: int | None = None
+    layer: int | None = None
+    when: datetime = field(default_factory=_now)
+    where: str = field(default_factory=socket.gethostname)
+
+
+class Ledger:
+    """The ledger at `uri`, a directory of Parquet parts. One process writes; any may read."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def append(self, part_name: str, rows: Sequence[Row]) -> None:
+        """Write the rows of one finished stage; the same `part_name` replaces, never repeats."""
+        # NaN is a measured value and must not turn into a null, hence from_pandas=False (the default).
+        columns = [pa.array(map(attrgetter(f.name), rows), type=f.type) for f in SCHEMA]
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), buffer)
+        write_bytes(self._part_uri(part_name), buffer.getvalue())
+
+    def has(self, part_name: str) -> bool:
+        """Whether the part was written."""
+        fs, path = filesystem(self._part_uri(part_name))
+        return fs.get_file_info(path).type == FileType.File
+
+    def read(self) -> pa.Table:
+        """Every row of every part, in the order of the parts' names.
+
+        Raises:
+            WorkError: a part cannot be read; the message names it.
+        """
+        fs, _ = filesystem(self.uri)
+        parts = [info.path for info in list_files(self.uri) if info.base_name.endswith(SUFFIX)]
+        if not parts:
+            return SCHEMA.empty_table()
+        try:
+            with explained(self.uri, "read"):
+                return ds.dataset(parts, schema=SCHEMA, format="parquet", filesystem=fs).to_table()
+        except pa.ArrowException as error:
+            raise WorkError(
+                f"ledger {self.uri} cannot be read ({error}); delete the part that is named and run again "
+                "with --resume, which writes it anew"
+            ) from error
+
+    def _part_uri(self, part_name: str) -> str:
+        return join(self.uri, safe_name(part_name) + SUFFIX)

@@ -1,0 +1,313 @@
+"""From a campaign file to trajectories and stages: everything is checked and decided before work starts."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.contracts import (
+    AdapterSpec,
+    ArtifactRef,
+    EvaluationSpec,
+    LossSpec,
+    ModelInfo,
+    ModelRef,
+    ModelSpec,
+    PerplexitySpec,
+    RecoverySpec,
+    ScoreSpec,
+    TextSpec,
+)
+from actors.data import describe_text
+from actors.evaluation import check_tasks
+from actors.models import describe_model
+from actors.recovery import check_recovery
+from actors.scoring import find_criterion
+from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig, TargetConfig, TextConfig
+from orchestrator.errors import RequestError
+
+NOT_IN_KEY = frozenset({"micro_batch_size", "checkpoint_steps", "deepspeed"})
+"""Fields of a spec that change how its result is computed, but not the result."""
+
+
+@dataclass(frozen=True)
+class IterationPlan:
+    """One round of score, prune, recover, evaluate."""
+
+    index: int
+    layers_to_drop: int
+    layers_left: int
+    is_target: bool
+
+
+@dataclass(frozen=True)
+class TrajectoryPlan:
+    """One model taken by one method, with one seed, from full depth to the deepest target."""
+
+    id: str
+    campaign: str
+    model_id: str
+    model: ModelInfo
+    method: MethodConfig
+    seed: int
+    iterations: tuple[IterationPlan, ...]
+    evaluation: EvaluationSpec
+    also_before_recovery: bool
+    deepspeed: str
+    fingerprints: Mapping[TextSpec, str]
+
+    @property
+    def dense(self) -> ModelRef:
+        """The unpruned model."""
+        return ModelRef(self.model.spec)
+
+    def score_spec(self, model: ModelRef) -> ScoreSpec:
+        """What to ask of scoring for `model`."""
+        scoring = self.method.scoring
+        return ScoreSpec(
+            model=model,
+            calibration=text_spec(scoring.calibration),
+            criterion=scoring.criterion,
+            reference=scoring.reference,
+            pooling=scoring.pooling,
+            max_sequences=scoring.max_sequences,
+            sequence_length=scoring.sequence_length,
+            seed=self.seed,
+        )
+
+    def recovery_spec(self, model: ModelRef) -> RecoverySpec:
+        """What to ask of recovery for the pruned `model`."""
+        return recovery_spec(model, self.method, self.seed, self.deepspeed)
+
+    def evaluation_spec(self, model: ModelRef) -> EvaluationSpec:
+        """What to ask of evaluation for `model`."""
+        known = {f.name: getattr(self.evaluation, f.name) for f in fields(EvaluationSpec)}
+        return EvaluationSpec(**{**known, "model": model})
+
+    def key_inputs(self, spec: Any) -> Any:
+        """All that a spec's result depends on, as JSON values: content by hash, never by place."""
+        if isinstance(spec, ModelSpec):
+            return self.model.fingerprint
+        if isinstance(spec, TextSpec):
+            return self.fingerprints[spec]
+        if isinstance(spec, ArtifactRef):
+            return spec.sha256
+        if is_dataclass(spec):
+            named = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in NOT_IN_KEY}
+            return {name: self.key_inputs(value) for name, value in named.items()}
+        if isinstance(spec, (list, tuple)):
+            return [self.key_inputs(value) for value in spec]
+        return spec
+
+
+@dataclass(frozen=True)
+class CampaignPlan:
+    """Everything a campaign will do."""
+
+    name: str
+    trajectories: tuple[TrajectoryPlan, ...]
+
+    def needed_bytes(self) -> int:
+        """Disk space of the exported models and the adapters, roughly."""
+        return sum(_trajectory_bytes(t) for t in self.trajectories)
+
+    def find(self, trajectory_id: str) -> TrajectoryPlan:
+        """The trajectory of that id."""
+        return next(t for t in self.trajectories if t.id == trajectory_id)
+
+
+def build_plan(config: CampaignConfig) -> CampaignPlan:
+    """Resolve models, texts, tasks and targets of a campaign.
+
+    Reads configurations and hashes files; loads no weights and starts nothing.
+
+    Raises:
+        RequestError: a model, text, task, criterion, objective or target that
+            cannot be had, with the place in the config.
+    """
+    evaluation = _evaluation(config)
+    check_tasks(evaluation.tasks, evaluation.include_path)
+    for method in config.methods:
+        find_criterion(method.scoring.criterion, method.scoring.pooling)
+    infos = {model.id: describe_model(model_spec(model)) for model in config.models}
+    deepspeed = _read_deepspeed(config.execution.training.deepspeed)
+    fingerprints = {text: describe_text(text).fingerprint for text in _texts(config, evaluation)}
+    trajectories = tuple(
+        TrajectoryPlan(
+            id=trajectory_id,
+            campaign=config.name,
+            model_id=model.id,
+            model=infos[model.id],
+            method=method,
+            seed=seed,
+            iterations=iterations,
+            evaluation=evaluation,
+            also_before_recovery=config.evaluation.also_before_recovery,
+            deepspeed=deepspeed,
+            fingerprints=fingerprints,
+        )
+        for model in config.models
+        for method in config.methods
+        for seed in config.seeds
+        for trajectory_id, iterations in _trajectories(config, model, method, seed, infos[model.id])
+    )
+    for trajectory in trajectories:
+        check_recovery(trajectory.recovery_spec(trajectory.dense), config.execution.training.workers)
+    return CampaignPlan(config.name, trajectories)
+
+
+def _trajectories(
+    config: CampaignConfig, model: ModelConfig, method: MethodConfig, seed: int, info: ModelInfo
+) -> Iterator[tuple[str, tuple[IterationPlan, ...]]]:
+    """One trajectory through all targets, or, if all layers go at once, one for each target."""
+    base = f"{model.id}--{method.name}--seed{seed}"
+    depths = sorted({target_depth(target, info) for target in config.targets}, reverse=True)
+    if method.schedule.mode == "direct":
+        for depth in depths:
+            yield f"{base}--{depth}L", (IterationPlan(1, info.num_layers - depth, depth, True),)
+    else:
+        yield base, iterative_schedule(info.num_layers, depths, method.schedule.layers_per_iteration)
+
+
+def iterative_schedule(num_layers: int, depths: list[int], portion: int) -> tuple[IterationPlan, ...]:
+    """Portions of layers from `num_layers` down to the smallest of `depths`, halting at each of them."""
+    iterations: list[IterationPlan] = []
+    left = num_layers
+    for depth in depths:
+        while left > depth:
+            drop = min(portion, left - depth)
+            left -= drop
+            iterations.append(IterationPlan(len(iterations) + 1, drop, left, left == depth))
+    return tuple(iterations)
+
+
+def target_depth(target: TargetConfig, info: ModelInfo) -> int:
+    """Layers that remain at a target.
+
+    Raises:
+        RequestError: not between 1 and one less than the model's depth.
+    """
+    if target.layers is not None:
+        depth, asked = target.layers, f"layers: {target.layers}"
+    else:
+        share = target.fraction or 0.0
+        # Halves round up: Python's round() would take 2.5 layers as 2.
+        depth, asked = info.num_layers - math.floor(share * info.num_layers + 0.5), f"fraction: {share}"
+    if not 1 <= depth < info.num_layers:
+        raise RequestError(
+            f"target {asked} leaves {depth} of the {info.num_layers} layers of {info.spec.path!r}; "
+            f"it must leave between 1 and {info.num_layers - 1}"
+        )
+    return depth
+
+
+def model_spec(model: ModelConfig) -> ModelSpec:
+    """The model's spec, from its section of the campaign file."""
+    return ModelSpec(model.path, model.dtype, model.revision, model.trust_remote_code)
+
+
+def text_spec(text: TextConfig) -> TextSpec:
+    """The text's spec, from its section of the campaign file."""
+    return TextSpec(text.builtin, text.path, text.config, text.split, text.text_column)
+
+
+def recovery_spec(model: ModelRef, method: MethodConfig, seed: int, deepspeed: str = "{}") -> RecoverySpec:
+    """The recovery's spec, from its section of the campaign file."""
+    recovery = method.recovery
+    given = {
+        name: value
+        for name, value in recovery.model_dump().items()
+        if name not in {"data", "loss", "adapter"}
+    }
+    adapter = recovery.adapter.model_dump()
+    targets = adapter.pop("targets")
+    return RecoverySpec(
+        model=model,
+        data=text_spec(recovery.data),
+        loss=LossSpec(**recovery.loss.model_dump()),
+        adapter=AdapterSpec(**adapter, targets=targets if isinstance(targets, str) else tuple(targets)),
+        seed=seed,
+        deepspeed=deepspeed,
+        **given,
+    )
+
+
+def _evaluation(config: CampaignConfig) -> EvaluationSpec:
+    evaluation = config.evaluation
+    return EvaluationSpec(
+        model=ModelRef(ModelSpec("")),
+        perplexity=tuple(
+            PerplexitySpec(p.name, text_spec(p.data), p.context, p.max_tokens) for p in evaluation.perplexity
+        ),
+        tasks=tuple(evaluation.tasks),
+        include_path=evaluation.include_path,
+        limit=evaluation.limit,
+        num_fewshot=evaluation.num_fewshot,
+        batch_size=evaluation.batch_size,
+        seed=min(config.seeds),
+    )
+
+
+def _texts(config: CampaignConfig, evaluation: EvaluationSpec) -> set[TextSpec]:
+    texts = {perplexity.data for perplexity in evaluation.perplexity}
+    for method in config.methods:
+        texts.add(text_spec(method.scoring.calibration))
+        texts.add(text_spec(method.recovery.data))
+    return texts
+
+
+def _read_deepspeed(path: str | None) -> str:
+    if path is None:
+        return "{}"
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RequestError(
+            f"execution.training.deepspeed: {path!r} cannot be read: {error.strerror}"
+        ) from error
+
+
+def _trajectory_bytes(trajectory: TrajectoryPlan) -> int:
+    bytes_per_parameter = 4 if trajectory.model.spec.dtype == "float32" else 2
+    exports = sum(iteration.is_target for iteration in trajectory.iterations)
+    weights = trajectory.model.num_parameters * bytes_per_parameter
+    # Adapters and two training checkpoints with optimizer state are small beside full weights.
+    return int(weights * (exports + 0.25))
+
+
+def plan_summary(plan: CampaignPlan) -> list[dict[str, Any]]:
+    """One JSON-able row a trajectory: what would run and how much arithmetic it is."""
+    return [
+        {
+            "trajectory": t.id,
+            "model": t.model.spec.path,
+            "layers": t.model.num_layers,
+            "targets": [i.layers_left for i in t.iterations if i.is_target],
+            "iterations": len(t.iterations),
+            "stages": num_stages(t),
+            "recovery_tokens": t.method.recovery.max_tokens * len(t.iterations),
+            "recovery_flops": recovery_flops(t),
+            "recovery": {k: v for k, v in asdict(t.recovery_spec(t.dense)).items() if k == "objective"},
+        }
+        for t in plan.trajectories
+    ]
+
+
+def num_stages(trajectory: TrajectoryPlan) -> int:
+    """Stages of a trajectory: the dense evaluation, and those of every iteration and target."""
+    each = 4 if trajectory.also_before_recovery else 3
+    return 1 + sum(each + iteration.is_target for iteration in trajectory.iterations)
+
+
+def recovery_flops(trajectory: TrajectoryPlan) -> float:
+    """Floating-point operations of all recoveries, by the usual count.
+
+    2 a parameter and token for the teacher's forward pass, and 2 + 4 for the
+    student's forward and backward pass, of which a frozen base saves a third.
+    """
+    info, total = trajectory.model, 0.0
+    for iteration in trajectory.iterations:
+        student = info.num_parameters * iteration.layers_left / info.num_layers
+        total += trajectory.method.recovery.max_tokens * (2 * info.num_parameters + 4 * student)
+    return total

@@ -1,0 +1,45 @@
+"""The iteration loop: score, prune, recover, evaluate, until the deepest target (IteRABRe, Fig. 1)."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from actors.contracts import ModelRef
+from orchestrator.plan import IterationPlan, TrajectoryPlan
+
+
+class Stages(Protocol):
+    """What a trajectory asks for; each call returns a finished stage's result, run now or found in the store."""
+
+    def score(self, iteration: IterationPlan, model: ModelRef) -> Sequence[int]:
+        """Source layers of `model`, from the first to remove to the last."""
+
+    def prune(self, iteration: IterationPlan, model: ModelRef, source_layers: Sequence[int]) -> ModelRef:
+        """`model` without those layers."""
+
+    def recover(self, iteration: IterationPlan, model: ModelRef) -> ModelRef:
+        """`model`, healed."""
+
+    def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
+        """Measure `model`; the numbers go to the ledger."""
+
+    def export(self, iteration: IterationPlan, model: ModelRef) -> None:
+        """Write `model` as a Hugging Face directory."""
+
+
+def run_trajectory(plan: TrajectoryPlan, stages: Stages) -> ModelRef:
+    """Take one model to the deepest target and return what it has become."""
+    model = plan.dense
+    stages.evaluate(IterationPlan(0, 0, plan.model.num_layers, False), model, "dense")
+
+    for iteration in plan.iterations:
+        removal_order = stages.score(iteration, model)
+        pruned = stages.prune(iteration, model, removal_order[: iteration.layers_to_drop])
+        if plan.also_before_recovery:
+            stages.evaluate(iteration, pruned, "pruned")
+
+        model = stages.recover(iteration, pruned)
+        stages.evaluate(iteration, model, "recovered")
+        if iteration.is_target:
+            stages.export(iteration, model)
+
+    return model

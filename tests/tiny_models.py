@@ -1,0 +1,85 @@
+"""Tiny random models for tests: real architectures, real tokenizers, made in milliseconds.
+
+Nothing is downloaded. The weights are drawn wide, so that dropping a layer
+changes the output by far more than rounding does.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 300
+MAX_POSITIONS = 512
+
+_CORPUS = (
+    "The quick brown fox jumps over the lazy dog .",
+    "Ancient deities are the gods and goddesses worshipped in the ancient land .",
+    "Stability of the higher layer leads to greater stability of the lower layer .",
+    " = There is a way = ",
+)
+
+
+@cache
+def _trained_bpe() -> str:
+    """A byte-level BPE of `VOCAB_SIZE` entries, as tokenizers' JSON."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_CORPUS * 4, trainer)
+    return bpe.to_str()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that can encode any text and adds no special tokens by itself."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained_bpe()),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=MAX_POSITIONS,
+    )
+
+
+def tiny_llama(
+    num_layers: int = 4, seed: int = 0, **overrides: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A random fp32 Llama (D=32, H=4, 2 KV heads, V≈300) in eval mode, and its tokenizer.
+
+    `overrides` are LlamaConfig fields. The global random state is left as it was.
+    """
+    tokenizer = tiny_tokenizer()
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": MAX_POSITIONS,
+        "initializer_range": 0.2,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
+    return model.float().eval(), tokenizer
+
+
+def save_tiny(directory: str | Path, num_layers: int = 4, seed: int = 0, **overrides: Any) -> str:
+    """Save `tiny_llama(...)` as an ordinary Hugging Face directory and return its path."""
+    model, tokenizer = tiny_llama(num_layers, seed, **overrides)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
