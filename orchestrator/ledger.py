@@ -11,14 +11,13 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from operator import attrgetter
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow.fs import FileType
 
-from actors.artifacts import explained, filesystem, join, list_files, write_bytes
+from actors.artifacts import explained, filesystem, join, list_files, read_bytes, write_bytes
 from actors.errors import WorkError
 from orchestrator.store import safe_name
 
@@ -47,10 +46,6 @@ SCHEMA = pa.schema(
 )
 
 
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One measured number and all that is needed to say what it is.
@@ -75,7 +70,7 @@ class Row:
     stderr: float | None = None
     step: int | None = None
     layer: int | None = None
-    when: datetime = field(default_factory=_now)
+    when: datetime = field(default_factory=lambda: datetime.now(UTC))
     where: str = field(default_factory=socket.gethostname)
 
 
@@ -86,11 +81,18 @@ class Ledger:
         self.uri = uri
 
     def append(self, part_name: str, rows: Sequence[Row]) -> None:
-        """Write the rows of one finished stage; the same `part_name` replaces, never repeats."""
-        # NaN is a measured value and must not turn into a null, hence from_pandas=False (the default).
-        columns = [pa.array(map(attrgetter(f.name), rows), type=f.type) for f in SCHEMA]
+        """Write the rows of one finished stage; the same `part_name` replaces, never repeats.
+
+        A part that already says the same is left untouched, with the time and
+        place of the first measurement: a reader such as polars asks for a file's
+        size before it opens it, and fails on one that is exchanged in between.
+        """
+        columns = [pa.array([getattr(row, f.name) for row in rows], type=f.type) for f in SCHEMA]
+        table = pa.Table.from_arrays(columns, schema=SCHEMA)
+        if self.has(part_name) and self._says_the_same(part_name, table):
+            return
         buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), buffer)
+        pq.write_table(table, buffer)
         write_bytes(self._part_uri(part_name), buffer.getvalue())
 
     def has(self, part_name: str) -> bool:
@@ -116,6 +118,15 @@ class Ledger:
                 f"ledger {self.uri} cannot be read ({error}); delete the part that is named and run again "
                 "with --resume, which writes it anew"
             ) from error
+
+    def _says_the_same(self, part_name: str, table: pa.Table) -> bool:
+        content = read_bytes(self._part_uri(part_name)) or b""
+        try:
+            stored = pq.read_table(io.BytesIO(content))
+        except pa.ArrowException:
+            return False  # A damaged part is written anew.
+        measured = [name for name in SCHEMA.names if name not in ("when", "where")]
+        return stored.schema.equals(SCHEMA) and stored.select(measured).equals(table.select(measured))
 
     def _part_uri(self, part_name: str) -> str:
         return join(self.uri, safe_name(part_name) + SUFFIX)

@@ -169,7 +169,7 @@ class Store:
     ) -> StoredStage[ResultT]:
         """Make a stage's result durable; the manifest is written last.
 
-        `artifact` was published under `payload_uri`. If the stage is already
+        `artifact` was published inside the run, under `payload_uri` or `models_uri`. If the stage is already
         committed, the first result stays and is returned.
 
         Raises:
@@ -179,7 +179,7 @@ class Store:
             return existing
         home = self.stage_uri(kind, key)
         if artifact is not None:
-            self._check_payload_visible(home, artifact)
+            self._check_payload_visible(artifact)
         content = _encode(self._portable(asdict(result)))  # type: ignore[call-overload]
         write_bytes(join(home, "result.json"), content)
         manifest = {
@@ -252,9 +252,9 @@ class Store:
         result = TypeAdapter(result_type).validate_python(self._located(json.loads(content)))
         return _stored(manifest, result, artifact, self._located(manifest["inputs"]))
 
-    def _check_payload_visible(self, home: str, artifact: ArtifactRef) -> None:
-        if not artifact.uri.startswith(home + "/"):
-            raise ValueError(f"payload {artifact.uri} was not published under {home}")
+    def _check_payload_visible(self, artifact: ArtifactRef) -> None:
+        if not artifact.uri.startswith(self.uri + "/"):
+            raise ValueError(f"payload {artifact.uri} was not published inside the run {self.uri}")
         fs, root = filesystem(artifact.uri)
         infos = fs.get_file_info([f"{root}/{file.name}" for file in artifact.files])
         for file, info in zip(artifact.files, infos, strict=True):
@@ -321,25 +321,35 @@ def open_run(store: Store, config: dict[str, Any], resume: bool) -> None:
     job can always be given the same command.
 
     Raises:
+        RunExistsError: as `check_run`.
+    """
+    check_run(store, config, resume)
+    if read_run(store) is not None:
+        return
+    header = {"format": FORMAT, "config": config, "versions": installed_versions()}
+    header["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+    write_bytes(store.run_file_uri, json.dumps(header, indent=2).encode())
+
+
+def check_run(store: Store, config: dict[str, Any], resume: bool) -> None:
+    """Whether `open_run` would go ahead; changes nothing.
+
+    Raises:
         RunExistsError: a run is there and `resume` is off, it was started with
             another configuration, or the directory holds something else.
     """
-    config = json.loads(json.dumps(config))
     stored = read_run(store)
     if stored is None:
         if _holds_something(store.uri):
             raise RunExistsError(
                 f"{store.uri} is not empty and holds no run; choose another storage.path or name"
             )
-        header = {"format": FORMAT, "config": config, "versions": installed_versions()}
-        header["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-        write_bytes(store.run_file_uri, json.dumps(header, indent=2).encode())
         return
     if not resume:
         raise RunExistsError(
             f"{store.uri} holds a run; continue it with --resume or choose another storage.path or name"
         )
-    if changes := _differences(stored["config"], config):
+    if changes := _differences(stored["config"], json.loads(json.dumps(config))):
         raise RunExistsError(
             f"{store.uri} was started with another configuration; undo these changes or choose another "
             "name:\n" + "\n".join(f"  {line}" for line in changes)

@@ -8,7 +8,7 @@ from orchestrator.plan import IterationPlan, TrajectoryPlan
 
 
 class Stages(Protocol):
-    """What a trajectory asks for; each call returns a finished stage's result, run now or found in the store."""
+    """What a trajectory asks for; every call returns when the stage is finished, now or before."""
 
     def score(self, iteration: IterationPlan, model: ModelRef) -> Sequence[int]:
         """Source layers of `model`, from the first to remove to the last."""
@@ -26,12 +26,12 @@ class Stages(Protocol):
         """Write `model` as a Hugging Face directory."""
 
 
-def run_trajectory(plan: TrajectoryPlan, stages: Stages) -> ModelRef:
-    """Take one model to the deepest target and return what it has become."""
+def run_trajectory(plan: TrajectoryPlan, stages: Stages, until: int | None = None) -> ModelRef:
+    """Take one model to the deepest target, or to the end of iteration `until`; return what it has become."""
     model = plan.dense
     stages.evaluate(IterationPlan(0, 0, plan.model.num_layers, False), model, "dense")
 
-    for iteration in plan.iterations:
+    for iteration in plan.iterations[:until]:
         removal_order = stages.score(iteration, model)
         pruned = stages.prune(iteration, model, removal_order[: iteration.layers_to_drop])
         if plan.also_before_recovery:

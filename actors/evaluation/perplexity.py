@@ -60,8 +60,12 @@ def token_perplexity(
 
 def _check(model: PreTrainedModel, num_tokens: int, context: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context < 2 or (positions is not None and context > positions):
-        raise RequestError(f"a context of {context} tokens does not fit: it must be 2 to {positions}")
+    if context < 2:
+        raise RequestError(f"a perplexity context needs at least 2 tokens, not {context}")
+    if positions is not None and context > positions:
+        raise RequestError(
+            f"a perplexity context of {context} tokens is more than the {positions} positions of the model"
+        )
     if num_tokens < 2:
         raise RequestError(f"perplexity needs at least 2 tokens; the text has {num_tokens}")
 

@@ -4,6 +4,7 @@ An adapter sits on the kept layers of the *source* model, so that its tensors ar
 named by source index natively and the saved directory opens with plain PEFT.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,7 @@ def attach_adapters(model: PreTrainedModel, spec: RecoverySpec, kept: tuple[int,
     layers_path = find_layers(model).path
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        adapted = get_peft_model(model, config, adapter_name=CURRENT)
+        adapted = _with_adapter(model, config)
     adapted.peft_config[CURRENT].base_model_name_or_path = spec.model.source.path
     earlier = [_add_earlier(adapted, ref, i, kept, layers_path) for i, ref in enumerate(spec.model.adapters)]
     adapted.base_model.set_adapter([*earlier, CURRENT])
@@ -59,8 +60,10 @@ def save_adapter(adapted: PeftModel, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = adapted.peft_config[CURRENT]
+    config = copy.copy(adapted.peft_config[CURRENT])
     config.inference_mode = True
+    # PEFT keeps a set, whose order changes from process to process; the artifact's hash must not.
+    config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(directory))
 
 
@@ -135,6 +138,15 @@ def _new_config(model: PreTrainedModel, spec: AdapterSpec, kept: tuple[int, ...]
         layers_pattern=find_layers(model).attribute,
         task_type="CAUSAL_LM",
     )
+
+
+def _with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    try:
+        return get_peft_model(model, config, adapter_name=CURRENT)
+    except ValueError as error:
+        raise RequestError(
+            f"adapter targets do not suit model type {model.config.model_type!r}: {error}"
+        ) from error
 
 
 def _add_earlier(

@@ -122,4 +122,4 @@ class LockstepDistiller(nn.Module):
     def _logit_term(self, student_BTD: Tensor, teacher_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         if self._gram_DD is None:
             return logit_mse(student_BTD, teacher_BTD, self._head, mask_BT)
-        return logit_mse_from_hidden(student_BTD - teacher_BTD, self._gram_DD, mask_BT)
+        return logit_mse_from_hidden(student_BTD.float() - teacher_BTD.float(), self._gram_DD, mask_BT)

@@ -16,7 +16,6 @@ from torch import distributed as dist
 
 from actors.contracts import RecoverySpec
 from actors.errors import RequestError
-from actors.models import device
 from actors.recovery.adapters import trainable_parameters
 
 CHECKPOINT_TAG = "state"
@@ -48,36 +47,43 @@ class Engine:
     def __init__(self, module: nn.Module, spec: RecoverySpec, world_size: int):
         config = deepspeed_config(spec, world_size)
         _keep_to_torch_collectives()
-        self._max_grad_norm = spec.max_grad_norm
+        self._pending = False
         self._parameters = trainable_parameters(module)
         self._engine, *_ = deepspeed.initialize(
-            model=module.to(device()), model_parameters=self._parameters, config=config
+            model=module, model_parameters=self._parameters, config=config
         )
         self._engine.train()
 
-    def backward(self, input_ids_BT: Tensor) -> dict[str, Tensor]:
+    def accumulate(self, input_ids_BT: Tensor) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch; the detached terms."""
+        if self._pending:
+            # DeepSpeed counts micro-batches by calls of step(); this one changes no weights.
+            self._engine.step()
         terms = self._engine(input_ids_BT.to(self._engine.device))
         self._engine.backward(terms["loss"])
+        self._pending = True
         return {name: value.detach() for name, value in terms.items()}
 
-    def finish_micro_batch(self, learning_rate: float) -> None:
-        """After each `backward`; the one that completes the batch changes the weights."""
+    def apply(self, learning_rate: float) -> float:
+        """Change the weights by the gradient accumulated over one whole batch.
+
+        Returns the L2 norm of that gradient before clipping.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        norm = None if self._engine.zero_optimization() else self._gradient_norm()
         self._engine.step()
+        self._pending = False
+        # With ZeRO the gradient is sharded; its norm is known once the step is made.
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
-    def gradient_norm(self) -> float | None:
-        """L2 norm of the whole batch's gradient before clipping.
+    def mean_over_workers(self, values: Tensor) -> list[float]:
+        """Element-wise mean of a few numbers; every worker calls this and gets the same."""
+        dist.all_reduce(values)
+        return (values / dist.get_world_size()).tolist()
 
-        Without ZeRO it is known between the last `backward` and the step, with
-        ZeRO (which shards gradients) only after the step; None before that.
-        """
-        if self._engine.zero_optimization():
-            norm = self._engine.get_global_grad_norm()
-            return None if norm is None else float(norm)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
+    def _gradient_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
 
     def save(self, directory: Path, state: dict[str, Any]) -> None:
         """Write adapters, optimizer and `state`; every worker calls this, each writes its share."""
@@ -87,9 +93,7 @@ class Engine:
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Read back what `save` wrote and return its `state`."""
-        _, state = self._engine.load_checkpoint(
-            str(directory), tag=CHECKPOINT_TAG, load_module_strict=False
-        )
+        _, state = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG, load_module_strict=False)
         return state
 
     def close(self) -> None:
@@ -157,11 +161,18 @@ def single_process_group() -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
-        # DeepSpeed remembers the group it has seen, and would use it after its end.
-        deepspeed.comm.comm.cdb = None
+        _end_process_group()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _end_process_group() -> None:
+    """End the group and have DeepSpeed forget it, so that the next recovery can start its own."""
+    if deepspeed.comm.comm.cdb is None:
+        dist.destroy_process_group()
+        return
+    deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -179,7 +190,7 @@ def _check_zero_stage(user: dict[str, Any]) -> None:
     if stage not in ZERO_STAGES:
         raise RequestError(
             f"DeepSpeed field 'zero_optimization.stage' is {stage!r}; recovery trains with "
-            f"{', '.join(map(str, ZERO_STAGES))} (adapters are small: sharding the frozen weights is not offered)"
+            f"{', '.join(map(str, ZERO_STAGES))}; frozen weights are not sharded"
         )
 
 

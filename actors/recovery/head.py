@@ -18,6 +18,14 @@ PROBE_LOGIT = 1000.0
 PROBE_TOLERANCE = 0.02
 
 
+class _OnlyHidden(BaseModelOutputWithPast):
+    """A backbone's output in which all that a family might ask for besides is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class OutputHead:
     """Callable: hidden states after the final norm [.., D] → logits [.., V].
 
@@ -33,8 +41,8 @@ class OutputHead:
         token_ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden.device)
         backbone = self._model.base_model
 
-        def give_hidden(*_args: Any, **_kwargs: Any) -> BaseModelOutputWithPast:
-            return BaseModelOutputWithPast(last_hidden_state=hidden_BTD)
+        def give_hidden(*_args: Any, **_kwargs: Any) -> _OnlyHidden:
+            return _OnlyHidden(last_hidden_state=hidden_BTD)
 
         backbone.forward = give_hidden
         try:

@@ -49,10 +49,9 @@ def logit_mse_from_hidden(difference_BTD: Tensor, gram_DD: Tensor, mask_BT: Tens
     and common to both models.
 
     Args:
-        difference_BTD: h_S − h_T, after the final norm.
+        difference_BTD: h_S − h_T in fp32, after the final norm.
         gram_DD: `gram_matrix` of the common head.
     """
-    difference_BTD = difference_BTD.float()
     return _mean_over_tokens(((difference_BTD @ gram_DD) * difference_BTD).sum(-1), mask_BT)
 
 

@@ -8,30 +8,34 @@ in the batch, so the curve depends neither on W nor on interruptions.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from actors.artifacts import publish
-from actors.contracts import Progress, RecoveryResult, RecoverySpec, StepRecord, digest
+from actors.contracts import ArtifactRef, Progress, RecoveryResult, RecoverySpec, StepRecord, digest
 from actors.data import batch_order, load_texts, pack_blocks
-from actors.errors import RequestError, WorkError
-from actors.models import depth, load_source
+from actors.errors import IterabreError, RequestError, WorkError
+from actors.models import depth, device, load_source
 from actors.recovery.adapters import attach_adapters, save_adapter, trainable_parameters
-from actors.recovery.engine import Engine, accumulation_steps
+from actors.recovery.engine import Engine, deepspeed_config
 from actors.recovery.objectives import BuildModule, find_objective
 from actors.recovery.schedule import lr_at
 
 Write = Callable[[Path], None]
 """Writes this worker's share of a checkpoint into an empty directory."""
+
+
+T = TypeVar("T")
 
 
 class DivergenceError(WorkError):
@@ -129,17 +133,49 @@ def plan_steps(spec: RecoverySpec, num_sequences: int) -> int:
 
 
 def _prepare(spec: RecoverySpec, workplace: Workplace, build: BuildModule) -> Run:
-    accumulation_steps(spec, workplace.world_size)
+    loaded = _all_or_none(lambda: _load(spec, workplace.world_size, build))
+    engine = Engine(loaded.module, spec, workplace.world_size)
+    return Run(spec, workplace, loaded.adapted, engine, loaded.sequences_ST, loaded.order_SB)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    adapted: PeftModel
+    module: nn.Module
+    sequences_ST: Tensor
+    order_SB: Tensor
+
+
+def _load(spec: RecoverySpec, world_size: int, build: BuildModule) -> _Loaded:
+    """Everything that can be wrong with the request is found here, cheapest first."""
+    deepspeed_config(spec, world_size)
     lr_at(0, 1, spec.learning_rate, spec.lr_schedule)
-    model, tokenizer = load_source(spec.model)
     texts = load_texts(spec.data)
+    model, tokenizer = load_source(spec.model)
     sequences_ST = pack_blocks(texts, tokenizer, spec.sequence_length, max_tokens=spec.max_tokens)
     num_steps = plan_steps(spec, len(sequences_ST))
     order_SB = batch_order(len(sequences_ST), spec.batch_size, num_steps, spec.seed)
     kept = spec.model.kept(depth(model.config))
-    adapted = attach_adapters(model, spec, kept)
-    engine = Engine(build(adapted, spec, kept), spec, workplace.world_size)
-    return Run(spec, workplace, adapted, engine, sequences_ST, order_SB)
+    adapted = attach_adapters(model.to(device()), spec, kept)
+    return _Loaded(adapted, build(adapted, spec, kept), sequences_ST, order_SB)
+
+
+def _all_or_none(work: Callable[[], T]) -> T:
+    """The worker's own result of `work`, unless it failed on any worker: then all raise that error.
+
+    Otherwise the others would wait in their next collective for one that is gone.
+    """
+    done, failed = None, None
+    try:
+        done = work()
+    except IterabreError as error:
+        failed = error
+    failures: list[IterabreError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failed)
+    for failure in failures:
+        if failure is not None:
+            raise failure
+    return cast(T, done)
 
 
 def _resume(run: Run) -> list[StepRecord]:
@@ -160,26 +196,65 @@ def _run_steps(run: Run, records: list[StepRecord]) -> list[StepRecord]:
             run.workplace.progress(step + 1, run.num_steps, note)
         if (step + 1) % every == 0 or step + 1 == run.num_steps:
             state = {"steps": [asdict(record) for record in records]}
-            run.workplace.save_checkpoint(step + 1, lambda path, state=state: run.engine.save(path, state))
+            run.workplace.save_checkpoint(step + 1, partial(run.engine.save, state=state))
     return records
 
 
 def _run_step(run: Run, step: int) -> StepRecord:
     """One optimizer step; nothing is changed if the loss is not finite."""
     started, spec = time.perf_counter(), run.spec
-    learning_rate = lr_at(step, run.num_steps, spec.learning_rate, spec.lr_schedule, spec.warmup_steps)
-    positions = list(_micro_batches(spec, run.workplace))
+    positions = _micro_batches(spec, run.workplace)
     sums: dict[str, Tensor] = {}
-    grad_norm: float | None = None
-    for count, position in enumerate(positions, start=1):
+    for position in positions:
         torch.manual_seed(_draw_seed(spec.seed, step, position))
         chosen = run.order_SB[step, position : position + spec.micro_batch_size]
-        terms = run.engine.backward(run.sequences_ST[chosen])
-        sums = {name: sums.get(name, 0.0) + value.double() for name, value in terms.items()}
-        if count == len(positions):
-            terms_mean = _mean_over_workers(sums, len(positions) * run.workplace.world_size)
-            _check_finite(run, step, terms_mean)
-            grad_norm = run.engine.gradient_norm()
-        run.engine.finish_micro_batch(learning_rate)
-    grad_norm = run.engine.gradient_norm() if grad_norm is None else grad_norm
-    ...
+        for name, value in run.engine.accumulate(run.sequences_ST[chosen]).items():
+            sums[name] = sums[name] + value if name in sums else value
+    means = run.engine.mean_over_workers(torch.stack(list(sums.values())).double() / len(positions))
+    terms = dict(zip(sums, means, strict=True))
+    _check_finite(run, step, "loss", sum(means))
+    learning_rate = lr_at(step, run.num_steps, spec.learning_rate, spec.lr_schedule, spec.warmup_steps)
+    grad_norm = run.engine.apply(learning_rate)
+    _check_finite(run, step, "gradient", grad_norm)
+    return StepRecord(
+        step=step,
+        tokens=run.tokens_per_step,
+        loss=terms.pop("loss"),
+        terms=tuple(terms.items()),
+        learning_rate=learning_rate,
+        grad_norm=grad_norm,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _micro_batches(spec: RecoverySpec, workplace: Workplace) -> range:
+    """Positions in the step's batch at which this worker's micro-batches start."""
+    share = spec.batch_size // workplace.world_size
+    return range(workplace.rank * share, (workplace.rank + 1) * share, spec.micro_batch_size)
+
+
+def _draw_seed(seed: int, step: int, position: int) -> int:
+    return int(digest([seed, step, position])[:15], 16)
+
+
+def _check_finite(run: Run, step: int, what: str, value: float) -> None:
+    if math.isfinite(value):
+        return
+    every = max(1, run.spec.checkpoint_steps)
+    good = step // every * every
+    kept = f"the last good checkpoint is after step {good}" if good else "there was no checkpoint yet"
+    raise DivergenceError(
+        f"recovery of {run.spec.model.source.path!r} diverged: the {what} of step {step + 1} "
+        f"of {run.num_steps} is {value}, on sequences {run.order_SB[step].tolist()}; {kept}. "
+        "Lower the learning rate or max_grad_norm, lengthen the warm-up, or use float32"
+    )
+
+
+def _publish_adapter(run: Run) -> ArtifactRef:
+    with TemporaryDirectory(prefix="iterabre-adapter-") as scratch:
+        save_adapter(run.adapted, Path(scratch))
+        return publish(Path(scratch), run.workplace.adapter_uri)
+
+
+def _record_from_json(record: dict[str, Any]) -> StepRecord:
+    return StepRecord(**{**record, "terms": tuple((name, value) for name, value in record["terms"])})

@@ -8,10 +8,11 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
 from actors.contracts import Progress, ScoreResult, ScoreSpec, no_progress
-from actors.errors import IterabreError, WorkError
+from actors.errors import WorkError
+from actors.models.actor import placement, result_of, wait_for_place
 from actors.scoring.score import Scorer, ScoreRows
 
 log = logging.getLogger(__name__)
@@ -55,30 +56,19 @@ def score_on_ray(
     """
     scorer = Scorer(spec)
     with _pool(spec, actors, cpus, gpus) as pool:
-        _wait_for_first(pool, start_timeout_s, cpus, gpus)
+        wait_for_place([actor.ready.remote() for actor in pool], "scoring", cpus, gpus, start_timeout_s)
         rows = _share_out(pool, scorer.shares(len(pool) * SHARES_PER_ACTOR), progress)
     return scorer.result(rows)
 
 
 @contextmanager
 def _pool(spec: ScoreSpec, actors: int, cpus: float, gpus: float) -> Iterator[list[ActorHandle]]:
-    # DEFAULT scheduling: inside a Tune trial, actors would else be held to the trial's own small share.
-    options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
-    pool = [ScoreActor.options(**options).remote(spec) for _ in range(actors)]
+    pool = [ScoreActor.options(**placement(cpus, gpus)).remote(spec) for _ in range(actors)]
     try:
         yield pool
     finally:
         for actor in pool:
             ray.kill(actor)
-
-
-def _wait_for_first(pool: list[ActorHandle], timeout_s: float, cpus: float, gpus: float) -> None:
-    ready, _ = ray.wait([actor.ready.remote() for actor in pool], num_returns=1, timeout=timeout_s)
-    if not ready:
-        raise WorkError(
-            f"no score actor got its {cpus:g} CPU and {gpus:g} GPU within {timeout_s:g} s; "
-            f"the cluster has {ray.available_resources()} free. Lower execution.scoring or wait for other work"
-        )
 
 
 def _share_out(pool: list[ActorHandle], shares: list[list[int]], progress: Progress) -> dict[int, list[float]]:
@@ -97,7 +87,7 @@ def _share_out(pool: list[ActorHandle], shares: list[list[int]], progress: Progr
         (done,), _ = ray.wait(list(pending), num_returns=1)
         actor, share = pending.pop(done)
         try:
-            answer = _get(done)
+            answer = result_of(done)
         except RayActorError as error:
             # Only the lost share is run again. An actor that may come back is asked; a dead one is forgotten.
             if share:
@@ -110,13 +100,3 @@ def _share_out(pool: list[ActorHandle], shares: list[list[int]], progress: Progr
             progress(len(rows), total, "sequences")
         idle.append(actor)
     return rows
-
-
-def _get(reference: Any) -> Any:
-    """The value, with a user's error raised as itself rather than wrapped by Ray."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, IterabreError):
-            raise error.cause from None
-        raise

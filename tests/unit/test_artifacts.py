@@ -103,7 +103,7 @@ def test_damaged_local_file_is_named(source: Path, tmp_path: Path, damage, messa
 
 
 def test_artifact_of_another_machine_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(WorkError, match="not on this machine.*NFS"):
+    with pytest.raises(WorkError, match=r"not on this machine.*NFS"):
         fetch(ArtifactRef(str(tmp_path / "elsewhere"), (FileRef("a", 1, "0"),)))
 
 

@@ -66,6 +66,23 @@ def test_appending_again_replaces(ledger: Ledger) -> None:
     assert ledger.read()["step"].to_pylist() == [1, 2, 3]
 
 
+def test_appending_the_same_numbers_keeps_the_first_measurement(ledger: Ledger) -> None:
+    part = Path(ledger.uri, "a.parquet")
+    ledger.append("a", [_row(value=2.0)])
+    inode = part.stat().st_ino
+    ledger.append("a", [_row(value=2.0, when=datetime.now(UTC), where="elsewhere")])
+    assert part.stat().st_ino == inode
+    ledger.append("a", [_row(value=3.0)])
+    assert ledger.read()["value"].to_pylist() == [3.0]
+
+
+def test_damaged_part_is_mended_by_appending_again(ledger: Ledger) -> None:
+    ledger.append("a", [_row()])
+    Path(ledger.uri, "a.parquet").write_bytes(b"")
+    ledger.append("a", [_row()])
+    assert ledger.read().num_rows == 1
+
+
 def test_empty_ledger_and_empty_part(ledger: Ledger) -> None:
     assert ledger.read().schema == SCHEMA
     assert not ledger.has("a")
@@ -96,8 +113,8 @@ def _read_with_glob(directory: Path) -> pd.DataFrame:
     return pa.concat_tables([pq.read_table(part) for part in directory.glob("*.parquet")]).to_pandas()
 
 
-def _part(number: int) -> list[Row]:
-    return [_row(step=step, iteration=number) for step in range(ROWS_PER_PART)]
+def _part(number: int, value: float = 1.0) -> list[Row]:
+    return [_row(step=step, iteration=number, value=value) for step in range(ROWS_PER_PART)]
 
 
 @pytest.mark.parametrize("read", [_read_with_pandas, _read_with_glob])
@@ -107,7 +124,7 @@ def test_reader_never_sees_half_a_part(ledger: Ledger, read: Callable[[Path], pd
     def write() -> None:
         for number in range(1, 40):
             ledger.append(f"part-{number}", _part(number))
-            ledger.append(f"part-{number - 1}", _part(number - 1))
+            ledger.append(f"part-{number - 1}", _part(number - 1, value=2.0))
 
     writer = threading.Thread(target=write)
     writer.start()

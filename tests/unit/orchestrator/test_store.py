@@ -126,7 +126,7 @@ def test_first_commit_of_a_key_stays(local_store: Store) -> None:
 
 def test_payload_that_is_not_seen_here_is_explained(local_store: Store) -> None:
     ghost = ArtifactRef(local_store.payload_uri("recover", "k", 0), (FileRef("a", 1, "0"),))
-    with pytest.raises(WorkError, match="storage.path must be one that all nodes share"):
+    with pytest.raises(WorkError, match=r"storage\.path must be one that all nodes share"):
         local_store.commit("recover", "k", SCORES, INPUTS, ghost, 1.0)
     assert local_store.load("recover", "k", ScoreResult) is None
 

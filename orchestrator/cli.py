@@ -1,0 +1,311 @@
+"""The `iterabre` command. Heavy modules are imported by the command that needs them."""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.config import CampaignConfig, load_config
+from orchestrator.errors import IterabreError, RequestError, WorkError
+
+app = typer.Typer(
+    help="Make language models smaller: remove whole layers, heal each removal, repeat. On Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+out = Console()
+err = Console(stderr=True)
+
+Config = Annotated[Path, typer.Argument(help="Campaign file, e.g. configs/demo.yaml.", show_default=False)]
+Run = Annotated[Path, typer.Argument(help="Directory of a run, e.g. runs/smollm2-demo.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a field: methods.0.recovery.max_tokens=4096. Repeatable."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run that is there; start one if there is none.")
+]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster to join: auto, or HOST:PORT. This machine alone if not given.")
+]
+Model = Annotated[
+    str, typer.Option("--model", help="Hub id, directory, GGUF file, or package://PACKAGE/FILE.gguf.")
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
+Output = Annotated[Path, typer.Option("--output", help="Directory to write; must not exist or be empty.")]
+
+
+@app.command()
+def plan(config: Config, set_: Set = None, as_json: Json = False) -> None:
+    """Show what a campaign would run; checks everything and starts nothing."""
+    from orchestrator.plan import build_plan, plan_summary
+
+    rows = plan_summary(build_plan(load_config(config, set_)))
+    if as_json:
+        _print_json(rows)
+        return
+    shown = [
+        {
+            "trajectory": row["trajectory"],
+            "layers": f"{row['layers']} → {', '.join(map(str, row['targets']))}",
+            "iterations": row["iterations"],
+            "stages": row["stages"],
+            "recovery tokens": f"{row['recovery_tokens']:,}",
+            "recovery FLOPs": f"{row['recovery_flops']:.2e}",
+        }
+        for row in rows
+    ]
+    out.print(_table(shown, title="What would run"))
+
+
+@app.command()
+def compress(
+    config: Config, resume: Resume = False, address: Address = None, set_: Set = None
+) -> None:
+    """Compress one model with one method: a campaign file with one of each."""
+    loaded = load_config(config, set_)
+    if len(loaded.models) != 1 or len(loaded.methods) != 1:
+        raise RequestError(
+            f"{config} has {len(loaded.models)} models and {len(loaded.methods)} methods; "
+            "`compress` takes one of each, `iterabre campaign` takes many"
+        )
+    _run(loaded, resume, address)
+
+
+@app.command()
+def campaign(
+    config: Config, resume: Resume = False, address: Address = None, set_: Set = None
+) -> None:
+    """Run a campaign file: models × methods × seeds, with stops at the targets."""
+    _run(load_config(config, set_), resume, address)
+
+
+def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    from orchestrator.campaign import run_campaign
+    from orchestrator.plan import build_plan
+    from orchestrator.store import Store
+
+    store = Store.of_campaign(config.storage.path, config.name)
+    err.print(f"Checking the request: {config.name}", style="dim")
+    try:
+        outcome = run_campaign(config, build_plan(config), store, resume=resume, address=address)
+    except KeyboardInterrupt as stopped:
+        raise WorkError("stopped; finished stages are kept, --resume continues") from stopped
+    _show_results(store.uri)
+    report_file = _build_report(store.uri)
+    out.print(f"\nModels   {store.uri}/models\nReport   {report_file}\nLedger   {store.ledger_uri}", soft_wrap=True)
+    for trajectory, reason in outcome.failures.items():
+        err.print(f"failed: {trajectory}: {reason}", style="red", markup=False, soft_wrap=True)
+    if outcome.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(run: Run, as_json: Json = False) -> None:
+    """Show the numbers a run has so far, from its ledger."""
+    _show_results(_existing_run(run), as_json)
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write the HTML report of a run, finished or not."""
+    out.print(str(_build_report(_existing_run(run))), soft_wrap=True)
+
+
+@app.command()
+def score(
+    model: Model,
+    criterion: Annotated[str, typer.Option(help="How layers are judged.")] = "hidden_cosine",
+    calibration: Annotated[
+        str, typer.Option(help="Text file, or the name of a built-in text.")
+    ] = "iterabre-appendix-a",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Score every layer of a model as a candidate for removal."""
+    from actors.contracts import ModelRef, ModelSpec, ScoreSpec, TextSpec
+    from actors.data import BUILTIN_TEXTS, describe_text
+    from actors.models import describe_model
+    from actors.scoring import find_criterion, score_locally
+
+    text = TextSpec(builtin=calibration) if calibration in BUILTIN_TEXTS else TextSpec(path=calibration)
+    spec = ScoreSpec(ModelRef(ModelSpec(model, dtype)), text, criterion)
+    find_criterion(criterion)
+    describe_text(text)
+    describe_model(spec.model.source)
+    result = score_locally(spec)
+    order = {layer: rank for rank, layer in enumerate(result.removal_order, start=1)}
+    rows = [
+        {"layer": layer, "score": value, "remove": order[layer]}
+        for layer, value in zip(result.source_layers, result.scores, strict=True)
+    ]
+    if as_json:
+        _print_json({"criterion": criterion, "layers": rows})
+    else:
+        shown = [row | {"score": f"{row['score']:.6f}"} for row in rows]
+        out.print(_table(shown, title=f"{criterion}, {result.num_sequences} sequences; remove 1 first"))
+
+
+@app.command()
+def prune(
+    model: Model,
+    drop: Annotated[str, typer.Option(help="Layers to drop, from 0, e.g. 3,4 or 20-24.")],
+    output: Output,
+    dtype: Dtype = "float32",
+) -> None:
+    """Write a model without some of its layers, with no recovery."""
+    from actors.models import depth, load_model, remove_layers, save_pretrained
+
+    layers = parse_layers(drop)
+    _check_new_directory(output)
+    loaded, tokenizer = load_model(model, dtype=dtype)
+    save_pretrained(remove_layers(loaded, layers), output, tokenizer=tokenizer)
+    out.print(f"{output}: {depth(loaded.config)} layers, {loaded.num_parameters():,} parameters")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")],
+    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of a task.")] = None,
+    include_path: Annotated[str | None, typer.Option(help="Directory with further lm-eval tasks.")] = None,
+    batch_size: Annotated[int, typer.Option()] = 8,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Measure a model on lm-eval tasks."""
+    from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, to_json
+    from actors.evaluation import check_tasks, evaluate as measure
+    from actors.models import device, materialize
+
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    check_tasks(names, include_path)
+    ref = ModelRef(ModelSpec(model, dtype))
+    spec = EvaluationSpec(ref, tasks=names, include_path=include_path, limit=limit, batch_size=batch_size)
+    loaded, tokenizer = materialize(ref)
+    result = measure(loaded.to(device()), tokenizer, spec)
+    if as_json:
+        _print_json(to_json(result))
+        return
+    rows = [
+        {"metric": m.name, "value": f"{m.value:.4f}", "stderr": "" if m.stderr is None else f"{m.stderr:.4f}"}
+        for m in result.metrics
+    ]
+    out.print(_table(rows, title=model))
+
+
+@app.command()
+def export(
+    run: Run,
+    trajectory: Annotated[str, typer.Option(help="Id of a trajectory, as `iterabre status` shows it.")],
+    iteration: Annotated[int, typer.Option(help="Iteration whose recovered model is wanted.", min=1)],
+    output: Output,
+) -> None:
+    """Write the model of any finished iteration of a run."""
+    from orchestrator.exporting import export_iteration
+
+    _check_new_directory(output)
+    result = export_iteration(_existing_run(run), trajectory, iteration, output)
+    out.print(f"{output}: {result.num_layers} layers, {result.num_parameters:,} parameters")
+
+
+def parse_layers(text: str) -> list[int]:
+    """`3,4` and `20-24` as layer indices.
+
+    Raises:
+        RequestError: neither numbers nor ranges.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise RequestError(f"--drop {text!r}: write layers as 3,4 or 20-24")
+        layers.extend(range(int(first), int(last or first) + 1))
+    return layers
+
+
+def _check_new_directory(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RequestError(f"--output {str(path)!r} is there already and not empty; choose another directory")
+
+
+def _existing_run(run: Path) -> str:
+    from orchestrator.store import Store, read_run
+
+    if read_run(Store(str(run))) is None:
+        raise RequestError(f"{str(run)!r} holds no run: there is no campaign.json in it")
+    return str(run)
+
+
+def _show_results(run: str, as_json: bool = False) -> None:
+    from orchestrator.ledger import Ledger
+    from orchestrator.report.tables import iteration_table
+    from orchestrator.store import Store
+
+    rows = iteration_table(Ledger(Store(run).ledger_uri).read())
+    if as_json:
+        _print_json(rows)
+        return
+    for trajectory in dict.fromkeys(row["trajectory"] for row in rows):
+        own = [{k: v for k, v in row.items() if k != "trajectory"} for row in rows if row["trajectory"] == trajectory]
+        out.print(_table(own, title=trajectory))
+
+
+def _build_report(run: str) -> str:
+    from actors.artifacts import local_path, publish
+    from orchestrator.ledger import Ledger
+    from orchestrator.report.html import build_report
+    from orchestrator.store import Store, read_run
+
+    store = Store(run)
+    config = (read_run(store) or {})["config"]
+    table = Ledger(store.ledger_uri).read()
+    if directory := local_path(store.report_uri):
+        return str(build_report(table, config, directory))
+    with tempfile.TemporaryDirectory() as scratch:
+        build_report(table, config, Path(scratch))
+        return publish(Path(scratch), store.report_uri).uri
+
+
+def _table(rows: list[dict[str, Any]], title: str) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name, value in (rows[0] if rows else {}).items():
+        table.add_column(name, justify="right" if isinstance(value, (int, float)) else "left")
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    return table
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    """Entry point: errors become one message and an exit code; `--debug` shows the traceback."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        app(args=arguments, prog_name="iterabre")
+    except IterabreError as error:
+        if debug:
+            traceback.print_exc()
+        err.print(f"iterabre: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Writing the model of any finished iteration of a run."""
+
+from pathlib import Path
+from typing import Any
+
+from actors.contracts import ExportResult, ExportSpec, ModelRef
+from actors.models import export_model
+from orchestrator.config import parse_config
+from orchestrator.errors import RequestError, unknown_name
+from orchestrator.ledger import Ledger
+from orchestrator.plan import TrajectoryPlan, build_plan
+from orchestrator.report.card import model_card, provenance
+from orchestrator.stages import StoredStages
+from orchestrator.store import Store, read_run
+from orchestrator.trajectory import run_trajectory
+
+
+class _FinishedOnly:
+    """A backend for looking up: whatever is not in the store is not finished."""
+
+    def __getattr__(self, stage: str) -> Any:
+        raise RequestError(f"that iteration's {stage} stage is not finished; continue the run with --resume first")
+
+
+def export_iteration(run: str, trajectory_id: str, iteration: int, directory: Path) -> ExportResult:
+    """Write the recovered model of an iteration to `directory`.
+
+    Raises:
+        RequestError: no such trajectory or iteration, or it is not finished.
+    """
+    store = Store(run)
+    plan = _trajectory(store, trajectory_id)
+    model = model_at(plan, store, iteration)
+    round_ = plan.iterations[iteration - 1]
+    rows = Ledger(store.ledger_uri).read().to_pylist()
+    spec = ExportSpec(model, model_card(plan, round_, model, rows), provenance(plan, round_, model, rows))
+    return export_model(spec, str(directory.resolve()))
+
+
+def model_at(plan: TrajectoryPlan, store: Store, iteration: int) -> ModelRef:
+    """The recovered model of a finished iteration, found by walking its trajectory through the store."""
+    if not 1 <= iteration <= len(plan.iterations):
+        raise RequestError(f"{plan.id} has iterations 1 to {len(plan.iterations)}, not {iteration}")
+    stages = StoredStages(plan, store, _FinishedOnly(), report=lambda _activity: None)
+    return run_trajectory(plan, stages, until=iteration)
+
+
+def _trajectory(store: Store, trajectory_id: str) -> TrajectoryPlan:
+    stored = read_run(store)
+    if stored is None:
+        raise RequestError(f"{store.uri!r} holds no run: there is no campaign.json in it")
+    plan = build_plan(parse_config(stored["config"], store.run_file_uri))
+    known = [trajectory.id for trajectory in plan.trajectories]
+    if trajectory_id not in known:
+        raise unknown_name("trajectory", trajectory_id, known)
+    return plan.find(trajectory_id)

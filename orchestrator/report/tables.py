@@ -1,0 +1,129 @@
+"""One line per iteration, from the ledger: for the terminal, the report, Markdown and LaTeX."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+Line = dict[str, Any]
+
+STAGES = ("score", "prune", "recover", "evaluate", "export")
+LEADING = ("trajectory", "iteration", "layers", "dropped", "dropped score", "parameters")
+PHASE_RANK = {"pruned": 0, "dense": 1, "recovered": 1}
+NOT_MEASURED = "–"
+
+
+def is_perplexity(metric: str) -> bool:
+    """Whether lower is better and the number is worth showing before recovery as well."""
+    return metric.endswith("perplexity")
+
+
+def before(metric: str) -> str:
+    """Column of a metric measured after pruning and before recovery."""
+    return f"{metric} before recovery"
+
+
+def iteration_table(ledger: pa.Table) -> list[Line]:
+    """One dict per trajectory and iteration, all with the same keys in the same order.
+
+    Keys: `trajectory`, `iteration` (0 is the unpruned model), `layers` left,
+    `dropped` (source layer indices), `dropped score` (theirs), `parameters`,
+    then each metric of the evaluation (perplexities also as `... before
+    recovery`), then the seconds of each stage as `score s`, `recover s`, .... What was not
+    measured is None.
+    """
+    totals = ledger.filter(pc.is_null(ledger["step"]))
+    lines: dict[tuple[str, int], Line] = {}
+    # Recovered after pruned, so that the last phase of an iteration is the one shown.
+    for row in sorted(totals.to_pylist(), key=lambda r: (r["iteration"], PHASE_RANK.get(r["phase"], 0))):
+        place = (row["trajectory"], row["iteration"])
+        line = lines.setdefault(place, {"trajectory": row["trajectory"], "iteration": row["iteration"]})
+        _enter(line, row)
+    _count_source_layers(lines)
+    columns = _columns(lines.values())
+    order = {name: rank for rank, name in enumerate(pc.unique(ledger["trajectory"]).to_pylist())}
+    return [
+        {name: lines[place].get(name) for name in columns}
+        for place in sorted(lines, key=lambda place: (order[place[0]], place[1]))
+    ]
+
+
+def metric_columns(lines: Sequence[Line]) -> list[str]:
+    """The columns of `iteration_table` that come from evaluation."""
+    times = {f"{stage} s" for stage in STAGES}
+    return [name for name in (lines[0] if lines else ()) if name not in LEADING and name not in times]
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The table in GitHub's Markdown."""
+    if not lines:
+        return ""
+    head = [f"| {' | '.join(lines[0])} |", f"|{'---|' * len(lines[0])}"]
+    return "\n".join([*head, *(f"| {' | '.join(map(show, line.values()))} |" for line in lines)]) + "\n"
+
+
+def latex(lines: Sequence[Line]) -> str:
+    """The table as a LaTeX `tabular` with booktabs rules."""
+    if not lines:
+        return ""
+    body = [" & ".join(_latex_text(show(value)) for value in line.values()) + r" \\" for line in lines]
+    head = " & ".join(map(_latex_text, lines[0])) + r" \\"
+    columns = "l" + "r" * (len(lines[0]) - 1)
+    start, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
+    return "\n".join([start, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end]) + "\n"
+
+
+def show(value: Any) -> str:
+    """A cell as text: four significant digits, thousands set apart, a dash for what is missing."""
+    if value is None or value == ():
+        return NOT_MEASURED
+    if isinstance(value, tuple):
+        return ", ".join(map(show, value))
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _enter(line: Line, row: Mapping[str, Any]) -> None:
+    """Put one row of the ledger into its column."""
+    stage, metric, value = row["stage"], row["metric"], row["value"]
+    if metric == "seconds":
+        line[f"{stage} s"] = line.get(f"{stage} s", 0.0) + value
+    elif stage == "prune" and metric == "dropped":
+        line["dropped"] = (*line.get("dropped", ()), row["layer"])
+        line["dropped score"] = (*line.get("dropped score", ()), value)
+    elif stage == "prune" and metric == "layers":
+        line["layers"] = int(value)
+    elif stage == "evaluate" and metric == "parameters":
+        line["parameters"] = int(value)
+    elif stage == "evaluate" and is_perplexity(metric) and row["phase"] == "pruned":
+        line[before(metric)] = value
+    elif stage == "evaluate":
+        line[metric] = value
+
+
+def _count_source_layers(lines: Mapping[tuple[str, int], Line]) -> None:
+    """The depth of the unpruned model: what the first iteration dropped plus what it left."""
+    for (trajectory, iteration), line in lines.items():
+        first = lines.get((trajectory, 1))
+        if iteration == 0 and first and "layers" in first:
+            line["layers"] = first["layers"] + len(first.get("dropped", ()))
+
+
+def _columns(lines: Any) -> list[str]:
+    present = {name for line in lines for name in line}
+    times = [f"{stage} s" for stage in STAGES]
+    metrics = present.difference(LEADING, times)
+    # Perplexities first, each preceded by its value before recovery.
+    ordered = sorted(metrics, key=lambda m: (not is_perplexity(m.removesuffix(" before recovery")), _pair(m)))
+    return [*LEADING, *ordered, *(name for name in times if name in present)]
+
+
+def _pair(column: str) -> tuple[str, bool]:
+    metric = column.removesuffix(" before recovery")
+    return metric, metric == column
+
+
+def _latex_text(text: str) -> str:
+    return "".join(f"\\{c}" if c in "&%$#_{}" else "--" if c == NOT_MEASURED else c for c in text)

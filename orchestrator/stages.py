@@ -1,0 +1,232 @@
+"""Runs the stages of a trajectory: each one is computed once, in this process or on Ray.
+
+A stage is looked up in the store by its key; if it is not there, the backend
+computes it and it is committed. Its numbers go to the ledger either way, under a
+name that makes writing them twice harmless.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any, Protocol, TypeVar
+
+from actors.contracts import (
+    ArtifactRef,
+    EvaluationResult,
+    EvaluationSpec,
+    ExportResult,
+    ExportSpec,
+    ModelRef,
+    Progress,
+    RecoveryResult,
+    RecoverySpec,
+    ScoreResult,
+    ScoreSpec,
+)
+from orchestrator.ledger import Ledger, Row
+from orchestrator.plan import IterationPlan, TrajectoryPlan, num_stages
+from orchestrator.progress import Activity, Report, StageProgress
+from orchestrator.report.card import model_card, provenance
+from orchestrator.store import Store, StoredStage, stage_key
+
+log = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+Numbers = Iterable[tuple[str, float, str, dict[str, Any]]]
+"""Metric, value, unit and further ledger fields of each measured number."""
+
+
+class Backend(Protocol):
+    """Where a stage that is not in the store is computed."""
+
+    def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult: ...
+
+    def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult: ...
+
+    def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult: ...
+
+    def export(self, spec: ExportSpec, uri: str) -> ExportResult: ...
+
+
+class StoredStages:
+    """The stages of one trajectory, each found in the store or computed by the backend."""
+
+    def __init__(self, plan: TrajectoryPlan, store: Store, backend: Backend, report: Report):
+        self._plan = plan
+        self._store = store
+        self._backend = backend
+        self._ledger = Ledger(store.ledger_uri)
+        self._report = report
+        self.activity = Activity(
+            plan.id, 0, len(plan.iterations), "starting", stages_total=num_stages(plan)
+        )
+
+    def score(self, iteration: IterationPlan, model: ModelRef) -> Sequence[int]:
+        """Source layers of `model`, from the first to remove to the last."""
+        spec = self._plan.score_spec(model)
+        stage = self._once(
+            iteration, "score", spec, ScoreResult, lambda progress, _uri, _key: self._backend.score(spec, progress)
+        )
+        self._write(iteration, stage, _score_numbers(stage.result))
+        return stage.result.removal_order
+
+    def prune(self, iteration: IterationPlan, model: ModelRef, source_layers: Sequence[int]) -> ModelRef:
+        """`model` without those layers; nothing is computed, the choice is recorded."""
+        pruned = model.without(tuple(source_layers))
+        scores = self._stored_scores(model)
+        numbers = [("dropped", scores[layer], "", {"layer": layer}) for layer in source_layers]
+        key = stage_key("prune", self._plan.key_inputs(pruned))
+        self._append(iteration, "prune", key, None, [*numbers, ("layers", iteration.layers_left, "", {})])
+        self._count(reused=False)
+        return pruned
+
+    def recover(self, iteration: IterationPlan, model: ModelRef) -> ModelRef:
+        """`model`, healed."""
+        spec = self._plan.recovery_spec(model)
+        stage = self._once(
+            iteration,
+            "recover",
+            spec,
+            RecoveryResult,
+            lambda progress, uri, key: self._backend.recover(spec, uri, key, progress),
+        )
+        self._write(iteration, stage, _recovery_numbers(stage.result))
+        return model.recovered(stage.artifact)
+
+    def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
+        """Measure `model`; the numbers go to the ledger."""
+        spec = self._plan.evaluation_spec(model)
+        stage = self._once(
+            iteration,
+            "evaluate",
+            spec,
+            EvaluationResult,
+            lambda progress, _uri, _key: self._backend.evaluate(spec, progress),
+        )
+        self._write(iteration, stage, _evaluation_numbers(stage.result), phase)
+
+    def export(self, iteration: IterationPlan, model: ModelRef) -> None:
+        """Write `model` as a Hugging Face directory, with its card and provenance."""
+        rows = self._ledger.read().to_pylist()
+        spec = ExportSpec(
+            model,
+            card=model_card(self._plan, iteration, model, rows),
+            provenance=provenance(self._plan, iteration, model, rows),
+        )
+        uri = self._store.models_uri(self._plan.id, iteration.layers_left)
+        stage = self._once(
+            iteration, "export", spec, ExportResult, lambda _progress, _uri, _key: self._backend.export(spec, uri)
+        )
+        numbers = [
+            ("parameters", stage.result.num_parameters, "", {}),
+            ("layers", stage.result.num_layers, "", {}),
+        ]
+        self._write(iteration, stage, numbers)
+
+    def _once(
+        self,
+        iteration: IterationPlan,
+        kind: str,
+        spec: Any,
+        result_type: type[ResultT],
+        compute: Callable[[Progress, str, str], ResultT],
+    ) -> StoredStage[ResultT]:
+        """The stage's result from the store, or computed now and committed."""
+        inputs = self._plan.key_inputs(spec)
+        key = stage_key(kind, inputs)
+        self.activity = dataclasses.replace(self.activity, iteration=iteration.index, stage=kind)
+        progress = StageProgress(self._report, self.activity)
+        if stored := self._store.load(kind, key, result_type):
+            self._count(reused=True)
+            return stored
+        log.info("%s iteration %d: %s %s starts", self._plan.id, iteration.index, kind, key[:12])
+        started = time.monotonic()
+        result = compute(progress, self._store.payload_uri(kind, key, time.time_ns()), key)
+        seconds = time.monotonic() - started
+        log.info("%s iteration %d: %s %s took %.1f s", self._plan.id, iteration.index, kind, key[:12], seconds)
+        stage = self._store.commit(kind, key, result, inputs, _artifact(result), seconds)
+        self._count(reused=False)
+        return stage
+
+    def _count(self, reused: bool) -> None:
+        now = self.activity
+        self.activity = dataclasses.replace(
+            now, stages_done=now.stages_done + 1, stages_reused=now.stages_reused + reused
+        )
+        self._report(self.activity)
+
+    def _stored_scores(self, model: ModelRef) -> dict[int, float]:
+        inputs = self._plan.key_inputs(self._plan.score_spec(model))
+        stage = self._store.load("score", stage_key("score", inputs), ScoreResult)
+        assert stage is not None, "a model is scored before it is pruned"
+        return dict(zip(stage.result.source_layers, stage.result.scores, strict=True))
+
+    def _write(
+        self, iteration: IterationPlan, stage: StoredStage[Any], numbers: Numbers, phase: str | None = None
+    ) -> None:
+        numbers = [*numbers, ("seconds", stage.seconds, "s", {})]
+        self._append(iteration, stage.kind, stage.key, phase, numbers, stage.created_at, stage.host)
+
+    def _append(
+        self,
+        iteration: IterationPlan,
+        kind: str,
+        key: str,
+        phase: str | None,
+        numbers: Numbers,
+        created_at: str | None = None,
+        host: str | None = None,
+    ) -> None:
+        """Write a stage's numbers to the ledger, once."""
+        part = f"{self._plan.id}-{iteration.index:03d}-{kind}-{phase or 'all'}-{key[:16]}"
+        if self._ledger.has(part):
+            return
+        common: dict[str, Any] = {
+            "campaign": self._plan.campaign,
+            "trajectory": self._plan.id,
+            "model": self._plan.model_id,
+            "method": self._plan.method.name,
+            "seed": self._plan.seed,
+            "iteration": iteration.index,
+            "stage": kind,
+            "phase": phase,
+            "key": key,
+        }
+        if created_at and host:
+            common |= {"when": datetime.fromisoformat(created_at), "where": host}
+        rows = [Row(**common, metric=m, value=float(v), unit=u, **more) for m, v, u, more in numbers]
+        self._ledger.append(part, rows)
+
+
+def _score_numbers(result: ScoreResult) -> Numbers:
+    for layer, score in zip(result.source_layers, result.scores, strict=True):
+        yield "score", score, "", {"layer": layer}
+    yield "layer_forwards", result.layer_forwards, "", {}
+    yield "sequences", result.num_sequences, "", {}
+    yield "tokens", result.num_tokens, "tokens", {}
+
+
+def _recovery_numbers(result: RecoveryResult) -> Numbers:
+    for record in result.steps:
+        at = {"step": record.step}
+        yield "loss", record.loss, "", at
+        for name, value in record.terms:
+            yield f"loss_{name}", value, "", at
+        yield "learning_rate", record.learning_rate, "", at
+        yield "grad_norm", record.grad_norm, "", at
+        yield "step_seconds", record.seconds, "s", at
+    yield "tokens", result.tokens, "tokens", {}
+    yield "trainable_parameters", result.trainable_parameters, "", {}
+
+
+def _evaluation_numbers(result: EvaluationResult) -> Numbers:
+    for metric in result.metrics:
+        yield metric.name, metric.value, metric.unit, {"stderr": metric.stderr}
+    yield "parameters", result.num_parameters, "", {}
+
+
+def _artifact(result: Any) -> ArtifactRef | None:
+    """What a stage published: recovery's adapter, export's directory; other stages only measure."""
+    return getattr(result, "adapter", None) or getattr(result, "artifact", None)

@@ -1,0 +1,50 @@
+"""A whole evaluation: names and units of the metrics, progress, requests refused before the model runs."""
+
+import pytest
+
+from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, PerplexitySpec, TextSpec
+from actors.data import load_texts, tokenize_text
+from actors.errors import RequestError
+from actors.evaluation import evaluate, token_perplexity
+from tests.tiny_models import tiny_llama
+
+TEXT = TextSpec(builtin="iterabre-appendix-a")
+MODEL = ModelRef(ModelSpec("unused"))
+
+
+def test_metrics_carry_names_units_and_versions() -> None:
+    model, tokenizer = tiny_llama()
+    text = PerplexitySpec("appendix", TEXT, context=64, max_tokens=300)
+    spec = EvaluationSpec(MODEL, perplexity=(text,), tasks=("blimp_sample",), limit=4)
+    told: list[tuple[int, int, str]] = []
+    result = evaluate(model, tokenizer, spec, progress=lambda *step: told.append(step))
+    expected = token_perplexity(model, tokenize_text(load_texts(TEXT), tokenizer, 300), context=64)
+    assert [(m.name, m.unit) for m in result.metrics] == [
+        ("appendix/token_perplexity", "ppl"),
+        ("appendix/loss_nats", "nats"),
+        ("blimp_sample/acc", ""),
+    ]
+    assert result.metrics[0].value == expected.perplexity
+    assert result.metrics[1].value == expected.loss_nats
+    assert result.num_parameters == model.num_parameters()
+    assert {"torch", "transformers", "lm_eval", "task:blimp_sample"} == set(dict(result.versions))
+    assert told == [(0, 2, "appendix"), (1, 2, "blimp_sample"), (2, 2, "evaluated")]
+
+
+def test_nothing_asked_for_measures_nothing() -> None:
+    model, tokenizer = tiny_llama()
+    assert evaluate(model, tokenizer, EvaluationSpec(MODEL)).metrics == ()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (EvaluationSpec(MODEL, tasks=("blimp_smaple",)), "blimp_sample"),
+        (EvaluationSpec(MODEL, perplexity=(PerplexitySpec("x", TextSpec(builtin="x")),)), "built-in text"),
+    ],
+)
+def test_wrong_requests_are_refused_before_the_model_runs(spec: EvaluationSpec, message: str) -> None:
+    model, tokenizer = tiny_llama()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(RequestError, match=message):
+        evaluate(model, tokenizer, spec)

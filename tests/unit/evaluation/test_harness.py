@@ -1,0 +1,168 @@
+"""lm-eval through our call against lm-eval's own `simple_evaluate`; our tasks against the official ones."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval
+import pytest
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from actors.data import builtin_file
+from actors.errors import RequestError, WorkError
+from actors.evaluation import check_tasks, evaluate_tasks
+from actors.evaluation.harness import TASKS
+from tests.tiny_models import save_tiny, tiny_llama
+
+FEWSHOT_TASK = """
+task: tiny_{name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: {kind}
+test_split: test
+fewshot_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: {metric}, aggregation: {aggregation}, higher_is_better: true}}]
+metadata: {{version: 3.0}}
+"""
+GROUP = """
+group: tiny_group
+task: [blimp_sample, tiny_words]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+"""
+
+
+@pytest.fixture
+def user_tasks(tmp_path: Path) -> Path:
+    """A folder of the user's own tasks: bootstrapped stderr, a named filter, few-shot examples, a group."""
+    data = tmp_path / "data.jsonl"
+    rows = [{"question": f"The lazy dog {i}", "answer": f"jumps {i * i}"} for i in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fill = {"data": data, "kind": "loglikelihood"}
+    words = FEWSHOT_TASK.format(name="words", metric="acc", aggregation="mean", **fill)
+    odds = FEWSHOT_TASK.format(name="odds", metric="perplexity", aggregation="perplexity", **fill)
+    filtered = "filter_list: [{name: first, filter: [{function: take_first}]}]\n"
+    (tmp_path / "words.yaml").write_text(words)
+    (tmp_path / "odds.yaml").write_text(odds + filtered)
+    (tmp_path / "group.yaml").write_text(GROUP)
+    return tmp_path
+
+
+def stock(tasks: list[str], include_path: Path, **settings: object) -> dict[str, dict[str, float]]:
+    model, tokenizer = tiny_llama()
+    manager = TaskManager(include_path=[str(TASKS), str(include_path)], include_defaults=False)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    return lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, **settings)["results"]
+
+
+def test_numbers_are_those_of_lm_eval(user_tasks: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = tiny_llama()
+    tokenizer.pad_token = None
+    tasks = ["tiny_words", "tiny_odds", "blimp_sample"]
+    metrics, versions = evaluate_tasks(
+        model, tokenizer, tasks, include_path=str(user_tasks), limit=10, num_fewshot=2, batch_size=4
+    )
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+    assert tokenizer.pad_token is None
+    expected = stock(tasks, user_tasks, limit=10, num_fewshot=2)
+    words, odds, blimp = (expected[task] for task in tasks)
+    found = {metric.name: (metric.value, metric.stderr) for metric in metrics}
+    assert found == {
+        "tiny_words/acc": (words["acc,none"], words["acc_stderr,none"]),
+        "tiny_odds/perplexity,first": (odds["perplexity,first"], odds["perplexity_stderr,first"]),
+        "blimp_sample/acc": (blimp["acc,none"], blimp["acc_stderr,none"]),
+    }
+    assert dict(versions) == {
+        "lm_eval": lm_eval.__version__,
+        "task:blimp_sample": "1.0",
+        "task:tiny_odds": "3.0",
+        "task:tiny_words": "3.0",
+    }
+
+
+def test_a_group_gives_its_aggregate_under_its_own_name(user_tasks: Path) -> None:
+    model, tokenizer = tiny_llama()
+    metrics, _ = evaluate_tasks(
+        model, tokenizer, ["tiny_group"], include_path=str(user_tasks), limit=6, batch_size=4
+    )
+    expected = stock(["tiny_group"], user_tasks, limit=6)
+    values = {metric.name: metric.value for metric in metrics}
+    assert set(values) == {"tiny_group/acc", "tiny_words/acc", "blimp_sample/acc"}
+    assert values["tiny_group/acc"] == expected["tiny_group"]["acc,none"]
+
+
+def test_unknown_tasks_and_folders_are_refused_before_anything_runs(user_tasks: Path) -> None:
+    check_tasks([])
+    check_tasks(["blimp_sample", "tiny_group"], str(user_tasks))
+    with pytest.raises(RequestError, match=r"nowhere.*is not a folder"):
+        check_tasks(["blimp_sample"], "nowhere")
+    with pytest.raises(RequestError, match=r"unknown task 'blimp_smaple'; did you mean.*blimp_sample"):
+        check_tasks(["blimp_sample", "blimp_smaple"])
+    check_tasks(["mmlu", "wikitext", "blimp"])
+    with pytest.raises(RequestError, match="'humaneval' executes code"):
+        check_tasks(["humaneval"])
+
+
+def test_missing_data_name_the_task(user_tasks: Path) -> None:
+    (user_tasks / "data.jsonl").rename(user_tasks / "moved.jsonl")
+    with pytest.raises(WorkError, match=r"tiny_words.*data\.jsonl"):
+        evaluate_tasks(*tiny_llama(), ["tiny_words"], include_path=str(user_tasks))
+
+
+def test_our_tasks_hold_the_official_definitions() -> None:
+    stock_tasks = Path(lm_eval.__file__).parent / "tasks"
+    pairs = {
+        "blimp_sample": stock_tasks / "blimp" / "_template_yaml",
+        "wikitext2_prefix": stock_tasks / "wikitext" / "wikitext.yaml",
+    }
+    replaced = {"task", "dataset_path", "dataset_name", "custom_dataset", "dataset_kwargs", "metadata"}
+    replaced |= {"training_split", "validation_split", "should_decontaminate", "doc_to_decontamination_query"}
+    for ours, official in pairs.items():
+        assert _definition(TASKS / f"{ours}.yaml", replaced) == _definition(official, replaced)
+
+
+def _definition(file: Path, left_out: set[str]) -> dict[str, object]:
+    """The settings of a task; functions by their source, since lm-eval loads a module once per path."""
+    settings = load_yaml(file).items()
+    return {k: inspect.getsource(v) if callable(v) else v for k, v in settings if k not in left_out}
+
+
+def test_prefix_pages_are_cut_at_top_level_headings() -> None:
+    documents = _custom_documents("wikitext2_prefix", "test", num_pages=3)
+    text = builtin_file("wikitext-2-raw-test.txt").read_text(encoding="utf-8")
+    titles = [" = Robert Boulter = \n", " = Du Fu = \n", " = Kiss You ( One Direction song ) = \n"]
+    assert [page["page"].splitlines(keepends=True)[0] for page in documents] == titles
+    assert text.startswith(
+        " \n" + "\n".join(page["page"] for page in documents) + "\n = Ise @-@ class battleship"
+    )
+    assert len(_custom_documents("wikitext2_prefix", "test", num_pages=1000)) == 62
+
+
+def _custom_documents(task: str, split: str, **settings: object) -> list[dict[str, str]]:
+    return load_yaml(TASKS / f"{task}.yaml")["custom_dataset"](**settings)[split].to_list()
+
+
+@pytest.mark.long
+def test_the_lm_eval_command_gives_the_same_digits(tmp_path: Path) -> None:
+    """Run from another folder, as a user of the exported model would."""
+    model_dir = save_tiny(tmp_path / "model")
+    tasks = ["blimp_sample", "wikitext2_prefix"]
+    command = [
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model_dir}",
+        "--include_path", str(TASKS), "--tasks", ",".join(tasks), "--batch_size", "8",
+        "--output_path", str(tmp_path / "out"),
+    ]  # fmt: skip
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    expected = json.loads(file.read_text())["results"]
+    metrics, _ = evaluate_tasks(*tiny_llama(), tasks, batch_size=8)
+    assert len(metrics) == 4
+    for metric in metrics:
+        task, measure = metric.name.split("/")
+        assert metric.value == expected[task][f"{measure},none"]

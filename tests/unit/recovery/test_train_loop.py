@@ -1,0 +1,186 @@
+"""The training loop: the curve is the same on one worker, on two, and after an interruption."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import distributed as dist
+from torch import multiprocessing
+
+from actors.artifacts import fetch
+from actors.contracts import LossSpec, RecoveryResult, RecoverySpec, TextSpec, no_progress
+from actors.errors import RequestError
+from actors.recovery.local import recover_locally
+from actors.recovery.train_loop import DivergenceError, Workplace, train
+
+ZERO2 = json.dumps({"zero_optimization": {"stage": 2}})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_spec: RecoverySpec, tmp_path_factory: pytest.TempPathFactory) -> RecoveryResult:
+    directory = tmp_path_factory.mktemp("undisturbed")
+    return recover_locally(tiny_spec, str(directory / "adapter"), directory / "work")
+
+
+def _curve(result: RecoveryResult) -> list[tuple[float, ...]]:
+    return [(s.loss, s.grad_norm, s.learning_rate, *(value for _, value in s.terms)) for s in result.steps]
+
+
+def _assert_same(result: RecoveryResult, expected: RecoveryResult) -> None:
+    assert [s.step for s in result.steps] == [s.step for s in expected.steps]
+    for got, want in zip(_curve(result), _curve(expected), strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
+    assert result.adapter
+    assert expected.adapter
+    mine, theirs = (load_file(fetch(r.adapter) / "adapter_model.safetensors") for r in (result, expected))
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_the_result_counts_what_was_done(tiny_spec: RecoverySpec, undisturbed: RecoveryResult) -> None:
+    assert [s.step for s in undisturbed.steps] == list(range(6))
+    assert undisturbed.tokens == sum(s.tokens for s in undisturbed.steps) == 6 * 64
+    # Rank 4 on seven linear layers of three blocks: r (in + out) each.
+    per_block = 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
+    assert undisturbed.trainable_parameters == 3 * per_block
+    assert undisturbed.steps[-1].loss < undisturbed.steps[0].loss
+    first = undisturbed.steps[0]
+    assert first.loss == pytest.approx(sum(value for _, value in first.terms))
+    assert first.learning_rate == pytest.approx(tiny_spec.learning_rate / 2)
+
+
+def test_batches_are_the_same_however_they_are_cut(
+    tiny_spec: RecoverySpec, undisturbed: RecoveryResult, tmp_path: Path
+) -> None:
+    spec = replace(tiny_spec, micro_batch_size=4, adapter=replace(tiny_spec.adapter, dropout=0.0))
+    whole = recover_locally(spec, str(tmp_path / "a"), tmp_path / "w")
+    cut = recover_locally(replace(spec, micro_batch_size=2), str(tmp_path / "b"), tmp_path / "w")
+    _assert_same(cut, whole)
+
+
+def test_zero_2_trains_the_same(tiny_spec: RecoverySpec, undisturbed: RecoveryResult, tmp_path: Path) -> None:
+    _assert_same(
+        recover_locally(replace(tiny_spec, deepspeed=ZERO2), str(tmp_path / "a"), tmp_path), undisturbed
+    )
+
+
+def _one_of_two(rank: int, specs: dict[str, RecoverySpec], directory: Path) -> None:
+    """Worker `rank` of a plain gloo group of two; rank 0 leaves its results as files."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    store = dist.FileStore(str(directory / "rendezvous"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    for name, spec in specs.items():
+        workplace = Workplace(
+            rank=rank,
+            world_size=2,
+            adapter_uri=str(directory / f"{name}-adapter"),
+            save_checkpoint=lambda step, write, name=name: write(directory / f"{name}-{step}"),
+            open_checkpoint=nullcontext,
+            progress=no_progress,
+        )
+        result = train(spec, workplace)
+        if rank == 0:
+            (directory / f"{name}.pickle").write_bytes(pickle.dumps(result))
+    only_here_wrong = replace(spec, data=TextSpec(path="nowhere.txt")) if rank == 1 else spec
+    with pytest.raises(RequestError, match=r"nowhere\.txt"):
+        train(only_here_wrong, workplace)
+    dist.destroy_process_group()
+
+
+def test_two_workers_train_what_one_trains_and_fail_together(
+    tiny_spec: RecoverySpec, undisturbed: RecoveryResult, tmp_path: Path
+) -> None:
+    specs = {"zero0": tiny_spec, "zero2": replace(tiny_spec, deepspeed=ZERO2)}
+    multiprocessing.spawn(_one_of_two, (specs, tmp_path), nprocs=2)
+    for name in specs:
+        _assert_same(pickle.loads((tmp_path / f"{name}.pickle").read_bytes()), undisturbed)
+
+
+class _Interrupted(Exception):
+    """Stands for the death of the process."""
+
+
+def _stop_at(step: int) -> Callable[[int, int, str], None]:
+    def progress(done: int, total: int, note: str = "") -> None:
+        if done == step:
+            raise _Interrupted
+
+    return progress
+
+
+@pytest.mark.parametrize("deepspeed", ["{}", ZERO2], ids=["zero0", "zero2"])
+def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_end(
+    tiny_spec: RecoverySpec, undisturbed: RecoveryResult, tmp_path: Path, deepspeed: str
+) -> None:
+    spec = replace(tiny_spec, deepspeed=deepspeed)
+    with pytest.raises(_Interrupted):
+        recover_locally(spec, str(tmp_path / "a"), tmp_path / "work", _stop_at(5))
+    seen: list[int] = []
+    resumed = recover_locally(
+        spec, str(tmp_path / "a"), tmp_path / "work", lambda done, total, note: seen.append(done)
+    )
+    assert seen == [5, 6]
+    _assert_same(resumed, undisturbed)
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_checkpoints_of_another_request_are_not_used(tiny_spec: RecoverySpec, tmp_path: Path) -> None:
+    with pytest.raises(_Interrupted):
+        recover_locally(tiny_spec, str(tmp_path / "a"), tmp_path / "work", _stop_at(3))
+    seen: list[int] = []
+    other = replace(tiny_spec, seed=4)
+    recover_locally(other, str(tmp_path / "a"), tmp_path / "work", lambda done, _t, _n: seen.append(done))
+    assert seen[0] == 1
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
+    tiny_spec: RecoverySpec, tmp_path: Path
+) -> None:
+    spec = replace(tiny_spec, learning_rate=1e30, max_grad_norm=0.0, warmup_steps=0, checkpoint_steps=1)
+    with pytest.raises(DivergenceError, match=r"step \d of 6 .*sequences \[.*checkpoint"):
+        recover_locally(spec, str(tmp_path / "a"), tmp_path / "work")
+    assert not (tmp_path / "a").exists()
+
+
+def test_none_trains_nothing(tiny_spec: RecoverySpec, tmp_path: Path) -> None:
+    result = recover_locally(replace(tiny_spec, objective="none"), str(tmp_path / "a"), tmp_path)
+    assert result == RecoveryResult(adapter=None, steps=(), tokens=0, trainable_parameters=0)
+
+
+def _bad_requests() -> Iterator[tuple[dict[str, object], str]]:
+    yield {"objective": "kdd"}, "kdd"
+    yield {"batch_size": 5, "micro_batch_size": 2}, r"batch_size 5 .*micro_batch_size 2 x 1 workers = 2"
+    yield {"max_tokens": 63}, "63 .*4 x 16 = 64"
+    yield {"batch_size": 4000, "max_tokens": 10**6}, "4000"
+    yield {"lr_schedule": "expo"}, "expo"
+    yield {"deepspeed": "{"}, "JSON"
+    yield {"deepspeed": "[]"}, "object"
+    yield {"deepspeed": '{"train_batch_size": 7}'}, "train_batch_size.*batch_size"
+    yield {"deepspeed": '{"zero_optimization": {"stage": 3}}'}, "stage"
+    yield {"loss": LossSpec(0, 0, 0)}, "weight"
+    yield {"data": TextSpec(path="nowhere.txt")}, "nowhere.txt"
+
+
+@pytest.mark.parametrize(("changes", "message"), _bad_requests())
+def test_a_wrong_request_is_refused_and_leaves_no_group_behind(
+    tiny_spec: RecoverySpec, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        recover_locally(replace(tiny_spec, **changes), str(tmp_path / "a"), tmp_path)
+    assert not dist.is_initialized()
+
+
+def test_fields_given_as_auto_are_filled_in(tiny_spec: RecoverySpec) -> None:
+    from actors.recovery.engine import deepspeed_config
+
+    user = {"train_batch_size": "auto", "optimizer": "auto", "zero_optimization": {"stage": 1}}
+    config = deepspeed_config(replace(tiny_spec, deepspeed=json.dumps(user)), world_size=2)
+    assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (4, 2)
+    assert config["optimizer"]["params"]["lr"] == tiny_spec.learning_rate
+    assert config["zero_optimization"] == {"stage": 1}
