@@ -18,8 +18,9 @@ from orchestrator.config import CampaignConfig, ExecutionConfig
 from orchestrator.errors import ClusterTooSmallError, IterabreError
 from orchestrator.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.progress import Board, RemoteReport, Report, live_view
+from orchestrator.run_file import check_run, open_run
 from orchestrator.stages import StoredStages
-from orchestrator.store import Store, check_run, open_run
+from orchestrator.store import Store
 from orchestrator.trajectory import run_trajectory
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,9 @@ def _workers_output_to(file: Path) -> Iterator[None]:
     """Send what workers print to `file` instead of this terminal."""
 
     def write(data: Mapping[str, Any]) -> None:
-        who = f"{data.get('actor_name') or data.get('task_name') or ''} pid={data.get('pid')} {data.get('ip')}"
+        who = (
+            f"{data.get('actor_name') or data.get('task_name') or ''} pid={data.get('pid')} {data.get('ip')}"
+        )
         stream.writelines(f"({who.strip()}) {line}\n" for line in data.get("lines", []))
         stream.flush()
 
@@ -235,5 +238,3 @@ def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
                     f"has {in_all:g} {kind}, {on_node:g} on its largest node; lower execution.{section} "
                     "or use a larger cluster"
                 )
-
-

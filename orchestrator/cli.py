@@ -69,9 +69,7 @@ def plan(config: Config, set_: Set = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def compress(
-    config: Config, resume: Resume = False, address: Address = None, set_: Set = None
-) -> None:
+def compress(config: Config, resume: Resume = False, address: Address = None, set_: Set = None) -> None:
     """Compress one model with one method: a campaign file with one of each."""
     loaded = load_config(config, set_)
     if len(loaded.models) != 1 or len(loaded.methods) != 1:
@@ -83,9 +81,7 @@ def compress(
 
 
 @app.command()
-def campaign(
-    config: Config, resume: Resume = False, address: Address = None, set_: Set = None
-) -> None:
+def campaign(config: Config, resume: Resume = False, address: Address = None, set_: Set = None) -> None:
     """Run a campaign file: models × methods × seeds, with stops at the targets."""
     _run(load_config(config, set_), resume, address)
 
@@ -104,7 +100,9 @@ def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
         raise WorkError("stopped; finished stages are kept, --resume continues") from stopped
     _show_results(store.uri)
     report_file = _build_report(store.uri)
-    out.print(f"\nModels   {store.uri}/models\nReport   {report_file}\nLedger   {store.ledger_uri}", soft_wrap=True)
+    out.print(
+        f"\nModels   {store.uri}/models\nReport   {report_file}\nLedger   {store.ledger_uri}", soft_wrap=True
+    )
     for trajectory, reason in outcome.failures.items():
         err.print(f"failed: {trajectory}: {reason}", style="red", markup=False, soft_wrap=True)
     if outcome.failures:
@@ -258,7 +256,11 @@ def _show_results(run: str, as_json: bool = False) -> None:
         _print_json(rows)
         return
     for trajectory in dict.fromkeys(row["trajectory"] for row in rows):
-        own = [{k: v for k, v in row.items() if k != "trajectory"} for row in rows if row["trajectory"] == trajectory]
+        own = [
+            {k: v for k, v in row.items() if k != "trajectory"}
+            for row in rows
+            if row["trajectory"] == trajectory
+        ]
         out.print(_table(own, title=trajectory))
 
 

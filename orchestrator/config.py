@@ -90,18 +90,20 @@ class ScheduleConfig(Section):
 class LossConfig(Section):
     """Weights of the distillation terms; 0 switches a term off."""
 
-    hidden: float = Field(1.0, ge=0)
-    attention: float = Field(1.0, ge=0)
-    logits: float = Field(1.0, ge=0)
+    hidden: float = Field(1.0, ge=0, description="Mean square error of the outputs of the paired blocks.")
+    attention: float = Field(
+        1.0, ge=0, description="Mean square error of the attention matrices; needs eager attention."
+    )
+    logits: float = Field(1.0, ge=0, description="Mean square error of the logits.")
 
 
 class AdapterConfig(Section):
     """What recovery trains."""
 
     kind: str = Field("lora", description="Kind of adapter.")
-    rank: int = Field(32, ge=1)
+    rank: int = Field(32, ge=1, description="Rank of the low-rank update.")
     alpha: float | None = Field(None, gt=0, description="Scale; the rank if not given.")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
     targets: str | list[str] = Field(
         "all-linear", description="all-linear, ffn, attention, or a list of module names."
     )
@@ -117,11 +119,13 @@ class RecoveryConfig(Section):
     sequence_length: int = Field(512, ge=2, description="Tokens a training sequence.")
     batch_size: int = Field(32, ge=1, description="Sequences an optimizer step, over all workers.")
     micro_batch_size: int = Field(4, ge=1, description="Sequences a worker holds at a time.")
-    learning_rate: float = Field(1e-4, gt=0)
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    lr_schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="How the learning rate goes on after the warm-up."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear rise to the peak.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     max_tokens: int = Field(2_500_000, ge=1, description="Tokens seen in one recovery.")
     checkpoint_steps: int = Field(100, ge=1, description="Steps between two checkpoints.")
 
@@ -129,7 +133,7 @@ class RecoveryConfig(Section):
 class MethodConfig(Section):
     """A way to compress: criterion × schedule × recovery."""
 
-    name: Name
+    name: Name = Field(description="Short name used in results and paths.")
     scoring: ScoringConfig = ScoringConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     recovery: RecoveryConfig = RecoveryConfig()
@@ -151,9 +155,9 @@ class TargetConfig(Section):
 class PerplexityConfig(Section):
     """Token perplexity of a text, concatenated and cut into windows of `context` tokens."""
 
-    name: Name
+    name: Name = Field(description="Metrics are called NAME/token_perplexity and NAME/loss_nats.")
     data: TextConfig
-    context: int = Field(1024, ge=2)
+    context: int = Field(1024, ge=2, description="Tokens a window; windows do not overlap.")
     max_tokens: int | None = Field(None, ge=2, description="Only the text's first so many tokens.")
 
 
@@ -166,30 +170,32 @@ class EvaluationConfig(Section):
     tasks: list[str] = Field([], description="lm-eval tasks and groups, by name.")
     include_path: str | None = Field(None, description="Directory with further lm-eval tasks.")
     limit: int | None = Field(None, ge=1, description="Only the first so many documents of a task.")
-    num_fewshot: int | None = Field(None, ge=0)
-    batch_size: int = Field(8, ge=1)
+    num_fewshot: int | None = Field(
+        None, ge=0, description="Examples in the prompt; the task's own if not given."
+    )
+    batch_size: int = Field(8, ge=1, description="Requests evaluated at a time.")
     also_before_recovery: bool = Field(True, description="Measure the pruned model before it is healed, too.")
 
 
 class PoolConfig(Section):
     """Actors that share a stage's work, and what each holds."""
 
-    actors: int = Field(2, ge=1)
-    cpus: float = Field(1.0, gt=0)
-    gpus: float = Field(0.0, ge=0)
+    actors: int = Field(2, ge=1, description="Actors that share the calibration sequences.")
+    cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
+    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
 
 
 class WorkerConfig(Section):
     """What one evaluation or export holds."""
 
-    cpus: float = Field(1.0, gt=0)
-    gpus: float = Field(0.0, ge=0)
+    cpus: float = Field(1.0, gt=0, description="CPUs an evaluation.")
+    gpus: float = Field(0.0, ge=0, description="GPUs an evaluation; may be a fraction.")
 
 
 class TrainingConfig(Section):
     """The workers of one recovery; they start together or not at all."""
 
-    workers: int = Field(1, ge=1)
+    workers: int = Field(1, ge=1, description="Workers that share a batch.")
     cpus: float = Field(1.0, gt=0, description="CPUs a worker.")
     gpus: float = Field(0.0, ge=0, description="GPUs a worker.")
     deepspeed: str | None = Field(None, description="DeepSpeed JSON file, merged into ours.")
@@ -199,11 +205,11 @@ class TrainingConfig(Section):
 class ExecutionConfig(Section):
     """Where and how wide the work runs. Nothing here changes a result."""
 
-    backend: Literal["ray", "local"] = "ray"
+    backend: Literal["ray", "local"] = Field("ray", description="On Ray, or all in this process.")
     scoring: PoolConfig = PoolConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: WorkerConfig = WorkerConfig()
-    max_concurrent_trajectories: int = Field(1, ge=1)
+    max_concurrent_trajectories: int = Field(1, ge=1, description="Trajectories that run at a time.")
     start_timeout_s: float = Field(
         600.0, gt=0, description="Longest wait for the cluster to give what a stage asks for."
     )
@@ -218,11 +224,11 @@ class StorageConfig(Section):
 class CampaignConfig(Section):
     """One campaign: models × methods × seeds, with stops at the targets."""
 
-    name: Name
+    name: Name = Field(description="Name of the run; its directory under storage.path.")
     models: list[ModelConfig] = Field(min_length=1)
     methods: list[MethodConfig] = Field(min_length=1)
     targets: list[TargetConfig] = Field(min_length=1)
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[int] = Field([0], min_length=1, description="Every model and method runs once a seed.")
     evaluation: EvaluationConfig = EvaluationConfig()
     execution: ExecutionConfig = ExecutionConfig()
     storage: StorageConfig = StorageConfig()

@@ -10,8 +10,9 @@ from orchestrator.errors import RequestError, unknown_name
 from orchestrator.ledger import Ledger
 from orchestrator.plan import TrajectoryPlan, build_plan
 from orchestrator.report.card import model_card, provenance
+from orchestrator.run_file import read_run
 from orchestrator.stages import StoredStages
-from orchestrator.store import Store, read_run
+from orchestrator.store import Store
 from orchestrator.trajectory import run_trajectory
 
 
@@ -19,7 +20,9 @@ class _FinishedOnly:
     """A backend for looking up: whatever is not in the store is not finished."""
 
     def __getattr__(self, stage: str) -> Any:
-        raise RequestError(f"that iteration's {stage} stage is not finished; continue the run with --resume first")
+        raise RequestError(
+            f"that iteration's {stage} stage is not finished; continue the run with --resume first"
+        )
 
 
 def export_iteration(run: str, trajectory_id: str, iteration: int, directory: Path) -> ExportResult:

@@ -296,7 +296,7 @@ def plan_summary(plan: CampaignPlan) -> list[dict[str, Any]]:
 
 def num_stages(trajectory: TrajectoryPlan) -> int:
     """Stages of a trajectory: the dense evaluation, and those of every iteration and target."""
-    each = 4 if trajectory.also_before_recovery else 3
+    each = 5 if trajectory.also_before_recovery else 4
     return 1 + sum(each + iteration.is_target for iteration in trajectory.iterations)
 
 

@@ -59,15 +59,17 @@ class StoredStages:
         self._backend = backend
         self._ledger = Ledger(store.ledger_uri)
         self._report = report
-        self.activity = Activity(
-            plan.id, 0, len(plan.iterations), "starting", stages_total=num_stages(plan)
-        )
+        self.activity = Activity(plan.id, 0, len(plan.iterations), "starting", stages_total=num_stages(plan))
 
     def score(self, iteration: IterationPlan, model: ModelRef) -> Sequence[int]:
         """Source layers of `model`, from the first to remove to the last."""
         spec = self._plan.score_spec(model)
         stage = self._once(
-            iteration, "score", spec, ScoreResult, lambda progress, _uri, _key: self._backend.score(spec, progress)
+            iteration,
+            "score",
+            spec,
+            ScoreResult,
+            lambda progress, _uri, _key: self._backend.score(spec, progress),
         )
         self._write(iteration, stage, _score_numbers(stage.result))
         return stage.result.removal_order
@@ -117,7 +119,11 @@ class StoredStages:
         )
         uri = self._store.models_uri(self._plan.id, iteration.layers_left)
         stage = self._once(
-            iteration, "export", spec, ExportResult, lambda _progress, _uri, _key: self._backend.export(spec, uri)
+            iteration,
+            "export",
+            spec,
+            ExportResult,
+            lambda _progress, _uri, _key: self._backend.export(spec, uri),
         )
         numbers = [
             ("parameters", stage.result.num_parameters, "", {}),
@@ -145,7 +151,9 @@ class StoredStages:
         started = time.monotonic()
         result = compute(progress, self._store.payload_uri(kind, key, time.time_ns()), key)
         seconds = time.monotonic() - started
-        log.info("%s iteration %d: %s %s took %.1f s", self._plan.id, iteration.index, kind, key[:12], seconds)
+        log.info(
+            "%s iteration %d: %s %s took %.1f s", self._plan.id, iteration.index, kind, key[:12], seconds
+        )
         stage = self._store.commit(kind, key, result, inputs, _artifact(result), seconds)
         self._count(reused=False)
         return stage

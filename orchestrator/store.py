@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pyarrow.fs import FileSelector, LocalFileSystem
+from pyarrow.fs import LocalFileSystem
 from pydantic import TypeAdapter
 
 from actors.artifacts import (
@@ -41,15 +41,12 @@ from actors.artifacts import (
 )
 from actors.contracts import ArtifactRef, FileRef, digest
 from actors.errors import RequestError, WorkError
-from orchestrator.errors import CorruptStageError, RunExistsError
+from orchestrator.errors import CorruptStageError
 
 log = logging.getLogger(__name__)
 
 STAGE_VERSION: Mapping[str, int] = {"score": 1, "prune": 1, "recover": 1, "evaluate": 1, "export": 1}
 """Raise a kind's number when its results change meaning: old ones are then computed anew."""
-
-NOT_COMPARED_ON_RESUME = ("execution", "storage")
-"""Sections that say where and how fast a campaign runs, not what it computes."""
 
 FORMAT = 1
 RUN_PREFIX = "run:/"
@@ -312,86 +309,6 @@ class Store:
         if isinstance(value, str) and value.startswith(RUN_PREFIX):
             return self.uri + value.removeprefix(RUN_PREFIX)
         return value
-
-
-def open_run(store: Store, config: dict[str, Any], resume: bool) -> None:
-    """Start a run at `store`, or continue the one that is there.
-
-    With `resume` and nothing there, a new run is started, so that a restarted
-    job can always be given the same command.
-
-    Raises:
-        RunExistsError: as `check_run`.
-    """
-    check_run(store, config, resume)
-    if read_run(store) is not None:
-        return
-    header = {"format": FORMAT, "config": config, "versions": installed_versions()}
-    header["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-    write_bytes(store.run_file_uri, json.dumps(header, indent=2).encode())
-
-
-def check_run(store: Store, config: dict[str, Any], resume: bool) -> None:
-    """Whether `open_run` would go ahead; changes nothing.
-
-    Raises:
-        RunExistsError: a run is there and `resume` is off, it was started with
-            another configuration, or the directory holds something else.
-    """
-    stored = read_run(store)
-    if stored is None:
-        if _holds_something(store.uri):
-            raise RunExistsError(
-                f"{store.uri} is not empty and holds no run; choose another storage.path or name"
-            )
-        return
-    if not resume:
-        raise RunExistsError(
-            f"{store.uri} holds a run; continue it with --resume or choose another storage.path or name"
-        )
-    if changes := _differences(stored["config"], json.loads(json.dumps(config))):
-        raise RunExistsError(
-            f"{store.uri} was started with another configuration; undo these changes or choose another "
-            "name:\n" + "\n".join(f"  {line}" for line in changes)
-        )
-
-
-def read_run(store: Store) -> dict[str, Any] | None:
-    """What `open_run` wrote (`config`, `versions`, `created_at`), or None if there is no run."""
-    text = read_bytes(store.run_file_uri)
-    return None if text is None else json.loads(text)
-
-
-def _holds_something(uri: str) -> bool:
-    """Whether there is anything but hidden files, such as our own unfinished ones."""
-    fs, path = filesystem(uri)
-    with explained(uri, "list"):
-        entries = fs.get_file_info(FileSelector(path, allow_not_found=True))
-    return any(not entry.base_name.startswith(".") for entry in entries)
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`field: old → new` for every dotted field that changes what is computed."""
-    before, after = _flatten(old), _flatten(new)
-    absent = "(absent)"
-    return [
-        f"{name}: {before.get(name, absent)} → {after.get(name, absent)}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name, absent) != after.get(name, absent)
-        and name.split(".")[0] not in NOT_COMPARED_ON_RESUME
-    ]
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    items: Any = enumerate(value) if isinstance(value, list) else value.items() if value else ()
-    flat: dict[str, str] = {}
-    for name, item in items:
-        dotted = f"{prefix}{name}"
-        if isinstance(item, dict | list) and item:
-            flat |= _flatten(item, f"{dotted}.")
-        else:
-            flat[dotted] = json.dumps(item)
-    return flat
 
 
 def _encode(value: Any) -> bytes:

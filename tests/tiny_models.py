@@ -10,10 +10,37 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB_SIZE = 300
 MAX_POSITIONS = 512
+
+_SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 5}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "gpt2": {"n_embd": 32, "n_layer": 6, "n_head": 4, "n_inner": 64, "n_positions": MAX_POSITIONS},
+    "bloom": {"n_layer": 6, "n_head": 4},
+    "falcon": {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "gptj": {"n_embd": 32, "n_layer": 6, "n_head": 4, "n_inner": 64, "rotary_dim": 4},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8} | _SLIDING,
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8} | _SLIDING,
+    "olmo3": _SLIDING,
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"head_dim": 8, "decoder_sparse_step": 1, "mlp_only_layers": [1, 4]} | _MOE,
+    "smollm3": {"no_rope_layers": [1, 1, 0, 1, 0, 1]},
+    "diffllama": {},
+}
+"""Config fields of each family's `tiny_model`, beyond the common sizes; irregular where the family allows it."""
 
 _CORPUS = (
     "The quick brown fox jumps over the lazy dog .",
@@ -75,6 +102,31 @@ def tiny_llama(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
     return model.float().eval(), tokenizer
+
+
+def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random fp32 model of another family (`FAMILIES`), in eval mode: D=32, N=6, V=`VOCAB_SIZE`.
+
+    `overrides` are config fields. Sliding windows are short, so that they matter on a dozen tokens.
+    """
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": MAX_POSITIONS,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = AutoConfig.for_model(family, **(sizes | FAMILIES[family] | overrides))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+    return model.float().eval()
 
 
 def save_tiny(directory: str | Path, num_layers: int = 4, seed: int = 0, **overrides: Any) -> str:

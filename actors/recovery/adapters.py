@@ -30,7 +30,7 @@ ADAPTER_KINDS = ("lora",)
 def attach_adapters(model: PreTrainedModel, spec: RecoverySpec, kept: tuple[int, ...]) -> PeftModel:
     """Put the adapter chain of `spec.model` (frozen) and a new adapter (trainable) on `model`.
 
-    The new adapter is drawn from `spec.seed` alone: every worker draws the same.
+    The new adapter is drawn from `stage_seed` alone: every worker draws the same.
 
     Args:
         model: the unpruned source model, changed in place.
@@ -44,7 +44,7 @@ def attach_adapters(model: PreTrainedModel, spec: RecoverySpec, kept: tuple[int,
     config = _new_config(model, spec.adapter, kept)
     layers_path = find_layers(model).path
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
+        torch.manual_seed(stage_seed(spec))
         adapted = _with_adapter(model, config)
     adapted.peft_config[CURRENT].base_model_name_or_path = spec.model.source.path
     earlier = [_add_earlier(adapted, ref, i, kept, layers_path) for i, ref in enumerate(spec.model.adapters)]
@@ -65,6 +65,14 @@ def save_adapter(adapted: PeftModel, directory: Path) -> None:
     # PEFT keeps a set, whose order changes from process to process; the artifact's hash must not.
     config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(directory))
+
+
+def stage_seed(spec: RecoverySpec) -> int:
+    """Seed of one recovery: each of a trajectory draws other batches and another start.
+
+    With the same start, every adapter of a chain would see the same few directions.
+    """
+    return spec.seed + len(spec.model.adapters)
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:

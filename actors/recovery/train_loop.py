@@ -26,8 +26,9 @@ from actors.contracts import ArtifactRef, Progress, RecoveryResult, RecoverySpec
 from actors.data import batch_order, load_texts, pack_blocks
 from actors.errors import IterabreError, RequestError, WorkError
 from actors.models import depth, device, load_source
-from actors.recovery.adapters import attach_adapters, save_adapter, trainable_parameters
-from actors.recovery.engine import Engine, deepspeed_config
+from actors.recovery.adapters import attach_adapters, save_adapter, stage_seed, trainable_parameters
+from actors.recovery.check import check_recovery
+from actors.recovery.engine import Engine
 from actors.recovery.objectives import BuildModule, find_objective
 from actors.recovery.schedule import lr_at
 
@@ -112,24 +113,18 @@ def train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
 def plan_steps(spec: RecoverySpec, num_sequences: int) -> int:
     """Number of optimizer steps: `max_tokens` in whole batches.
 
-    Data that holds fewer tokens is gone through again, in a new order each epoch.
+    The batches are drawn from all of the data. If it holds fewer tokens than
+    `max_tokens`, it is gone through again, in a new order each epoch.
 
     Raises:
-        RequestError: a batch is larger than `max_tokens`, or than the data.
+        RequestError: the data holds less than one batch.
     """
-    per_step = spec.batch_size * spec.sequence_length
-    num_steps = spec.max_tokens // per_step
-    if num_steps < 1:
-        raise RequestError(
-            f"max_tokens {spec.max_tokens} is less than one batch of {spec.batch_size} x "
-            f"{spec.sequence_length} = {per_step} tokens; raise it or make the batch smaller"
-        )
     if num_sequences < spec.batch_size:
         raise RequestError(
             f"the recovery data gives {num_sequences} sequences of {spec.sequence_length} tokens, fewer than "
             f"one batch of {spec.batch_size}; give more text or make batch_size or sequence_length smaller"
         )
-    return num_steps
+    return spec.max_tokens // (spec.batch_size * spec.sequence_length)
 
 
 def _prepare(spec: RecoverySpec, workplace: Workplace, build: BuildModule) -> Run:
@@ -148,13 +143,12 @@ class _Loaded:
 
 def _load(spec: RecoverySpec, world_size: int, build: BuildModule) -> _Loaded:
     """Everything that can be wrong with the request is found here, cheapest first."""
-    deepspeed_config(spec, world_size)
-    lr_at(0, 1, spec.learning_rate, spec.lr_schedule)
+    check_recovery(spec, world_size)
     texts = load_texts(spec.data)
     model, tokenizer = load_source(spec.model)
-    sequences_ST = pack_blocks(texts, tokenizer, spec.sequence_length, max_tokens=spec.max_tokens)
+    sequences_ST = pack_blocks(texts, tokenizer, spec.sequence_length)
     num_steps = plan_steps(spec, len(sequences_ST))
-    order_SB = batch_order(len(sequences_ST), spec.batch_size, num_steps, spec.seed)
+    order_SB = batch_order(len(sequences_ST), spec.batch_size, num_steps, stage_seed(spec))
     kept = spec.model.kept(depth(model.config))
     adapted = attach_adapters(model.to(device()), spec, kept)
     return _Loaded(adapted, build(adapted, spec, kept), sequences_ST, order_SB)
@@ -206,7 +200,7 @@ def _run_step(run: Run, step: int) -> StepRecord:
     positions = _micro_batches(spec, run.workplace)
     sums: dict[str, Tensor] = {}
     for position in positions:
-        torch.manual_seed(_draw_seed(spec.seed, step, position))
+        torch.manual_seed(_draw_seed(stage_seed(spec), step, position))
         chosen = run.order_SB[step, position : position + spec.micro_batch_size]
         for name, value in run.engine.accumulate(run.sequences_ST[chosen]).items():
             sums[name] = sums[name] + value if name in sums else value

@@ -25,7 +25,8 @@ from actors.contracts import (
 from actors.errors import RequestError, WorkError
 from orchestrator.errors import RunExistsError
 from orchestrator.ledger import Ledger, Row
-from orchestrator.store import Store, open_run, read_run, safe_name, stage_key
+from orchestrator.run_file import open_run, read_run
+from orchestrator.store import Store, safe_name, stage_key
 from tests.unit.object_store import loopback_s3
 
 INPUTS = {"model": "abc", "dropped": [3, 4]}

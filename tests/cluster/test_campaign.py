@@ -1,0 +1,190 @@
+"""A whole campaign on a tiny model through the command line and real Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+import pytest
+import yaml
+
+from tests.tiny_models import save_tiny
+
+TIMEOUT_S = 600
+TEXT = "The gods and goddesses worshipped in the ancient land give rise to local manifestations .\n"
+
+
+def campaign(root: Path, name: str, **execution: Any) -> Path:
+    """A campaign file: a tiny Llama of 6 layers to 4, with a short recovery each."""
+    model = root / "model"
+    if not model.exists():
+        save_tiny(model, num_layers=6)
+        (root / "text.txt").write_text(TEXT * 60)
+    config = {
+        "name": name,
+        "models": [{"id": "tiny", "path": str(model)}],
+        "methods": [
+            {
+                "name": "iterabre",
+                "recovery": {
+                    "loss": {"attention": 0.0},
+                    "adapter": {"rank": 4},
+                    "data": {"path": str(root / "text.txt")},
+                    "sequence_length": 16,
+                    "batch_size": 4,
+                    "micro_batch_size": 2,
+                    "max_tokens": 384,
+                    "learning_rate": 1e-3,
+                    "checkpoint_steps": 2,
+                },
+            }
+        ],
+        "targets": [{"layers": 4}],
+        "evaluation": {
+            "perplexity": [{"name": "text", "data": {"path": str(root / "text.txt")}, "context": 64}],
+            "tasks": ["blimp_sample"],
+            "limit": 8,
+        },
+        "execution": {
+            "backend": "ray",
+            "scoring": {"actors": 2, "cpus": 0.4},
+            "training": {"workers": 2, "cpus": 0.5},
+            **execution,
+        },
+        "storage": {"path": str(root / "runs")},
+    }
+    file = root / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The command, in a process group of its own."""
+    command = [sys.executable, "-m", "orchestrator.cli", "campaign", str(file), *arguments]
+    environment = {**os.environ, "RAY_memory_monitor_refresh_ms": "0", "HF_HUB_OFFLINE": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, output
+    return output
+
+
+def ledger(run: Path) -> list[dict[str, Any]]:
+    return ds.dataset(sorted(str(f) for f in (run / "ledger").glob("*.parquet"))).to_table().to_pylist()
+
+
+def numbers(run: Path) -> dict[tuple[Any, ...], float]:
+    """Every measured number that is not a time, by what it is."""
+    rows = [row for row in ledger(run) if "seconds" not in row["metric"]]
+    where = ("iteration", "stage", "phase", "metric", "step", "layer")
+    found = {tuple(row[name] for name in where): row["value"] for row in rows}
+    assert len(found) == len(rows), "a number stands in the ledger twice"
+    return found
+
+
+def dropped(run: Path) -> list[int]:
+    rows = sorted(ledger(run), key=lambda row: row["iteration"])
+    return [row["layer"] for row in rows if row["metric"] == "dropped"]
+
+
+def finished_stages(run: Path) -> dict[str, float]:
+    """Time of each committed stage's manifest."""
+    return {str(m.relative_to(run)): m.stat().st_mtime for m in run.glob("stages/*/*/manifest.json")}
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    assert dropped(run) == dropped(reference)
+    got, want = numbers(run), numbers(reference)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("campaigns")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root: Path) -> Path:
+    """A run on Ray that nothing disturbed."""
+    output = finish(start(campaign(root, "undisturbed")))
+    assert "undisturbed/models" in output.replace("\n", "")
+    return root / "runs" / "undisturbed"
+
+
+def test_exported_model_opens_without_this_project(undisturbed: Path) -> None:
+    (exported,) = undisturbed.glob("models/*/4-layers")
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(exported)!r})\n"
+        f"t = AutoTokenizer.from_pretrained({str(exported)!r})\n"
+        "out = m.generate(**t('The gods', return_tensors='pt'), max_new_tokens=4, do_sample=False)\n"
+        "assert not {'actors', 'orchestrator'} & set(sys.modules)\n"
+        "print(m.config.num_hidden_layers, out.shape[1] > 4)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert done.stdout.split() == ["4", "True"]
+    provenance = json.loads((exported / "iterabre.json").read_text())
+    assert provenance["dropped_source_layers"] == sorted(dropped(undisturbed))
+    assert provenance["recovery_tokens"] == 2 * 384
+
+
+def test_local_backend_gives_the_same_layers_and_numbers(root: Path, undisturbed: Path) -> None:
+    finish(start(campaign(root, "local", backend="local")))
+    run = root / "runs" / "local"
+    assert_same(run, undisturbed)
+    for name, score in numbers(run).items():
+        if name[1] == "score":
+            assert numbers(undisturbed)[name] == pytest.approx(score, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["score", "recover", "evaluate"])
+def test_killed_driver_resumes_without_repeating_finished_stages(
+    root: Path, undisturbed: Path, stage: str
+) -> None:
+    file = campaign(root, f"killed-in-{stage}")
+    run = root / "runs" / f"killed-in-{stage}"
+    process = start(file)
+    _wait_until_second_iteration_runs(run, stage, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = finished_stages(run)
+    assert before
+    finish(start(file, "--resume"))
+    after = finished_stages(run)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(finished_stages(undisturbed))
+    assert_same(run, undisturbed)
+
+
+def _wait_until_second_iteration_runs(run: Path, stage: str, process: subprocess.Popen[str]) -> None:
+    """Return while `stage` of iteration 2 is running: seen from the trial's own log."""
+    log = run / "logs" / "workers.log"
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        lines = log.read_text().splitlines() if log.exists() else []
+        if any(f"iteration 2: {stage}" in line and line.endswith("starts") for line in lines):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{stage} of iteration 2 never started")
+
+
+def test_request_larger_than_the_cluster_is_refused_before_anything_is_written(root: Path) -> None:
+    file = campaign(root, "too-large", training={"workers": 64, "cpus": 1.0, "gpus": 1.0})
+    process = start(file)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 2, output
+    assert "needs 64 CPU" in " ".join(output.split())
+    assert not (root / "runs" / "too-large").exists()
