@@ -99,11 +99,24 @@ def write_bytes(uri: str, data: bytes) -> None:
 def read_bytes(uri: str) -> bytes | None:
     """The content of one file, or None if there is no such file."""
     fs, path = filesystem(uri)
+    with explained(uri, "read"):
+        try:
+            with fs.open_input_stream(path) as source:
+                return source.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+@contextmanager
+def without_empty_directories(path: Path) -> Iterator[None]:
+    """Remove afterwards `path` and those of its parents that are new and still empty."""
+    new = [directory for directory in (path, *path.parents) if not directory.exists()]
     try:
-        with explained(uri, "read"), fs.open_input_stream(path) as source:
-            return source.read()
-    except FileNotFoundError:
-        return None
+        yield
+    finally:
+        for directory in new:
+            if directory.is_dir() and not any(directory.iterdir()):
+                directory.rmdir()
 
 
 def list_files(uri: str, recursive: bool = False) -> list[FileInfo]:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 HEAD = "node:__internal_head__"
 TRIAL_PLACE = tune.PlacementGroupFactory([{HEAD: 0.001}])
-"""A trial only waits for its stages: it takes no CPU, and lives on the head, which is never a spot machine."""
+"""A trial only waits for its stages: it takes no CPU, and lives on the head, never a spot machine."""
 
 LOST_TRIAL_RETRIES = 3
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -82,7 +82,8 @@ def run_campaign(
 
 
 def _run_in_this_process(execution: ExecutionConfig, plan: CampaignPlan, store: Store) -> Outcome:
-    board, failures = Board(), {}
+    board = Board()
+    failures: dict[str, str] = {}
     with live_view(board.snapshot):
         for trajectory in plan.trajectories:
             failure = _follow(trajectory, execution, store, board.post)
@@ -91,7 +92,7 @@ def _run_in_this_process(execution: ExecutionConfig, plan: CampaignPlan, store: 
 
 
 def _run_trials(execution: ExecutionConfig, plan: CampaignPlan, store: Store) -> Outcome:
-    """Trials that are begun again find their finished stages in the store, so Tune need not restore anything."""
+    """Trials begun again find their finished stages in the store, so Tune need not restore anything."""
     board = ray.remote(num_cpus=0)(Board).remote()
     trainable = tune.with_parameters(_trial, plan=plan, execution=execution, store=store, board=board)
     tuner = tune.Tuner(
@@ -107,9 +108,9 @@ def _run_trials(execution: ExecutionConfig, plan: CampaignPlan, store: Store) ->
     )
     with live_view(lambda: ray.get(board.snapshot.remote())):
         results = tuner.fit()
-    failures = {}
+    failures: dict[str, str] = {}
     for result in results:
-        reason = str(result.error) if result.error else (result.metrics or {}).get("failure")
+        reason = _last_line(result.error) if result.error else (result.metrics or {}).get("failure")
         failures |= {result.config["trajectory"]: reason} if reason else {}
     return Outcome(failures)
 
@@ -122,6 +123,11 @@ def _trial(
     trajectory = plan.find(parameters["trajectory"])
     failure = _follow(trajectory, execution, store, RemoteReport(board))
     tune.report({"failure": failure or ""})
+
+
+def _last_line(error: BaseException) -> str:
+    """What went wrong, without the trace of the processes it went through; the logs have that."""
+    return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _follow(
@@ -142,6 +148,7 @@ def _follow(
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
+    address = address or os.environ.get("RAY_ADDRESS")
     ray.init(
         address=address,
         include_dashboard=None if address else False,
@@ -176,10 +183,11 @@ def _workers_output_to(file: Path) -> Iterator[None]:
     """Send what workers print to `file` instead of this terminal."""
 
     def write(data: Mapping[str, Any]) -> None:
-        who = (
-            f"{data.get('actor_name') or data.get('task_name') or ''} pid={data.get('pid')} {data.get('ip')}"
-        )
-        stream.writelines(f"({who.strip()}) {line}\n" for line in data.get("lines", []))
+        if data.get("pid") == "autoscaler":
+            return
+        name = data.get("actor_name") or data.get("task_name") or "worker"
+        who = f"{name} pid={data.get('pid')} {data.get('ip')}"
+        stream.writelines(f"({who}) {line}\n" for line in data.get("lines", []) if line.strip())
         stream.flush()
 
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
@@ -234,7 +242,7 @@ def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
         ):
             if count * each > in_all or (each > on_node and not capacity.can_grow):
                 raise ClusterTooSmallError(
-                    f"execution.{section} needs {count * each:g} {kind} ({count} x {each:g}), but the cluster "
-                    f"has {in_all:g} {kind}, {on_node:g} on its largest node; lower execution.{section} "
-                    "or use a larger cluster"
+                    f"execution.{section} needs {count * each:g} {kind} ({count} x {each:g}), but the "
+                    f"cluster has {in_all:g} {kind}, {on_node:g} on its largest node; "
+                    f"lower execution.{section} or use a larger cluster"
                 )

@@ -1,23 +1,28 @@
 """The `iterabre` command. Heavy modules are imported by the command that needs them."""
 
 import json
+import logging
 import os
+import re
 import signal
 import sys
 import tempfile
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from orchestrator.config import CampaignConfig, load_config
 from orchestrator.errors import IterabreError, RequestError, WorkError
 
 app = typer.Typer(
     help="Make language models smaller: remove whole layers, heal each removal, repeat. On Ray.",
+    epilog="Errors are one message; with --debug anywhere on the line, the traceback too.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
@@ -26,7 +31,9 @@ out = Console()
 err = Console(stderr=True)
 
 Config = Annotated[Path, typer.Argument(help="Campaign file, e.g. configs/demo.yaml.", show_default=False)]
-Run = Annotated[Path, typer.Argument(help="Directory of a run, e.g. runs/smollm2-demo.", show_default=False)]
+Run = Annotated[
+    str, typer.Argument(help="Where a run lies: runs/smollm2-demo, s3://bucket/runs/x.", show_default=False)
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a field: methods.0.recovery.max_tokens=4096. Repeatable."),
@@ -54,18 +61,15 @@ def plan(config: Config, set_: Set = None, as_json: Json = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    shown = [
-        {
-            "trajectory": row["trajectory"],
-            "layers": f"{row['layers']} → {', '.join(map(str, row['targets']))}",
-            "iterations": row["iterations"],
-            "stages": row["stages"],
-            "recovery tokens": f"{row['recovery_tokens']:,}",
-            "recovery FLOPs": f"{row['recovery_flops']:.2e}",
-        }
-        for row in rows
-    ]
-    out.print(_table(shown, title="What would run"))
+    columns = {
+        "trajectory": [row["trajectory"] for row in rows],
+        "layers": [f"{row['layers']} → {', '.join(map(str, row['targets']))}" for row in rows],
+        "iterations": [str(row["iterations"]) for row in rows],
+        "stages": [str(row["stages"]) for row in rows],
+        "recovery\ntokens": [f"{row['recovery_tokens']:,}" for row in rows],
+        "recovery\nFLOPs": [f"{row['recovery_flops']:.2e}" for row in rows],
+    }
+    _print_table(columns, "What would run")
 
 
 @app.command()
@@ -151,8 +155,12 @@ def score(
     if as_json:
         _print_json({"criterion": criterion, "layers": rows})
     else:
-        shown = [row | {"score": f"{row['score']:.6f}"} for row in rows]
-        out.print(_table(shown, title=f"{criterion}, {result.num_sequences} sequences; remove 1 first"))
+        columns = {
+            "layer": [str(row["layer"]) for row in rows],
+            "score": [f"{row['score']:.6f}" for row in rows],
+            "remove": [str(row["remove"]) for row in rows],
+        }
+        _print_table(columns, f"{criterion}, {result.num_sequences} sequences; remove 1 first")
 
 
 @app.command()
@@ -166,28 +174,31 @@ def prune(
     from actors.models import depth, load_model, remove_layers, save_pretrained
 
     layers = parse_layers(drop)
-    _check_new_directory(output)
-    loaded, tokenizer = load_model(model, dtype=dtype)
-    save_pretrained(remove_layers(loaded, layers), output, tokenizer=tokenizer)
-    out.print(f"{output}: {depth(loaded.config)} layers, {loaded.num_parameters():,} parameters")
+    with _new_directory(output):
+        loaded, tokenizer = load_model(model, dtype=dtype)
+        save_pretrained(remove_layers(loaded, layers), output, tokenizer=tokenizer)
+    _print_model(output, depth(loaded.config), loaded.num_parameters())
 
 
 @app.command()
 def evaluate(
     model: Model,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")],
-    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of a task.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many documents.", min=1)] = None,
     include_path: Annotated[str | None, typer.Option(help="Directory with further lm-eval tasks.")] = None,
-    batch_size: Annotated[int, typer.Option()] = 8,
+    batch_size: Annotated[int, typer.Option(help="Requests evaluated at a time.", min=1)] = 8,
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Measure a model on lm-eval tasks."""
     from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, to_json
-    from actors.evaluation import check_tasks, evaluate as measure
+    from actors.evaluation import check_tasks
+    from actors.evaluation import evaluate as measure
     from actors.models import device, materialize
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if not names:
+        raise RequestError("--tasks names no task; e.g. --tasks wikitext,blimp")
     check_tasks(names, include_path)
     ref = ModelRef(ModelSpec(model, dtype))
     spec = EvaluationSpec(ref, tasks=names, include_path=include_path, limit=limit, batch_size=batch_size)
@@ -196,11 +207,12 @@ def evaluate(
     if as_json:
         _print_json(to_json(result))
         return
-    rows = [
-        {"metric": m.name, "value": f"{m.value:.4f}", "stderr": "" if m.stderr is None else f"{m.stderr:.4f}"}
-        for m in result.metrics
-    ]
-    out.print(_table(rows, title=model))
+    columns = {
+        "metric": [metric.name for metric in result.metrics],
+        "value": [f"{metric.value:.4f}" for metric in result.metrics],
+        "stderr": ["" if metric.stderr is None else f"{metric.stderr:.4f}" for metric in result.metrics],
+    }
+    _print_table(columns, model)
 
 
 @app.command()
@@ -213,9 +225,10 @@ def export(
     """Write the model of any finished iteration of a run."""
     from orchestrator.exporting import export_iteration
 
-    _check_new_directory(output)
-    result = export_iteration(_existing_run(run), trajectory, iteration, output)
-    out.print(f"{output}: {result.num_layers} layers, {result.num_parameters:,} parameters")
+    existing = _existing_run(run)
+    with _new_directory(output):
+        result = export_iteration(existing, trajectory, iteration, output)
+    _print_model(output, result.num_layers, result.num_parameters)
 
 
 def parse_layers(text: str) -> list[int]:
@@ -226,80 +239,106 @@ def parse_layers(text: str) -> list[int]:
     """
     layers: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, re.ASCII)
+        span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not span:
             raise RequestError(f"--drop {text!r}: write layers as 3,4 or 20-24")
-        layers.extend(range(int(first), int(last or first) + 1))
+        layers.extend(span)
     return layers
 
 
-def _check_new_directory(path: Path) -> None:
+@contextmanager
+def _new_directory(path: Path) -> Iterator[None]:
+    """Make a directory for output; if nothing was written into it, it goes again."""
+    from actors.artifacts import without_empty_directories
+
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RequestError(f"--output {str(path)!r} is there already and not empty; choose another directory")
+    with without_empty_directories(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"--output {str(path)!r} cannot be made: {error.strerror}") from error
+        yield
 
 
-def _existing_run(run: Path) -> str:
-    from orchestrator.store import Store, read_run
+def _existing_run(run: str) -> str:
+    from orchestrator.run_file import read_run
+    from orchestrator.store import Store
 
-    if read_run(Store(str(run))) is None:
-        raise RequestError(f"{str(run)!r} holds no run: there is no campaign.json in it")
-    return str(run)
+    if read_run(Store(run)) is None:
+        raise RequestError(f"{run!r} holds no run: there is no campaign.json in it")
+    return run
 
 
 def _show_results(run: str, as_json: bool = False) -> None:
     from orchestrator.ledger import Ledger
     from orchestrator.report.tables import iteration_table
+    from orchestrator.report.terminal import results_table
     from orchestrator.store import Store
 
-    rows = iteration_table(Ledger(Store(run).ledger_uri).read())
+    lines = iteration_table(Ledger(Store(run).ledger_uri).read())
     if as_json:
-        _print_json(rows)
+        _print_json(lines)
         return
-    for trajectory in dict.fromkeys(row["trajectory"] for row in rows):
-        own = [
-            {k: v for k, v in row.items() if k != "trajectory"}
-            for row in rows
-            if row["trajectory"] == trajectory
-        ]
-        out.print(_table(own, title=trajectory))
+    for trajectory in dict.fromkeys(line["trajectory"] for line in lines):
+        own = [line for line in lines if line["trajectory"] == trajectory]
+        out.print(results_table(own, out.width))
+    if not lines:
+        err.print("No stage is finished yet.")
 
 
 def _build_report(run: str) -> str:
     from actors.artifacts import local_path, publish
     from orchestrator.ledger import Ledger
     from orchestrator.report.html import build_report
-    from orchestrator.store import Store, read_run
+    from orchestrator.run_file import read_run
+    from orchestrator.store import Store
 
     store = Store(run)
-    config = (read_run(store) or {})["config"]
+    stored = read_run(store) or {}
     table = Ledger(store.ledger_uri).read()
     if directory := local_path(store.report_uri):
-        return str(build_report(table, config, directory))
+        return str(build_report(table, stored["config"], directory, stored["versions"]))
     with tempfile.TemporaryDirectory() as scratch:
-        build_report(table, config, Path(scratch))
+        build_report(table, stored["config"], Path(scratch), stored["versions"])
         return publish(Path(scratch), store.report_uri).uri
 
 
-def _table(rows: list[dict[str, Any]], title: str) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for name, value in (rows[0] if rows else {}).items():
-        table.add_column(name, justify="right" if isinstance(value, (int, float)) else "left")
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
-    return table
+def _print_table(columns: dict[str, list[str]], title: str) -> None:
+    from orchestrator.report.terminal import plain_table
+
+    out.print(plain_table(columns, title))
+
+
+def _print_model(directory: Path, num_layers: int, num_parameters: int) -> None:
+    out.print(f"{directory}: {num_layers} layers, {num_parameters:,} parameters", soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def _quiet_libraries() -> None:
+    """Keep libraries, which are not imported yet, from showing progress bars and what is no news."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
+    # What peft should not call in transformers concerns their authors.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """DeepSpeed warns on standard output that this machine has no GPU; a cluster's nodes may have."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
+
+
 def main() -> None:
     """Entry point: errors become one message and an exit code; `--debug` shows the traceback."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    _quiet_libraries()
     try:
         app(args=arguments, prog_name="iterabre")
     except IterabreError as error:

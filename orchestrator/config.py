@@ -9,17 +9,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from orchestrator.errors import ConfigError
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 
 
 def _safe_name(value: object) -> object:
     """Names become parts of paths, so they may hold nothing that leads out of a directory."""
     if isinstance(value, str) and not NAME.fullmatch(value):
-        raise ValueError(f"{value!r} is no name: letters, digits, '.', '_' and '-' only, at most 100")
+        raise ValueError(f"{value!r} is no name: letters, digits, '.', '_' and '-' only, at most 60")
     return value
 
 
@@ -29,7 +37,7 @@ Name = Annotated[str, BeforeValidator(_safe_name)]
 class Section(BaseModel):
     """Every section refuses keys it does not know and never coerces strings to numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -233,12 +241,20 @@ class CampaignConfig(Section):
     execution: ExecutionConfig = ExecutionConfig()
     storage: StorageConfig = StorageConfig()
 
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_in_range(cls, seeds: list[int]) -> list[int]:
+        if any(not 0 <= seed < 2**31 for seed in seeds):
+            raise ValueError("a seed lies between 0 and 2147483647")
+        return seeds
+
     @model_validator(mode="after")
     def _unique_names(self) -> "CampaignConfig":
         for kind, names in (
             ("model id", [m.id for m in self.models]),
             ("method name", [m.name for m in self.methods]),
             ("seed", [str(s) for s in self.seeds]),
+            ("evaluation.perplexity name", [p.name for p in self.evaluation.perplexity]),
         ):
             twice = {name for name in names if names.count(name) > 1}
             if twice:
@@ -247,7 +263,15 @@ class CampaignConfig(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that also reads `1e-4` as the number it looks like."""
+    """YAML that also reads `1e-4` as the number it looks like, and refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key, _ in node.value if keys.count(key.value) > 1]
+        if twice:
+            problem = f"the key {twice[1].value!r} stands there twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, twice[1].start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -310,7 +334,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     place: Any = raw
     for part in parents:
         place = _step_into(place, part, override)
-    value = yaml.load(text, Loader=_Loader)
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: {text!r} is no YAML value") from error
     if isinstance(place, list):
         place[_position(place, last, override)] = value
     else:
@@ -319,14 +346,16 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 def _step_into(place: Any, part: str, override: str) -> Any:
     if isinstance(place, list):
-        return place[_position(place, part, override)]
-    inner = place.setdefault(part, {})
+        position = _position(place, part, override)
+        inner = place[position]
+    else:
+        inner = place.setdefault(part, {})
     if not isinstance(inner, (dict, list)):
         raise ConfigError(f"--set {override!r}: {part!r} holds a value, not a section")
     return inner
 
 
 def _position(place: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
+    if not part.isdecimal() or int(part) >= len(place):
         raise ConfigError(f"--set {override!r}: {part!r} is no position in a list of {len(place)}, from 0")
     return int(part)

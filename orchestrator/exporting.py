@@ -8,7 +8,7 @@ from actors.models import export_model
 from orchestrator.config import parse_config
 from orchestrator.errors import RequestError, unknown_name
 from orchestrator.ledger import Ledger
-from orchestrator.plan import TrajectoryPlan, build_plan
+from orchestrator.plan import IterationPlan, TrajectoryPlan, build_plan
 from orchestrator.report.card import model_card, provenance
 from orchestrator.run_file import read_run
 from orchestrator.stages import StoredStages
@@ -23,6 +23,16 @@ class _FinishedOnly:
         raise RequestError(
             f"that iteration's {stage} stage is not finished; continue the run with --resume first"
         )
+
+
+class _Lookup(StoredStages):
+    """The stages that make the model what it is; those that measure or copy it need not be there."""
+
+    def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
+        """Passed over."""
+
+    def export(self, iteration: IterationPlan, model: ModelRef) -> None:
+        """Passed over."""
 
 
 def export_iteration(run: str, trajectory_id: str, iteration: int, directory: Path) -> ExportResult:
@@ -44,7 +54,7 @@ def model_at(plan: TrajectoryPlan, store: Store, iteration: int) -> ModelRef:
     """The recovered model of a finished iteration, found by walking its trajectory through the store."""
     if not 1 <= iteration <= len(plan.iterations):
         raise RequestError(f"{plan.id} has iterations 1 to {len(plan.iterations)}, not {iteration}")
-    stages = StoredStages(plan, store, _FinishedOnly(), report=lambda _activity: None)
+    stages = _Lookup(plan, store, _FinishedOnly(), report=lambda _activity: None)
     return run_trajectory(plan, stages, until=iteration)
 
 

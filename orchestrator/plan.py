@@ -1,5 +1,7 @@
 """From a campaign file to trajectories and stages: everything is checked and decided before work starts."""
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -18,17 +20,21 @@ from actors.contracts import (
     RecoverySpec,
     ScoreSpec,
     TextSpec,
+    digest,
 )
 from actors.data import describe_text
 from actors.evaluation import check_tasks
 from actors.models import describe_model
-from actors.recovery import check_recovery
+from actors.recovery import check_recovery, find_objective
 from actors.scoring import find_criterion
 from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig, TargetConfig, TextConfig
 from orchestrator.errors import RequestError
 
 NOT_IN_KEY = frozenset({"micro_batch_size", "checkpoint_steps", "deepspeed"})
 """Fields of a spec that change how its result is computed, but not the result."""
+
+PRECISION = ("bf16", "fp16", "data_types", "torch_autocast")
+"""The fields of a DeepSpeed JSON that do change the result."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,18 @@ class TrajectoryPlan:
     also_before_recovery: bool
     deepspeed: str
     fingerprints: Mapping[TextSpec, str]
+    tasks_fingerprint: str | None = None
 
     @property
     def dense(self) -> ModelRef:
         """The unpruned model."""
         return ModelRef(self.model.spec)
+
+    @property
+    def recovery_tokens(self) -> int:
+        """Tokens of one recovery, at most; none where nothing is trained."""
+        recovery = self.method.recovery
+        return recovery.max_tokens if find_objective(recovery.objective).build else 0
 
     def score_spec(self, model: ModelRef) -> ScoreSpec:
         """What to ask of scoring for `model`."""
@@ -95,6 +108,10 @@ class TrajectoryPlan:
             return spec.sha256
         if is_dataclass(spec):
             named = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in NOT_IN_KEY}
+            if isinstance(spec, EvaluationSpec):
+                named["include_path"] = self.tasks_fingerprint
+            if isinstance(spec, RecoverySpec):
+                named["precision"] = {k: v for k, v in json.loads(spec.deepspeed).items() if k in PRECISION}
             return {name: self.key_inputs(value) for name, value in named.items()}
         if isinstance(spec, (list, tuple)):
             return [self.key_inputs(value) for value in spec]
@@ -146,6 +163,7 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
             also_before_recovery=config.evaluation.also_before_recovery,
             deepspeed=deepspeed,
             fingerprints=fingerprints,
+            tasks_fingerprint=_folder_fingerprint(evaluation.include_path),
         )
         for model in config.models
         for method in config.methods
@@ -257,6 +275,16 @@ def _texts(config: CampaignConfig, evaluation: EvaluationSpec) -> set[TextSpec]:
     return texts
 
 
+def _folder_fingerprint(path: str | None) -> str | None:
+    """Hash of the names and contents of all files under `path`."""
+    if path is None:
+        return None
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    return digest(
+        [[file.relative_to(path).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
+    )
+
+
 def _read_deepspeed(path: str | None) -> str:
     if path is None:
         return "{}"
@@ -286,7 +314,7 @@ def plan_summary(plan: CampaignPlan) -> list[dict[str, Any]]:
             "targets": [i.layers_left for i in t.iterations if i.is_target],
             "iterations": len(t.iterations),
             "stages": num_stages(t),
-            "recovery_tokens": t.method.recovery.max_tokens * len(t.iterations),
+            "recovery_tokens": t.recovery_tokens * len(t.iterations),
             "recovery_flops": recovery_flops(t),
             "recovery": {k: v for k, v in asdict(t.recovery_spec(t.dense)).items() if k == "objective"},
         }
@@ -309,5 +337,5 @@ def recovery_flops(trajectory: TrajectoryPlan) -> float:
     info, total = trajectory.model, 0.0
     for iteration in trajectory.iterations:
         student = info.num_parameters * iteration.layers_left / info.num_layers
-        total += trajectory.method.recovery.max_tokens * (2 * info.num_parameters + 4 * student)
+        total += trajectory.recovery_tokens * (2 * info.num_parameters + 4 * student)
     return total

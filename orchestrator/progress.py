@@ -14,8 +14,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from actors.contracts import Progress
-
 POST_INTERVAL_S = 0.3
 PLAIN_INTERVAL_S = 15.0
 
@@ -106,14 +104,14 @@ def _show_live(console: Console, snapshot: Callable[[], list[Activity]], stop: t
 
 def _show_lines(console: Console, snapshot: Callable[[], list[Activity]], stop: threading.Event) -> None:
     """One line when a trajectory goes on to another stage, and now and then within a long one."""
-    shown: dict[str, tuple[tuple[int, str, int], float]] = {}
+    shown: dict[str, tuple[tuple[int, str], float]] = {}
     while not stop.wait(0.5):
         for activity in snapshot():
-            place = (activity.iteration, activity.stage, activity.stages_done)
+            place = (activity.iteration, activity.stage)
             before, when = shown.get(activity.trajectory, (None, 0.0))
             if place != before or time.time() - when > PLAIN_INTERVAL_S:
                 shown[activity.trajectory] = (place, time.time())
-                console.print(line(activity), markup=False, highlight=False)
+                console.print(line(activity), markup=False, highlight=False, soft_wrap=True)
 
 
 def line(activity: Activity) -> str:
@@ -150,8 +148,3 @@ def render(activities: list[Activity]) -> Group:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes}:{rest:02d}"
-
-
-def as_progress(report: Report, activity: Activity) -> Progress:
-    """A stage's `Progress` that reports to a board."""
-    return StageProgress(report, activity)

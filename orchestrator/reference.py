@@ -1,4 +1,4 @@
-"""The reference page of the campaign file, written from the config models: `python -m orchestrator.reference`."""
+"""The reference page of the campaign file, from the config models: `python -m orchestrator.reference`."""
 
 import sys
 from collections.abc import Iterator

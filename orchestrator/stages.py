@@ -125,7 +125,7 @@ class StoredStages:
             ExportResult,
             lambda _progress, _uri, _key: self._backend.export(spec, uri),
         )
-        numbers = [
+        numbers: Numbers = [
             ("parameters", stage.result.num_parameters, "", {}),
             ("layers", stage.result.num_layers, "", {}),
         ]

@@ -37,6 +37,7 @@ from actors.artifacts import (
     local_path,
     read_bytes,
     sha256_of,
+    without_empty_directories,
     write_bytes,
 )
 from actors.contracts import ArtifactRef, FileRef, digest
@@ -218,6 +219,20 @@ class Store:
         Raises:
             RequestError: the storage path cannot be written or is too small.
         """
+        local = local_path(self.uri)
+        if local is None:
+            self._write_probe()
+            return
+        with without_empty_directories(local):
+            self._write_probe()
+            free_bytes = shutil.disk_usage(local).free
+        if free_bytes < needed_bytes:
+            raise RequestError(
+                f"storage path {self.uri} has {free_bytes:,} bytes free, but about {needed_bytes:,} are "
+                "needed; free some space or choose another storage.path"
+            )
+
+    def _write_probe(self) -> None:
         probe = join(self.uri, f".probe-{os.urandom(4).hex()}.tmp")
         try:
             write_bytes(probe, b"probe")
@@ -225,15 +240,6 @@ class Store:
             fs.delete_file(path)
         except (OSError, WorkError) as error:
             raise RequestError(f"storage path {self.uri} cannot be written: {error}") from error
-        local = local_path(self.uri)
-        if local is None:
-            return
-        free_bytes = shutil.disk_usage(local).free
-        if free_bytes < needed_bytes:
-            raise RequestError(
-                f"storage path {self.uri} has {free_bytes:,} bytes free, but about {needed_bytes:,} are "
-                "needed; free some space or choose another storage.path"
-            )
 
     def _load_checked(self, home: str, text: bytes, result_type: type[ResultT]) -> StoredStage[ResultT]:
         manifest = json.loads(text)

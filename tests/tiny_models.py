@@ -4,12 +4,15 @@ Nothing is downloaded. The weights are drawn wide, so that dropping a layer
 changes the output by far more than rounding does.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,8 +42,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"head_dim": 8, "decoder_sparse_step": 1, "mlp_only_layers": [1, 4]} | _MOE,
     "smollm3": {"no_rope_layers": [1, 1, 0, 1, 0, 1]},
     "diffllama": {},
+    "gemma4_text": {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8} | _SLIDING,
 }
-"""Config fields of each family's `tiny_model`, beyond the common sizes; irregular where the family allows it."""
+"""Config fields of each family's `tiny_model` beyond the common sizes; layers differ where allowed."""
 
 _CORPUS = (
     "The quick brown fox jumps over the lazy dog .",
@@ -135,3 +139,33 @@ def save_tiny(directory: str | Path, num_layers: int = 4, seed: int = 0, **overr
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
+
+
+def tiny_ids(num_sequences: int = 2, num_tokens: int = 12, seed: int = 0) -> Tensor:
+    """Random token ids [B, T] that avoid the special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE - 50, (num_sequences, num_tokens), generator=generator)
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The block list, by the name that the family gives it."""
+    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
+
+
+@contextmanager
+def skipped(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
+    """Compute as if the blocks `layers` were not there: each hands on what it received.
+
+    The blocks still run and fill their part of the KV cache; only their output is thrown away.
+    """
+
+    def hand_on(_block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        received = args[0] if args else kwargs["hidden_states"]
+        return (received, *output[1:]) if isinstance(output, tuple) else received
+
+    hooks = [blocks_of(model)[i].register_forward_hook(hand_on, with_kwargs=True) for i in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -8,7 +8,6 @@ from actors.models import device, materialize
 from actors.models.actor import placement, result_of, wait_for_place
 
 
-@ray.remote(max_restarts=3, max_task_retries=3)
 class EvalActor:
     """Loads the model that a spec names and measures it; the caller's `.options` set its resources."""
 
@@ -39,7 +38,8 @@ def evaluate_on_ray(
     Raises:
         WorkError: the actor got no place within `start_timeout_s`.
     """
-    actor = EvalActor.options(**placement(cpus, gpus)).remote()
+    options = {**placement(cpus, gpus), "max_restarts": 3, "max_task_retries": 3}
+    actor = ray.remote(EvalActor).options(**options).remote()
     try:
         wait_for_place([actor.ready.remote()], "evaluation", cpus, gpus, start_timeout_s)
         return result_of(actor.evaluate.remote(spec, progress))

@@ -86,6 +86,6 @@ def rename_layers(
 
 def device() -> torch.device:
     """The accelerator this process was given, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

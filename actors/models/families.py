@@ -13,8 +13,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from actors.errors import RequestError
 
-INDEX_LISTS = frozenset({"mlp_only_layers", "moe_layers", "full_attn_idxs", "global_attn_every_n_layers_idxs"})
+INDEX_LISTS = frozenset(
+    {"mlp_only_layers", "moe_layers", "full_attn_idxs", "global_attn_every_n_layers_idxs"}
+)
 """Config fields that list layer indices."""
+
+NOT_PER_LAYER = frozenset({"architectures", "eos_token_id"})
+"""Config lists that have nothing to do with layers, even when they are as long."""
 
 LEADING_COUNTS = frozenset({"first_k_dense_replace", "max_window_layers", "num_dense_layers"})
 """Config fields that say how many layers, from layer 0 on, are of another kind."""
@@ -22,7 +27,11 @@ LEADING_COUNTS = frozenset({"first_k_dense_replace", "max_window_layers", "num_d
 
 @dataclass(frozen=True)
 class LayerList:
-    """The block list of a model: `getattr(parent, attribute)`, at `path` from the model's root."""
+    """The block list of a model: `getattr(parent, attribute)`, at `path` from the model's root.
+
+    `parent` is the backbone: its forward embeds the tokens, runs the blocks and the
+    final norm, and gives `last_hidden_state`.
+    """
 
     path: str
     parent: nn.Module
@@ -88,6 +97,6 @@ def kept_fields(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]
             fields[name] = [new for new, old in enumerate(kept) if old in value]
         elif name in LEADING_COUNTS and isinstance(value, int):
             fields[name] = sum(old < value for old in kept)
-        elif isinstance(value, (list, tuple)) and len(value) == num_layers > 1:
+        elif name not in NOT_PER_LAYER and isinstance(value, (list, tuple)) and len(value) == num_layers:
             fields[name] = [value[old] for old in kept]
     return fields

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +27,9 @@ from actors.models.families import depth, text_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGE_SCHEME = "package://"
+MODEL_FILES = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja", ".py"})
+"""Endings of the files that make a model what it is: configurations, weights, tokenizer, code."""
+
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -49,13 +53,24 @@ def load_model(
             only pickled weights (safetensors are the only weights ever read).
     """
     spec = ModelSpec(path, dtype, revision, trust_remote_code)
+    _check_dtype(spec)
     tokenizer = load_tokenizer(spec)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve(spec), dtype=DTYPES[dtype], use_safetensors=True, **_hub_options(spec)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            resolve(spec),
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            **_hub_options(spec),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _unreadable(spec, error) from error
+    if missing := loading["missing_keys"]:
+        # transformers draws missing weights at random and goes on.
+        raise RequestError(
+            f"model {path!r}: its safetensors lack {len(missing)} weights, such as {min(missing)!r}; "
+            "get the model again"
+        )
     return model.eval(), tokenizer
 
 
@@ -81,14 +96,15 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
     Raises:
         RequestError: as `load_model`, or the model is no decoder language model.
     """
-    if spec.dtype not in DTYPES:
-        raise RequestError(f"model {spec.path!r}: unknown dtype {spec.dtype!r}; known: {', '.join(DTYPES)}")
+    _check_dtype(spec)
     config = load_config(spec)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     except ValueError as error:
-        raise RequestError(f"model {spec.path!r} ({config.model_type}) is no causal language model") from error
+        raise RequestError(
+            f"model {spec.path!r} ({config.model_type}) is no causal language model"
+        ) from error
     return ModelInfo(
         spec=spec,
         model_type=config.model_type,
@@ -118,6 +134,11 @@ def resolve(spec: ModelSpec) -> str:
     if _looks_local(spec.path):
         raise RequestError(f"model path {spec.path!r} does not exist")
     return spec.path
+
+
+def _check_dtype(spec: ModelSpec) -> None:
+    if spec.dtype not in DTYPES:
+        raise RequestError(f"model {spec.path!r}: unknown dtype {spec.dtype!r}; known: {', '.join(DTYPES)}")
 
 
 def _looks_local(path: str) -> bool:
@@ -203,12 +224,12 @@ def drop_quantization(config: PretrainedConfig) -> None:
 
 
 def _fingerprint(spec: ModelSpec, config: PretrainedConfig) -> str:
-    """Changes whenever weights or configuration change; a hub model's is its commit."""
+    """Changes whenever weights, configuration or tokenizer change; a hub model's is its commit."""
     source = Path(resolve(spec))
     if not source.is_dir():
         commit = getattr(config, "_commit_hash", None) or spec.revision
         return digest(["hub", spec.path, commit, spec.dtype])
-    files = sorted([source / "config.json", *source.glob("*.safetensors")])
+    files = sorted(file for file in source.iterdir() if file.suffix in MODEL_FILES)
     return digest(["files", [(file.name, _file_sha256(file)) for file in files], spec.dtype])
 
 

@@ -35,11 +35,11 @@ class LayerwisePass:
     """
 
     def __init__(self, model: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None):
-        self._backbone = model.base_model
-        self._blocks = find_layers(model).modules
+        layers = find_layers(model)
+        self._backbone, self._blocks = layers.parent, layers.modules
         self._inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._tuples = _blocks_return_tuples(self._backbone, self._blocks[0], input_ids_BT[:1, :1])
+        self._items = _items_returned(self._backbone, self._blocks[0], input_ids_BT[:1, :1])
         self.hidden_BTD = self._capture()
 
     def block(self, index: int, hidden_BTD: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class LayerwisePass:
             if capture:
                 self._calls.append((args, kwargs))
             output = compute(index, hidden)
-            return (output,) if self._tuples else output
+            return (output, *[None] * (self._items - 1)) if self._items else output
 
         return forward
 
@@ -101,12 +101,20 @@ class _SeenEnoughError(Exception):
     """Ends a forward pass early."""
 
 
-def _blocks_return_tuples(backbone: nn.Module, block: nn.Module, input_ids_BT: Tensor) -> bool:
-    """Whether this family's loop expects a tuple from a block; seen from one block on one token."""
-    seen: list[bool] = []
+_ITEMS_RETURNED: dict[type[nn.Module], int] = {}
+"""What `_items_returned` found for each class of block, so that it looks once a process."""
+
+
+def _items_returned(backbone: nn.Module, block: nn.Module, input_ids_BT: Tensor) -> int:
+    """Length of the tuple that this family's loop expects from a block, 0 if it expects a tensor.
+
+    Seen from one block on one token, the first time that a class of block is met.
+    """
+    if type(block) in _ITEMS_RETURNED:
+        return _ITEMS_RETURNED[type(block)]
 
     def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen.append(isinstance(output, tuple))
+        _ITEMS_RETURNED[type(block)] = len(output) if isinstance(output, tuple) else 0
         raise _SeenEnoughError
 
     hook = block.register_forward_hook(look)
@@ -117,4 +125,4 @@ def _blocks_return_tuples(backbone: nn.Module, block: nn.Module, input_ids_BT: T
         pass
     finally:
         hook.remove()
-    return seen[0]
+    return _ITEMS_RETURNED[type(block)]

@@ -1,12 +1,12 @@
 """Removing whole transformer blocks from a loaded model."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from actors.errors import RequestError
 from actors.models.families import depth, find_layers, kept_fields, text_config
@@ -84,20 +84,42 @@ def _check_rebuilds(model: PreTrainedModel, config: PretrainedConfig, kept: Sequ
 
     Blocks are compared without weights (on the meta device): their modules,
     parameter shapes and plain attributes. This finds every rule that a family
-    derives from a block's own index (patterns, periods, scales), by name.
+    derives from a block's own index (patterns, periods, scales), by name. So
+    are the shapes outside the blocks, where some families hold a part for each
+    block (per-layer embeddings).
     """
     with torch.device("meta"):
-        rebuilt = find_layers(AutoModelForCausalLM.from_config(copy.deepcopy(config))).modules
-    blocks = find_layers(model).modules
+        rebuilt = type(model)(copy.deepcopy(config))
+    blocks, rebuilt_blocks = find_layers(model).modules, find_layers(rebuilt).modules
     for new_index, old_index in enumerate(kept):
-        want, got = dict(_traits(blocks[old_index])), dict(_traits(rebuilt[new_index]))
-        differing = sorted(k for k in want.keys() | got.keys() if want.get(k) != got.get(k))
-        if differing:
-            trait = differing[0]
+        change = _first_change(_traits(blocks[old_index]), _traits(rebuilt_blocks[new_index]))
+        if change:
             raise RequestError(
                 f"model type {config.model_type!r}: its config cannot say that layer {old_index} becomes "
-                f"layer {new_index}: {trait!r} would change from {want.get(trait)!r} to {got.get(trait)!r}"
+                f"layer {new_index}: {change}"
             )
+    change = _first_change(_shapes_outside_blocks(model), _shapes_outside_blocks(rebuilt))
+    if change:
+        raise RequestError(
+            f"model type {config.model_type!r} holds a part for each layer outside its blocks, "
+            f"so that it cannot be pruned: {change}"
+        )
+
+
+def _first_change(want: Iterable[tuple[str, Any]], got: Iterable[tuple[str, Any]]) -> str | None:
+    """The first name, in order of the alphabet, whose value differs, in words."""
+    before, after = dict(want), dict(got)
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            return f"{name!r} would change from {before.get(name)!r} to {after.get(name)!r}"
+    return None
+
+
+def _shapes_outside_blocks(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    inside = f"{find_layers(model).path}."
+    for name, parameter in model.named_parameters():
+        if not name.startswith(inside):
+            yield f"{name}:shape", tuple(parameter.shape)
 
 
 def _traits(block: nn.Module) -> Iterator[tuple[str, Any]]:

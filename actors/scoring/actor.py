@@ -21,7 +21,6 @@ SHARES_PER_ACTOR = 4
 """More shares than actors, so that a fast actor takes over from a slow or lost one."""
 
 
-@ray.remote(max_restarts=3)
 class ScoreActor:
     """Scores shares of one spec's calibration sequences; holds its models between shares."""
 
@@ -63,7 +62,8 @@ def score_on_ray(
 
 @contextmanager
 def _pool(spec: ScoreSpec, actors: int, cpus: float, gpus: float) -> Iterator[list[ActorHandle]]:
-    pool = [ScoreActor.options(**placement(cpus, gpus)).remote(spec) for _ in range(actors)]
+    remote = ray.remote(ScoreActor).options(**placement(cpus, gpus), max_restarts=3)
+    pool = [remote.remote(spec) for _ in range(actors)]
     try:
         yield pool
     finally:
@@ -71,7 +71,9 @@ def _pool(spec: ScoreSpec, actors: int, cpus: float, gpus: float) -> Iterator[li
             ray.kill(actor)
 
 
-def _share_out(pool: list[ActorHandle], shares: list[list[int]], progress: Progress) -> dict[int, list[float]]:
+def _share_out(
+    pool: list[ActorHandle], shares: list[list[int]], progress: Progress
+) -> dict[int, list[float]]:
     """Give every actor a share as soon as it is free, until all shares are scored."""
     todo = deque(shares)
     idle: list[ActorHandle] = []

@@ -83,9 +83,9 @@ def hidden_cosine(model: PreTrainedModel, calibration: Calibration) -> Tensor:
     rows = []
     for sequence in calibration.sequences:
         hidden = candidate_hidden(model, sequence).float()
-        reference = (
-            hidden[0] if calibration.reference is None else last_hidden(calibration.reference, sequence).float()
-        )
+        reference = hidden[0]
+        if calibration.reference is not None:
+            reference = last_hidden(calibration.reference, sequence).float()
         rows.append(pool(reference, hidden[1:]))
     return torch.stack(rows)
 
@@ -133,7 +133,11 @@ def _no_pass(_num_layers: int, _num_sequences: int) -> int:
 
 CRITERIA: dict[str, Criterion] = {
     "hidden_cosine": Criterion(
-        hidden_cosine, True, True, layer_forwards, "IteRABRe (arXiv 2503.06291) §3.1; LaCo (arXiv 2402.11187) §2"
+        hidden_cosine,
+        True,
+        True,
+        layer_forwards,
+        "IteRABRe (arXiv 2503.06291) §3.1; LaCo (arXiv 2402.11187) §2",
     ),
     "block_influence": Criterion(
         block_influence, False, True, _one_pass, "ShortGPT (arXiv 2403.03853) §2.3, Eq. 1"

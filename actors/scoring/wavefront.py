@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.models import LayerwisePass, depth
+from actors.models import LayerwisePass, depth, find_layers
 
 
 @torch.no_grad()
 def last_hidden(model: PreTrainedModel, sequence_T: Tensor) -> Tensor:
     """The last hidden state [T, D] after the final norm; the LM head is not run."""
-    return model.base_model(input_ids=sequence_T[None], use_cache=False).last_hidden_state[0]
+    backbone = find_layers(model).parent
+    return backbone(input_ids=sequence_T[None], use_cache=False).last_hidden_state[0]
 
 
 @torch.no_grad()

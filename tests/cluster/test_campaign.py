@@ -69,7 +69,12 @@ def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "RAY_memory_monitor_refresh_ms": "0", "HF_HUB_OFFLINE": "1"}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -149,36 +154,38 @@ def test_local_backend_gives_the_same_layers_and_numbers(root: Path, undisturbed
             assert numbers(undisturbed)[name] == pytest.approx(score, abs=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["score", "recover", "evaluate"])
-def test_killed_driver_resumes_without_repeating_finished_stages(
-    root: Path, undisturbed: Path, stage: str
+def test_killed_again_and_again_it_resumes_without_repeating_finished_stages(
+    root: Path, undisturbed: Path
 ) -> None:
-    file = campaign(root, f"killed-in-{stage}")
-    run = root / "runs" / f"killed-in-{stage}"
-    process = start(file)
-    _wait_until_second_iteration_runs(run, stage, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    before = finished_stages(run)
-    assert before
+    file = campaign(root, "killed")
+    run = root / "runs" / "killed"
+    for number, moment in enumerate(("iteration 1: score", "iteration 1: recover", "iteration 2: evaluate")):
+        before = finished_stages(run)
+        process = start(file, *(["--resume"] if number else []))
+        _wait_until_starts(run, moment, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        after = finished_stages(run)
+        assert before.keys() < after.keys(), moment
+        assert {name: after[name] for name in before} == before, moment
     finish(start(file, "--resume"))
-    after = finished_stages(run)
-    assert {name: after[name] for name in before} == before
-    assert len(after) == len(finished_stages(undisturbed))
+    final = finished_stages(run)
+    assert {name: final[name] for name in after} == after
+    assert len(final) == len(finished_stages(undisturbed))
     assert_same(run, undisturbed)
 
 
-def _wait_until_second_iteration_runs(run: Path, stage: str, process: subprocess.Popen[str]) -> None:
-    """Return while `stage` of iteration 2 is running: seen from the trial's own log."""
+def _wait_until_starts(run: Path, moment: str, process: subprocess.Popen[str]) -> None:
+    """Return while a stage such as `iteration 1: score` is running: seen from the trial's own log."""
     log = run / "logs" / "workers.log"
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stdout and process.stdout.read()
         lines = log.read_text().splitlines() if log.exists() else []
-        if any(f"iteration 2: {stage}" in line and line.endswith("starts") for line in lines):
+        if any(moment in line and line.endswith("starts") for line in lines):
             return
         time.sleep(0.05)
-    raise AssertionError(f"{stage} of iteration 2 never started")
+    raise AssertionError(f"{moment} never started")
 
 
 def test_request_larger_than_the_cluster_is_refused_before_anything_is_written(root: Path) -> None:

@@ -1,0 +1,311 @@
+"""What is decided before work starts: depths, portions, trajectories, and what a stage's key depends on."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import fields, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from actors.contracts import ArtifactRef, FileRef, ModelInfo, ModelSpec, RecoverySpec
+from orchestrator.config import TargetConfig, parse_config
+from orchestrator.errors import RequestError
+from orchestrator.plan import (
+    CampaignPlan,
+    TrajectoryPlan,
+    build_plan,
+    iterative_schedule,
+    num_stages,
+    plan_summary,
+    target_depth,
+)
+from orchestrator.store import stage_key
+from tests.tiny_campaign import tiny_campaign
+from tests.tiny_models import save_tiny
+
+Change = Callable[[dict[str, Any]], Any]
+ADAPTER = ArtifactRef("/somewhere/payload-1", (FileRef("adapter_model.safetensors", 10, "ab" * 32),))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("plan")
+    tiny_campaign(directory)
+    return directory
+
+
+def _plan(campaign: dict[str, Any]) -> CampaignPlan:
+    return build_plan(parse_config(campaign, "campaign.yaml"))
+
+
+def _keys(trajectory: TrajectoryPlan) -> dict[str, str]:
+    """Keys of the stages after layer 3 was dropped and healed once."""
+    model = trajectory.dense.without((3,)).recovered(ADAPTER)
+    specs = {
+        "score": trajectory.score_spec(model),
+        "recover": trajectory.recovery_spec(model),
+        "evaluate": trajectory.evaluation_spec(model),
+        "prune": model,
+    }
+    return {kind: stage_key(kind, trajectory.key_inputs(spec)) for kind, spec in specs.items()}
+
+
+def _info(num_layers: int) -> ModelInfo:
+    return ModelInfo(ModelSpec("m"), "llama", num_layers, 10, 10, "f")
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "depths", "portion", "expected"),
+    [
+        (5, [3], 1, [(1, 4, False), (1, 3, True)]),
+        (10, [7, 3], 2, [(2, 8, False), (1, 7, True), (2, 5, False), (2, 3, True)]),
+        (4, [1], 9, [(3, 1, True)]),
+        (4, [3, 2, 1], 2, [(1, 3, True), (1, 2, True), (1, 1, True)]),
+    ],
+)
+def test_portions_halt_at_every_target(
+    num_layers: int, depths: list[int], portion: int, expected: list[tuple[int, int, bool]]
+) -> None:
+    schedule = iterative_schedule(num_layers, depths, portion)
+    assert [(i.layers_to_drop, i.layers_left, i.is_target) for i in schedule] == expected
+    assert [i.index for i in schedule] == list(range(1, len(expected) + 1))
+
+
+def test_fractions_round_half_up() -> None:
+    for num_layers in range(2, 81):
+        for percent in (5, 10, 12.5, 25, 37.5, 50, 75):
+            exact = Fraction(percent) / 100 * num_layers
+            removed = int(exact) + (exact - int(exact) >= Fraction(1, 2))
+            target = TargetConfig(fraction=percent / 100)
+            if 0 < removed < num_layers:
+                assert target_depth(target, _info(num_layers)) == num_layers - removed
+
+
+@pytest.mark.parametrize(
+    ("target", "asked"),
+    [
+        ({"layers": 4}, "layers: 4 leaves 4"),
+        ({"layers": 5}, "layers: 5 leaves 5"),
+        ({"layers": 0}, "layers: 0 leaves 0"),
+        ({"layers": -1}, "layers: -1 leaves -1"),
+        ({"fraction": 0.1}, r"fraction: 0\.1 leaves 4"),
+        ({"fraction": 0.9}, r"fraction: 0\.9 leaves 0"),
+    ],
+)
+def test_depths_that_cannot_be_are_told(target: dict[str, Any], asked: str) -> None:
+    with pytest.raises(RequestError, match=rf"{asked} of the 4 layers of 'm'; .* between 1 and 3"):
+        target_depth(TargetConfig(**target), _info(4))
+
+
+def test_one_trajectory_for_every_model_method_and_seed(place: Path) -> None:
+    campaign = tiny_campaign(place)
+    method = campaign["methods"][0]
+    campaign["models"].append({**campaign["models"][0], "id": "again"})
+    campaign["methods"].append({**method, "name": "plain"})
+    campaign["seeds"] = [0, 7]
+    plan = _plan(campaign)
+    assert [t.id for t in plan.trajectories] == [
+        f"{model}--{method}--seed{seed}"
+        for model in ("llama", "again")
+        for method in ("iterabre", "plain")
+        for seed in (0, 7)
+    ]
+    assert plan.find("again--plain--seed7").seed == 7
+    stops = [(i.layers_left, i.is_target) for i in plan.trajectories[0].iterations]
+    assert stops == [(3, True), (2, True)]
+
+
+def test_direct_removal_is_one_trajectory_a_target(place: Path) -> None:
+    campaign = tiny_campaign(place)
+    campaign["methods"][0]["schedule"] = {"mode": "direct"}
+    campaign["targets"] = [{"layers": 2}, {"layers": 3}, {"fraction": 0.5}]
+    plan = _plan(campaign)
+    assert [t.id for t in plan.trajectories] == ["llama--iterabre--seed0--3L", "llama--iterabre--seed0--2L"]
+    assert [[(i.index, i.layers_to_drop, i.is_target) for i in t.iterations] for t in plan.trajectories] == [
+        [(1, 1, True)],
+        [(1, 2, True)],
+    ]
+
+
+def test_the_config_reaches_the_specs(place: Path) -> None:
+    campaign = tiny_campaign(place)
+    recovery = campaign["methods"][0]["recovery"]
+    recovery |= {"loss": {"attention": 0.0}, "warmup_steps": 1, "lr_schedule": "cosine"}
+    recovery["adapter"] = {"rank": 2, "targets": ["q_proj", "v_proj"]}
+    trajectory = _plan(campaign).trajectories[0]
+    spec = trajectory.recovery_spec(trajectory.dense)
+    assert (spec.loss.hidden, spec.loss.attention, spec.warmup_steps, spec.lr_schedule) == (1, 0, 1, "cosine")
+    assert (spec.adapter.rank, spec.adapter.targets) == (2, ("q_proj", "v_proj"))
+    assert spec.max_tokens == 96
+    # Every field of the section has its field in the spec, so none is silently left out.
+    section = set(type(trajectory.method.recovery).model_fields)
+    assert section <= {field.name for field in fields(RecoverySpec)}
+
+
+def test_keys_do_not_depend_on_the_place(place: Path, tmp_path: Path) -> None:
+    there = tmp_path / "elsewhere"
+    shutil.copytree(place, there)
+    here = _plan(tiny_campaign(place)).trajectories[0]
+    moved = json.loads(json.dumps(tiny_campaign(place)).replace(str(place), str(there)))
+    moved["name"] = "another"
+    moved["storage"] = {"path": str(tmp_path / "x")}
+    assert moved["models"][0]["path"] == str(there / "model")
+    assert _keys(_plan(moved).trajectories[0]) == _keys(here)
+
+
+def _set(path: str, value: Any) -> Change:
+    def change(campaign: dict[str, Any]) -> None:
+        *parents, last = path.split(".")
+        place: Any = campaign
+        for part in parents:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        place[last] = value
+
+    return change
+
+
+SCORING, RECOVERY, PERPLEXITY = "methods.0.scoring", "methods.0.recovery", "evaluation.perplexity.0"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "changed"),
+    [
+        ("models.0.dtype", "bfloat16", {"score", "prune", "recover", "evaluate"}),
+        (f"{SCORING}.criterion", "block_influence", {"score"}),
+        (f"{SCORING}.reference", "current", {"score"}),
+        (f"{SCORING}.pooling", "last_token", {"score"}),
+        (f"{SCORING}.max_sequences", 3, {"score"}),
+        (f"{SCORING}.sequence_length", 31, {"score"}),
+        (f"{SCORING}.calibration", {"builtin": "iterabre-appendix-a"}, {"score"}),
+        ("seeds", [1], {"score", "recover", "evaluate"}),
+        (f"{RECOVERY}.objective", "none", {"recover"}),
+        (f"{RECOVERY}.loss", {"hidden": 0.5}, {"recover"}),
+        (f"{RECOVERY}.adapter", {"rank": 4, "dropout": 0.1}, {"recover"}),
+        (f"{RECOVERY}.adapter", {"rank": 4, "targets": "ffn"}, {"recover"}),
+        (f"{RECOVERY}.sequence_length", 8, {"recover"}),
+        (f"{RECOVERY}.batch_size", 4, {"recover"}),
+        (f"{RECOVERY}.learning_rate", 2e-3, {"recover"}),
+        (f"{RECOVERY}.lr_schedule", "constant", {"recover"}),
+        (f"{RECOVERY}.warmup_steps", 1, {"recover"}),
+        (f"{RECOVERY}.weight_decay", 0.1, {"recover"}),
+        (f"{RECOVERY}.max_grad_norm", 0.5, {"recover"}),
+        (f"{RECOVERY}.max_tokens", 128, {"recover"}),
+        (f"{PERPLEXITY}.context", 64, {"evaluate"}),
+        (f"{PERPLEXITY}.max_tokens", 128, {"evaluate"}),
+        (f"{PERPLEXITY}.name", "dog", {"evaluate"}),
+        ("evaluation.tasks", ["blimp_sample"], {"evaluate"}),
+        ("evaluation.limit", 3, {"evaluate"}),
+        ("evaluation.num_fewshot", 1, {"evaluate"}),
+        # How it is computed, where, and how far the trajectory goes: nothing changes.
+        (f"{RECOVERY}.micro_batch_size", 2, set()),
+        (f"{RECOVERY}.checkpoint_steps", 7, set()),
+        ("execution.max_concurrent_trajectories", 3, set()),
+        ("execution.scoring", {"actors": 1}, set()),
+        ("models.0.id", "other", set()),
+        ("methods.0.name", "other", set()),
+        ("targets", [{"layers": 1}], set()),
+        ("evaluation.also_before_recovery", False, set()),
+    ],
+)
+def test_keys_depend_on_what_changes_the_result(
+    place: Path, path: str, value: Any, changed: set[str]
+) -> None:
+    campaign = tiny_campaign(place)
+    before = _keys(_plan(campaign).trajectories[0])
+    _set(path, value)(campaign)
+    after = _keys(_plan(campaign).trajectories[0])
+    assert {kind for kind in before if before[kind] != after[kind]} == changed
+
+
+def test_keys_depend_on_the_weights(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place, tmp_path / "copy")
+    campaign = tiny_campaign(place)
+    before = _keys(_plan(campaign).trajectories[0])
+    weights = tmp_path / "copy/model/model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] += 1e-3
+    save_file(tensors, weights, metadata={"format": "pt"})
+    campaign["models"][0]["path"] = str(tmp_path / "copy/model")
+    after = _keys(_plan(campaign).trajectories[0])
+    assert all(before[kind] != after[kind] for kind in before)
+
+
+def test_keys_depend_on_the_tokenizer(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place, tmp_path / "copy")
+    campaign = tiny_campaign(place)
+    before = _keys(_plan(campaign).trajectories[0])
+    tokenizer = tmp_path / "copy/model/tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["model"]["merges"].pop()
+    tokenizer.write_text(json.dumps(content))
+    campaign["models"][0]["path"] = str(tmp_path / "copy/model")
+    after = _keys(_plan(campaign).trajectories[0])
+    assert all(before[kind] != after[kind] for kind in before)
+
+
+def test_keys_depend_on_the_text(place: Path, tmp_path: Path) -> None:
+    campaign = tiny_campaign(place)
+    before = _keys(_plan(campaign).trajectories[0])
+    other = tmp_path / "other.txt"
+    other.write_bytes(Path(place / "text.txt").read_bytes() + b"!")
+    campaign["methods"][0]["recovery"]["data"]["path"] = str(other)
+    after = _keys(_plan(campaign).trajectories[0])
+    assert {kind for kind in before if before[kind] != after[kind]} == {"recover"}
+
+
+def test_keys_depend_on_the_users_tasks(place: Path, tmp_path: Path) -> None:
+    campaign = tiny_campaign(place)
+    task = {"task": "mine", "dataset_path": "json", "output_type": "multiple_choice", "doc_to_text": "x"}
+    keys = []
+    for folder, content in (("a", task), ("b", task), ("c", task | {"doc_to_text": "y"})):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.yaml").write_text(yaml.safe_dump(content))
+        campaign["evaluation"] |= {"tasks": ["mine"], "include_path": str(tmp_path / folder)}
+        keys.append(_keys(_plan(campaign).trajectories[0])["evaluate"])
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_keys_depend_on_what_became_of_the_model(place: Path) -> None:
+    trajectory = _plan(tiny_campaign(place)).trajectories[0]
+    dense, dropped = trajectory.dense, trajectory.dense.without((3,))
+    other = replace(ADAPTER, files=(FileRef("adapter_model.safetensors", 10, "cd" * 32),))
+    moved = replace(ADAPTER, uri="s3://bucket/elsewhere")
+    variants = [dense, dropped, dense.without((2,)), dropped.recovered(ADAPTER), dropped.recovered(other)]
+    keys = {stage_key("score", trajectory.key_inputs(trajectory.score_spec(m))) for m in variants}
+    assert len(keys) == len(variants)
+    assert stage_key(
+        "score", trajectory.key_inputs(trajectory.score_spec(dropped.recovered(moved)))
+    ) == stage_key("score", trajectory.key_inputs(trajectory.score_spec(dropped.recovered(ADAPTER))))
+
+
+def test_summary_counts_what_will_run(place: Path) -> None:
+    plan = _plan(tiny_campaign(place))
+    (row,) = plan_summary(plan)
+    json.dumps(row)
+    assert (row["trajectory"], row["layers"], row["targets"]) == ("llama--iterabre--seed0", 4, [3, 2])
+    # Dense evaluation; then score, prune, evaluate, recover, evaluate, export, twice.
+    assert row["stages"] == num_stages(plan.trajectories[0]) == 1 + 2 * 6
+    assert row["recovery_tokens"] == 2 * 96
+    weights_bytes = 4 * plan.trajectories[0].model.num_parameters
+    assert 2 * weights_bytes <= plan.needed_bytes() <= 3 * weights_bytes
+
+
+def test_no_recovery_costs_nothing(place: Path) -> None:
+    campaign = tiny_campaign(place)
+    campaign["methods"][0]["recovery"]["objective"] = "none"
+    (row,) = plan_summary(_plan(campaign))
+    assert (row["recovery_tokens"], row["recovery_flops"]) == (0, 0)
+
+
+def test_deeper_model_needs_its_own_depths(tmp_path: Path) -> None:
+    campaign = tiny_campaign(tmp_path)
+    deep = save_tiny(tmp_path / "deep", num_layers=6)
+    campaign["models"].append({"id": "deep", "path": deep})
+    campaign["targets"] = [{"fraction": 0.5}]
+    depths = [[i.layers_left for i in t.iterations] for t in _plan(campaign).trajectories]
+    assert depths == [[3, 2], [5, 4, 3]]
