@@ -142,7 +142,7 @@ def _check_dtype(spec: ModelSpec) -> None:
 
 
 def _looks_local(path: str) -> bool:
-    return path.startswith(("/", ".", "~")) or path.count("/") != 1
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1
 
 
 def _hub_options(spec: ModelSpec) -> dict[str, Any]:

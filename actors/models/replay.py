@@ -118,8 +118,10 @@ def _items_returned(backbone: nn.Module, block: nn.Module, input_ids_BT: Tensor)
         raise _SeenEnoughError
 
     hook = block.register_forward_hook(look)
+    # Dropout in this one block must not move the draws of the pass that follows.
+    devices = [input_ids_BT.device] if input_ids_BT.is_cuda else []
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices):
             backbone(input_ids=input_ids_BT, use_cache=False)
     except _SeenEnoughError:
         pass

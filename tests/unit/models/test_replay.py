@@ -89,6 +89,17 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
     assert model(ids).logits.equal(before)
 
 
+def test_looking_at_a_new_family_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed training run, in a fresh process, must see the same dropout."""
+    monkeypatch.setattr("actors.models.replay._ITEMS_RETURNED", {})
+    model = tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.0).train()
+    torch.manual_seed(0)
+    LayerwisePass(model, tiny_ids())
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert drawn.equal(torch.rand(1))
+
+
 def test_gradients_flow_through_blocks_and_norm() -> None:
     model, ids = tiny_model("llama"), tiny_ids()
     walk = LayerwisePass(model, ids)
