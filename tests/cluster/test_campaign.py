@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.dataset as ds
 import pytest
 import yaml
@@ -76,6 +77,22 @@ def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def ray_daemons() -> set[int]:
+    """Ids of all processes that make up a Ray node, on this machine."""
+    return {p.pid for p in psutil.process_iter() if p.name() in ("raylet", "gcs_server")}
+
+
+def daemons_of(pid: int) -> set[int]:
+    """Those among the descendants of `pid`."""
+    return ray_daemons() & {child.pid for child in psutil.Process(pid).children(recursive=True)}
+
+
+def wait_for_end_of(pids: set[int]) -> None:
+    """A killed driver takes its Ray node with it: nothing is left behind."""
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=60)
+    assert not alive
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -163,8 +180,10 @@ def test_killed_again_and_again_it_resumes_without_repeating_finished_stages(
         before = finished_stages(run)
         process = start(file, *(["--resume"] if number else []))
         _wait_until_starts(run, moment, process)
+        others = ray_daemons() - daemons_of(process.pid)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        wait_for_end_of(ray_daemons() - others)
         after = finished_stages(run)
         assert before.keys() < after.keys(), moment
         assert {name: after[name] for name in before} == before, moment
@@ -189,9 +208,9 @@ def _wait_until_starts(run: Path, moment: str, process: subprocess.Popen[str]) -
 
 
 def test_request_larger_than_the_cluster_is_refused_before_anything_is_written(root: Path) -> None:
-    file = campaign(root, "too-large", training={"workers": 64, "cpus": 1.0, "gpus": 1.0})
+    file = campaign(root, "too-large", training={"workers": 2, "cpus": 32.0})
     process = start(file)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 2, output
-    assert "needs 64 CPU" in " ".join(output.split())
+    assert "execution.training needs 64 CPU (2 x 32)" in " ".join(output.split())
     assert not (root / "runs" / "too-large").exists()
