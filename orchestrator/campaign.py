@@ -2,11 +2,13 @@
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
@@ -73,11 +75,12 @@ def run_campaign(
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":
-        with _run_log(store, config):
+        with _run_log(store, config), _stopping_on_sigterm():
             return _run_in_this_process(execution, plan, store)
     with _cluster(address):
         check_resources(execution, cluster_capacity())
-        with _run_log(store, config), _workers_output_to(store.logs_dir / "workers.log"):
+        workers_log = store.logs_dir / "workers.log"
+        with _run_log(store, config), _workers_output_to(workers_log), _stopping_on_sigterm():
             return _run_trials(execution, plan, store)
 
 
@@ -148,10 +151,11 @@ def _follow(
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
-    address = address or os.environ.get("RAY_ADDRESS")
+    # "local" rather than None: Ray would else join, or wait for, a node that `ray start` once left here.
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
     ray.init(
         address=address,
-        include_dashboard=None if address else False,
+        include_dashboard=False if address == "local" else None,
         logging_level=logging.ERROR,
         runtime_env={"env_vars": QUIET},
     )
@@ -176,6 +180,20 @@ def _run_log(store: Store, config: CampaignConfig) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         handler.close()
+
+
+@contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    """End as on Ctrl-C when the job is stopped. Ray installs a handler that aborts, so this comes after it."""
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 import tempfile
 import traceback
@@ -91,7 +90,6 @@ def campaign(config: Config, resume: Resume = False, address: Address = None, se
 
 
 def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     from orchestrator.campaign import run_campaign
     from orchestrator.plan import build_plan
     from orchestrator.store import Store

@@ -138,7 +138,7 @@ def render(activities: list[Activity]) -> Group:
             f"{activity.iteration}/{activity.iterations}",
             f"{activity.stages_done}/{activity.stages_total}{reused}",
             "done" if activity.finished else activity.stage,
-            ProgressBar(total=max(activity.total, 1), completed=activity.done, width=24),
+            ProgressBar(total=max(activity.total, 1), completed=activity.done, width=12),
             f"{activity.done}/{activity.total} {activity.note}" if activity.total else "",
             _duration(time.time() - activity.started_at) if activity.started_at else "",
         )

@@ -171,22 +171,33 @@ def test_local_backend_gives_the_same_layers_and_numbers(root: Path, undisturbed
             assert numbers(undisturbed)[name] == pytest.approx(score, abs=1e-5)
 
 
-def test_killed_again_and_again_it_resumes_without_repeating_finished_stages(
+DISTURBANCES = (
+    ("iteration 0: evaluate", signal.SIGTERM),
+    ("iteration 1: score", signal.SIGKILL),
+    ("iteration 1: recover", signal.SIGKILL),
+    ("iteration 2: evaluate", signal.SIGKILL),
+)
+
+
+def test_stopped_and_killed_again_and_again_it_resumes_without_repeating_finished_stages(
     root: Path, undisturbed: Path
 ) -> None:
-    file = campaign(root, "killed")
-    run = root / "runs" / "killed"
-    for number, moment in enumerate(("iteration 1: score", "iteration 1: recover", "iteration 2: evaluate")):
+    file = campaign(root, "disturbed")
+    run = root / "runs" / "disturbed"
+    for moment, how in DISTURBANCES:
         before = finished_stages(run)
-        process = start(file, *(["--resume"] if number else []))
+        process = start(file, "--resume")
         _wait_until_starts(run, moment, process)
         others = ray_daemons() - daemons_of(process.pid)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        os.killpg(process.pid, how)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+        if how == signal.SIGTERM:
+            assert process.returncode == 1, output
+            assert "--resume continues" in output
         wait_for_end_of(ray_daemons() - others)
         after = finished_stages(run)
-        assert before.keys() < after.keys(), moment
         assert {name: after[name] for name in before} == before, moment
+    assert len(after) >= 5
     finish(start(file, "--resume"))
     final = finished_stages(run)
     assert {name: final[name] for name in after} == after
