@@ -184,7 +184,7 @@ def _run_log(store: Store, config: CampaignConfig) -> Iterator[None]:
 
 @contextmanager
 def _stopping_on_sigterm() -> Iterator[None]:
-    """End as on Ctrl-C when the job is stopped. Ray installs a handler that aborts, so this comes after it."""
+    """End as on Ctrl-C when the job is stopped; entered after Ray installed its own handler, which aborts."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
