@@ -124,8 +124,26 @@ class TextInfo:
 
 
 @dataclass(frozen=True)
+class TaskSpec:
+    """The lm-eval task that decides for the criterion `task_metric`."""
+
+    name: str
+    metric: str = "acc"
+    higher_is_better: bool = True
+    limit: int | None = None
+    num_fewshot: int | None = None
+    include_path: str | None = None
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
 class ScoreSpec:
-    """Score every remaining layer of `model` as a candidate for removal."""
+    """Score every remaining layer of `model` as a candidate for removal.
+
+    `num_remove` is how many layers will go before the next scoring; only the
+    criteria that choose them together, as one run of layers, look at it.
+    `task` is for `task_metric`.
+    """
 
     model: ModelRef
     calibration: TextSpec
@@ -135,6 +153,8 @@ class ScoreSpec:
     max_sequences: int | None = None
     sequence_length: int = 512
     seed: int = 0
+    num_remove: int = 1
+    task: TaskSpec | None = None
 
 
 @dataclass(frozen=True)

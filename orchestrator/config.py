@@ -73,6 +73,18 @@ class TextConfig(Section):
         return self
 
 
+class TaskConfig(Section):
+    """The lm-eval task that decides for the criterion `task_metric`."""
+
+    name: str = Field(min_length=1, description="Name of the task or group.")
+    metric: str = Field("acc", description="Its metric, as evaluation names it: acc, acc_norm, …")
+    higher_is_better: bool = Field(True, description="False for an error or a perplexity.")
+    limit: int | None = Field(None, ge=1, description="Only the first so many documents.")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="Examples in the prompt; the task's own if not given."
+    )
+
+
 class ScoringConfig(Section):
     """How the next layer to remove is chosen."""
 
@@ -84,6 +96,7 @@ class ScoringConfig(Section):
     calibration: TextConfig = TextConfig(builtin="iterabre-appendix-a")
     max_sequences: int | None = Field(None, ge=1, description="Use only the first so many sequences.")
     sequence_length: int = Field(512, ge=2, description="Longer sequences are cut to so many tokens.")
+    task: TaskConfig | None = Field(None, description="What decides for task_metric; for no other criterion.")
 
 
 class ScheduleConfig(Section):

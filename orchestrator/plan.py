@@ -19,6 +19,7 @@ from actors.contracts import (
     PerplexitySpec,
     RecoverySpec,
     ScoreSpec,
+    TaskSpec,
     TextSpec,
     digest,
 )
@@ -75,9 +76,10 @@ class TrajectoryPlan:
         recovery = self.method.recovery
         return recovery.max_tokens if find_objective(recovery.objective).build else 0
 
-    def score_spec(self, model: ModelRef) -> ScoreSpec:
-        """What to ask of scoring for `model`."""
+    def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
+        """What to ask of scoring for `model`, from which so many layers are to go."""
         scoring = self.method.scoring
+        chooses_run = find_criterion(scoring.criterion).chooses_run
         return ScoreSpec(
             model=model,
             calibration=text_spec(scoring.calibration),
@@ -87,6 +89,18 @@ class TrajectoryPlan:
             max_sequences=scoring.max_sequences,
             sequence_length=scoring.sequence_length,
             seed=self.seed,
+            # Left out where it does not matter, so that all portions share one stage.
+            num_remove=layers_to_drop if chooses_run else 1,
+            task=self._task(),
+        )
+
+    def _task(self) -> TaskSpec | None:
+        task = self.method.scoring.task
+        if task is None:
+            return None
+        evaluation = self.evaluation
+        return TaskSpec(
+            **task.model_dump(), include_path=evaluation.include_path, batch_size=evaluation.batch_size
         )
 
     def recovery_spec(self, model: ModelRef) -> RecoverySpec:
@@ -108,7 +122,7 @@ class TrajectoryPlan:
             return spec.sha256
         if is_dataclass(spec):
             named = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in NOT_IN_KEY}
-            if isinstance(spec, EvaluationSpec):
+            if isinstance(spec, EvaluationSpec | TaskSpec):
                 named["include_path"] = self.tasks_fingerprint
             if isinstance(spec, RecoverySpec):
                 named["precision"] = {k: v for k, v in json.loads(spec.deepspeed).items() if k in PRECISION}
@@ -146,7 +160,7 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     evaluation = _evaluation(config)
     check_tasks(evaluation.tasks, evaluation.include_path)
     for method in config.methods:
-        find_criterion(method.scoring.criterion, method.scoring.pooling)
+        _check_scoring(method, evaluation.include_path)
     infos = {model.id: describe_model(model_spec(model)) for model in config.models}
     deepspeed = _read_deepspeed(config.execution.training.deepspeed)
     fingerprints = {text: describe_text(text).fingerprint for text in _texts(config, evaluation)}
@@ -173,6 +187,17 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     for trajectory in trajectories:
         check_recovery(trajectory.recovery_spec(trajectory.dense), config.execution.training.workers)
     return CampaignPlan(config.name, trajectories)
+
+
+def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
+    """Whether the criterion is known, and has a task that is known if it needs one."""
+    scoring = method.scoring
+    by_task = find_criterion(scoring.criterion, scoring.pooling).by_task
+    if by_task != (scoring.task is not None):
+        need = "needs scoring.task" if by_task else "has no use for scoring.task; leave it out"
+        raise RequestError(f"method {method.name!r}: the criterion {scoring.criterion!r} {need}")
+    if scoring.task is not None:
+        check_tasks((scoring.task.name,), include_path)
 
 
 def _trajectories(

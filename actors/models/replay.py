@@ -8,7 +8,7 @@ by a stand-in that only takes notes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class LayerwisePass:
 
     def __init__(self, model: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None):
         layers = find_layers(model)
+        self._model = model
         self._backbone, self._blocks = layers.parent, layers.modules
         self._inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -49,9 +50,18 @@ class LayerwisePass:
 
     def finish(self, hidden_BTD: Tensor) -> Tensor:
         """The last hidden state after the final norm, from the output of the last block."""
-        last = len(self._blocks) - 1
-        with self._stand_ins(lambda index, hidden: hidden_BTD if index == last else hidden):
+        with self._ending_in(hidden_BTD):
             return self._forward()
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] by the family's own head, from the output of the last block."""
+        with self._ending_in(hidden_BTD):
+            return self._model(**self._inputs, use_cache=False).logits
+
+    def _ending_in(self, hidden_BTD: Tensor) -> AbstractContextManager[None]:
+        """Blocks that compute nothing, the last of which gives `hidden_BTD`."""
+        last = len(self._blocks) - 1
+        return self._stand_ins(lambda index, hidden: hidden_BTD if index == last else hidden)
 
     def _forward(self) -> Tensor:
         return self._backbone(**self._inputs, use_cache=False).last_hidden_state
