@@ -83,7 +83,8 @@ def _inputs(walk: LayerwisePass, num_layers: int) -> list[Tensor]:
 def _loss_gradient(walk: LayerwisePass, output_BTD: Tensor, target_T: Tensor) -> Tensor:
     """Gradient of the mean next-token loss by the output of the last block. [1, T, D]"""
     leaf = output_BTD.requires_grad_()
-    loss = cross_entropy(walk.logits(leaf)[0, :-1].float(), target_T[1:])
+    predicting = torch.arange(len(target_T) - 1, device=target_T.device)
+    loss = cross_entropy(walk.logits(leaf, predicting)[0].float(), target_T[1:])
     return torch.autograd.grad(loss, leaf)[0]
 
 

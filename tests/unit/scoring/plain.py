@@ -8,6 +8,7 @@ score a layer.
 import copy
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import mean
 
 import torch
@@ -66,8 +67,7 @@ def block_influence(
     rows = []
     for ids_T in sequences:
         points = [point.tolist() for point in residual_stream(model, ids_T)]
-        pairs = zip(points, points[1:], strict=False)
-        rows.append([1 - mean(map(cosine, before, after)) for before, after in pairs])
+        rows.append([1 - mean(map(cosine, before, after)) for before, after in pairwise(points)])
     return [mean(column) for column in zip(*rows, strict=True)]
 
 

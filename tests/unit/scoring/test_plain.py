@@ -16,6 +16,7 @@ from actors.models import find_layers, load_model
 from actors.scoring import CRITERIA, score_layers, score_locally
 from actors.scoring.angular import angular_distances
 from actors.scoring.criteria import removal_order
+from actors.scoring.reference import reference
 from tests.tiny_models import blocks_of, tiny_ids, tiny_model, tiny_tokenizer
 from tests.unit.scoring.plain import PLAIN, plain_removal, residual_stream
 
@@ -46,6 +47,11 @@ def test_every_criterion_has_a_plain_form() -> None:
     """`perplexity` has its own in the tests of the wavefront, `task_metric` in those of the campaign."""
     assert CRITERIA.keys() - PLAIN.keys() <= {"perplexity", "task_metric"}
     assert all(row.source and row.equation for name, row in CRITERIA.items() if name in PLAIN)
+
+
+def test_the_page_of_criteria_is_up_to_date() -> None:
+    page = Path(__file__).parents[3] / "docs/criteria.md"
+    assert page.read_text(encoding="utf-8") == reference()
 
 
 @pytest.mark.parametrize("num_remove", [1, 3])
