@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 
-from actors.contracts import ModelRef, ModelSpec, ScoreSpec, TaskSpec, TextSpec, no_progress
+from actors.contracts import MergeSpec, ModelRef, ModelSpec, ScoreSpec, TaskSpec, TextSpec, no_progress
 from actors.data import calibration_sequences, load_texts
 from actors.models import depth, load_model
 from actors.models.merge import MERGES
@@ -41,16 +41,16 @@ def laco_row(model: str, count: int, variant: str, threshold: float) -> str:
     loaded, tokenizer = load_model(model)
     sequences = calibration_sequences(load_texts(CALIBRATION), tokenizer, 512)
     started = time.perf_counter()
-    merges = laco_compress(
+    collapse = laco_compress(
         loaded,
         sequences,
-        threshold=threshold,
-        group=2,
+        MergeSpec(variant, threshold, group=2),
         min_layers=depth(loaded.config) - count,
-        variant=variant,
     )
     seconds = time.perf_counter() - started
-    pairs = " ".join(f"{m.merged[0]}→{m.base} ({m.cosine:.3f})" for m in merges) or "none"
+    pairs = (
+        " ".join(f"{m.merge.merged[0]}→{m.merge.base} ({m.cosine:.3f})" for m in collapse.accepted) or "none"
+    )
     return f"| laco, {variant} | — | — | {pairs} | {seconds:.1f} |"
 
 
@@ -69,6 +69,8 @@ def main() -> None:
     with TemporaryDirectory() as directory:
         backend = LocalBackend(ExecutionConfig(backend="local"), Store(directory))
         for name, criterion in CRITERIA.items():
+            if criterion.by_merge:
+                continue
             task = TaskSpec("blimp_sample", limit=arguments.limit) if criterion.by_task else None
             spec = replace(base, criterion=name, task=task)
             cells = [name]

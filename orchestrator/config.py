@@ -85,6 +85,17 @@ class TaskConfig(Section):
     )
 
 
+class MergeConfig(Section):
+    """How the criterion `laco` merges layers (LaCo, Algorithm 1)."""
+
+    variant: str = Field("differences", description="differences (Eq. 1) or in_place (the published code).")
+    threshold: float = Field(0.65, ge=-1, le=1, description="Least cosine to the unmerged model's output.")
+    group: int = Field(4, ge=2, description="Layers that become one.")
+    interval: int = Field(2, ge=1, description="Least distance of two layers that take others in.")
+    lowest: int = Field(0, ge=0, description="Lowest layer that may take others in.")
+    highest: int | None = Field(None, ge=1, description="Layers below this one are merged; all by default.")
+
+
 class ScoringConfig(Section):
     """How the next layer to remove is chosen."""
 
@@ -97,6 +108,7 @@ class ScoringConfig(Section):
     max_sequences: int | None = Field(None, ge=1, description="Use only the first so many sequences.")
     sequence_length: int = Field(512, ge=2, description="Longer sequences are cut to so many tokens.")
     task: TaskConfig | None = Field(None, description="What decides for task_metric; for no other criterion.")
+    merge: MergeConfig | None = Field(None, description="How laco merges; for no other criterion.")
 
 
 class ScheduleConfig(Section):

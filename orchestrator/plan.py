@@ -13,6 +13,7 @@ from actors.contracts import (
     ArtifactRef,
     EvaluationSpec,
     LossSpec,
+    MergeSpec,
     ModelInfo,
     ModelRef,
     ModelSpec,
@@ -26,10 +27,11 @@ from actors.contracts import (
 from actors.data import describe_text
 from actors.evaluation import check_tasks
 from actors.models import describe_model
+from actors.models.merge import MERGES
 from actors.recovery import check_recovery, find_objective
 from actors.scoring import find_criterion
 from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig, TargetConfig, TextConfig
-from orchestrator.errors import RequestError
+from orchestrator.errors import RequestError, unknown_name
 
 NOT_IN_KEY = frozenset({"micro_batch_size", "checkpoint_steps", "deepspeed"})
 """Fields of a spec that change how its result is computed, but not the result."""
@@ -92,6 +94,7 @@ class TrajectoryPlan:
             # Left out where it does not matter, so that all portions share one stage.
             num_remove=layers_to_drop if chooses_run else 1,
             task=self._task(),
+            merge=MergeSpec(**scoring.merge.model_dump()) if scoring.merge else None,
         )
 
     def _task(self) -> TaskSpec | None:
@@ -190,14 +193,31 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
 
 
 def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
-    """Whether the criterion is known, and has a task that is known if it needs one."""
+    """Whether the criterion is known and what it needs is there, and known."""
     scoring = method.scoring
-    by_task = find_criterion(scoring.criterion, scoring.pooling).by_task
-    if by_task != (scoring.task is not None):
-        need = "needs scoring.task" if by_task else "has no use for scoring.task; leave it out"
-        raise RequestError(f"method {method.name!r}: the criterion {scoring.criterion!r} {need}")
+    if wrong := _misfit(method):
+        raise RequestError(f"method {method.name!r}: the criterion {scoring.criterion!r} {wrong}")
+    if scoring.merge is not None and scoring.merge.variant not in MERGES:
+        raise unknown_name("scoring.merge.variant", scoring.merge.variant, MERGES)
     if scoring.task is not None:
         check_tasks((scoring.task.name,), include_path)
+
+
+def _misfit(method: MethodConfig) -> str | None:
+    """What does not go with the method's criterion, in words that follow its name."""
+    scoring = method.scoring
+    criterion = find_criterion(scoring.criterion, scoring.pooling)
+    if criterion.by_task and scoring.task is None:
+        return "needs scoring.task"
+    if scoring.task is not None and not criterion.by_task:
+        return "has no use for scoring.task; leave it out"
+    if scoring.merge is not None and not criterion.by_merge:
+        return "has no use for scoring.merge; leave it out"
+    if criterion.by_merge and method.schedule.mode != "direct":
+        return "merges all layers at once; set schedule.mode: direct"
+    if criterion.by_merge and find_objective(method.recovery.objective).build is not None:
+        return "changes weights that recovery trains on; set recovery.objective: none"
+    return None
 
 
 def _trajectories(

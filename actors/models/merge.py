@@ -3,12 +3,13 @@
 θ*_l = θ_l + Σ_k (θ_{l+k} − θ_l), k = 1..m, after which the blocks l+1..l+m are gone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from actors.contracts import Merge
 from actors.errors import RequestError, unknown_name
 from actors.models.families import find_layers
 from actors.models.surgery import remove_layers
@@ -45,20 +46,24 @@ MERGES: dict[str, Callable[[nn.Module, Sequence[nn.Module]], None]] = {
 """How a block takes in those that follow it: the paper's Eq. 1, or what its published code does."""
 
 
-def merge_into(model: PreTrainedModel, base: int, count: int, variant: str = "differences") -> None:
-    """Give block `base` the merged weights of itself and the `count` blocks after it; these stay in place.
+def merge_blocks(model: PreTrainedModel, merges: Iterable[Merge]) -> None:
+    """Give each merge's base block its merged weights, in order; the merged blocks stay where they are.
 
     Raises:
         RequestError: an unknown variant, no such blocks, or blocks of different kinds.
     """
-    if variant not in MERGES:
-        raise unknown_name("merge", variant, MERGES)
     blocks = find_layers(model).modules
-    if base < 0 or count < 1 or base + count >= len(blocks):
-        raise RequestError(f"layer {base} and {count} after it: the model has layers 0 to {len(blocks) - 1}")
-    for index in range(base + 1, base + count + 1):
-        _check_alike(blocks[base], blocks[index], base, index)
-    MERGES[variant](blocks[base], list(blocks[base + 1 : base + count + 1]))
+    for merge in merges:
+        if merge.variant not in MERGES:
+            raise unknown_name("merge", merge.variant, MERGES)
+        if not merge.merged or not all(0 <= i < len(blocks) for i in (merge.base, *merge.merged)):
+            raise RequestError(
+                f"cannot merge layers {list(merge.merged)} into {merge.base}: "
+                f"the model has layers 0 to {len(blocks) - 1}"
+            )
+        for index in merge.merged:
+            _check_alike(blocks[merge.base], blocks[index], merge.base, index)
+        MERGES[merge.variant](blocks[merge.base], [blocks[i] for i in merge.merged])
 
 
 def merge_layers(
@@ -73,10 +78,11 @@ def merge_layers(
         variant: a name in `MERGES`.
 
     Raises:
-        RequestError: as `merge_into` and `remove_layers`.
+        RequestError: as `merge_blocks` and `remove_layers`.
     """
-    merge_into(model, base, count, variant)
-    return remove_layers(model, range(base + 1, base + count + 1))
+    merged = tuple(range(base + 1, base + count + 1))
+    merge_blocks(model, [Merge(base, merged, variant)])
+    return remove_layers(model, merged)
 
 
 def _is_projection(module: nn.Module) -> bool:

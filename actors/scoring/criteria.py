@@ -55,9 +55,11 @@ class Criterion:
         forwards: layer-forwards spent on S sequences by a model of N layers.
         source: paper and section.
         equation: what is computed, in plain text.
-        chooses_run: the score at a layer is that of the run of `num_remove` layers from it on.
+        chooses_run: the layers to go are chosen together, `num_remove` of them: the score at a layer
+            is that of the run from it on.
         joint: the sequences' rows cannot be computed apart (a measure gives the same row for each).
         by_task: there is nothing to measure here, an lm-eval task decides (`actors.scoring.task`).
+        by_merge: layers are merged, all at once, rather than dropped (`actors.scoring.merge`).
     """
 
     measure: Measure
@@ -69,6 +71,7 @@ class Criterion:
     chooses_run: bool = False
     joint: bool = False
     by_task: bool = False
+    by_merge: bool = False
 
 
 def flatten_cosine(a_TD: Tensor, b_NTD: Tensor) -> Tensor:
@@ -143,6 +146,11 @@ def task_metric(_model: PreTrainedModel, _calibration: Calibration) -> Tensor:
         "task_metric evaluates whole models on an lm-eval task and so runs in a campaign only; "
         "name it as methods[].scoring.criterion with scoring.task"
     )
+
+
+def laco(_model: PreTrainedModel, _calibration: Calibration) -> Tensor:
+    """Refuses: merges are tried one upon another, so that layers have no scores of their own."""
+    raise RequestError("laco merges layers and does not score them; call actors.scoring.merge.laco_compress")
 
 
 def deepest(model: PreTrainedModel, _calibration: Calibration) -> Tensor:
@@ -251,6 +259,16 @@ CRITERIA: dict[str, Criterion] = {
         "On the Limits of Layer Pruning (arXiv 2602.01997), Algorithm 1, “Iterative”",
         "metric of an lm-eval task on M without i",
         by_task=True,
+    ),
+    "laco": Criterion(
+        laco,
+        True,
+        True,
+        _no_pass,
+        "LaCo (arXiv 2402.11187) §2, Eq. 1 and Algorithm 1",
+        "merges i+1..i+m into i: θ_i + Σ_k (θ_i+k − θ_i), kept while mean_d cos(h(M_ref)_d, h(merged)_d) > T",
+        chooses_run=True,
+        by_merge=True,
     ),
     "random": Criterion(
         random, True, False, _no_pass, "seeded draw, the baseline of every comparison", "uniform in 0..1"

@@ -20,7 +20,7 @@ scored one by one without padding. Within a tie (1e-6) the deeper layer goes.
 TAIL = """
 Layer-forwards are for S sequences and N layers, one scoring.
 
-Every criterion goes with both schedules. `iterative` scores again after each portion of
+Every criterion but `laco` goes with both schedules. `iterative` scores again after each portion of
 `schedule.layers_per_iteration` layers; `direct` takes all layers from one scoring.
 
 - `angular_block` chooses the n layers of a portion together, as one run: all of them with `direct`, and
@@ -37,10 +37,12 @@ Every criterion goes with both schedules. `iterative` scores again after each po
 
 ## Merging instead of removing
 
-LaCo (arXiv 2402.11187, Algorithm 1) is `laco_compress` of `actors.scoring.merge`: from the top down, a
-layer takes in the `group` − 1 layers after it, and the merge stays if the mean cosine to the unmerged
-model's last hidden states is above a threshold. `merge_layers` of `actors.models.merge` is a single merge,
-in two variants:
+`laco` (Algorithm 1) goes from the top down: a layer takes in the `group` − 1 layers after it, and the merge
+stays if the mean cosine to the unmerged model's last hidden states is above `threshold`. It ends when the
+target's layers are gone, and is an error if they do not go. The settings are those of `scoring.merge`. As
+the merges make one walk and change the source's own weights, `laco` goes with `mode: direct` and
+`recovery.objective: none` only. In Python it is `laco_compress` of `actors.scoring.merge`, and
+`merge_layers` of `actors.models.merge` is a single merge, in two variants:
 
 | variant | paper | the layer that stays |
 |---|---|---|
@@ -48,7 +50,7 @@ in two variants:
 | `in_place` | the published code | matrices and biases of the last merged layer, norms of its own |
 
 The published code takes each difference to the layer as the one before has left it, so that its sum
-collapses. Merging has its own schedule, from the top down, so it takes no part in `iterative` and `direct`.
+collapses.
 """
 
 
@@ -67,7 +69,8 @@ def _row(name: str, criterion: Criterion) -> str:
 def _forwards(criterion: Criterion) -> str:
     """In terms of S and N, told from the counts for N = 10."""
     known = {0: "none", 10: "S·N", 20: "2·S·N", 55: "S·N(N+1)/2"}
-    return "N evaluations" if criterion.by_task else known[criterion.forwards(10, 1)]
+    own = "N evaluations" * criterion.by_task or "by tries" * criterion.by_merge
+    return own or known[criterion.forwards(10, 1)]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from actors.contracts import Progress, ScoreResult, ScoreSpec, no_progress
 from actors.data import calibration_sequences, load_texts
 from actors.models import device, load_source, load_tokenizer, materialize
 from actors.scoring.criteria import Calibration, find_criterion, removal_order
+from actors.scoring.merge import merge_result
 
 ScoreRows = list[list[float]]
 """One row a calibration sequence, one score a layer: [S][N]."""
@@ -110,6 +111,8 @@ class Scorer:
 
 def score_locally(spec: ScoreSpec, progress: Progress = no_progress) -> ScoreResult:
     """Score in this process, one sequence after another."""
+    if find_criterion(spec.criterion).by_merge:
+        return merge_result(spec)
     scorer = Scorer(spec)
     shares = scorer.shares(count=2**31)
     rows: dict[int, list[float]] = {}

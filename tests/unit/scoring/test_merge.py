@@ -1,17 +1,21 @@
 """Layer collapse against Algorithm 1 written out with whole copies of the model."""
 
 import copy
+from dataclasses import replace
 from statistics import mean
 
 import pytest
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from actors.errors import RequestError
+from actors.contracts import MergeSpec, ModelRef, ModelSpec, ScoreSpec, TextSpec
+from actors.data import calibration_sequences, load_texts
+from actors.errors import RequestError, WorkError
+from actors.models import LayerwisePass, materialize
 from actors.models.merge import MERGES, merge_layers
+from actors.scoring import score_locally
 from actors.scoring.merge import laco_compress
-from tests.tiny_models import blocks_of, tiny_ids, tiny_model
+from tests.tiny_models import blocks_of, tiny_ids, tiny_model, tiny_tokenizer
 from tests.unit.scoring.plain import cosine, last_hidden
 
 SEQUENCES = [tiny_ids(1, length, seed=length)[0] for length in (12, 7, 3)]
@@ -81,26 +85,24 @@ def test_algorithm(
 ) -> None:
     model = _smooth(family)
     want, similarities = _plain(model, threshold, group, interval, lowest, highest, variant)
-    merges = laco_compress(
-        model,
-        SEQUENCES,
-        threshold=threshold,
-        group=group,
-        interval=interval,
-        lowest=lowest,
-        highest=highest,
-        variant=variant,
+    settings = MergeSpec(variant, threshold, group, interval, lowest, highest)
+    accepted = laco_compress(model, SEQUENCES, settings).accepted
+    assert [found.cosine for found in accepted] == pytest.approx(similarities, abs=1e-6)
+    assert (
+        len(blocks_of(model))
+        == len(blocks_of(want))
+        == 6 - sum(len(found.merge.merged) for found in accepted)
     )
-    assert [merge.cosine for merge in merges] == pytest.approx(similarities, abs=1e-6)
-    assert len(blocks_of(model)) == len(blocks_of(want)) == 6 - sum(len(merge.merged) for merge in merges)
     for value, wanted in zip(model.parameters(), want.parameters(), strict=True):
         torch.testing.assert_close(value, wanted)
 
 
 def test_indices_are_those_of_the_unmerged_model() -> None:
     """With every merge accepted, pairs collapse downwards, the base of one going into the next."""
-    merges = laco_compress(tiny_model("llama"), SEQUENCES, threshold=-1, group=2, interval=1)
-    assert [(merge.base, merge.merged) for merge in merges] == [
+    accepted = laco_compress(
+        tiny_model("llama"), SEQUENCES, MergeSpec(threshold=-1, group=2, interval=1)
+    ).accepted
+    assert [(found.merge.base, found.merge.merged) for found in accepted] == [
         (4, (5,)),
         (3, (4,)),
         (2, (3,)),
@@ -111,30 +113,67 @@ def test_indices_are_those_of_the_unmerged_model() -> None:
 
 def test_no_merge_leaves_fewer_than_wanted() -> None:
     model = tiny_model("llama")
-    merges = laco_compress(model, SEQUENCES, threshold=-1, group=3, interval=1, min_layers=3)
-    assert [merge.merged for merge in merges] == [(4, 5), (2,)]
+    settings = MergeSpec(threshold=-1, group=3, interval=1)
+    accepted = laco_compress(model, SEQUENCES, settings, min_layers=3).accepted
+    assert [found.merge.merged for found in accepted] == [(4, 5), (2,)]
     assert len(blocks_of(model)) == 3
 
 
 def test_a_refused_merge_leaves_the_model_as_it_was() -> None:
     model = tiny_model("llama")
-    assert laco_compress(model, SEQUENCES, threshold=1, group=3) == []
+    assert laco_compress(model, SEQUENCES, MergeSpec(threshold=1, group=3)).accepted == ()
     for value, wanted in zip(model.parameters(), tiny_model("llama").parameters(), strict=True):
         assert torch.equal(value, wanted)
 
 
-def test_the_unmerged_model_runs_once() -> None:
-    model, entered = tiny_model("llama"), []
-
-    def count(_mlp: nn.Module, _inputs: object, _output: object) -> None:
-        entered.append(1)
-
-    model.model.layers[0].mlp.register_forward_hook(count)
-    laco_compress(model, SEQUENCES, threshold=1, group=2, lowest=1)
-    assert len(entered) in (len(SEQUENCES), len(SEQUENCES) + 1)  # one token more at a family's first sight
+def test_a_try_runs_only_the_merged_block_and_those_above() -> None:
+    """The unmerged model once, and bases 4 to 1 with 0 to 3 blocks above the two merged ones."""
+    model, sequences = tiny_model("llama"), SEQUENCES[:2]
+    LayerwisePass(model, sequences[0][None])  # which block returns what is seen from one token, once
+    entered: list[int] = []
+    for block in blocks_of(model):
+        block.mlp.register_forward_hook(lambda *_: entered.append(1))
+    collapse = laco_compress(model, sequences, MergeSpec(threshold=1, group=2, lowest=1))
+    assert len(entered) == collapse.layer_forwards == 2 * (6 + 1 + 2 + 3 + 4)
 
 
 @pytest.mark.parametrize("wrong", [{"group": 1}, {"interval": 0}, {"lowest": 6}, {"highest": 7}])
 def test_settings_out_of_range_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(RequestError, match=r"needed"):
-        laco_compress(tiny_model("llama"), SEQUENCES, threshold=0.5, **wrong)
+        laco_compress(tiny_model("llama"), SEQUENCES, MergeSpec(threshold=0.5, **wrong))
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> ScoreSpec:
+    directory = tmp_path_factory.mktemp("laco")
+    _smooth("llama").save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    (directory / "text.txt").write_text("The quick brown fox .\nThere is a way .")
+    text = TextSpec(path=str(directory / "text.txt"))
+    return ScoreSpec(ModelRef(ModelSpec(str(directory))), text, "laco", num_remove=3)
+
+
+@pytest.mark.parametrize("variant", MERGES)
+@pytest.mark.parametrize("dropped", [(), (1,)])
+def test_the_model_that_a_spec_leads_to(spec: ScoreSpec, variant: str, dropped: tuple[int, ...]) -> None:
+    """Made again from its reference alone, it is the model that was merged in memory."""
+    settings = MergeSpec(variant, threshold=-1, group=3, interval=1)
+    spec = replace(spec, model=spec.model.without(dropped), merge=settings)
+    result = score_locally(spec)
+    removed = result.removal_order[:3]
+    again, tokenizer = materialize(spec.model.without(removed).merged(result.merges))
+
+    model, _ = materialize(spec.model)
+    sequences = calibration_sequences(load_texts(spec.calibration), tokenizer, 512)
+    accepted = laco_compress(model, sequences, settings, min_layers=3 - len(dropped)).accepted
+    for value, wanted in zip(again.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(value, wanted)
+    assert result.source_layers == spec.model.kept(6)
+    assert sorted(result.removal_order) == list(result.source_layers)
+    assert {layer for merge in result.merges for layer in merge.merged} == set(removed)
+    assert set(result.scores) == {-1.0, *(found.cosine for found in accepted)}
+
+
+def test_too_high_a_threshold(spec: ScoreSpec) -> None:
+    with pytest.raises(WorkError, match=r"cosine above 1 take away 0 of the 3 layers; lower scoring\.merge"):
+        score_locally(replace(spec, merge=MergeSpec(threshold=1)))

@@ -44,8 +44,8 @@ def _check_scores(
 
 
 def test_every_criterion_has_a_plain_form() -> None:
-    """`perplexity` has its own in the tests of the wavefront, `task_metric` in those of the campaign."""
-    assert CRITERIA.keys() - PLAIN.keys() <= {"perplexity", "task_metric"}
+    """Other tests have those of `perplexity` (wavefront), `laco` (merge) and `task_metric` (candidates)."""
+    assert CRITERIA.keys() - PLAIN.keys() <= {"perplexity", "task_metric", "laco"}
     assert all(row.source and row.equation for name, row in CRITERIA.items() if name in PLAIN)
 
 
