@@ -1,6 +1,6 @@
 """The first removals of every criterion on one model, and what choosing them took.
 
-    python benchmarks/criteria.py [MODEL] [--removals 5] [--limit 40]
+    python benchmarks/criteria.py [MODEL] [--removals 5] [--limit 20]
 
 Each criterion runs on both schedules, without recovery: iterative (one layer, then
 score again) and direct (all from one scoring). LaCo merges until as many layers are gone.
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=SMOLLM2)
     parser.add_argument("--removals", type=int, default=5)
-    parser.add_argument("--limit", type=int, default=40, help="documents of blimp_sample for task_metric")
+    parser.add_argument("--limit", type=int, default=20, help="documents of blimp_sample for task_metric")
     parser.add_argument("--threshold", type=float, default=0.6, help="least cosine of a merge of LaCo")
     arguments = parser.parse_args()
     base = ScoreSpec(ModelRef(ModelSpec(arguments.model)), CALIBRATION)
