@@ -77,21 +77,36 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """The source layers `merged` go into the source layer `base`; `variant` is a name in `MERGES`."""
+
+    base: int
+    merged: tuple[int, ...]
+    variant: str = "differences"
+
+
+@dataclass(frozen=True)
 class ModelRef:
-    """A model on a trajectory: source model + dropped layers + adapter chain.
+    """A model on a trajectory: source model + merged and dropped layers + adapter chain.
 
     `dropped` holds source layer indices, ascending. `adapters` are applied in
     order; each names its tensors by source layer index, so that layers dropped
-    later do not shift it.
+    later do not shift it. `merges` are done before all else, in order, on the
+    source weights; the layers that they merge are among `dropped`.
     """
 
     source: ModelSpec
     dropped: tuple[int, ...] = ()
     adapters: tuple[ArtifactRef, ...] = ()
+    merges: tuple[Merge, ...] = ()
 
     def without(self, source_layers: tuple[int, ...]) -> "ModelRef":
         """The same model with more source layers dropped."""
         return replace(self, dropped=tuple(sorted({*self.dropped, *source_layers})))
+
+    def merged(self, merges: tuple[Merge, ...]) -> "ModelRef":
+        """The same model with these merges at the end of its own; drops nothing."""
+        return replace(self, merges=(*self.merges, *merges))
 
     def recovered(self, adapter: ArtifactRef | None) -> "ModelRef":
         """The same model with one more adapter at the end of its chain."""
@@ -124,8 +139,38 @@ class TextInfo:
 
 
 @dataclass(frozen=True)
+class TaskSpec:
+    """The lm-eval task that decides for the criterion `task_metric`."""
+
+    name: str
+    metric: str = "acc"
+    higher_is_better: bool = True
+    limit: int | None = None
+    num_fewshot: int | None = None
+    include_path: str | None = None
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class MergeSpec:
+    """How the criterion `laco` merges (LaCo, Algorithm 1); `actors.scoring.merge` says what each means."""
+
+    variant: str = "differences"
+    threshold: float = 0.65
+    group: int = 4
+    interval: int = 2
+    lowest: int = 0
+    highest: int | None = None
+
+
+@dataclass(frozen=True)
 class ScoreSpec:
-    """Score every remaining layer of `model` as a candidate for removal."""
+    """Score every remaining layer of `model` as a candidate for removal.
+
+    `num_remove` is how many layers will go before the next scoring; only the
+    criteria that choose them together, as one run of layers, look at it.
+    `task` is for `task_metric`, `merge` for `laco`.
+    """
 
     model: ModelRef
     calibration: TextSpec
@@ -135,6 +180,9 @@ class ScoreSpec:
     max_sequences: int | None = None
     sequence_length: int = 512
     seed: int = 0
+    num_remove: int = 1
+    task: TaskSpec | None = None
+    merge: MergeSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +190,8 @@ class ScoreResult:
     """One score a candidate layer; how to read it is the criterion's matter.
 
     `source_layers[i]` is the source layer index of `scores[i]`. `removal_order`
-    lists source layers from the first to remove to the last.
+    lists source layers from the first to remove to the last. `merges` says where
+    the layers to remove go, if they are merged rather than dropped.
     """
 
     source_layers: tuple[int, ...]
@@ -151,6 +200,7 @@ class ScoreResult:
     num_sequences: int
     num_tokens: int
     layer_forwards: int
+    merges: tuple[Merge, ...] = ()
 
 
 @dataclass(frozen=True)

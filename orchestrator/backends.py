@@ -3,7 +3,7 @@
 Both compute the same numbers; `execution.backend` chooses.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from actors.artifacts import cache_dir, local_path
 from actors.contracts import (
@@ -16,15 +16,17 @@ from actors.contracts import (
     RecoverySpec,
     ScoreResult,
     ScoreSpec,
+    no_progress,
 )
 from actors.evaluation import evaluate
-from actors.evaluation.actor import evaluate_on_ray
+from actors.evaluation.actor import evaluate_all_on_ray, evaluate_on_ray
 from actors.models import device, export_model, materialize
 from actors.models.actor import export_on_ray
 from actors.recovery.local import recover_locally
 from actors.recovery.trainer import recover_on_ray
-from actors.scoring import score_locally
+from actors.scoring import find_criterion, score_locally
 from actors.scoring.actor import score_on_ray
+from orchestrator.candidates import score_by_task
 from orchestrator.config import ExecutionConfig
 from orchestrator.stages import Backend
 from orchestrator.store import Store
@@ -37,6 +39,8 @@ class LocalBackend:
         self._store = store
 
     def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult:
+        if find_criterion(spec.criterion).by_task:
+            return score_by_task(spec, self._evaluate_all, progress)
         return score_locally(spec, progress)
 
     def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult:
@@ -46,6 +50,10 @@ class LocalBackend:
     def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
         model, tokenizer = materialize(spec.model)
         return evaluate(model.to(device()), tokenizer, spec, progress)
+
+    def _evaluate_all(self, specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
+        for position, spec in enumerate(specs):
+            yield position, self.evaluate(spec, no_progress)
 
     def export(self, spec: ExportSpec, uri: str) -> ExportResult:
         return export_model(spec, uri)
@@ -64,6 +72,8 @@ class RayBackend:
         self._store = store
 
     def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult:
+        if find_criterion(spec.criterion).by_task:
+            return score_by_task(spec, self._evaluate_all, progress)
         pool, timeout_s = self._execution.scoring, self._execution.start_timeout_s
         return score_on_ray(
             spec,
@@ -93,6 +103,17 @@ class RayBackend:
         worker, timeout_s = self._execution.evaluation, self._execution.start_timeout_s
         return evaluate_on_ray(
             spec, cpus=worker.cpus, gpus=worker.gpus, start_timeout_s=timeout_s, progress=progress
+        )
+
+    def _evaluate_all(self, specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
+        """As many evaluations at a time as scoring may have actors, each with what an evaluation holds."""
+        worker, timeout_s = self._execution.evaluation, self._execution.start_timeout_s
+        return evaluate_all_on_ray(
+            specs,
+            actors=self._execution.scoring.actors,
+            cpus=worker.cpus,
+            gpus=worker.gpus,
+            start_timeout_s=timeout_s,
         )
 
     def export(self, spec: ExportSpec, uri: str) -> ExportResult:

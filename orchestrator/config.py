@@ -73,6 +73,29 @@ class TextConfig(Section):
         return self
 
 
+class TaskConfig(Section):
+    """The lm-eval task that decides for the criterion `task_metric`."""
+
+    name: str = Field(min_length=1, description="Name of the task or group.")
+    metric: str = Field("acc", description="Its metric, as evaluation names it: acc, acc_norm, …")
+    higher_is_better: bool = Field(True, description="False for an error or a perplexity.")
+    limit: int | None = Field(None, ge=1, description="Only the first so many documents.")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="Examples in the prompt; the task's own if not given."
+    )
+
+
+class MergeConfig(Section):
+    """How the criterion `laco` merges layers (LaCo, Algorithm 1)."""
+
+    variant: str = Field("differences", description="differences (Eq. 1) or in_place (the published code).")
+    threshold: float = Field(0.65, ge=-1, le=1, description="Least cosine to the unmerged model's output.")
+    group: int = Field(4, ge=2, description="Layers that become one.")
+    interval: int = Field(2, ge=1, description="Least distance of two layers that take others in.")
+    lowest: int = Field(0, ge=0, description="Lowest layer that may take others in.")
+    highest: int | None = Field(None, ge=1, description="Layers below this one are merged; all by default.")
+
+
 class ScoringConfig(Section):
     """How the next layer to remove is chosen."""
 
@@ -84,6 +107,8 @@ class ScoringConfig(Section):
     calibration: TextConfig = TextConfig(builtin="iterabre-appendix-a")
     max_sequences: int | None = Field(None, ge=1, description="Use only the first so many sequences.")
     sequence_length: int = Field(512, ge=2, description="Longer sequences are cut to so many tokens.")
+    task: TaskConfig | None = Field(None, description="What decides for task_metric; for no other criterion.")
+    merge: MergeConfig | None = Field(None, description="How laco merges; for no other criterion.")
 
 
 class ScheduleConfig(Section):

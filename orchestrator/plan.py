@@ -13,22 +13,25 @@ from actors.contracts import (
     ArtifactRef,
     EvaluationSpec,
     LossSpec,
+    MergeSpec,
     ModelInfo,
     ModelRef,
     ModelSpec,
     PerplexitySpec,
     RecoverySpec,
     ScoreSpec,
+    TaskSpec,
     TextSpec,
     digest,
 )
 from actors.data import describe_text
 from actors.evaluation import check_tasks
 from actors.models import describe_model
+from actors.models.merge import MERGES
 from actors.recovery import check_recovery, find_objective
 from actors.scoring import find_criterion
 from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig, TargetConfig, TextConfig
-from orchestrator.errors import RequestError
+from orchestrator.errors import RequestError, unknown_name
 
 NOT_IN_KEY = frozenset({"micro_batch_size", "checkpoint_steps", "deepspeed"})
 """Fields of a spec that change how its result is computed, but not the result."""
@@ -75,9 +78,10 @@ class TrajectoryPlan:
         recovery = self.method.recovery
         return recovery.max_tokens if find_objective(recovery.objective).build else 0
 
-    def score_spec(self, model: ModelRef) -> ScoreSpec:
-        """What to ask of scoring for `model`."""
+    def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
+        """What to ask of scoring for `model`, from which so many layers are to go."""
         scoring = self.method.scoring
+        chooses_run = find_criterion(scoring.criterion).chooses_run
         return ScoreSpec(
             model=model,
             calibration=text_spec(scoring.calibration),
@@ -87,6 +91,19 @@ class TrajectoryPlan:
             max_sequences=scoring.max_sequences,
             sequence_length=scoring.sequence_length,
             seed=self.seed,
+            # Left out where it does not matter, so that all portions share one stage.
+            num_remove=layers_to_drop if chooses_run else 1,
+            task=self._task(),
+            merge=MergeSpec(**scoring.merge.model_dump()) if scoring.merge else None,
+        )
+
+    def _task(self) -> TaskSpec | None:
+        task = self.method.scoring.task
+        if task is None:
+            return None
+        evaluation = self.evaluation
+        return TaskSpec(
+            **task.model_dump(), include_path=evaluation.include_path, batch_size=evaluation.batch_size
         )
 
     def recovery_spec(self, model: ModelRef) -> RecoverySpec:
@@ -108,7 +125,7 @@ class TrajectoryPlan:
             return spec.sha256
         if is_dataclass(spec):
             named = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in NOT_IN_KEY}
-            if isinstance(spec, EvaluationSpec):
+            if isinstance(spec, EvaluationSpec | TaskSpec):
                 named["include_path"] = self.tasks_fingerprint
             if isinstance(spec, RecoverySpec):
                 named["precision"] = {k: v for k, v in json.loads(spec.deepspeed).items() if k in PRECISION}
@@ -146,7 +163,7 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     evaluation = _evaluation(config)
     check_tasks(evaluation.tasks, evaluation.include_path)
     for method in config.methods:
-        find_criterion(method.scoring.criterion, method.scoring.pooling)
+        _check_scoring(method, evaluation.include_path)
     infos = {model.id: describe_model(model_spec(model)) for model in config.models}
     deepspeed = _read_deepspeed(config.execution.training.deepspeed)
     fingerprints = {text: describe_text(text).fingerprint for text in _texts(config, evaluation)}
@@ -173,6 +190,34 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     for trajectory in trajectories:
         check_recovery(trajectory.recovery_spec(trajectory.dense), config.execution.training.workers)
     return CampaignPlan(config.name, trajectories)
+
+
+def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
+    """Whether the criterion is known and what it needs is there, and known."""
+    scoring = method.scoring
+    if wrong := _misfit(method):
+        raise RequestError(f"method {method.name!r}: the criterion {scoring.criterion!r} {wrong}")
+    if scoring.merge is not None and scoring.merge.variant not in MERGES:
+        raise unknown_name("scoring.merge.variant", scoring.merge.variant, MERGES)
+    if scoring.task is not None:
+        check_tasks((scoring.task.name,), include_path)
+
+
+def _misfit(method: MethodConfig) -> str | None:
+    """What does not go with the method's criterion, in words that follow its name."""
+    scoring = method.scoring
+    criterion = find_criterion(scoring.criterion, scoring.pooling)
+    if criterion.by_task and scoring.task is None:
+        return "needs scoring.task"
+    if scoring.task is not None and not criterion.by_task:
+        return "has no use for scoring.task; leave it out"
+    if scoring.merge is not None and not criterion.by_merge:
+        return "has no use for scoring.merge; leave it out"
+    if criterion.by_merge and method.schedule.mode != "direct":
+        return "merges all layers at once; set schedule.mode: direct"
+    if criterion.by_merge and find_objective(method.recovery.objective).build is not None:
+        return "changes weights that recovery trains on; set recovery.objective: none"
+    return None
 
 
 def _trajectories(

@@ -17,6 +17,7 @@ from actors.artifacts import fetch
 from actors.contracts import ArtifactRef, ModelRef
 from actors.models.families import depth, find_layers
 from actors.models.load import load_model
+from actors.models.merge import merge_blocks
 from actors.models.surgery import remove_layers
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -42,6 +43,7 @@ def load_source(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 def prune_to(model: PreTrainedModel, ref: ModelRef) -> PreTrainedModel:
     """Turn the loaded source model into the one `ref` describes, in place."""
     kept = ref.kept(depth(model.config))
+    merge_blocks(model, ref.merges)
     if ref.dropped:
         remove_layers(model, ref.dropped)
     for adapter in ref.adapters:

@@ -17,6 +17,11 @@ def check_recovery(spec: RecoverySpec, workers: int) -> None:
     """
     if find_objective(spec.objective).build is None:
         return
+    if spec.model.merges:
+        raise RequestError(
+            f"recovery {spec.objective!r} trains adapters on the source model's own weights and cannot heal "
+            "merged layers; use recovery.objective: none with the criterion laco"
+        )
     if spec.adapter.kind not in ADAPTER_KINDS:
         raise unknown_name("adapter kind", spec.adapter.kind, ADAPTER_KINDS)
     if not any((spec.loss.hidden, spec.loss.attention, spec.loss.logits)):

@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 from actors.contracts import Progress, ScoreResult, ScoreSpec, no_progress
 from actors.errors import WorkError
 from actors.models.actor import placement, result_of, wait_for_place
+from actors.scoring.merge import merge_result
 from actors.scoring.score import Scorer, ScoreRows
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def score_on_ray(
 ) -> ScoreResult:
     """Score on a pool of up to `actors` actors; begins as soon as one of them has a place.
 
+    Merges are tried one upon another and so are one task on one actor's place.
     A share whose actor is lost goes to another; the others are not run again.
     All actors are gone when this returns, so that training can have their place.
 
@@ -54,6 +56,9 @@ def score_on_ray(
         WorkError: no actor got a place within `start_timeout_s`, or all were lost.
     """
     scorer = Scorer(spec)
+    if scorer.criterion.by_merge:
+        task = ray.remote(merge_result).options(**placement(cpus, gpus), max_retries=3)
+        return result_of(task.remote(spec))
     with _pool(spec, actors, cpus, gpus) as pool:
         wait_for_place([actor.ready.remote() for actor in pool], "scoring", cpus, gpus, start_timeout_s)
         rows = _share_out(pool, scorer.shares(len(pool) * SHARES_PER_ACTOR), progress)

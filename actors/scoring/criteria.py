@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from actors.errors import RequestError, unknown_name
 from actors.models import LayerwisePass, depth
+from actors.scoring.angular import run_distances
 from actors.scoring.wavefront import candidate_hidden, last_hidden, layer_forwards
+from actors.scoring.weights import first_order_taylor, weight_norms
 
 TIE_TOLERANCE = 1e-6
 
@@ -29,12 +31,14 @@ class Calibration:
         reference: the model whose output is to be kept (None: the scored model).
         pooling: how a sequence's tokens become one similarity, see `POOLING`.
         seed: for criteria that draw.
+        num_remove: layers that will go together, for criteria that choose a run of them.
     """
 
     sequences: Sequence[Tensor]
     reference: PreTrainedModel | None = None
     pooling: str = "flatten"
     seed: int = 0
+    num_remove: int = 1
 
 
 Measure = Callable[[PreTrainedModel, Calibration], Tensor]
@@ -49,7 +53,13 @@ class Criterion:
         highest_first: remove the layer of the highest score first, else the lowest.
         uses_sequences: whether the scores depend on calibration text.
         forwards: layer-forwards spent on S sequences by a model of N layers.
-        source: paper and equation.
+        source: paper and section.
+        equation: what is computed, in plain text.
+        chooses_run: the layers to go are chosen together, `num_remove` of them: the score at a layer
+            is that of the run from it on.
+        joint: the sequences' rows cannot be computed apart (a measure gives the same row for each).
+        by_task: there is nothing to measure here, an lm-eval task decides (`actors.scoring.task`).
+        by_merge: layers are merged, all at once, rather than dropped (`actors.scoring.merge`).
     """
 
     measure: Measure
@@ -57,6 +67,11 @@ class Criterion:
     uses_sequences: bool
     forwards: Callable[[int, int], int]
     source: str
+    equation: str = ""
+    chooses_run: bool = False
+    joint: bool = False
+    by_task: bool = False
+    by_merge: bool = False
 
 
 def flatten_cosine(a_TD: Tensor, b_NTD: Tensor) -> Tensor:
@@ -105,6 +120,39 @@ def block_influence(model: PreTrainedModel, calibration: Calibration) -> Tensor:
     return torch.stack(rows)
 
 
+def angular_block(model: PreTrainedModel, calibration: Calibration) -> Tensor:
+    """Angular distance at the last token between the input of block i and that of block i + n. [S, N]"""
+    return run_distances(model, calibration.sequences, calibration.num_remove)
+
+
+def magnitude_l1(model: PreTrainedModel, _calibration: Calibration) -> Tensor:
+    """Sum of the absolute values of a block's weight matrices. [1, N]"""
+    return weight_norms(model, 1)[None]
+
+
+def magnitude_l2(model: PreTrainedModel, _calibration: Calibration) -> Tensor:
+    """Sum of the Frobenius norms of a block's weight matrices. [1, N]"""
+    return weight_norms(model, 2)[None]
+
+
+def taylor(model: PreTrainedModel, calibration: Calibration) -> Tensor:
+    """First-order change of the mean loss if a block's weights were zero, weight by weight. [S, N]"""
+    return first_order_taylor(model, calibration.sequences).expand(len(calibration.sequences), -1)
+
+
+def task_metric(_model: PreTrainedModel, _calibration: Calibration) -> Tensor:
+    """Refuses: whole models are evaluated by the evaluation room, which the orchestrator asks for it."""
+    raise RequestError(
+        "task_metric evaluates whole models on an lm-eval task and so runs in a campaign only; "
+        "name it as methods[].scoring.criterion with scoring.task"
+    )
+
+
+def laco(_model: PreTrainedModel, _calibration: Calibration) -> Tensor:
+    """Refuses: merges are tried one upon another, so that layers have no scores of their own."""
+    raise RequestError("laco merges layers and does not score them; call actors.scoring.merge.laco_compress")
+
+
 def deepest(model: PreTrainedModel, _calibration: Calibration) -> Tensor:
     """Depth, with the last block kept to the end. [1, N]"""
     scores = torch.arange(depth(model.config), dtype=torch.float32)
@@ -131,6 +179,10 @@ def _no_pass(_num_layers: int, _num_sequences: int) -> int:
     return 0
 
 
+def _there_and_back(num_layers: int, num_sequences: int) -> int:
+    return 2 * num_layers * num_sequences
+
+
 CRITERIA: dict[str, Criterion] = {
     "hidden_cosine": Criterion(
         hidden_cosine,
@@ -138,15 +190,89 @@ CRITERIA: dict[str, Criterion] = {
         True,
         layer_forwards,
         "IteRABRe (arXiv 2503.06291) §3.1; LaCo (arXiv 2402.11187) §2",
+        "mean_d cos(h(M_ref)_d, h(M without i)_d)",
     ),
     "block_influence": Criterion(
-        block_influence, False, True, _one_pass, "ShortGPT (arXiv 2403.03853) §2.3, Eq. 1"
+        block_influence,
+        False,
+        True,
+        _one_pass,
+        "ShortGPT (arXiv 2403.03853) §2.3, Eq. 1",
+        "1 − mean_t cos(x_i,t, x_i+1,t)",
+    ),
+    "angular_block": Criterion(
+        angular_block,
+        False,
+        True,
+        _one_pass,
+        "The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887) §3.2, Eq. 6 and 7",
+        "arccos(cos(x_i,T, x_i+n,T)) / π for the run of n blocks from i on",
+        chooses_run=True,
     ),
     "deepest": Criterion(
-        deepest, True, False, _no_pass, "The Unreasonable Ineffectiveness of the Deeper Layers §4.4"
+        deepest,
+        True,
+        False,
+        _no_pass,
+        "The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887) §4.4",
+        "i, the last block kept to the end",
     ),
-    "reverse": Criterion(reverse, True, False, _no_pass, "On the Limits of Layer Pruning §2: from the tail"),
-    "random": Criterion(random, True, False, _no_pass, "seeded draw, the baseline of every comparison"),
+    "reverse": Criterion(
+        reverse,
+        True,
+        False,
+        _no_pass,
+        "Reassessing Layer Pruning (arXiv 2411.15558), reverse order; On the Limits of Layer Pruning "
+        "(arXiv 2602.01997) §2",
+        "i",
+    ),
+    "taylor": Criterion(
+        taylor,
+        False,
+        True,
+        _there_and_back,
+        "Shortened LLaMA (arXiv 2402.02834) §3, Taylor; LLM-Pruner (arXiv 2305.11627) §3.2",
+        "Σ_k Σ_ij abs(W_k,ij · ∂L/∂W_k,ij), L the mean next-token loss",
+        joint=True,
+    ),
+    "magnitude_l1": Criterion(
+        magnitude_l1,
+        False,
+        False,
+        _no_pass,
+        "Shortened LLaMA (arXiv 2402.02834) §3, Magnitude; Reassessing Layer Pruning (arXiv 2411.15558)",
+        "Σ_k ‖W_k‖₁, entrywise",
+    ),
+    "magnitude_l2": Criterion(
+        magnitude_l2,
+        False,
+        False,
+        _no_pass,
+        "Reassessing Layer Pruning (arXiv 2411.15558), Magnitude-L2",
+        "Σ_k ‖W_k‖₂, entrywise (Frobenius)",
+    ),
+    "task_metric": Criterion(
+        task_metric,
+        True,
+        False,
+        _no_pass,
+        "On the Limits of Layer Pruning (arXiv 2602.01997), Algorithm 1, “Iterative”",
+        "metric of an lm-eval task on M without i",
+        by_task=True,
+    ),
+    "laco": Criterion(
+        laco,
+        True,
+        True,
+        _no_pass,
+        "LaCo (arXiv 2402.11187) §2, Eq. 1 and Algorithm 1",
+        "merges i+1..i+m into i: θ_i + Σ_k (θ_i+k − θ_i), kept while mean_d cos(h(M_ref)_d, h(merged)_d) > T",
+        chooses_run=True,
+        by_merge=True,
+    ),
+    "random": Criterion(
+        random, True, False, _no_pass, "seeded draw, the baseline of every comparison", "uniform in 0..1"
+    ),
 }
 
 
@@ -163,8 +289,11 @@ def find_criterion(name: str, pooling: str = "flatten") -> Criterion:
     return CRITERIA[name]
 
 
-def removal_order(scores: Sequence[float], highest_first: bool) -> list[int]:
+def removal_order(scores: Sequence[float], highest_first: bool, run: int = 1) -> list[int]:
     """Positions from the first to remove to the last; within a tie the deeper goes first.
+
+    With `run` > 1 a score is that of the run of so many layers from its position on:
+    the best run that fits comes first, ascending, then the other layers by their scores.
 
     Raises:
         RequestError: a score is not a number (the model's output overflowed).
@@ -173,7 +302,10 @@ def removal_order(scores: Sequence[float], highest_first: bool) -> list[int]:
         raise RequestError(
             f"layer {[s != s for s in scores].index(True)} scored NaN; score in float32 or bfloat16"
         )
-    return list(_best_first([s if highest_first else -s for s in scores]))
+    order = list(_best_first([s if highest_first else -s for s in scores]))
+    start = next(i for i in order if i + run <= len(scores))
+    together = range(start, start + run)
+    return [*together, *(i for i in order if i not in together)]
 
 
 def _best_first(values: Sequence[float]) -> Iterator[int]:

@@ -10,6 +10,7 @@ from actors.contracts import Progress, ScoreResult, ScoreSpec, no_progress
 from actors.data import calibration_sequences, load_texts
 from actors.models import device, load_source, load_tokenizer, materialize
 from actors.scoring.criteria import Calibration, find_criterion, removal_order
+from actors.scoring.merge import merge_result
 
 ScoreRows = list[list[float]]
 """One row a calibration sequence, one score a layer: [S][N]."""
@@ -23,6 +24,7 @@ def score_layers(
     reference: PreTrainedModel | None = None,
     pooling: str = "flatten",
     seed: int = 0,
+    num_remove: int = 1,
 ) -> list[float]:
     """Score every block of `model` as a candidate for removal.
 
@@ -32,12 +34,13 @@ def score_layers(
         criterion: a name in `CRITERIA`.
         reference: the model whose output is to be kept; `model` itself if None.
         pooling: for `hidden_cosine`: `flatten`, `token_mean` or `last_token`.
+        num_remove: for `angular_block`: how many blocks go together.
 
     Returns:
         One float a block, in the order of the blocks.
     """
     chosen = find_criterion(criterion, pooling)
-    rows = chosen.measure(model, Calibration(sequences, reference, pooling, seed)).double()
+    rows = chosen.measure(model, Calibration(sequences, reference, pooling, seed, num_remove)).double()
     return rows.mean(0).tolist()
 
 
@@ -68,10 +71,15 @@ class Scorer:
         return calibration_sequences(texts, tokenizer, self.spec.sequence_length, self.spec.max_sequences)
 
     def shares(self, count: int) -> list[list[int]]:
-        """The sequences' positions in at most `count` shares of like size; one share if text is not used."""
+        """The sequences' positions in at most `count` shares of like size.
+
+        One share if text is not used or the sequences' scores hang together.
+        """
         if not self.criterion.uses_sequences:
             return [[0]]
         positions = list(range(len(self.sequences)))
+        if self.criterion.joint:
+            return [positions]
         count = min(count, len(positions))
         return [positions[i::count] for i in range(count)]
 
@@ -79,7 +87,8 @@ class Scorer:
         """Score rows of the sequences at `positions`, in that order."""
         model = self._model
         sequences = [self.sequences[i].to(model.device) for i in positions]
-        calibration = Calibration(sequences, self._reference, self.spec.pooling, self.spec.seed)
+        spec = self.spec
+        calibration = Calibration(sequences, self._reference, spec.pooling, spec.seed, spec.num_remove)
         return self.criterion.measure(model, calibration).double().tolist()
 
     def result(self, rows: dict[int, list[float]]) -> ScoreResult:
@@ -87,7 +96,8 @@ class Scorer:
         num_layers = len(rows[0])
         scores = [sum(rows[i][layer] for i in sorted(rows)) / len(rows) for layer in range(num_layers)]
         kept = self.spec.model.kept(num_layers + len(self.spec.model.dropped))
-        order = removal_order(scores, self.criterion.highest_first)
+        run = self.spec.num_remove if self.criterion.chooses_run else 1
+        order = removal_order(scores, self.criterion.highest_first, run)
         used = self.sequences if self.criterion.uses_sequences else []
         return ScoreResult(
             source_layers=kept,
@@ -101,6 +111,8 @@ class Scorer:
 
 def score_locally(spec: ScoreSpec, progress: Progress = no_progress) -> ScoreResult:
     """Score in this process, one sequence after another."""
+    if find_criterion(spec.criterion).by_merge:
+        return merge_result(spec)
     scorer = Scorer(spec)
     shares = scorer.shares(count=2**31)
     rows: dict[int, list[float]] = {}

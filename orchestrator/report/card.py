@@ -33,6 +33,7 @@ def provenance(
         "source_layers": plan.model.num_layers,
         "layers": iteration.layers_left,
         "dropped_source_layers": list(model.dropped),
+        "merges": [asdict(merge) for merge in model.merges],
         "adapters_sha256": [adapter.sha256 for adapter in model.adapters],
         "campaign": plan.campaign,
         "trajectory": plan.id,
@@ -72,6 +73,7 @@ def model_card(
     after = scores_of(rows, plan.id, iteration.index, "recovered")
     tokens = recovery_tokens(rows, plan.id, iteration.index)
     source = plan.model.spec.path
+    how = "merging" if model.merges else "removing"
     table = [f"| {name} | {before.get(name, float('nan')):.4g} | {after[name]:.4g} |" for name in after]
     base_model = [f"base_model: {source}"] if _is_hub_id(source) else []
     lines = [
@@ -84,7 +86,7 @@ def model_card(
         "",
         f"# {plan.model_id}, {iteration.layers_left} of {plan.model.num_layers} layers",
         "",
-        f"Made from `{source}` by removing transformer blocks {list(model.dropped)} (counted from 0) "
+        f"Made from `{source}` by {how} transformer blocks {list(model.dropped)} (counted from 0) "
         f"with the method `{plan.method.name}` (criterion `{plan.method.scoring.criterion}`, "
         f"recovery `{plan.method.recovery.objective}` on {tokens:,} tokens). "
         "The licence of the source model applies.",

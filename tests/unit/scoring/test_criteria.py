@@ -1,45 +1,36 @@
 """Each criterion against a plain loop over candidates and tokens."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import mean
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.errors import RequestError
 from actors.scoring import CRITERIA, POOLING, find_criterion, score_layers
 from actors.scoring.criteria import removal_order
 from tests.tiny_models import blocks_of, skipped, tiny_ids, tiny_llama, tiny_model
+from tests.unit.scoring.plain import cosine, last_hidden
 
 SEQUENCES = [tiny_ids(1, length, seed=length)[0] for length in (12, 7, 3)]
 
 
-def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
-    dot = math.fsum(x * y for x, y in zip(a, b, strict=True))
-    return dot / math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
-
-
 def _pool_flatten(a_TD: Tensor, b_TD: Tensor) -> float:
-    return _cosine(a_TD.flatten().tolist(), b_TD.flatten().tolist())
+    return cosine(a_TD.flatten().tolist(), b_TD.flatten().tolist())
 
 
 def _pool_token_mean(a_TD: Tensor, b_TD: Tensor) -> float:
-    return mean(_cosine(a, b) for a, b in zip(a_TD.tolist(), b_TD.tolist(), strict=True))
+    return mean(cosine(a, b) for a, b in zip(a_TD.tolist(), b_TD.tolist(), strict=True))
 
 
 def _pool_last_token(a_TD: Tensor, b_TD: Tensor) -> float:
-    return _cosine(a_TD[-1].tolist(), b_TD[-1].tolist())
+    return cosine(a_TD[-1].tolist(), b_TD[-1].tolist())
 
 
 SLOW_POOLING = {"flatten": _pool_flatten, "token_mean": _pool_token_mean, "last_token": _pool_last_token}
-
-
-@torch.no_grad()
-def _last_hidden(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
-    return model(ids_T[None], output_hidden_states=True, use_cache=False).hidden_states[-1][0]
 
 
 def _hidden_cosine_slowly(
@@ -49,9 +40,9 @@ def _hidden_cosine_slowly(
     for layer in range(len(blocks_of(model))):
         similarities = []
         for ids_T in SEQUENCES:
-            want = _last_hidden(reference, ids_T)
+            want = last_hidden(reference, ids_T)
             with skipped(model, [layer]):
-                similarities.append(pool(want, _last_hidden(model, ids_T)))
+                similarities.append(pool(want, last_hidden(model, ids_T)))
         scores.append(mean(similarities))
     return scores
 
@@ -71,29 +62,6 @@ def test_hidden_cosine(family: str, pooling: str, other_reference: bool) -> None
     assert scores == pytest.approx(want, abs=1e-6)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_block_influence(family: str) -> None:
-    model = tiny_model(family)
-    last_output: list[Tensor] = []
-
-    def note(_block: nn.Module, _inputs: object, output: Tensor) -> None:
-        last_output.append(output)
-
-    influence = []
-    for ids_T in SEQUENCES:
-        # The last of the model's own hidden states is after the final norm, so that one is noted here.
-        hook = blocks_of(model)[-1].register_forward_hook(note)
-        states = model(ids_T[None], output_hidden_states=True, use_cache=False).hidden_states
-        hook.remove()
-        states = [*states[:-1], last_output.pop()]
-        influence.append(
-            [1 - _pool_token_mean(states[i][0], states[i + 1][0]) for i in range(len(states) - 1)]
-        )
-    want = [mean(column) for column in zip(*influence, strict=True)]
-    assert score_layers(model, SEQUENCES, "block_influence") == pytest.approx(want, abs=1e-6)
-
-
 @pytest.mark.parametrize(
     ("criterion", "order"), [("deepest", [4, 3, 2, 1, 0, 5]), ("reverse", [5, 4, 3, 2, 1, 0])]
 )
@@ -110,7 +78,7 @@ def test_random_depends_on_the_seed_alone() -> None:
     assert draws[0] == tuple(score_layers(tiny_model("gpt2"), SEQUENCES, "random", seed=0))
 
 
-@pytest.mark.parametrize("criterion", ["hidden_cosine", "block_influence"])
+@pytest.mark.parametrize("criterion", ["hidden_cosine", "block_influence", "angular_block"])
 @pytest.mark.parametrize("layer", [0, 2, 5])
 def test_a_block_that_does_nothing_goes_first_wherever_it_is(layer: int, criterion: str) -> None:
     """The first and the last layer are candidates like the others."""
@@ -141,6 +109,13 @@ def test_ties_go_to_the_deeper_layer(highest_first: bool) -> None:
     noise = 4e-7 if highest_first else -4e-7
     assert removal_order([0.5 + noise, 0.5, 0.5 - noise], highest_first) == [2, 1, 0]
     assert removal_order([0.5 + 10 * noise, 0.5], highest_first) == [0, 1]
+
+
+def test_a_run_of_layers_goes_in_order_and_must_fit() -> None:
+    """A run of 2 begins at the best of the layers 0, 1 and 2; layer 3 is the last and cannot begin one."""
+    assert removal_order([0.3, 0.1, 0.2, 0.0], highest_first=False, run=2) == [1, 2, 3, 0]
+    assert removal_order([0.1, 0.1, 0.1, 0.1], highest_first=False, run=3) == [1, 2, 3, 0]
+    assert removal_order([0.0, 0.5, 0.5, 0.5], highest_first=False, run=4) == [0, 1, 2, 3]
 
 
 def test_scores_that_are_not_numbers_are_refused() -> None:

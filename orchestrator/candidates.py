@@ -1,0 +1,38 @@
+"""Scoring by evaluation: every model with one layer less is measured on a task (`task_metric`)."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from actors.contracts import EvaluationResult, EvaluationSpec, Progress, ScoreResult, ScoreSpec, TaskSpec
+from actors.models import describe_model
+from actors.scoring.task import task_scores, task_value
+
+EvaluateAll = Callable[[Sequence[EvaluationSpec]], Iterable[tuple[int, EvaluationResult]]]
+"""Evaluates specs in any order; gives each result with the spec's position as soon as it is there."""
+
+
+def score_by_task(spec: ScoreSpec, evaluate_all: EvaluateAll, progress: Progress) -> ScoreResult:
+    """Evaluate `spec.model` without each of its layers and rank the layers by the task's metric.
+
+    Raises:
+        RequestError: the task has no such metric, known after the first candidate.
+    """
+    assert spec.task is not None, "the plan gives task_metric its task"
+    layers = spec.model.kept(describe_model(spec.model.source).num_layers)
+    candidates = [_evaluation(spec, spec.task, layer) for layer in layers]
+    values: dict[int, float] = {}
+    for position, result in evaluate_all(candidates):
+        values[layers[position]] = task_value(spec.task, result)
+        progress(len(values), len(layers), "candidates")
+    return task_scores(spec.model, spec.task, values)
+
+
+def _evaluation(spec: ScoreSpec, task: TaskSpec, layer: int) -> EvaluationSpec:
+    return EvaluationSpec(
+        model=spec.model.without((layer,)),
+        tasks=(task.name,),
+        include_path=task.include_path,
+        limit=task.limit,
+        num_fewshot=task.num_fewshot,
+        batch_size=task.batch_size,
+        seed=spec.seed,
+    )
