@@ -125,7 +125,13 @@ class TextInfo:
 
 @dataclass(frozen=True)
 class ScoreSpec:
-    """Score every remaining layer of `model` as a candidate for removal."""
+    """Score every remaining layer of `model` as a candidate for removal.
+
+    `memory_budget_gb` (GiB) bounds the memory that hidden states take. With
+    `stream_weights`, layers are read from their files one at a time. With
+    `confidence`, candidates that are at this level sure not to be removed next
+    are no longer scored.
+    """
 
     model: ModelRef
     calibration: TextSpec
@@ -135,6 +141,9 @@ class ScoreSpec:
     max_sequences: int | None = None
     sequence_length: int = 512
     seed: int = 0
+    memory_budget_gb: float | None = None
+    stream_weights: bool = False
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,9 @@ class ScoreResult:
     """One score a candidate layer; how to read it is the criterion's matter.
 
     `source_layers[i]` is the source layer index of `scores[i]`. `removal_order`
-    lists source layers from the first to remove to the last.
+    lists source layers from the first to remove to the last. `layer_forwards`
+    counts how often a sequence passed a block; `layer_forwards_saved` how much
+    more often it would have, had no candidate been given up early.
     """
 
     source_layers: tuple[int, ...]
@@ -151,6 +162,7 @@ class ScoreResult:
     num_sequences: int
     num_tokens: int
     layer_forwards: int
+    layer_forwards_saved: int = 0
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,18 @@ class ScoringConfig(Section):
     calibration: TextConfig = TextConfig(builtin="iterabre-appendix-a")
     max_sequences: int | None = Field(None, ge=1, description="Use only the first so many sequences.")
     sequence_length: int = Field(512, ge=2, description="Longer sequences are cut to so many tokens.")
+    memory_budget_gb: float | None = Field(
+        None, gt=0, description="GiB that hidden states may take, beside the weights; changes no score."
+    )
+    stream_weights: bool = Field(
+        False, description="Read layers from their files one at a time, for models larger than memory."
+    )
+    confidence: float | None = Field(
+        None,
+        gt=0.5,
+        lt=1,
+        description="Give up candidates that at this level cannot be the next to go; for large calibration sets.",
+    )
 
 
 class ScheduleConfig(Section):

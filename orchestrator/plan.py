@@ -30,7 +30,9 @@ from actors.scoring import find_criterion
 from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig, TargetConfig, TextConfig
 from orchestrator.errors import RequestError
 
-NOT_IN_KEY = frozenset({"micro_batch_size", "checkpoint_steps", "deepspeed"})
+NOT_IN_KEY = frozenset(
+    {"micro_batch_size", "checkpoint_steps", "deepspeed", "memory_budget_gb", "stream_weights"}
+)
 """Fields of a spec that change how its result is computed, but not the result."""
 
 PRECISION = ("bf16", "fp16", "data_types", "torch_autocast")
@@ -87,6 +89,9 @@ class TrajectoryPlan:
             max_sequences=scoring.max_sequences,
             sequence_length=scoring.sequence_length,
             seed=self.seed,
+            memory_budget_gb=scoring.memory_budget_gb,
+            stream_weights=scoring.stream_weights,
+            confidence=scoring.confidence,
         )
 
     def recovery_spec(self, model: ModelRef) -> RecoverySpec:

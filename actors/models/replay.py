@@ -8,7 +8,8 @@ by a stand-in that only takes notes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -32,11 +33,13 @@ class LayerwisePass:
     Attributes:
         hidden_BTD: what the first block receives (embeddings, scaled or with
             positions added as the family does).
+        config: the model's configuration.
     """
 
     def __init__(self, model: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None):
         layers = find_layers(model)
-        self._backbone, self._blocks = layers.parent, layers.modules
+        self.config = model.config
+        self._model, self._backbone, self._blocks = model, layers.parent, layers.modules
         self._inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._items = _items_returned(self._backbone, self._blocks[0], input_ids_BT[:1, :1])
@@ -49,9 +52,21 @@ class LayerwisePass:
 
     def finish(self, hidden_BTD: Tensor) -> Tensor:
         """The last hidden state after the final norm, from the output of the last block."""
-        last = len(self._blocks) - 1
-        with self._stand_ins(lambda index, hidden: hidden_BTD if index == last else hidden):
+        with self._ending_in(hidden_BTD):
             return self._forward()
+
+    def logits(self, hidden_BTD: Tensor, tokens_K: Tensor) -> Tensor:
+        """The family's own logits [B, K, V] at those token indices, from the output of the last block."""
+        takes_indices = "logits_to_keep" in signature(self._model.forward).parameters
+        keep = {"logits_to_keep": tokens_K} if takes_indices else {}
+        with self._ending_in(hidden_BTD):
+            logits = self._model(**self._inputs, use_cache=False, **keep).logits
+        return logits if takes_indices else logits[:, tokens_K]
+
+    def _ending_in(self, hidden_BTD: Tensor) -> AbstractContextManager[None]:
+        """The model computes as if its last block had given `hidden_BTD`."""
+        last = len(self._blocks) - 1
+        return self._stand_ins(lambda index, hidden: hidden_BTD if index == last else hidden)
 
     def _forward(self) -> Tensor:
         return self._backbone(**self._inputs, use_cache=False).last_hidden_state

@@ -6,7 +6,7 @@ over processes gives the same scores.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,7 +15,17 @@ from transformers import PreTrainedModel
 
 from actors.errors import RequestError, unknown_name
 from actors.models import LayerwisePass, depth
-from actors.scoring.wavefront import candidate_hidden, last_hidden, layer_forwards
+from actors.scoring.likelihood import negative_log_likelihoods
+from actors.scoring.wavefront import (
+    UNPRUNED,
+    Outcome,
+    Tally,
+    Wave,
+    last_hiddens,
+    layer_forwards,
+    wavefront,
+    waves,
+)
 
 TIE_TOLERANCE = 1e-6
 
@@ -29,15 +39,45 @@ class Calibration:
         reference: the model whose output is to be kept (None: the scored model).
         pooling: how a sequence's tokens become one similarity, see `POOLING`.
         seed: for criteria that draw.
+        candidates: the layers to score, ascending (None: all); for criteria that score `by_candidate`.
+        memory_budget: bytes that hidden states may take (None: as is usual on the device).
+        tally: where criteria that score `by_candidate` count their layer-forwards.
     """
 
     sequences: Sequence[Tensor]
     reference: PreTrainedModel | None = None
     pooling: str = "flatten"
     seed: int = 0
+    candidates: Sequence[int] | None = None
+    memory_budget: int | None = None
+    tally: Tally = field(default_factory=Tally)
+
+    def waves(self, model: PreTrainedModel) -> list[Wave]:
+        """The sequences and candidates in portions that keep the memory budget."""
+        return waves(model, self.sequences, self.candidates, self.memory_budget)
+
+    def outcomes(self, model: PreTrainedModel, wave: Wave, *, keep_unpruned: bool) -> Iterator[Outcome]:
+        """The candidates of `wave` after the last block; see `wavefront`."""
+        return wavefront(model, self.sequences, wave, keep_unpruned=keep_unpruned, tally=self.tally)
+
+    def no_rows(self, model: PreTrainedModel) -> Tensor:
+        """Rows for every sequence and layer, nothing scored yet: [S, N] of NaN, float64."""
+        return torch.full((len(self.sequences), depth(model.config)), torch.nan, dtype=torch.float64)
+
+    def asked(self, rows_SN: Tensor) -> Tensor:
+        """The columns of the layers to score. [S, C]"""
+        return rows_SN if self.candidates is None else rows_SN[:, list(self.candidates)]
 
 
 Measure = Callable[[PreTrainedModel, Calibration], Tensor]
+
+
+def _alike(_num_tokens: int) -> float:
+    return 1.0
+
+
+def _as_it_is(mean_C: Tensor) -> Tensor:
+    return mean_C
 
 
 @dataclass(frozen=True)
@@ -50,6 +90,10 @@ class Criterion:
         uses_sequences: whether the scores depend on calibration text.
         forwards: layer-forwards spent on S sequences by a model of N layers.
         source: paper and equation.
+        by_candidate: scores any part of the candidates by itself, [S, C] for the `candidates`
+            of the calibration, and can walk over a model whose weights are streamed.
+        weight: how much a sequence of T tokens counts in a layer's score.
+        link: from the weighted mean of a layer's rows to its score.
     """
 
     measure: Measure
@@ -57,6 +101,18 @@ class Criterion:
     uses_sequences: bool
     forwards: Callable[[int, int], int]
     source: str
+    by_candidate: bool = False
+    weight: Callable[[int], float] = _alike
+    link: Callable[[Tensor], Tensor] = _as_it_is
+
+    def weights(self, lengths: Sequence[int]) -> Tensor:
+        """How much sequences of these lengths count. [S]"""
+        return torch.tensor([self.weight(length) for length in lengths], dtype=torch.float64)
+
+    def combine(self, rows_SC: Tensor, weights_S: Tensor) -> Tensor:
+        """Scores of the candidates from the rows of the sequences. [C], float64"""
+        mean_C = (rows_SC.double() * weights_S[:, None]).sum(0) / weights_S.sum()
+        return self.link(mean_C)
 
 
 def flatten_cosine(a_TD: Tensor, b_NTD: Tensor) -> Tensor:
@@ -77,17 +133,53 @@ def last_token_cosine(a_TD: Tensor, b_NTD: Tensor) -> Tensor:
 POOLING = {"flatten": flatten_cosine, "token_mean": token_mean_cosine, "last_token": last_token_cosine}
 
 
+@torch.no_grad()
 def hidden_cosine(model: PreTrainedModel, calibration: Calibration) -> Tensor:
-    """Cosine of the last hidden states of the reference and the model without layer i. [S, N]"""
-    pool = POOLING[calibration.pooling]
-    rows = []
-    for sequence in calibration.sequences:
-        hidden = candidate_hidden(model, sequence).float()
-        reference = hidden[0]
-        if calibration.reference is not None:
-            reference = last_hidden(calibration.reference, sequence).float()
-        rows.append(pool(reference, hidden[1:]))
-    return torch.stack(rows)
+    """Cosine of the last hidden states of the reference and the model without layer i. [S, C]"""
+    pool, own = POOLING[calibration.pooling], calibration.reference is None
+    rows = calibration.no_rows(model)
+    for wave in calibration.waves(model):
+        references = _reference_hidden(calibration, wave.positions)
+        for outcome in calibration.outcomes(model, wave, keep_unpruned=own):
+            hidden_CGTD = outcome.last_hidden().float()
+            if outcome.streams[0] == UNPRUNED:
+                references |= zip(outcome.positions, hidden_CGTD[0].clone(), strict=True)
+            first = outcome.streams.count(UNPRUNED)
+            layers = list(outcome.streams[first:])
+            for g, position in enumerate(outcome.positions):
+                rows[position, layers] = pool(references[position], hidden_CGTD[first:, g]).double().cpu()
+    return calibration.asked(rows)
+
+
+def _reference_hidden(calibration: Calibration, positions: Sequence[int]) -> dict[int, Tensor]:
+    """The last hidden state [T, D] of another reference at each of the sequences; empty if there is none."""
+    if calibration.reference is None:
+        return {}
+    sequences = [calibration.sequences[i] for i in positions]
+    hidden = last_hiddens(
+        calibration.reference, sequences, budget=calibration.memory_budget, tally=calibration.tally
+    )
+    return {position: h.float() for position, h in zip(positions, hidden, strict=True)}
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, calibration: Calibration) -> Tensor:
+    """Mean negative log-likelihood of the tokens 2..T under the model without layer i, in nats. [S, C]
+
+    Their mean over tokens becomes the perplexity (`Criterion.link`). A sequence
+    of one token predicts nothing: its row is 0 and weighs nothing.
+    """
+    rows = calibration.no_rows(model)
+    for wave in calibration.waves(model):
+        for outcome in calibration.outcomes(model, wave, keep_unpruned=False):
+            nats_CG = negative_log_likelihoods(outcome, calibration.sequences, calibration.memory_budget)
+            for g, position in enumerate(outcome.positions):
+                rows[position, list(outcome.streams)] = nats_CG[:, g].cpu()
+    return calibration.asked(rows)
+
+
+def _predicted(num_tokens: int) -> float:
+    return num_tokens - 1
 
 
 @torch.no_grad()
@@ -138,6 +230,17 @@ CRITERIA: dict[str, Criterion] = {
         True,
         layer_forwards,
         "IteRABRe (arXiv 2503.06291) §3.1; LaCo (arXiv 2402.11187) §2",
+        by_candidate=True,
+    ),
+    "perplexity": Criterion(
+        perplexity,
+        False,
+        True,
+        layer_forwards,
+        "Shortened LLaMA (arXiv 2402.02834) §3.2; SLEB (arXiv 2402.09025) §3",
+        by_candidate=True,
+        weight=_predicted,
+        link=torch.exp,
     ),
     "block_influence": Criterion(
         block_influence, False, True, _one_pass, "ShortGPT (arXiv 2403.03853) §2.3, Eq. 1"
