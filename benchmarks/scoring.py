@@ -165,7 +165,7 @@ def compare(model: PreTrainedModel, name: str, sequences: list[Tensor]) -> None:
     flops = per_sequence * sum(layer_flops(model, length) for length in lengths)
     achieved, busy = flops / wave.seconds, flops / wave.cpu_seconds
     print(
-        f"wavefront {achieved / 1e9:.1f} GFLOP/s, 2048³ product {rate / 1e9:.1f}: share {achieved / rate:.2f}\n"
+        f"wavefront {achieved / 1e9:.1f} GFLOP/s, product {rate / 1e9:.1f}: share {achieved / rate:.2f}\n"
         f"a CPU second: {busy / 1e9:.1f} and {cpu_rate / 1e9:.1f}: share {busy / cpu_rate:.2f}",
         flush=True,
     )

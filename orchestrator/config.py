@@ -94,7 +94,7 @@ class ScoringConfig(Section):
         None,
         gt=0.5,
         lt=1,
-        description="Give up candidates that at this level cannot be the next to go; for large calibration sets.",
+        description="Give up candidates that at this level will not be the next to go.",
     )
 
 

@@ -43,7 +43,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Group:
-    """Sequences of one length that advance together, `rows` at a time (a row is one sequence of one stream)."""
+    """Sequences of one length that advance together, `rows` at a time: sequences × streams."""
 
     positions: tuple[int, ...]
     rows: int
@@ -104,7 +104,7 @@ def plan_waves(
         if fits < min(1, len(candidates)) or costs.row(longest) > room:
             needed = 2 * max(2 * longest * costs.stream, costs.row(longest)) / GIB
             raise RequestError(
-                f"a memory budget of {2 * room / GIB:.3g} GiB is too small for a sequence of {longest} tokens; "
+                f"a memory budget of {2 * room / GIB:.3g} GiB is too small for {longest} tokens; "
                 f"it needs {needed:.3g}. Raise scoring.memory_budget_gb or lower scoring.sequence_length"
             )
     groups = [_group(lengths, positions, costs, room) for positions in _equal_lengths(lengths, costs, room)]

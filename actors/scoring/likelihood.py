@@ -19,7 +19,7 @@ BYTES_PER_LOGIT = 16
 def negative_log_likelihoods(
     outcome: Outcome, sequences: Sequence[Tensor], memory_budget: int | None = None
 ) -> Tensor:
-    """Mean −log p of the tokens 2..T of each row, in nats: [streams, positions]; 0 if there is no such token."""
+    """Mean −log p of the tokens 2..T of each row, in nats: [streams, positions]; 0 where T is 1."""
     ids_GT = torch.stack([sequences[i] for i in outcome.positions])
     targets_BT = ids_GT.repeat(len(outcome.streams), 1).to(outcome.hidden_BTD.device)
     num_rows, num_tokens = targets_BT.shape

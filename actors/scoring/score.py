@@ -209,7 +209,7 @@ class ScoreTable:
         return len(self.candidates) <= self._num_winners
 
     def result(self) -> ScoreResult:
-        """The scores; a layer that was given up has that of the sequences it was scored on, and comes last."""
+        """The scores; a layer that was given up has that of the sequences it saw, and comes last."""
         scorer, criterion = self._scorer, self._scorer.criterion
         scores = [self._score(layer) for layer in range(scorer.num_layers)]
         kept = scorer.spec.model.kept(scorer.num_layers + len(scorer.spec.model.dropped))

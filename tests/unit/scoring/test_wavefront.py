@@ -155,7 +155,7 @@ def test_a_block_needs_no_more_than_its_costs_say() -> None:
 
 def test_a_budget_too_small_is_refused_with_the_size_that_would_do() -> None:
     sequences = [tiny_ids(1, 12)[0]]
-    with pytest.raises(RequestError, match=r"sequence of 12 tokens; it needs .*scoring\.memory_budget_gb"):
+    with pytest.raises(RequestError, match=r"for 12 tokens; it needs .*scoring\.memory_budget_gb"):
         waves(tiny_model("llama"), sequences, budget=1000)
 
 
