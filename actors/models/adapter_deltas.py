@@ -13,8 +13,7 @@ from torch import Tensor
 from actors.artifacts import fetch
 from actors.contracts import ArtifactRef
 from actors.errors import RequestError
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+from actors.models.chain import ADAPTER_WEIGHTS
 
 
 @dataclass(frozen=True)

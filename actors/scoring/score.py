@@ -231,9 +231,11 @@ class ScoreTable:
         return self._scorer.criterion.combine(self._rows[known, layer, None], self._weights[known]).item()
 
     def _saved(self) -> int:
-        """What passing the unknown cells of the table would have taken: N − 1 − i blocks for candidate i."""
-        after = torch.arange(self._rows.shape[1] - 1, -1, -1)
-        return int((~self._known * after).sum())
+        """What the unknown cells would have taken: N − 1 − i blocks for candidate i, N once a new sequence."""
+        num_layers = self._rows.shape[1]
+        after = torch.arange(num_layers - 1, -1, -1)
+        unseen = int((~self._known.any(1)).sum())
+        return int((~self._known * after).sum()) + unseen * num_layers
 
 
 def conduct(
