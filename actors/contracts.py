@@ -130,7 +130,8 @@ class ScoreSpec:
     `memory_budget_gb` (GiB) bounds the memory that hidden states take. With
     `stream_weights`, layers are read from their files one at a time. With
     `confidence`, candidates that are at this level sure not to be removed next
-    are no longer scored.
+    are no longer scored. `num_remove` is how many layers will go before the
+    next scoring, for what depends on it.
     """
 
     model: ModelRef
@@ -144,6 +145,7 @@ class ScoreSpec:
     memory_budget_gb: float | None = None
     stream_weights: bool = False
     confidence: float | None = None
+    num_remove: int = 1
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ class TrajectoryPlan:
         recovery = self.method.recovery
         return recovery.max_tokens if find_objective(recovery.objective).build else 0
 
-    def score_spec(self, model: ModelRef) -> ScoreSpec:
-        """What to ask of scoring for `model`."""
+    def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
+        """What to ask of scoring for `model`, from which so many layers are to go."""
         scoring = self.method.scoring
         return ScoreSpec(
             model=model,
@@ -92,6 +92,8 @@ class TrajectoryPlan:
             memory_budget_gb=scoring.memory_budget_gb,
             stream_weights=scoring.stream_weights,
             confidence=scoring.confidence,
+            # Left out where it does not matter, so that all portions share one stage.
+            num_remove=layers_to_drop if scoring.confidence else 1,
         )
 
     def recovery_spec(self, model: ModelRef) -> RecoverySpec:

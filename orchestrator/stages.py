@@ -63,7 +63,7 @@ class StoredStages:
 
     def score(self, iteration: IterationPlan, model: ModelRef) -> Sequence[int]:
         """Source layers of `model`, from the first to remove to the last."""
-        spec = self._plan.score_spec(model)
+        spec = self._plan.score_spec(model, iteration.layers_to_drop)
         stage = self._once(
             iteration,
             "score",
@@ -77,7 +77,7 @@ class StoredStages:
     def prune(self, iteration: IterationPlan, model: ModelRef, source_layers: Sequence[int]) -> ModelRef:
         """`model` without those layers; nothing is computed, the choice is recorded."""
         pruned = model.without(tuple(source_layers))
-        scores = self._stored_scores(model)
+        scores = self._stored_scores(iteration, model)
         numbers = [("dropped", scores[layer], "", {"layer": layer}) for layer in source_layers]
         key = stage_key("prune", self._plan.key_inputs(pruned))
         self._append(iteration, "prune", key, None, [*numbers, ("layers", iteration.layers_left, "", {})])
@@ -165,8 +165,8 @@ class StoredStages:
         )
         self._report(self.activity)
 
-    def _stored_scores(self, model: ModelRef) -> dict[int, float]:
-        inputs = self._plan.key_inputs(self._plan.score_spec(model))
+    def _stored_scores(self, iteration: IterationPlan, model: ModelRef) -> dict[int, float]:
+        inputs = self._plan.key_inputs(self._plan.score_spec(model, iteration.layers_to_drop))
         stage = self._store.load("score", stage_key("score", inputs), ScoreResult)
         assert stage is not None, "a model is scored before it is pruned"
         return dict(zip(stage.result.source_layers, stage.result.scores, strict=True))

@@ -15,6 +15,9 @@ from actors.models import find_layers, text_config
 
 GIB = 2**30
 
+CPU_BUDGET = 4 * GIB
+"""Bytes for hidden states on a CPU where nothing else is said."""
+
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens that enter a block at one time: enough for matrix products at full rate, and few
 enough that a CPU keeps what the block makes of them in its cache."""
@@ -83,9 +86,7 @@ def costs_of(model: PreTrainedModel) -> Costs:
     return Costs(config.hidden_size * itemsize, 2 * max(widths) * itemsize, pair, chunk_tokens)
 
 
-def plan_waves(
-    lengths: Sequence[int], candidates: Sequence[int], costs: Costs, budget: int | None
-) -> list[Wave]:
+def plan_waves(lengths: Sequence[int], candidates: Sequence[int], costs: Costs, budget: int) -> list[Wave]:
     """Divide [S] sequences × [C] candidates into waves whose hidden states fit into `budget` bytes.
 
     Half of the budget holds the streams, half what a block makes of the rows it
@@ -96,17 +97,14 @@ def plan_waves(
     Raises:
         RequestError: the budget cannot hold the longest sequence and one candidate.
     """
-    room = budget // 2 if budget is not None else None
-    fits = len(candidates)
-    if room is not None:
-        longest = max(lengths)
-        fits = min(fits, room // (longest * costs.stream) - 1)
-        if fits < min(1, len(candidates)) or costs.row(longest) > room:
-            needed = 2 * max(2 * longest * costs.stream, costs.row(longest)) / GIB
-            raise RequestError(
-                f"a memory budget of {2 * room / GIB:.3g} GiB is too small for {longest} tokens; "
-                f"it needs {needed:.3g}. Raise scoring.memory_budget_gb or lower scoring.sequence_length"
-            )
+    room, longest = budget // 2, max(lengths)
+    fits = room // (longest * costs.stream) - 1
+    if fits < min(1, len(candidates)) or costs.row(longest) > room:
+        needed = 2 * max(2 * longest * costs.stream, costs.row(longest)) / GIB
+        raise RequestError(
+            f"a memory budget of {budget / GIB:.3g} GiB is too small for {longest} tokens; "
+            f"it needs {needed:.3g}. Raise scoring.memory_budget_gb or lower scoring.sequence_length"
+        )
     groups = [_group(lengths, positions, costs, room) for positions in _equal_lengths(lengths, costs, room)]
     return [
         Wave(tuple(part), portion)
@@ -121,18 +119,15 @@ def _portions(candidates: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
     return [candidates[start : start + size] for start in range(0, len(candidates), size)]
 
 
-def _rows(num_tokens: int, costs: Costs, room: int | None) -> int:
-    rows = costs.chunk_tokens // num_tokens
-    if room is not None:
-        rows = min(rows, room // costs.row(num_tokens))
-    return max(1, rows)
+def _rows(num_tokens: int, costs: Costs, room: int) -> int:
+    return max(1, min(costs.chunk_tokens // num_tokens, room // costs.row(num_tokens)))
 
 
-def _group(lengths: Sequence[int], positions: Sequence[int], costs: Costs, room: int | None) -> Group:
+def _group(lengths: Sequence[int], positions: Sequence[int], costs: Costs, room: int) -> Group:
     return Group(tuple(positions), _rows(lengths[positions[0]], costs, room))
 
 
-def _equal_lengths(lengths: Sequence[int], costs: Costs, room: int | None) -> Iterator[list[int]]:
+def _equal_lengths(lengths: Sequence[int], costs: Costs, room: int) -> Iterator[list[int]]:
     """Positions of sequences of one length, no more than enter a block at one time, longest first."""
     alike: dict[int, list[int]] = defaultdict(list)
     for position, length in enumerate(lengths):
@@ -143,17 +138,17 @@ def _equal_lengths(lengths: Sequence[int], costs: Costs, room: int | None) -> It
 
 
 def _packed(
-    groups: Sequence[Group], lengths: Sequence[int], bytes_per_token: int, room: int | None
+    groups: Sequence[Group], lengths: Sequence[int], bytes_per_token: int, room: int
 ) -> Iterator[list[Group]]:
     """Groups in order, as many together as there is room for; one that is too large is divided."""
     part: list[Group] = []
     taken = 0
     for group in groups:
         each = lengths[group.positions[0]] * bytes_per_token
-        size = len(group.positions) if room is None else max(1, min(len(group.positions), room // each))
+        size = max(1, min(len(group.positions), room // each))
         for start in range(0, len(group.positions), size):
             positions = group.positions[start : start + size]
-            if room is not None and part and taken + len(positions) * each > room:
+            if part and taken + len(positions) * each > room:
                 yield part
                 part, taken = [], 0
             part.append(Group(positions, group.rows))
@@ -161,8 +156,8 @@ def _packed(
     yield part
 
 
-def default_budget(device: torch.device) -> int | None:
-    """Half of what the accelerator has free; on a CPU none is set, memory there is the user's to limit."""
+def default_budget(device: torch.device) -> int:
+    """Half of what the accelerator has free; on a CPU, where others have their part of it, a fixed size."""
     if device.type != "cuda":
-        return None
+        return CPU_BUDGET
     return torch.cuda.mem_get_info(device)[0] // 2

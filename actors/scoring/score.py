@@ -161,7 +161,13 @@ class Scorer:
         sequences = [self.sequences[i].to(model.device) for i in share.positions if self.sequences]
         budget = None if spec.memory_budget_gb is None else int(spec.memory_budget_gb * GIB)
         calibration = Calibration(
-            sequences, self._reference, spec.pooling, spec.seed, share.candidates, budget, tally
+            sequences,
+            self._reference,
+            spec.pooling,
+            spec.seed,
+            candidates=share.candidates,
+            memory_budget=budget,
+            tally=tally,
         )
         rows = self.criterion.measure(model, calibration).double()
         if not self.criterion.by_candidate:
@@ -172,8 +178,8 @@ class Scorer:
 class ScoreTable:
     """Scores of sequences × layers, filled in as shares come; says which layers are still of interest."""
 
-    def __init__(self, scorer: Scorer, num_winners: int = 1):
-        self._scorer, self._num_winners = scorer, num_winners
+    def __init__(self, scorer: Scorer):
+        self._scorer, self._num_winners = scorer, scorer.spec.num_remove
         self._rows = torch.zeros(max(1, len(scorer.sequences)), scorer.num_layers, dtype=torch.float64)
         self._known = torch.zeros_like(self._rows, dtype=torch.bool)
         self._weights = torch.ones(1, dtype=torch.float64)
@@ -231,7 +237,7 @@ class ScoreTable:
         return self._scorer.criterion.combine(self._rows[known, layer, None], self._weights[known]).item()
 
     def _saved(self) -> int:
-        """What the unknown cells would have taken: N − 1 − i blocks for candidate i, N once a new sequence."""
+        """What the unknown cells would have taken: N − 1 − i blocks for candidate i, N for a new sequence."""
         num_layers = self._rows.shape[1]
         after = torch.arange(num_layers - 1, -1, -1)
         unseen = int((~self._known.any(1)).sum())

@@ -66,7 +66,7 @@ class _Streams:
         self._unpruned_until = depth(model.config) if keep else max(candidates, default=0)
         self._at_once = max(1, group.rows // len(group.positions))
         self._walks: dict[int, LayerwisePass] = {}
-        entering_GTD = self._walk(1).hidden_BTD
+        entering_GTD = LayerwisePass(model, ids_GT).hidden_BTD
         self._hidden_SGTD = entering_GTD.new_empty(1 + len(candidates), *entering_GTD.shape)
         self._hidden_SGTD[0] = entering_GTD
 
@@ -97,6 +97,8 @@ class _Streams:
         if num_streams in self._walks:
             return self._walks[num_streams]
         walk = LayerwisePass(self._model, self._ids_GT.repeat(num_streams, 1))
+        # What enters the first block is not needed again, and would be kept for every group.
+        walk.hidden_BTD = walk.hidden_BTD.new_empty(0)
         if num_streams in (1, self._at_once):
             self._walks[num_streams] = walk
         return walk

@@ -40,7 +40,7 @@ def on_ray(
     spec: ScoreSpec, actors: int, progress: Callable[[int, int, str], None] | None = None
 ) -> ScoreResult:
     options: dict[str, Any] = {"progress": progress} if progress else {}
-    return score_on_ray(spec, actors=actors, cpus=0.4, gpus=0, start_timeout_s=120.0, **options)
+    return score_on_ray(spec, actors=actors, cpus=0.4, gpus=0, start_timeout_s=600.0, **options)
 
 
 def recorder(log: Path, die: Callable[[Share, int], bool]) -> type[ScoreActor]:
