@@ -167,9 +167,12 @@ class MergeSpec:
 class ScoreSpec:
     """Score every remaining layer of `model` as a candidate for removal.
 
-    `num_remove` is how many layers will go before the next scoring; only the
-    criteria that choose them together, as one run of layers, look at it.
-    `task` is for `task_metric`, `merge` for `laco`.
+    `num_remove` is how many layers will go before the next scoring, for what
+    depends on it. `task` is for `task_metric`, `merge` for `laco`.
+    `memory_budget_gb` (GiB) bounds the memory that hidden states take. With
+    `stream_weights`, layers are read from their files one at a time. With
+    `confidence`, candidates that are at this level sure not to be removed next
+    are no longer scored.
     """
 
     model: ModelRef
@@ -183,6 +186,9 @@ class ScoreSpec:
     num_remove: int = 1
     task: TaskSpec | None = None
     merge: MergeSpec | None = None
+    memory_budget_gb: float | None = None
+    stream_weights: bool = False
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,9 @@ class ScoreResult:
     `source_layers[i]` is the source layer index of `scores[i]`. `removal_order`
     lists source layers from the first to remove to the last. `merges` says where
     the layers to remove go, if they are merged rather than dropped.
+    `layer_forwards` counts how often a sequence passed a block;
+    `layer_forwards_saved` how much more often it would have, had no candidate
+    been given up early.
     """
 
     source_layers: tuple[int, ...]
@@ -201,6 +210,7 @@ class ScoreResult:
     num_tokens: int
     layer_forwards: int
     merges: tuple[Merge, ...] = ()
+    layer_forwards_saved: int = 0
 
 
 @dataclass(frozen=True)

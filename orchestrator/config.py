@@ -109,6 +109,18 @@ class ScoringConfig(Section):
     sequence_length: int = Field(512, ge=2, description="Longer sequences are cut to so many tokens.")
     task: TaskConfig | None = Field(None, description="What decides for task_metric; for no other criterion.")
     merge: MergeConfig | None = Field(None, description="How laco merges; for no other criterion.")
+    memory_budget_gb: float | None = Field(
+        None, gt=0, description="GiB that hidden states may take, beside the weights; changes no score."
+    )
+    stream_weights: bool = Field(
+        False, description="Read layers from their files one at a time, for models larger than memory."
+    )
+    confidence: float | None = Field(
+        None,
+        gt=0.5,
+        lt=1,
+        description="Give up candidates that at this level will not be the next to go.",
+    )
 
 
 class ScheduleConfig(Section):

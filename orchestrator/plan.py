@@ -33,7 +33,9 @@ from actors.scoring import find_criterion
 from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig, TargetConfig, TextConfig
 from orchestrator.errors import RequestError, unknown_name
 
-NOT_IN_KEY = frozenset({"micro_batch_size", "checkpoint_steps", "deepspeed"})
+NOT_IN_KEY = frozenset(
+    {"micro_batch_size", "checkpoint_steps", "deepspeed", "memory_budget_gb", "stream_weights"}
+)
 """Fields of a spec that change how its result is computed, but not the result."""
 
 PRECISION = ("bf16", "fp16", "data_types", "torch_autocast")
@@ -92,9 +94,12 @@ class TrajectoryPlan:
             sequence_length=scoring.sequence_length,
             seed=self.seed,
             # Left out where it does not matter, so that all portions share one stage.
-            num_remove=layers_to_drop if chooses_run else 1,
+            num_remove=layers_to_drop if chooses_run or scoring.confidence else 1,
             task=self._task(),
             merge=MergeSpec(**scoring.merge.model_dump()) if scoring.merge else None,
+            memory_budget_gb=scoring.memory_budget_gb,
+            stream_weights=scoring.stream_weights,
+            confidence=scoring.confidence,
         )
 
     def _task(self) -> TaskSpec | None:

@@ -213,6 +213,8 @@ def _score_numbers(result: ScoreResult) -> Numbers:
     for layer, score in zip(result.source_layers, result.scores, strict=True):
         yield "score", score, "", {"layer": layer}
     yield "layer_forwards", result.layer_forwards, "", {}
+    if result.layer_forwards_saved:
+        yield "layer_forwards_saved", result.layer_forwards_saved, "", {}
     yield "sequences", result.num_sequences, "", {}
     yield "tokens", result.num_tokens, "tokens", {}
 

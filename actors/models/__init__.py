@@ -2,9 +2,10 @@
 
 from actors.models.chain import device, load_source, materialize, prune_to
 from actors.models.export import export_model, save_pretrained
-from actors.models.families import depth, find_layers
+from actors.models.families import depth, find_layers, text_config
 from actors.models.load import describe_model, load_model, load_tokenizer
 from actors.models.replay import LayerwisePass
+from actors.models.streaming import load_streamed, resident
 from actors.models.surgery import remove_layers
 
 __all__ = [
@@ -16,9 +17,12 @@ __all__ = [
     "find_layers",
     "load_model",
     "load_source",
+    "load_streamed",
     "load_tokenizer",
     "materialize",
     "prune_to",
     "remove_layers",
+    "resident",
     "save_pretrained",
+    "text_config",
 ]

@@ -56,7 +56,7 @@ class LayerwisePass:
             return self._forward()
 
     def logits(self, hidden_BTD: Tensor, tokens_K: Tensor) -> Tensor:
-        """The family's own logits [B, K, V] at those tokens, from the output of the last block."""
+        """The family's own logits [B, K, V] at those token indices, from the output of the last block."""
         takes_indices = "logits_to_keep" in signature(self._model.forward).parameters
         keep = {"logits_to_keep": tokens_K} if takes_indices else {}
         with self._ending_in(hidden_BTD):

@@ -1,9 +1,10 @@
-"""Scoring on Ray: a pool of actors that share the calibration sequences."""
+"""Scoring on Ray: a pool of actors that share the calibration sequences, and the candidates if need be."""
 
 import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import ray
@@ -14,7 +15,7 @@ from actors.contracts import Progress, ScoreResult, ScoreSpec, no_progress
 from actors.errors import WorkError
 from actors.models.actor import placement, result_of, wait_for_place
 from actors.scoring.merge import merge_result
-from actors.scoring.score import Scorer, ScoreRows
+from actors.scoring.score import Scorer, Share, ShareScores, conduct
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ SHARES_PER_ACTOR = 4
 
 
 class ScoreActor:
-    """Scores shares of one spec's calibration sequences; holds its models between shares."""
+    """Scores shares of one spec; holds its models between shares."""
 
     def __init__(self, spec: ScoreSpec):
         self._scorer = Scorer(spec)
@@ -32,9 +33,9 @@ class ScoreActor:
         """Answers once the actor has been placed."""
         return True
 
-    def score(self, positions: list[int]) -> ScoreRows:
-        """Score rows of the sequences at `positions`."""
-        return self._scorer.score(positions)
+    def score(self, share: Share) -> ShareScores:
+        """Scores of the share's candidates on its sequences."""
+        return self._scorer.score(share)
 
 
 def score_on_ray(
@@ -61,8 +62,9 @@ def score_on_ray(
         return result_of(task.remote(spec))
     with _pool(spec, actors, cpus, gpus) as pool:
         wait_for_place([actor.ready.remote() for actor in pool], "scoring", cpus, gpus, start_timeout_s)
-        rows = _share_out(pool, scorer.shares(len(pool) * SHARES_PER_ACTOR), progress)
-    return scorer.result(rows)
+        # A share reads a streamed model's files once, so there are no more than actors.
+        count = actors if spec.stream_weights else actors * SHARES_PER_ACTOR
+        return conduct(scorer, partial(_share_out, pool), count, at_least=actors, progress=progress)
 
 
 @contextmanager
@@ -76,34 +78,32 @@ def _pool(spec: ScoreSpec, actors: int, cpus: float, gpus: float) -> Iterator[li
             ray.kill(actor)
 
 
-def _share_out(
-    pool: list[ActorHandle], shares: list[list[int]], progress: Progress
-) -> dict[int, list[float]]:
+def _share_out(pool: list[ActorHandle], shares: list[Share]) -> Iterator[tuple[Share, ShareScores]]:
     """Give every actor a share as soon as it is free, until all shares are scored."""
     todo = deque(shares)
     idle: list[ActorHandle] = []
-    pending: dict[Any, tuple[ActorHandle, list[int]]] = {actor.ready.remote(): (actor, []) for actor in pool}
-    rows: dict[int, list[float]] = {}
-    total = sum(len(share) for share in shares)
-    while len(rows) < total:
+    pending: dict[Any, tuple[ActorHandle, Share | None]] = {
+        actor.ready.remote(): (actor, None) for actor in pool
+    }
+    left = len(shares)
+    while left:
         while idle and todo:
             actor, share = idle.pop(), todo.popleft()
             pending[actor.score.remote(share)] = (actor, share)
         if not pending:
             raise WorkError(f"all {len(pool)} score actors were lost; see the run's logs, then use --resume")
         (done,), _ = ray.wait(list(pending), num_returns=1)
-        actor, share = pending.pop(done)
+        actor, given = pending.pop(done)
         try:
             answer = result_of(done)
         except RayActorError as error:
             # Only the lost share is run again. An actor that may come back is asked; a dead one is forgotten.
-            if share:
-                log.warning("a score actor was lost (%s); its %d sequences go to another", error, len(share))
-                todo.append(share)
-                pending[actor.ready.remote()] = (actor, [])
+            if given:
+                log.warning("a score actor was lost (%s); its share goes to another", error)
+                todo.append(given)
+                pending[actor.ready.remote()] = (actor, None)
             continue
-        if share:
-            rows.update(zip(share, answer, strict=True))
-            progress(len(rows), total, "sequences")
         idle.append(actor)
-    return rows
+        if given:
+            left -= 1
+            yield given, answer

@@ -6,7 +6,7 @@ over processes gives the same scores.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +16,17 @@ from transformers import PreTrainedModel
 from actors.errors import RequestError, unknown_name
 from actors.models import LayerwisePass, depth
 from actors.scoring.angular import run_distances
-from actors.scoring.wavefront import candidate_hidden, last_hidden, layer_forwards
+from actors.scoring.likelihood import negative_log_likelihoods
+from actors.scoring.wavefront import (
+    UNPRUNED,
+    Outcome,
+    Tally,
+    Wave,
+    last_hiddens,
+    layer_forwards,
+    wavefront,
+    waves,
+)
 from actors.scoring.weights import first_order_taylor, weight_norms
 
 TIE_TOLERANCE = 1e-6
@@ -32,6 +42,9 @@ class Calibration:
         pooling: how a sequence's tokens become one similarity, see `POOLING`.
         seed: for criteria that draw.
         num_remove: layers that will go together, for criteria that choose a run of them.
+        candidates: the layers to score, ascending (None: all); for criteria that score `by_candidate`.
+        memory_budget: bytes that hidden states may take (None: as is usual on the device).
+        tally: where criteria that score `by_candidate` count their layer-forwards.
     """
 
     sequences: Sequence[Tensor]
@@ -39,9 +52,36 @@ class Calibration:
     pooling: str = "flatten"
     seed: int = 0
     num_remove: int = 1
+    candidates: Sequence[int] | None = None
+    memory_budget: int | None = None
+    tally: Tally = field(default_factory=Tally)
+
+    def waves(self, model: PreTrainedModel) -> list[Wave]:
+        """The sequences and candidates in portions that keep the memory budget."""
+        return waves(model, self.sequences, self.candidates, self.memory_budget)
+
+    def outcomes(self, model: PreTrainedModel, wave: Wave, *, keep_unpruned: bool) -> Iterator[Outcome]:
+        """The candidates of `wave` after the last block; see `wavefront`."""
+        return wavefront(model, self.sequences, wave, keep_unpruned=keep_unpruned, tally=self.tally)
+
+    def no_rows(self, model: PreTrainedModel) -> Tensor:
+        """Rows for every sequence and layer, nothing scored yet: [S, N] of NaN, float64."""
+        return torch.full((len(self.sequences), depth(model.config)), torch.nan, dtype=torch.float64)
+
+    def asked(self, rows_SN: Tensor) -> Tensor:
+        """The columns of the layers to score. [S, C]"""
+        return rows_SN if self.candidates is None else rows_SN[:, list(self.candidates)]
 
 
 Measure = Callable[[PreTrainedModel, Calibration], Tensor]
+
+
+def _alike(_num_tokens: int) -> float:
+    return 1.0
+
+
+def _as_it_is(mean_C: Tensor) -> Tensor:
+    return mean_C
 
 
 @dataclass(frozen=True)
@@ -60,6 +100,10 @@ class Criterion:
         joint: the sequences' rows cannot be computed apart (a measure gives the same row for each).
         by_task: there is nothing to measure here, an lm-eval task decides (`actors.scoring.task`).
         by_merge: layers are merged, all at once, rather than dropped (`actors.scoring.merge`).
+        by_candidate: scores any part of the candidates by itself, [S, C] for the `candidates`
+            of the calibration, and can walk over a model whose weights are streamed.
+        weight: how much a sequence of T tokens counts in a layer's score.
+        link: from the weighted mean of a layer's rows to its score.
     """
 
     measure: Measure
@@ -72,6 +116,18 @@ class Criterion:
     joint: bool = False
     by_task: bool = False
     by_merge: bool = False
+    by_candidate: bool = False
+    weight: Callable[[int], float] = _alike
+    link: Callable[[Tensor], Tensor] = _as_it_is
+
+    def weights(self, lengths: Sequence[int]) -> Tensor:
+        """How much sequences of these lengths count. [S]"""
+        return torch.tensor([self.weight(length) for length in lengths], dtype=torch.float64)
+
+    def combine(self, rows_SC: Tensor, weights_S: Tensor) -> Tensor:
+        """Scores of the candidates from the rows of the sequences. [C], float64"""
+        mean_C = (rows_SC.double() * weights_S[:, None]).sum(0) / weights_S.sum()
+        return self.link(mean_C)
 
 
 def flatten_cosine(a_TD: Tensor, b_NTD: Tensor) -> Tensor:
@@ -92,17 +148,53 @@ def last_token_cosine(a_TD: Tensor, b_NTD: Tensor) -> Tensor:
 POOLING = {"flatten": flatten_cosine, "token_mean": token_mean_cosine, "last_token": last_token_cosine}
 
 
+@torch.no_grad()
 def hidden_cosine(model: PreTrainedModel, calibration: Calibration) -> Tensor:
-    """Cosine of the last hidden states of the reference and the model without layer i. [S, N]"""
-    pool = POOLING[calibration.pooling]
-    rows = []
-    for sequence in calibration.sequences:
-        hidden = candidate_hidden(model, sequence).float()
-        reference = hidden[0]
-        if calibration.reference is not None:
-            reference = last_hidden(calibration.reference, sequence).float()
-        rows.append(pool(reference, hidden[1:]))
-    return torch.stack(rows)
+    """Cosine of the last hidden states of the reference and the model without layer i. [S, C]"""
+    pool, own = POOLING[calibration.pooling], calibration.reference is None
+    rows = calibration.no_rows(model)
+    for wave in calibration.waves(model):
+        references = _reference_hidden(calibration, wave.positions)
+        for outcome in calibration.outcomes(model, wave, keep_unpruned=own):
+            hidden_CGTD = outcome.last_hidden().float()
+            if outcome.streams[0] == UNPRUNED:
+                references |= zip(outcome.positions, hidden_CGTD[0].clone(), strict=True)
+            first = outcome.streams.count(UNPRUNED)
+            layers = list(outcome.streams[first:])
+            for g, position in enumerate(outcome.positions):
+                rows[position, layers] = pool(references[position], hidden_CGTD[first:, g]).double().cpu()
+    return calibration.asked(rows)
+
+
+def _reference_hidden(calibration: Calibration, positions: Sequence[int]) -> dict[int, Tensor]:
+    """The last hidden state [T, D] of another reference at each of the sequences; empty if there is none."""
+    if calibration.reference is None:
+        return {}
+    sequences = [calibration.sequences[i] for i in positions]
+    hidden = last_hiddens(
+        calibration.reference, sequences, budget=calibration.memory_budget, tally=calibration.tally
+    )
+    return {position: h.float() for position, h in zip(positions, hidden, strict=True)}
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, calibration: Calibration) -> Tensor:
+    """Mean negative log-likelihood of the tokens 2..T under the model without layer i, in nats. [S, C]
+
+    Their mean over tokens becomes the perplexity (`Criterion.link`). A sequence
+    of one token predicts nothing: its row is 0 and weighs nothing.
+    """
+    rows = calibration.no_rows(model)
+    for wave in calibration.waves(model):
+        for outcome in calibration.outcomes(model, wave, keep_unpruned=False):
+            nats_CG = negative_log_likelihoods(outcome, calibration.sequences, calibration.memory_budget)
+            for g, position in enumerate(outcome.positions):
+                rows[position, list(outcome.streams)] = nats_CG[:, g].cpu()
+    return calibration.asked(rows)
+
+
+def _predicted(num_tokens: int) -> float:
+    return num_tokens - 1
 
 
 @torch.no_grad()
@@ -191,6 +283,18 @@ CRITERIA: dict[str, Criterion] = {
         layer_forwards,
         "IteRABRe (arXiv 2503.06291) §3.1; LaCo (arXiv 2402.11187) §2",
         "mean_d cos(h(M_ref)_d, h(M without i)_d)",
+        by_candidate=True,
+    ),
+    "perplexity": Criterion(
+        perplexity,
+        False,
+        True,
+        layer_forwards,
+        "Shortened LLaMA (arXiv 2402.02834) §3.2; SLEB (arXiv 2402.09025) §3",
+        "exp of the mean next-token loss of M without i",
+        by_candidate=True,
+        weight=_predicted,
+        link=torch.exp,
     ),
     "block_influence": Criterion(
         block_influence,

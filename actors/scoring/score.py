@@ -1,19 +1,30 @@
-"""Scoring a model's layers: in one process, or a share of the calibration sequences at a time."""
+"""Scoring a model's layers: in one process, or a share of the sequences and candidates at a time."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.contracts import Progress, ScoreResult, ScoreSpec, no_progress
+from actors.contracts import ModelRef, Progress, ScoreResult, ScoreSpec, no_progress
 from actors.data import calibration_sequences, load_texts
-from actors.models import device, load_source, load_tokenizer, materialize
+from actors.errors import RequestError
+from actors.models import depth, device, load_source, load_streamed, load_tokenizer, materialize
+from actors.models.load import load_config
+from actors.scoring.budget import GIB
 from actors.scoring.criteria import Calibration, find_criterion, removal_order
 from actors.scoring.merge import merge_result
+from actors.scoring.race import ROUND, contenders
+from actors.scoring.wavefront import Tally
 
 ScoreRows = list[list[float]]
-"""One row a calibration sequence, one score a layer: [S][N]."""
+"""One row a calibration sequence, one score a candidate: [S][C]."""
+
+LOCAL_SHARE = 16
+"""Sequences that one process scores between two reports of progress."""
 
 
 def score_layers(
@@ -25,6 +36,7 @@ def score_layers(
     pooling: str = "flatten",
     seed: int = 0,
     num_remove: int = 1,
+    memory_budget: int | None = None,
 ) -> list[float]:
     """Score every block of `model` as a candidate for removal.
 
@@ -35,88 +47,236 @@ def score_layers(
         reference: the model whose output is to be kept; `model` itself if None.
         pooling: for `hidden_cosine`: `flatten`, `token_mean` or `last_token`.
         num_remove: for `angular_block`: how many blocks go together.
+        memory_budget: bytes that hidden states may take, beside the weights.
 
     Returns:
         One float a block, in the order of the blocks.
     """
     chosen = find_criterion(criterion, pooling)
-    rows = chosen.measure(model, Calibration(sequences, reference, pooling, seed, num_remove)).double()
-    return rows.mean(0).tolist()
+    calibration = Calibration(sequences, reference, pooling, seed, num_remove, memory_budget=memory_budget)
+    rows = chosen.measure(model, calibration)
+    if not chosen.uses_sequences:
+        return rows[0].tolist()
+    return chosen.combine(rows, chosen.weights([len(sequence) for sequence in sequences])).tolist()
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of the work: sequences × candidates (layers of the scored model, ascending)."""
+
+    positions: tuple[int, ...]
+    candidates: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShareScores:
+    """What a share came to: one row a sequence, one score a candidate."""
+
+    rows: ScoreRows
+    layer_forwards: int
+
+
+Compute = Callable[[list[Share]], Iterable[tuple[Share, ShareScores]]]
+"""Computes shares somewhere and yields each with its scores, in any order."""
 
 
 class Scorer:
-    """Scores shares of one `ScoreSpec`'s calibration sequences; loads its models once, at first use."""
+    """Scores shares of one `ScoreSpec`; loads its models once, at first use.
+
+    Raises:
+        RequestError: the criterion is unknown or cannot do what the spec asks.
+    """
 
     def __init__(self, spec: ScoreSpec):
         self.spec = spec
         self.criterion = find_criterion(spec.criterion, spec.pooling)
+        for name in ("stream_weights", "confidence"):
+            if getattr(spec, name) and not self.criterion.by_candidate:
+                raise RequestError(f"scoring.{name} does not go with criterion {spec.criterion!r}")
 
     @cached_property
     def _model(self) -> PreTrainedModel:
+        if self.spec.stream_weights:
+            return load_streamed(self.spec.model, device())
         return materialize(self.spec.model)[0].to(device())
 
     @cached_property
     def _reference(self) -> PreTrainedModel | None:
         """The unpruned model, where the criterion compares with it and it is not the scored one."""
-        pruned = self.spec.model.dropped or self.spec.model.adapters
+        pruned = self.spec.model != ModelRef(self.spec.model.source)
         if self.spec.reference != "source" or not pruned:
             return None
+        if self.spec.stream_weights:
+            return load_streamed(ModelRef(self.spec.model.source), device())
         return load_source(self.spec.model)[0].to(device())
 
     @cached_property
     def sequences(self) -> list[Tensor]:
-        """Token ids of every calibration sequence."""
+        """Token ids of every calibration sequence; none if the criterion does not read text."""
+        if not self.criterion.uses_sequences:
+            return []
         texts = load_texts(self.spec.calibration)
         tokenizer = load_tokenizer(self.spec.model.source)
         return calibration_sequences(texts, tokenizer, self.spec.sequence_length, self.spec.max_sequences)
 
-    def shares(self, count: int) -> list[list[int]]:
-        """The sequences' positions in at most `count` shares of like size.
+    @cached_property
+    def num_layers(self) -> int:
+        """Layers of the scored model."""
+        return len(self.spec.model.kept(depth(load_config(self.spec.model.source))))
 
-        One share if text is not used or the sequences' scores hang together.
-        """
-        if not self.criterion.uses_sequences:
-            return [[0]]
-        positions = list(range(len(self.sequences)))
-        if self.criterion.joint:
+    def rounds(self) -> list[list[int]]:
+        """Positions of the sequences, in the portions after which candidates may be given up."""
+        positions = list(range(max(1, len(self.sequences))))
+        if self.spec.confidence is None:
             return [positions]
-        count = min(count, len(positions))
-        return [positions[i::count] for i in range(count)]
+        # Neighbours in a text are alike; the first portion should stand for all of it.
+        random.Random(self.spec.seed).shuffle(positions)
+        return [positions[start : start + ROUND] for start in range(0, len(positions), ROUND)]
 
-    def score(self, positions: Sequence[int]) -> ScoreRows:
-        """Score rows of the sequences at `positions`, in that order."""
-        model = self._model
-        sequences = [self.sequences[i].to(model.device) for i in positions]
-        spec = self.spec
-        calibration = Calibration(sequences, self._reference, spec.pooling, spec.seed, spec.num_remove)
-        return self.criterion.measure(model, calibration).double().tolist()
+    def shares(
+        self,
+        count: int,
+        positions: Sequence[int] | None = None,
+        candidates: Sequence[int] | None = None,
+        *,
+        at_least: int = 1,
+    ) -> list[Share]:
+        """The sequences (all, if None) in at most `count` shares of like size and like lengths.
 
-    def result(self, rows: dict[int, list[float]]) -> ScoreResult:
-        """Put together the rows of all sequences, by position, in whatever order they came."""
-        num_layers = len(rows[0])
-        scores = [sum(rows[i][layer] for i in sorted(rows)) / len(rows) for layer in range(num_layers)]
-        kept = self.spec.model.kept(num_layers + len(self.spec.model.dropped))
-        run = self.spec.num_remove if self.criterion.chooses_run else 1
-        order = removal_order(scores, self.criterion.highest_first, run)
-        used = self.sequences if self.criterion.uses_sequences else []
+        Where there are fewer sequences than `at_least`, the candidates are divided, too;
+        sequences whose scores hang together stay in one share.
+        """
+        positions = range(max(1, len(self.sequences))) if positions is None else positions
+        chosen = tuple(range(self.num_layers) if candidates is None else candidates)
+        count = 1 if self.criterion.joint else min(count, len(positions))
+        if self.sequences:
+            positions = sorted(positions, key=lambda i: (-len(self.sequences[i]), i))
+        parts = -(-at_least // count) if self.criterion.by_candidate else 1
+        parts = max(1, min(parts, len(chosen)))
+        return [
+            Share(tuple(positions[i::count]), chosen[part::parts])
+            for i in range(count)
+            for part in range(parts)
+        ]
+
+    def score(self, share: Share) -> ShareScores:
+        """Scores of the share's candidates on its sequences, in its order."""
+        model, spec, tally = self._model, self.spec, Tally()
+        sequences = [self.sequences[i].to(model.device) for i in share.positions if self.sequences]
+        budget = None if spec.memory_budget_gb is None else int(spec.memory_budget_gb * GIB)
+        calibration = Calibration(
+            sequences,
+            self._reference,
+            spec.pooling,
+            spec.seed,
+            spec.num_remove,
+            candidates=share.candidates,
+            memory_budget=budget,
+            tally=tally,
+        )
+        rows = self.criterion.measure(model, calibration).double()
+        if not self.criterion.by_candidate:
+            tally.layer_forwards = self.criterion.forwards(depth(model.config), len(sequences))
+        return ShareScores(rows.tolist(), tally.layer_forwards)
+
+
+class ScoreTable:
+    """Scores of sequences × layers, filled in as shares come; says which layers are still of interest."""
+
+    def __init__(self, scorer: Scorer):
+        self._scorer, self._num_winners = scorer, scorer.spec.num_remove
+        self._rows = torch.zeros(max(1, len(scorer.sequences)), scorer.num_layers, dtype=torch.float64)
+        self._known = torch.zeros_like(self._rows, dtype=torch.bool)
+        self._weights = torch.ones(1, dtype=torch.float64)
+        if scorer.sequences:
+            self._weights = scorer.criterion.weights([len(sequence) for sequence in scorer.sequences])
+        self._layer_forwards = 0
+        self.candidates = tuple(range(scorer.num_layers))
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that all present candidates have been scored on."""
+        return int(self._known[:, list(self.candidates)].all(1).sum())
+
+    def add(self, share: Share, scores: ShareScores) -> None:
+        """Note what a share came to."""
+        place = (torch.tensor(share.positions)[:, None], torch.tensor(share.candidates))
+        self._rows[place] = torch.tensor(scores.rows, dtype=torch.float64)
+        self._known[place] = True
+        self._layer_forwards += scores.layer_forwards
+
+    def give_up(self, confidence: float, looks: int) -> None:
+        """Drop candidates that, at this level of confidence, are not the next to be removed."""
+        seen = self._known[:, list(self.candidates)].all(1)
+        weights = self._weights[seen]
+        rows = self._rows[seen][:, list(self.candidates)] * (weights / weights.mean())[:, None]
+        sign = 1 if self._scorer.criterion.highest_first else -1
+        left = contenders(sign * rows, self._num_winners, confidence, looks)
+        self.candidates = tuple(self.candidates[c] for c in left)
+
+    @property
+    def decided(self) -> bool:
+        """No more candidates are left than will be removed."""
+        return len(self.candidates) <= self._num_winners
+
+    def result(self) -> ScoreResult:
+        """The scores; a layer that was given up has that of the sequences it saw, and comes last."""
+        scorer, criterion = self._scorer, self._scorer.criterion
+        scores = [self._score(layer) for layer in range(scorer.num_layers)]
+        kept = scorer.spec.model.kept(scorer.num_layers + len(scorer.spec.model.dropped))
+        run = scorer.spec.num_remove if criterion.chooses_run else 1
+        order = removal_order(scores, criterion.highest_first, run)
+        order.sort(key=lambda layer: layer not in self.candidates)
+        sequences = scorer.sequences
         return ScoreResult(
             source_layers=kept,
             scores=tuple(scores),
             removal_order=tuple(kept[i] for i in order),
-            num_sequences=len(used),
-            num_tokens=sum(len(sequence) for sequence in used),
-            layer_forwards=self.criterion.forwards(num_layers, len(used)),
+            num_sequences=len(sequences),
+            num_tokens=sum(len(sequence) for sequence in sequences),
+            layer_forwards=self._layer_forwards,
+            layer_forwards_saved=self._saved(),
         )
+
+    def _score(self, layer: int) -> float:
+        known = self._known[:, layer]
+        return self._scorer.criterion.combine(self._rows[known, layer, None], self._weights[known]).item()
+
+    def _saved(self) -> int:
+        """What the unknown cells would have taken: N − 1 − i blocks for candidate i, N for a new sequence."""
+        num_layers = self._rows.shape[1]
+        after = torch.arange(num_layers - 1, -1, -1)
+        unseen = int((~self._known.any(1)).sum())
+        return int((~self._known * after).sum()) + unseen * num_layers
+
+
+def conduct(
+    scorer: Scorer, compute: Compute, count: int, at_least: int = 1, progress: Progress = no_progress
+) -> ScoreResult:
+    """Have all shares computed, in as many rounds as the spec's confidence asks for."""
+    table, rounds = ScoreTable(scorer), scorer.rounds()
+    total = sum(len(positions) for positions in rounds)
+    for positions in rounds:
+        if scorer.spec.confidence and table.num_sequences:
+            table.give_up(scorer.spec.confidence, len(rounds))
+            if table.decided:
+                break
+        shares = scorer.shares(count, positions, table.candidates, at_least=at_least)
+        for share, scores in compute(shares):
+            table.add(share, scores)
+            progress(table.num_sequences, total, "sequences")
+    return table.result()
 
 
 def score_locally(spec: ScoreSpec, progress: Progress = no_progress) -> ScoreResult:
-    """Score in this process, one sequence after another."""
+    """Score in this process, one share after another."""
     if find_criterion(spec.criterion).by_merge:
         return merge_result(spec)
     scorer = Scorer(spec)
-    shares = scorer.shares(count=2**31)
-    rows: dict[int, list[float]] = {}
-    for done, share in enumerate(shares, start=1):
-        rows.update(zip(share, scorer.score(share), strict=True))
-        progress(done, len(shares), "sequences")
-    return scorer.result(rows)
+
+    def compute(shares: list[Share]) -> Iterable[tuple[Share, ShareScores]]:
+        return ((share, scorer.score(share)) for share in shares)
+
+    # A share reads a streamed model's files once, so there is only one.
+    count = 1 if spec.stream_weights else -(-len(scorer.sequences) // LOCAL_SHARE)
+    return conduct(scorer, compute, max(1, count), progress=progress)

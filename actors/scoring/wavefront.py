@@ -4,20 +4,171 @@ At layer j the batch holds the unpruned stream and one stream for every candidat
 i < j, which left it when its layer was skipped. Candidate j joins after layer j
 with the unpruned *input* of layer j. A candidate's shared prefix is therefore
 never computed again: N(N+1)/2 layer-forwards instead of N².
+
+Sequences of one length share a batch and nothing is padded. All of them pass a
+layer before the next layer begins, so that its weights are read once.
+
+Shape letters: G sequences of one length, C candidates, B rows, T tokens, D hidden.
 """
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.models import LayerwisePass, depth, find_layers
+from actors.models import LayerwisePass, depth, resident
+from actors.scoring.budget import Group, Wave, costs_of, default_budget, plan_waves
+
+UNPRUNED = -1
+"""Stands for the unpruned stream where others are named by the layer they are without."""
+
+
+@dataclass
+class Tally:
+    """Counts how many times a sequence passed a block."""
+
+    layer_forwards: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Rows that have left the last block.
+
+    Attributes:
+        walk: knows the family's final norm and head.
+        streams: what the rows are without: a layer's index, or `UNPRUNED`.
+        positions: sequences of each stream, by position.
+        hidden_BTD: output of the last block; B = streams × positions, stream by stream.
+    """
+
+    walk: LayerwisePass
+    streams: tuple[int, ...]
+    positions: tuple[int, ...]
+    hidden_BTD: Tensor
+
+    def last_hidden(self) -> Tensor:
+        """The last hidden states after the final norm: [streams, positions, T, D]."""
+        hidden = self.walk.finish(self.hidden_BTD)
+        return hidden.unflatten(0, (len(self.streams), len(self.positions)))
+
+
+class _Streams:
+    """The streams of one group of sequences; they live in one buffer and advance in place."""
+
+    def __init__(
+        self, model: PreTrainedModel, ids_GT: Tensor, group: Group, candidates: Sequence[int], keep: bool
+    ):
+        self._model, self._ids_GT, self._group = model, ids_GT, group
+        self._candidates = candidates
+        self._unpruned_until = depth(model.config) if keep else max(candidates, default=0)
+        self._at_once = max(1, group.rows // len(group.positions))
+        self._walks: dict[int, LayerwisePass] = {}
+        entering_GTD = LayerwisePass(model, ids_GT).hidden_BTD
+        self._hidden_SGTD = entering_GTD.new_empty(1 + len(candidates), *entering_GTD.shape)
+        self._hidden_SGTD[0] = entering_GTD
+
+    def advance(self, index: int, tally: Tally) -> None:
+        """Take every stream that is under way through block `index`."""
+        active = 1 + bisect_left(self._candidates, index)
+        if index in self._candidates:
+            self._hidden_SGTD[active] = self._hidden_SGTD[0]
+        first = 0 if index < self._unpruned_until else 1
+        for start, stop in self._chunks(first, active):
+            rows_BTD = self._hidden_SGTD[start:stop].flatten(0, 1)
+            rows_BTD.copy_(self._walk(stop - start).block(index, rows_BTD))
+            tally.layer_forwards += len(rows_BTD)
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """The streams after the last block, the unpruned one first if it was kept."""
+        names = (UNPRUNED, *self._candidates)
+        first = 0 if self._unpruned_until == depth(self._model.config) else 1
+        for start, stop in self._chunks(first, len(names)):
+            rows_BTD = self._hidden_SGTD[start:stop].flatten(0, 1)
+            yield Outcome(self._walk(stop - start), names[start:stop], self._group.positions, rows_BTD)
+
+    def _chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        return ((at, min(at + self._at_once, stop)) for at in range(start, stop, self._at_once))
+
+    def _walk(self, num_streams: int) -> LayerwisePass:
+        """What blocks are called with for so many streams; kept for one and for a full chunk."""
+        if num_streams in self._walks:
+            return self._walks[num_streams]
+        walk = LayerwisePass(self._model, self._ids_GT.repeat(num_streams, 1))
+        # What enters the first block is not needed again, and would be kept for every group.
+        walk.hidden_BTD = walk.hidden_BTD.new_empty(0)
+        if num_streams in (1, self._at_once):
+            self._walks[num_streams] = walk
+        return walk
 
 
 @torch.no_grad()
+def wavefront(
+    model: PreTrainedModel, sequences: Sequence[Tensor], wave: Wave, *, keep_unpruned: bool, tally: Tally
+) -> Iterator[Outcome]:
+    """Walk the unpruned model and its candidates over the sequences of one wave.
+
+    Args:
+        model: a decoder language model of N blocks; its weights may be streamed (`actors.models.streaming`).
+        sequences: token ids [T] of every sequence that the wave's positions refer to.
+        wave: which sequences and which candidates (ascending).
+        keep_unpruned: take the unpruned stream to the end and yield it, before the group's candidates.
+    """
+    under_way: list[_Streams] = []
+    for index in range(depth(model.config)):
+        with resident(model, index):
+            if index == 0:
+                # The first walk over a family looks into its first block, so the block must be there.
+                under_way = [
+                    _Streams(model, _stacked(model, sequences, group), group, wave.candidates, keep_unpruned)
+                    for group in wave.groups
+                ]
+            for streams in under_way:
+                streams.advance(index, tally)
+    while under_way:
+        yield from under_way.pop(0).outcomes()
+
+
+def _stacked(model: PreTrainedModel, sequences: Sequence[Tensor], group: Group) -> Tensor:
+    return torch.stack([sequences[i] for i in group.positions]).to(model.device)
+
+
+def waves(
+    model: PreTrainedModel,
+    sequences: Sequence[Tensor],
+    candidates: Sequence[int] | None = None,
+    budget: int | None = None,
+) -> list[Wave]:
+    """How the sequences and candidates (all layers, if None) are divided to keep a memory budget in bytes."""
+    if candidates is None:
+        candidates = range(depth(model.config))
+    if budget is None:
+        budget = default_budget(model.device)
+    return plan_waves([len(sequence) for sequence in sequences], candidates, costs_of(model), budget)
+
+
 def last_hidden(model: PreTrainedModel, sequence_T: Tensor) -> Tensor:
     """The last hidden state [T, D] after the final norm; the LM head is not run."""
-    backbone = find_layers(model).parent
-    return backbone(input_ids=sequence_T[None], use_cache=False).last_hidden_state[0]
+    return last_hiddens(model, [sequence_T])[0]
+
+
+@torch.no_grad()
+def last_hiddens(
+    model: PreTrainedModel,
+    sequences: Sequence[Tensor],
+    *,
+    budget: int | None = None,
+    tally: Tally | None = None,
+) -> list[Tensor]:
+    """Each sequence's last hidden state [T, D], as `last_hidden`, many in one walk."""
+    tally = tally or Tally()
+    found: dict[int, Tensor] = {}
+    for wave in waves(model, sequences, (), budget):
+        for outcome in wavefront(model, sequences, wave, keep_unpruned=True, tally=tally):
+            found.update(zip(outcome.positions, outcome.last_hidden()[0], strict=True))
+    return [found[position] for position in range(len(sequences))]
 
 
 @torch.no_grad()
@@ -32,14 +183,11 @@ def candidate_hidden(model: PreTrainedModel, sequence_T: Tensor) -> Tensor:
         [1 + N, T, D] after the final norm: row 0 is the model itself, row 1 + i
         the model without block i.
     """
-    streams = LayerwisePass(model, sequence_T[None]).hidden_BTD
-    for index in range(depth(model.config)):
-        walk = LayerwisePass(model, sequence_T.expand(len(streams), -1))
-        unpruned_input = streams[:1]
-        streams = torch.cat([walk.block(index, streams), unpruned_input])
-    return LayerwisePass(model, sequence_T.expand(len(streams), -1)).finish(streams)
+    (wave,) = waves(model, [sequence_T], budget=2**62)
+    outcomes = wavefront(model, [sequence_T], wave, keep_unpruned=True, tally=Tally())
+    return torch.cat([outcome.last_hidden()[:, 0] for outcome in outcomes])
 
 
 def layer_forwards(num_layers: int, num_sequences: int) -> int:
-    """How many times a sequence passes a block in `candidate_hidden` over all sequences."""
+    """How many times a sequence passes a block over all sequences and candidates, undivided."""
     return num_sequences * num_layers * (num_layers + 1) // 2

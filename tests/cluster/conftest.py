@@ -9,8 +9,9 @@ import ray
 
 @pytest.fixture(scope="session")
 def ray_two_cpus() -> Iterator[None]:
-    """Ray on this machine with two CPUs; joined if something else started it already."""
+    """Ray on this machine with two CPUs, of these tests alone."""
     os.environ.update(RAY_memory_monitor_refresh_ms="0", RAY_USAGE_STATS_ENABLED="0")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    # Without an address, Ray would join a cluster that something else runs on this machine.
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

@@ -62,6 +62,30 @@ def test_hidden_cosine(family: str, pooling: str, other_reference: bool) -> None
     assert scores == pytest.approx(want, abs=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("room", [None, 100_000])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_perplexity(family: str, room: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 2 caps its logits, which the head alone would not; a sequence of one token predicts nothing."""
+    if room:
+        monkeypatch.setattr("actors.scoring.likelihood.LOGITS_BYTES", room)
+    model = tiny_model(family)
+    sequences = [*SEQUENCES, tiny_ids(1, 1)[0]]
+    want = []
+    for layer in range(6):
+        nats, count = 0.0, 0
+        for ids_T in sequences:
+            with skipped(model, [layer]):
+                log_p = model(ids_T[None], use_cache=False).logits[0].double().log_softmax(-1)
+            nats -= math.fsum(log_p[t, ids_T[t + 1]].item() for t in range(len(ids_T) - 1))
+            count += len(ids_T) - 1
+        want.append(math.exp(nats / count))
+    scores = score_layers(model, sequences, "perplexity")
+    assert scores == pytest.approx(want, rel=1e-5)
+    order = removal_order(scores, CRITERIA["perplexity"].highest_first)
+    assert order[0] == min(range(6), key=lambda layer: want[layer])
+
+
 @pytest.mark.parametrize(
     ("criterion", "order"), [("deepest", [4, 3, 2, 1, 0, 5]), ("reverse", [5, 4, 3, 2, 1, 0])]
 )

@@ -151,9 +151,10 @@ def test_taylor_of_experts_and_capped_logits(family: str) -> None:
 def test_the_reference_runs_once_a_sequence_not_once_a_candidate() -> None:
     model, reference = tiny_model("llama"), tiny_model("llama", seed=1)
     runs: list[int] = []
-    reference.model.norm.register_forward_hook(lambda *_: runs.append(1))
+    attention = reference.model.layers[0].self_attn
+    attention.register_forward_hook(lambda _module, _inputs, output: runs.append(len(output[0])))
     score_layers(model, SEQUENCES, "hidden_cosine", reference=reference)
-    assert len(runs) == len(SEQUENCES)
+    assert sum(runs) == len(SEQUENCES)
 
 
 def test_task_metric_is_for_campaigns() -> None:

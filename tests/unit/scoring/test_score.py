@@ -1,6 +1,9 @@
 """A whole `ScoreSpec`, in one process and in shares."""
 
+import random
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from actors.artifacts import publish
 from actors.contracts import ArtifactRef, ModelRef, ModelSpec, ScoreResult, ScoreSpec, TextSpec
 from actors.errors import RequestError
 from actors.models import load_model, remove_layers
-from actors.scoring import Scorer, score_layers, score_locally
+from actors.scoring import Scorer, score, score_layers, score_locally
+from actors.scoring.budget import GIB
+from actors.scoring.score import Share, ShareScores, conduct
 from tests.tiny_models import save_tiny, tiny_tokenizer
 
 LINES = [
@@ -53,13 +58,13 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> ArtifactRef:
     return publish(directory, str(directory / "published"))
 
 
-def _in_shares(spec: ScoreSpec, count: int) -> ScoreResult:
+def _in_shares(spec: ScoreSpec, count: int, at_least: int = 1) -> ScoreResult:
     """As a pool of actors does it: every share by a scorer of its own, the last share first."""
-    shares = Scorer(spec).shares(count)
-    rows: dict[int, list[float]] = {}
-    for share in reversed(shares):
-        rows.update(zip(share, Scorer(spec).score(share), strict=True))
-    return Scorer(spec).result(rows)
+
+    def compute(shares: list[Share]) -> Iterator[tuple[Share, ShareScores]]:
+        return ((share, Scorer(spec).score(share)) for share in reversed(shares))
+
+    return conduct(Scorer(spec), compute, count, at_least)
 
 
 def test_an_unpruned_model(spec: ScoreSpec) -> None:
@@ -74,10 +79,17 @@ def test_an_unpruned_model(spec: ScoreSpec) -> None:
     assert result.num_sequences == 7
     assert result.num_tokens == sum(len(sequence) for sequence in sequences)
     assert result.layer_forwards == 7 * 6 * 7 // 2
-    assert heard == [(done, 7, "sequences") for done in range(1, 8)]
+    assert heard == [(7, 7, "sequences")]
 
 
-@pytest.mark.parametrize("criterion", ["hidden_cosine", "block_influence", "random", "deepest"])
+def test_progress_is_told_between_shares(spec: ScoreSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "LOCAL_SHARE", 3)
+    heard: list[int] = []
+    score_locally(spec, lambda done, _total, _note: heard.append(done))
+    assert heard == [3, 5, 7]
+
+
+@pytest.mark.parametrize("criterion", ["hidden_cosine", "perplexity", "block_influence", "random", "deepest"])
 def test_shares_do_not_matter(spec: ScoreSpec, criterion: str) -> None:
     spec = replace(spec, criterion=criterion, model=spec.model.without(DROPPED))
     whole = score_locally(spec)
@@ -87,11 +99,76 @@ def test_shares_do_not_matter(spec: ScoreSpec, criterion: str) -> None:
         assert replace(shared, scores=()) == replace(whole, scores=())
 
 
-def test_shares_are_of_like_size_and_hold_every_sequence_once(spec: ScoreSpec) -> None:
+@pytest.mark.parametrize("criterion", ["hidden_cosine", "perplexity"])
+@pytest.mark.parametrize("reference", ["source", "current"])
+def test_candidates_are_shared_where_sequences_are_few(
+    spec: ScoreSpec, criterion: str, reference: str
+) -> None:
+    spec = replace(spec, criterion=criterion, reference=reference, max_sequences=2)
+    spec = replace(spec, model=spec.model.without((1,)))
+    whole = score_locally(spec)
+    for actors in (3, 4, 20):
+        shared = _in_shares(spec, count=4 * actors, at_least=actors)
+        assert shared.scores == pytest.approx(whole.scores, abs=1e-6)
+        assert shared.removal_order == whole.removal_order
+
+
+def test_shares_hold_every_cell_once(spec: ScoreSpec) -> None:
+    scorer = Scorer(spec)
+    for count, at_least in ((1, 1), (2, 2), (3, 3), (7, 7), (50, 12), (50, 14), (50, 1000)):
+        shares = scorer.shares(count, at_least=at_least)
+        cells = [(p, c) for share in shares for p in share.positions for c in share.candidates]
+        assert sorted(cells) == [(p, c) for p in range(7) for c in range(6)]
+        assert len(shares) >= min(at_least, 7 * 6)
+
+
+def test_shares_are_of_like_size(spec: ScoreSpec) -> None:
     for count, sizes in {1: [7], 2: [4, 3], 3: [3, 2, 2], 7: [1] * 7, 50: [1] * 7}.items():
-        shares = Scorer(spec).shares(count)
-        assert [len(share) for share in shares] == sizes
-        assert sorted(position for share in shares for position in share) == list(range(7))
+        assert [len(share.positions) for share in Scorer(spec).shares(count)] == sizes
+
+
+@pytest.mark.parametrize("criterion", ["hidden_cosine", "perplexity"])
+def test_a_memory_budget_changes_no_score(spec: ScoreSpec, criterion: str) -> None:
+    spec = replace(spec, criterion=criterion)
+    budgeted = score_locally(replace(spec, memory_budget_gb=300_000 / GIB))
+    assert budgeted.scores == pytest.approx(score_locally(spec).scores, rel=1e-6)
+
+
+def test_a_streamed_model_has_the_same_scores(spec: ScoreSpec, adapter: ArtifactRef) -> None:
+    """Unpruned, and pruned and recovered against the unpruned source; two shares, too."""
+    for model in (spec.model, spec.model.recovered(adapter).without(DROPPED)):
+        loaded = replace(spec, model=model)
+        streamed = replace(loaded, stream_weights=True)
+        want = score_locally(loaded)
+        assert score_locally(streamed).scores == pytest.approx(want.scores, abs=1e-6)
+        assert _in_shares(streamed, 2).scores == pytest.approx(want.scores, abs=1e-6)
+
+
+@pytest.mark.parametrize("option", [{"stream_weights": True}, {"confidence": 0.9}])
+def test_options_that_a_criterion_cannot_take_are_refused(spec: ScoreSpec, option: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=f"{min(option)} does not go with criterion 'block_influence'"):
+        Scorer(replace(spec, criterion="block_influence", **option))
+
+
+@pytest.fixture(scope="module")
+def long_spec(tmp_path_factory: pytest.TempPathFactory, spec: ScoreSpec) -> ScoreSpec:
+    """Many short sequences of random words."""
+    words, draw = " ".join(LINES).split(), random.Random(0)
+    lines = [" ".join(draw.choices(words, k=3)) for _ in range(128)]
+    file = tmp_path_factory.mktemp("long") / "calibration.txt"
+    file.write_text("\n".join(lines))
+    return replace(spec, calibration=TextSpec(path=str(file)))
+
+
+def test_giving_up_candidates_saves_work_and_not_the_winner(long_spec: ScoreSpec) -> None:
+    whole, raced = score_locally(long_spec), score_locally(replace(long_spec, confidence=0.99))
+    assert raced.removal_order[0] == whole.removal_order[0]
+    assert sorted(raced.removal_order) == sorted(whole.removal_order)
+    assert whole.layer_forwards_saved == 0 < raced.layer_forwards_saved
+    assert raced.layer_forwards + raced.layer_forwards_saved == whole.layer_forwards
+    shared = _in_shares(replace(long_spec, confidence=0.99), 4)
+    assert shared.scores == pytest.approx(raced.scores, abs=1e-6)
+    assert shared.layer_forwards_saved == raced.layer_forwards_saved
 
 
 @pytest.mark.parametrize("reference", ["source", "current"])

@@ -1,0 +1,210 @@
+"""A model whose blocks stay on disk: each is read from safetensors when its turn comes, the next one ahead.
+
+Tensors are read rather than mapped, so that no more than two blocks are in memory,
+whatever the operating system would keep of the file.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from actors.contracts import ModelRef, ModelSpec
+from actors.errors import RequestError
+from actors.models.adapter_deltas import Deltas, read_deltas
+from actors.models.families import depth, find_layers
+from actors.models.load import DTYPES, load_config, resolve
+from actors.models.surgery import remove_layers
+
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file: where its bytes begin and what they mean."""
+
+    file: Path
+    offset: int
+    num_bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        raw = torch.empty(self.num_bytes, dtype=torch.uint8)
+        view, done = memoryview(raw.numpy()), 0
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self.offset)
+            # One call reads at most 2 GiB.
+            while done < self.num_bytes and (count := stream.readinto(view[done:])):
+                done += count
+        if done < self.num_bytes:
+            raise RequestError(f"{str(self.file)!r} ends too early: it is damaged; get the model again")
+        return raw.view(self.dtype).view(self.shape)
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every floating-point tensor of the directory's safetensors files, by name; reads their headers only."""
+    found: dict[str, StoredTensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__" and entry["dtype"] in STORED_DTYPES:
+                start, stop = entry["data_offsets"]
+                dtype = STORED_DTYPES[entry["dtype"]]
+                found[name] = StoredTensor(file, 8 + size + start, stop - start, dtype, tuple(entry["shape"]))
+    return found
+
+
+class LayerStream:
+    """Brings the blocks of a model into memory one at a time.
+
+    Attributes:
+        bytes_read: of weights, since it was made.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weights: Sequence[Mapping[str, StoredTensor]],
+        deltas: Sequence[Deltas],
+        device: torch.device,
+    ):
+        self._blocks = find_layers(model).modules
+        self._weights, self._deltas = weights, deltas
+        self._device, self._dtype = device, model.dtype
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-stream")
+        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
+        self.bytes_read = 0
+
+    @contextmanager
+    def resident(self, index: int) -> Iterator[None]:
+        """Block `index` has its weights inside this context; the next block is read meanwhile."""
+        block = self._blocks[index]
+        absent = {name: p for name, p in block.named_parameters() if name in self._weights[index]}
+        reading = self._ahead.pop(index, None) or self._reader.submit(self._read, index)
+        block.load_state_dict(reading.result(), strict=False, assign=True)
+        del reading
+        self._ahead.clear()
+        if index + 1 < len(self._blocks):
+            self._ahead[index + 1] = self._reader.submit(self._read, index + 1)
+        try:
+            yield
+        finally:
+            block.load_state_dict(absent, strict=False, assign=True)
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        tensors = {}
+        for name, stored in self._weights[index].items():
+            tensor = stored.read().to(self._device, self._dtype)
+            self.bytes_read += stored.num_bytes
+            for deltas in self._deltas:
+                deltas.add_to(tensor, index, name)
+            tensors[name] = tensor
+        return tensors
+
+
+def resident(model: PreTrainedModel, index: int) -> AbstractContextManager[None]:
+    """A context in which block `index` of `model` has its weights; nothing to do unless they are streamed."""
+    stream = getattr(model, "layer_stream", None)
+    return nullcontext() if stream is None else stream.resident(index)
+
+
+def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:
+    """The model that `ref` describes, with everything but its blocks in memory, on `device`.
+
+    Its blocks compute only inside `resident(model, index)`; `model.layer_stream`
+    is its `LayerStream`.
+
+    Raises:
+        RequestError: as `load_model`, or the family stores its weights under
+            other names than it uses, so that a block cannot be read by itself.
+    """
+    if ref.merges:
+        raise RequestError("a model with merged layers cannot be streamed; turn scoring.stream_weights off")
+    spec = ref.source
+    stored = stored_tensors(_directory(spec))
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            load_config(spec), dtype=DTYPES[spec.dtype], trust_remote_code=spec.trust_remote_code
+        ).eval()
+    kept = ref.kept(depth(model.config))
+    path = find_layers(model).path
+    weights = [_block_weights(model, f"{path}.{index}", stored, spec) for index in kept]
+    _load_outside(model, path, stored, spec)
+    if ref.dropped:
+        remove_layers(model, ref.dropped)
+    _move(model, device)
+    deltas = [read_deltas(adapter, path, kept) for adapter in ref.adapters]
+    model.layer_stream = LayerStream(model, weights, deltas, device)
+    return model
+
+
+def _directory(spec: ModelSpec) -> Path:
+    """The local directory of the model's files."""
+    path = Path(resolve(spec))
+    if path.is_dir():
+        return path
+    return Path(
+        snapshot_download(spec.path, revision=spec.revision, allow_patterns=["*.safetensors", "*.json"])
+    )
+
+
+def _find(name: str, model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    """A file written from the bare backbone lacks the name's first part."""
+    return stored.get(name) or stored.get(name.removeprefix(f"{model.base_model_prefix}."))
+
+
+def _block_weights(
+    model: PreTrainedModel, path: str, stored: Mapping[str, StoredTensor], spec: ModelSpec
+) -> dict[str, StoredTensor]:
+    found = {}
+    for name, _ in model.get_submodule(path).named_parameters():
+        tensor = _find(f"{path}.{name}", model, stored)
+        if tensor is None:
+            raise _not_streamable(spec, f"{path}.{name}")
+        found[name] = tensor
+    return found
+
+
+def _load_outside(
+    model: PreTrainedModel, path: str, stored: Mapping[str, StoredTensor], spec: ModelSpec
+) -> None:
+    """Embeddings, final norm and head, and what the blocks hold besides weights."""
+    inside = re.compile(rf"{re.escape(path)}\.\d+\.")
+    found = {}
+    for name, _ in model.named_parameters():
+        tensor = None if inside.match(name) else _find(name, model, stored)
+        if tensor is not None:
+            found[name] = tensor.read().to(model.dtype)
+    model.load_state_dict(found, strict=False, assign=True)
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and not inside.match(name):
+            raise _not_streamable(spec, name)
+
+
+def _move(model: PreTrainedModel, device: torch.device) -> None:
+    """To `device`, all that is in memory: what the blocks lack cannot be moved."""
+    for module in model.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(device)
+
+
+def _not_streamable(spec: ModelSpec, name: str) -> RequestError:
+    return RequestError(
+        f"model {spec.path!r}: its safetensors have no weight {name!r} of that name, so its layers cannot be "
+        "read one at a time; set scoring.stream_weights to false"
+    )

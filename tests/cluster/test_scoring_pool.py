@@ -1,0 +1,101 @@
+"""Scoring on real Ray actors: any number of them gives the same scores, and so does losing one."""
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.contracts import ModelRef, ModelSpec, ScoreResult, ScoreSpec, TextSpec
+from actors.errors import WorkError
+from actors.scoring import actor, score_locally
+from actors.scoring.actor import ScoreActor, score_on_ray
+from actors.scoring.score import Share, ShareScores
+from tests.tiny_models import save_tiny
+
+pytestmark = pytest.mark.usefixtures("ray_two_cpus")
+
+LINES = [f"The gods of the land number {i} give rise to way " + "higher " * i for i in range(9)]
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> ScoreSpec:
+    """Nine sequences of nine lengths, a model of six layers."""
+    directory = tmp_path_factory.mktemp("pool")
+    (directory / "calibration.txt").write_text("\n".join(LINES))
+    path = save_tiny(directory / "model", num_layers=6)
+    return ScoreSpec(ModelRef(ModelSpec(path)), TextSpec(path=str(directory / "calibration.txt")))
+
+
+@pytest.fixture(scope="module")
+def local(spec: ScoreSpec) -> ScoreResult:
+    return score_locally(spec)
+
+
+def on_ray(
+    spec: ScoreSpec, actors: int, progress: Callable[[int, int, str], None] | None = None
+) -> ScoreResult:
+    options: dict[str, Any] = {"progress": progress} if progress else {}
+    return score_on_ray(spec, actors=actors, cpus=0.4, gpus=0, start_timeout_s=600.0, **options)
+
+
+def recorder(log: Path, die: Callable[[Share, int], bool]) -> type[ScoreActor]:
+    """A score actor that writes down each share it begins, and kills its own process where `die` says so."""
+
+    class Recorder(ScoreActor):
+        def score(self, share: Share) -> ShareScores:
+            with log.open("a") as file:
+                file.write(f"{share.positions}\n")
+            begun = len(log.read_text().splitlines())
+            answer = super().score(share)
+            if die(share, begun):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return answer
+
+    return Recorder
+
+
+def assert_same(got: ScoreResult, want: ScoreResult) -> None:
+    assert got.scores == pytest.approx(want.scores, abs=1e-5)
+    assert replace(got, scores=()) == replace(want, scores=())
+
+
+@pytest.mark.parametrize("actors", [1, 2, 3])
+def test_any_number_of_actors_gives_the_same(spec: ScoreSpec, local: ScoreResult, actors: int) -> None:
+    heard: list[int] = []
+    result = on_ray(spec, actors, lambda done, total, _note: heard.append(done))
+    assert_same(result, local)
+    assert heard[-1] == 9
+
+
+def test_more_actors_than_sequences_share_the_candidates(spec: ScoreSpec) -> None:
+    few = replace(spec, max_sequences=2)
+    got, want = on_ray(few, 4), score_locally(few)
+    assert got.scores == pytest.approx(want.scores, abs=1e-5)
+    assert got.removal_order == want.removal_order
+
+
+@pytest.mark.parametrize("actors", [1, 2, 3])
+def test_an_actor_killed_in_mid_score_costs_its_share_alone(
+    spec: ScoreSpec, local: ScoreResult, actors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setattr(actor, "ScoreActor", recorder(log, lambda _share, begun: begun == 3))
+    assert_same(on_ray(spec, actors), local)
+    begun = log.read_text().splitlines()
+    shares = min(9, actors * actor.SHARES_PER_ACTOR)
+    assert len(begun) == shares + 1
+    assert len(set(begun)) == shares
+
+
+def test_all_actors_lost_for_good_is_told(
+    spec: ScoreSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    monkeypatch.setattr(actor, "ScoreActor", recorder(tmp_path / "log", lambda _share, _begun: True))
+    with pytest.raises(WorkError, match=r"all 2 score actors were lost; .*--resume"):
+        on_ray(spec, 2)

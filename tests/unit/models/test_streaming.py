@@ -1,0 +1,87 @@
+"""A streamed model computes what the loaded one does, and reads each of its bytes once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from actors.contracts import ModelRef, ModelSpec
+from actors.errors import RequestError
+from actors.models import LayerwisePass, depth, find_layers, load_model, load_streamed, resident
+from actors.models.streaming import stored_tensors
+from tests.tiny_models import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def _saved(family: str, directory: Path, **options: object) -> str:
+    tiny_model(family).save_pretrained(directory, **options)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "bloom", "smollm3"])
+def test_streamed_equals_loaded(family: str, dtype: str, tmp_path: Path) -> None:
+    path = _saved(family, tmp_path, max_shard_size="100KB")
+    spec, ids = ModelSpec(path, dtype), tiny_ids()
+    model, streamed = load_model(path, dtype=dtype)[0], load_streamed(ModelRef(spec), CPU)
+    want = model.base_model(ids, use_cache=False).last_hidden_state
+    hidden, walk = torch.empty(0), None
+    for index in range(depth(model.config)):
+        with resident(streamed, index):
+            walk = walk or LayerwisePass(streamed, ids)
+            hidden = walk.block(index, walk.hidden_BTD if index == 0 else hidden)
+    assert walk is not None
+    torch.testing.assert_close(walk.finish(hidden), want)
+    tokens_K = torch.tensor([3, 7])
+    torch.testing.assert_close(walk.logits(hidden, tokens_K), model(ids, use_cache=False).logits[:, tokens_K])
+
+
+def test_blocks_are_read_once_and_only_two_are_there(tmp_path: Path) -> None:
+    model = load_streamed(ModelRef(ModelSpec(save_tiny(tmp_path, num_layers=6))), CPU)
+    blocks = find_layers(model).modules
+
+    def present() -> list[int]:
+        return [i for i, block in enumerate(blocks) if not any(p.is_meta for p in block.parameters())]
+
+    assert present() == []
+    for index in range(6):
+        with resident(model, index):
+            assert present() == [index]
+    assert present() == []
+    of_blocks = [t for name, t in stored_tensors(tmp_path).items() if ".layers." in name]
+    assert model.layer_stream.bytes_read == sum(t.num_bytes for t in of_blocks)
+
+
+def test_tensors_are_read_as_stored(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    model, _ = load_model(str(tmp_path))
+    weights = model.state_dict()
+    stored = stored_tensors(tmp_path)
+    assert len(stored) >= 4 * 9
+    for name, tensor in stored.items():
+        assert tensor.read().equal(weights[name])
+
+
+def _read_all(model: PreTrainedModel) -> None:
+    for index in range(depth(model.config)):
+        with resident(model, index):
+            pass
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    model = load_streamed(ModelRef(ModelSpec(save_tiny(tmp_path))), CPU)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50_000])
+    with pytest.raises(RequestError, match="ends too early"):
+        _read_all(model)
+
+
+def test_a_family_whose_files_have_other_names_is_refused(tmp_path: Path) -> None:
+    """Mixtral's experts are separate in the file and joined when loaded."""
+    path = _saved("mixtral", tmp_path)
+    with pytest.raises(RequestError, match=r"no weight 'model\.layers\.0.*scoring\.stream_weights to false"):
+        load_streamed(ModelRef(ModelSpec(path)), CPU)
