@@ -1,6 +1,7 @@
 """Scoring on Ray: a pool of actors that share the calibration sequences, and the candidates if need be."""
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from actors.contracts import Progress, ScoreResult, ScoreSpec, no_progress
 from actors.errors import WorkError
@@ -21,6 +22,9 @@ log = logging.getLogger(__name__)
 
 SHARES_PER_ACTOR = 4
 """More shares than actors, so that a fast actor takes over from a slow or lost one."""
+
+RETRY_S = 0.5
+"""Pause before an actor that does not answer is asked again."""
 
 
 class ScoreActor:
@@ -101,6 +105,10 @@ def _share_out(pool: list[ActorHandle], shares: list[Share]) -> Iterator[tuple[S
             if given:
                 log.warning("a score actor was lost (%s); its share goes to another", error)
                 todo.append(given)
+            if isinstance(error, ActorUnavailableError):
+                # Its process is gone and Ray has not noticed yet: asked at once, it would say the same.
+                time.sleep(RETRY_S)
+            if given or isinstance(error, ActorUnavailableError):
                 pending[actor.ready.remote()] = (actor, None)
             continue
         idle.append(actor)

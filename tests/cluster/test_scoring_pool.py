@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -99,3 +101,17 @@ def test_all_actors_lost_for_good_is_told(
     monkeypatch.setattr(actor, "ScoreActor", recorder(tmp_path / "log", lambda _share, _begun: True))
     with pytest.raises(WorkError, match=r"all 2 score actors were lost; .*--resume"):
         on_ray(spec, 2)
+
+
+def test_a_lost_node_costs_its_share_alone(spec: ScoreSpec) -> None:
+    """In a process of its own, with two nodes of its own."""
+    model, text = spec.model.source.path, spec.calibration.path
+    command = [sys.executable, "-m", "tests.cluster.lose_a_node", model, str(text)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    outcome, forwards = done.stdout.splitlines()[-2:]
+    assert outcome.startswith("nodes lost: 1 same order: True apart: ")
+    assert float(outcome.rpartition(" ")[2]) < 1e-5
+    assert len(set(forwards.split()[1:])) == 1
