@@ -5,6 +5,7 @@ from actors.models.export import export_model, save_pretrained
 from actors.models.families import depth, find_layers
 from actors.models.load import describe_model, load_model, load_tokenizer
 from actors.models.replay import LayerwisePass
+from actors.models.sharded import prune_checkpoint
 from actors.models.surgery import remove_layers
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "load_source",
     "load_tokenizer",
     "materialize",
+    "prune_checkpoint",
     "prune_to",
     "remove_layers",
     "save_pretrained",

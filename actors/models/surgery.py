@@ -1,7 +1,6 @@
 """Removing whole transformer blocks from a loaded model."""
 
 import copy
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -110,7 +109,7 @@ def _set_field(config: PretrainedConfig, name: str, value: Any) -> None:
 
 def _read_back(config: PretrainedConfig) -> PretrainedConfig:
     """`config` as it comes back from its file: some families compute or force fields when they read it."""
-    return type(config).from_dict(json.loads(config.to_json_string()))
+    return type(config).from_dict(copy.deepcopy(config.to_diff_dict()))
 
 
 def _check_reads_back(config: PretrainedConfig, fields: dict[str, Any]) -> None:
