@@ -62,7 +62,12 @@ REPEATED = frozenset({"block_types"})
 BORROWERS = {"indexer_types": "shared"}
 """Per-layer lists of kinds, and the kind that goes on with what the last layer of another kind chose."""
 
-INDEX_RULE = re.compile(r"_(period|offset|interval|step|freq|pattern|end_index)$|_every_|^n_layers_per|_by_inverse_layer")
+INDEXED_AT_RUN = ("rescale_every",)
+"""Config fields, 0 for off, by which a model changes its layers' weights by index when it runs (RWKV)."""
+
+INDEX_RULE = re.compile(
+    r"_(period|offset|interval|step|freq|pattern|end_index)$|_every_|^n_layers_per|_by_inverse_layer"
+)
 """Names of config fields that tell a layer's kind by arithmetic on its index."""
 
 
@@ -96,8 +101,8 @@ def depth(config: PretrainedConfig) -> int:
     """
     if config.is_encoder_decoder or getattr(type(config), "is_encoder_decoder", False):
         raise RequestError(
-            f"model type {config.model_type!r} is an encoder with a decoder (config field 'is_encoder_decoder'); "
-            "only decoder language models are pruned"
+            f"model type {config.model_type!r} is an encoder with a decoder (config field "
+            "'is_encoder_decoder'); only decoder language models are pruned"
         )
     layers = getattr(text_config(config), "num_hidden_layers", None)
     if not isinstance(layers, int):
@@ -108,7 +113,7 @@ def depth(config: PretrainedConfig) -> int:
 
 
 def find_layers(model: PreTrainedModel) -> LayerList:
-    """The outermost `ModuleList` as long as the config's depth, in the decoder where a model has other towers.
+    """The outermost `ModuleList` of the decoder that is as long as the config's depth.
 
     Raises:
         RequestError: no such list, so this family cannot be pruned block by block.
@@ -170,7 +175,7 @@ def _kept_list(name: str, value: Sequence[Any], num_layers: int, kept: Sequence[
 
 
 def kept_overrides(config: PretrainedConfig, kept: Sequence[int]) -> dict[int, dict[str, Any]] | None:
-    """`per_layer_config` of transformers' heterogeneous models for the layers `kept`, None if there is none."""
+    """`per_layer_config` of a heterogeneous model for the layers `kept`, None if there is none."""
     written = config.to_dict().get("per_layer_config") if config.is_heterogeneous else None
     if written is None:
         return None
@@ -187,12 +192,18 @@ def index_rules(config: PretrainedConfig) -> list[str]:
     ]
 
 
-def check_borrowers(config: PretrainedConfig, kept: Sequence[int]) -> None:
-    """Refuse to part a layer from the earlier layer that it takes more than its hidden state from.
+def check_layers_apart(config: PretrainedConfig, kept: Sequence[int]) -> None:
+    """Refuse what no config could say: layers bound to their index or to an earlier layer's inner states.
 
     Raises:
-        RequestError: shared KV layers, or a borrower whose lender goes or changes.
+        RequestError: weights scaled by index, shared KV layers, or a borrower whose lender goes or changes.
     """
+    for name in INDEXED_AT_RUN:
+        if getattr(config, name, 0):
+            raise RequestError(
+                f"model type {config.model_type!r} scales its layers' weights by their index when it runs "
+                f"(config field {name}={getattr(config, name)}); it cannot be pruned"
+            )
     if getattr(config, "num_kv_shared_layers", 0):
         raise RequestError(
             f"model type {config.model_type!r}: its last layers use the keys and values of earlier ones "
@@ -206,8 +217,8 @@ def check_borrowers(config: PretrainedConfig, kept: Sequence[int]) -> None:
             lender = _lender(kinds_kept, new, borrower)
             if lender is None or kept[lender] != lenders[old]:
                 raise RequestError(
-                    f"model type {config.model_type!r}: layer {old} is {borrower!r} in config field {name!r} and "
-                    f"goes on with the choice of layer {lenders[old]}; drop both or neither"
+                    f"model type {config.model_type!r}: layer {old} is {borrower!r} in config field "
+                    f"{name!r} and goes on with the choice of layer {lenders[old]}; drop both or neither"
                 )
 
 

@@ -82,8 +82,8 @@ def prune_checkpoint(
         return _prune_in_memory(spec, layers, output)
     if hasattr(config, "quantization_config"):
         raise RequestError(
-            f"model {source!r} is quantised (config field 'quantization_config'), by layer names that pruning "
-            "would change; prune the unquantised model"
+            f"model {source!r} is quantised (config field 'quantization_config'), by layer names that "
+            "pruning would change; prune the unquantised model"
         )
     prefix = _layers_prefix(_tensor_names(directory), block_list.path, num_layers)
     renumbered = {old: new for new, old in enumerate(kept)}
@@ -95,7 +95,7 @@ def prune_checkpoint(
 
 
 def _prune_in_memory(spec: ModelSpec, layers: Sequence[int], output: str | Path) -> tuple[int, int]:
-    """For models whose file is no image of the model: a text decoder within others, weights shared by layers."""
+    """For files that are no image of the model: a decoder among others, weights shared by layers."""
     model, tokenizer = load_model(spec.path, dtype=spec.dtype)
     save_pretrained(remove_layers(model, layers), output, tokenizer=tokenizer)
     return depth(model.config), model.num_parameters()
@@ -117,7 +117,9 @@ def shard_files(directory: Path) -> list[Path]:
         return [directory / SINGLE]
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     if missing := [name for name in names if not (directory / name).is_file()]:
-        raise RequestError(f"model {str(directory)!r} lacks {missing[0]!r}, which its index names; get it again")
+        raise RequestError(
+            f"model {str(directory)!r} lacks {missing[0]!r}, which its index names; get it again"
+        )
     return [directory / name for name in names]
 
 
@@ -165,7 +167,8 @@ def _layers_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
     exact = [prefix for prefix in whole if f"{path}.".endswith(f"{prefix}{attribute}.")]
     if len(chosen := exact if len(exact) == 1 else whole) != 1:
         raise RequestError(
-            f"the safetensors do not hold {num_layers} layers as '{path}.0' … '{path}.{num_layers - 1}'; get them again"
+            f"the safetensors do not hold {num_layers} layers as '{path}.0' … '{path}.{num_layers - 1}'; "
+            "get them again"
         )
     return f"{chosen[0]}{attribute}."
 
@@ -184,7 +187,11 @@ def _write_shards(
 ) -> None:
     shards = []
     for file in shard_files(directory):
-        kept = [(new, tensor) for tensor in read_header(file) if (new := _renamed(tensor.name, prefix, renumbered))]
+        kept = [
+            (new, tensor)
+            for tensor in read_header(file)
+            if (new := _renamed(tensor.name, prefix, renumbered))
+        ]
         shards += [(file, kept)] if kept else []
     weight_map: dict[str, str] = {}
     total_size = 0
@@ -197,7 +204,9 @@ def _write_shards(
         (output / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(source: Path, target: Path, kept: Sequence[tuple[str, Stored]], dtype: torch.dtype | None) -> int:
+def _write_shard(
+    source: Path, target: Path, kept: Sequence[tuple[str, Stored]], dtype: torch.dtype | None
+) -> int:
     """Write the tensors `kept` of one file under their new names; returns their bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from actors.errors import RequestError
 from actors.models.families import (
-    check_borrowers,
+    check_layers_apart,
     find_layers,
     index_rules,
     kept_fields,
@@ -77,7 +77,7 @@ def pruned_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedCo
     Raises:
         RequestError: the family's config cannot say so (names the field).
     """
-    check_borrowers(text_config(config), kept)
+    check_layers_apart(text_config(config), kept)
     pruned = copy.deepcopy(config)
     _shrink(text_config(pruned), kept)
     _check_reads_back(pruned, kept_fields(text_config(config), kept))
@@ -163,12 +163,34 @@ def _check_rebuilds(model: PreTrainedModel, config: PretrainedConfig, kept: Sequ
                 f"model type {config.model_type!r}: its config cannot say that layer {old_index} becomes "
                 f"layer {new_index}: {change} ({_why(text_config(config))})"
             )
+    _check_buffers(blocks, kept, config)
     change = _first_change(_shapes_outside_blocks(model), _shapes_outside_blocks(rebuilt))
     if change:
         raise RequestError(
             f"model type {config.model_type!r} holds a part for each layer outside its blocks, as many as "
             f"config field 'num_hidden_layers' says, so that it cannot be pruned: {change}"
         )
+
+
+def _check_buffers(blocks: nn.ModuleList, kept: Sequence[int], config: PretrainedConfig) -> None:
+    """Refuse if a moved block has an unsaved buffer unlike its equals: it is computed from the index."""
+    alike: dict[Any, Tensor] = {}
+    for index, block in enumerate(blocks):
+        moved = index in kept and kept.index(index) != index
+        for name, buffer in _unsaved_buffers(block):
+            first = alike.setdefault((name, *sorted(_traits(block))), buffer)
+            if first.device.type != "meta" and not torch.equal(first, buffer) and moved:
+                raise RequestError(
+                    f"model type {config.model_type!r}: {name!r} of layer {index} is computed from the "
+                    f"layer's index when the model is loaded ({_why(text_config(config))})"
+                )
+
+
+def _unsaved_buffers(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, module in block.named_modules():
+        for name in module._non_persistent_buffers_set:
+            if (buffer := module._buffers.get(name)) is not None:
+                yield f"{path}.{name}".lstrip("."), buffer
 
 
 def _why(config: PretrainedConfig) -> str:

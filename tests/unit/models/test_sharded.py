@@ -147,7 +147,10 @@ def test_memory_stays_below_one_shard(tmp_path: Path) -> None:
     shard_bytes = 300 << 20
     size = _save_large(tmp_path / "large", shard_bytes)
     assert size > 2e9
-    arguments = [_save("llama", tmp_path / "small"), *map(str, (tmp_path / "1", tmp_path / "large", tmp_path / "2"))]
+    arguments = [
+        _save("llama", tmp_path / "small"),
+        *map(str, (tmp_path / "1", tmp_path / "large", tmp_path / "2")),
+    ]
     run = subprocess.run(
         [sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=True
     )
