@@ -94,7 +94,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"layer_types": _LINEAR},
     "qwen3_moe": {"mlp_only_layers": [1, 4]},
     "qwen3_next": {"layer_types": _LINEAR, "mlp_only_layers": [2]},
-    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"] * 3},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 3,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "reformer": {
         "axial_pos_embds_dim": [16, 16],
         "axial_pos_shape": [8, 16],
@@ -103,7 +110,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "rwkv": {"rescale_every": 2},
     "smollm3": {"no_rope_layers": [1, 1, 0, 1, 0, 1]},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 3},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 3,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 3},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -117,6 +128,7 @@ NOT_TINY = {
     "gemma4_assistant": "its config has no defaults",
     "musicgen": "audio codes, not text",
     "musicgen_melody": "audio codes, not text",
+    "reformer": "reversible blocks, which no hook can skip",
     "whisper": "listens to audio",
 }
 """Model types of which no tiny text model is built, and why."""
@@ -143,6 +155,10 @@ def tiny_decoder(model_type: str) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.is_floating_point() and parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.2)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                # Some families set the row of the padding token to zero when they load.
+                nn.init.zeros_(module.weight[module.padding_idx])
     return model.float().eval()
 
 

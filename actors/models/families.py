@@ -53,6 +53,9 @@ NOT_PER_LAYER = frozenset(
 LEADING_COUNTS = frozenset({"first_k_dense_replace", "max_window_layers", "num_dense_layers"})
 """Config fields that say how many layers, from layer 0 on, are of another kind."""
 
+DEPTHS = frozenset({"num_blocks"})
+"""Config fields that repeat the depth (xLSTM)."""
+
 RANGES = {"moe_layer_start_index": "moe_layer_end_index"}
 """Config fields with the first and the last index of the layers of another kind (Ernie 4.5)."""
 
@@ -66,7 +69,7 @@ INDEXED_AT_RUN = ("rescale_every",)
 """Config fields, 0 for off, by which a model changes its layers' weights by index when it runs (RWKV)."""
 
 INDEX_RULE = re.compile(
-    r"_(period|offset|interval|step|freq|pattern|end_index)$|_every_|^n_layers_per|_by_inverse_layer"
+    r"_(period|offset|interval|step|freq|pattern|end_index)$|_every_|^n_layers_per|^scale_depth$|_by_inverse_layer"
 )
 """Names of config fields that tell a layer's kind by arithmetic on its index."""
 
@@ -153,6 +156,8 @@ def kept_fields(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]
             fields |= {} if kept_list is None else {name: kept_list}
         elif name in LEADING_COUNTS and isinstance(value, int):
             fields[name] = sum(old < value for old in kept)
+        elif name in DEPTHS and value == num_layers:
+            fields[name] = len(kept)
     for first, last in RANGES.items():
         if isinstance(values.get(first), int) and isinstance(values.get(last), int):
             fields[first] = sum(old < values[first] for old in kept)
@@ -188,7 +193,7 @@ def index_rules(config: PretrainedConfig) -> list[str]:
     return [
         f"{name}={value}"
         for name, value in sorted(vars(config).items())
-        if INDEX_RULE.search(name) and isinstance(value, int) and not name.startswith("_")
+        if INDEX_RULE.search(name) and isinstance(value, (int, float)) and not name.startswith("_")
     ]
 
 

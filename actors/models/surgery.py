@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
@@ -120,8 +121,11 @@ def _check_reads_back(config: PretrainedConfig, fields: dict[str, Any]) -> None:
         )
     try:
         read = text_config(_read_back(config))
-    except ValueError as error:
-        raise RequestError(f"model type {config.model_type!r}: pruned config is refused: {error}") from error
+    except (ValueError, StrictDataclassError) as error:
+        raise RequestError(
+            f"model type {config.model_type!r}: transformers refuses the pruned config "
+            f"(config fields {', '.join(fields)}): {error}"
+        ) from error
     for name, value in fields.items():
         if (back := getattr(read, name, value)) != value and list(back) != list(value):
             raise RequestError(
