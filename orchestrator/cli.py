@@ -166,16 +166,17 @@ def prune(
     model: Model,
     drop: Annotated[str, typer.Option(help="Layers to drop, from 0, e.g. 3,4 or 20-24.")],
     output: Output,
-    dtype: Dtype = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given.")
+    ] = None,
 ) -> None:
-    """Write a model without some of its layers, with no recovery."""
-    from actors.models import depth, load_model, remove_layers, save_pretrained
+    """Write a model without some of its layers, with no recovery; models larger than memory too."""
+    from actors.models import prune_checkpoint
 
     layers = parse_layers(drop)
     with _new_directory(output):
-        loaded, tokenizer = load_model(model, dtype=dtype)
-        save_pretrained(remove_layers(loaded, layers), output, tokenizer=tokenizer)
-    _print_model(output, depth(loaded.config), loaded.num_parameters())
+        num_layers, num_parameters = prune_checkpoint(model, layers, output, dtype=dtype)
+    _print_model(output, num_layers, num_parameters)
 
 
 @app.command()

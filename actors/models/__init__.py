@@ -5,6 +5,7 @@ from actors.models.export import export_model, save_pretrained
 from actors.models.families import depth, find_layers, text_config
 from actors.models.load import describe_model, load_model, load_tokenizer
 from actors.models.replay import LayerwisePass
+from actors.models.sharded import prune_checkpoint
 from actors.models.streaming import load_streamed, resident
 from actors.models.surgery import remove_layers
 
@@ -20,6 +21,7 @@ __all__ = [
     "load_streamed",
     "load_tokenizer",
     "materialize",
+    "prune_checkpoint",
     "prune_to",
     "remove_layers",
     "resident",

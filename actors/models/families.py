@@ -4,6 +4,7 @@ Everything is found from the model and its config; the tables below list only th
 field names whose meaning cannot be seen from their value.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,63 @@ from transformers import PretrainedConfig, PreTrainedModel
 from actors.errors import RequestError
 
 INDEX_LISTS = frozenset(
-    {"mlp_only_layers", "moe_layers", "full_attn_idxs", "global_attn_every_n_layers_idxs"}
+    {
+        "attn_layer_indices",
+        "cross_attention_layers",
+        "full_attn_idxs",
+        "global_attn_every_n_layers_idxs",
+        "hybrid_layer_ids",
+        "local_layer_ids",
+        "mlp_only_layers",
+        "moe_layers",
+        "ple_layer_ids",
+    }
 )
 """Config fields that list layer indices."""
 
-NOT_PER_LAYER = frozenset({"architectures", "eos_token_id"})
+NOT_PER_LAYER = frozenset(
+    {
+        "L_bp_cycles",
+        "architectures",
+        "axial_pos_embds_dim",
+        "axial_pos_shape",
+        "begin_suppress_tokens",
+        "encoder_hash_byte_group_size",
+        "eos_token_id",
+        "languages",
+        "mlp_multipliers",
+        "mtp_layer_types",
+        "mtp_layers_block_type",
+        "mtp_local_layer_ids",
+        "mtp_mlp_layer_types",
+        "ssm_multipliers",
+        "time_step_limit",
+    }
+)
 """Config lists that have nothing to do with layers, even when they are as long."""
 
 LEADING_COUNTS = frozenset({"first_k_dense_replace", "max_window_layers", "num_dense_layers"})
 """Config fields that say how many layers, from layer 0 on, are of another kind."""
+
+DEPTHS = frozenset({"num_blocks"})
+"""Config fields that repeat the depth (xLSTM)."""
+
+RANGES = {"moe_layer_start_index": "moe_layer_end_index"}
+"""Config fields with the first and the last index of the layers of another kind (Ernie 4.5)."""
+
+REPEATED = frozenset({"block_types"})
+"""Config lists that are repeated until there is an entry for every layer (RecurrentGemma)."""
+
+BORROWERS = {"indexer_types": "shared"}
+"""Per-layer lists of kinds, and the kind that goes on with what the last layer of another kind chose."""
+
+INDEXED_AT_RUN = ("rescale_every",)
+"""Config fields, 0 for off, by which a model changes its layers' weights by index when it runs (RWKV)."""
+
+INDEX_RULE = re.compile(
+    r"_(period|offset|interval|step|freq|pattern|end_index)$|_every_|^n_layers_per|^scale_depth$|_by_inverse_layer"
+)
+"""Names of config fields that tell a layer's kind by arithmetic on its index."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +102,11 @@ def depth(config: PretrainedConfig) -> int:
     Raises:
         RequestError: the config has no depth, so it is no decoder language model.
     """
+    if config.is_encoder_decoder or getattr(type(config), "is_encoder_decoder", False):
+        raise RequestError(
+            f"model type {config.model_type!r} is an encoder with a decoder (config field "
+            "'is_encoder_decoder'); only decoder language models are pruned"
+        )
     layers = getattr(text_config(config), "num_hidden_layers", None)
     if not isinstance(layers, int):
         raise RequestError(
@@ -62,23 +116,26 @@ def depth(config: PretrainedConfig) -> int:
 
 
 def find_layers(model: PreTrainedModel) -> LayerList:
-    """The outermost `ModuleList` as long as the config's depth.
+    """The outermost `ModuleList` of the decoder that is as long as the config's depth.
 
     Raises:
         RequestError: no such list, so this family cannot be pruned block by block.
     """
     num_layers = depth(model.config)
-    found = [
-        (name, module)
+    decoder = model.get_decoder()
+    lists = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    ]
-    if not found:
+    }
+    inside = {id(module) for module in decoder.modules()}
+    paths = [name for name, module in lists.items() if id(module) in inside] or list(lists)
+    if not paths:
         raise RequestError(
-            f"model type {model.config.model_type!r} keeps no list of {num_layers} blocks; "
-            "depth pruning needs one"
+            f"model type {model.config.model_type!r} keeps no list of {num_layers} blocks "
+            "(config field 'num_hidden_layers'); depth pruning needs one"
         )
-    path = min((name for name, _ in found), key=lambda name: name.count("."))
+    path = min(paths, key=lambda name: name.count("."))
     parent_path, _, attribute = path.rpartition(".")
     return LayerList(path, model.get_submodule(parent_path), attribute)
 
@@ -91,12 +148,85 @@ def kept_fields(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]
         kept: indices of the remaining layers, ascending, each in 0..N-1.
     """
     num_layers = config.num_hidden_layers
+    values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     fields: dict[str, Any] = {}
-    for name, value in vars(config).items():
-        if name in INDEX_LISTS and isinstance(value, (list, tuple)):
-            fields[name] = [new for new, old in enumerate(kept) if old in value]
+    for name, value in values.items():
+        if isinstance(value, (list, tuple)):
+            kept_list = _kept_list(name, value, num_layers, kept)
+            fields |= {} if kept_list is None else {name: kept_list}
         elif name in LEADING_COUNTS and isinstance(value, int):
             fields[name] = sum(old < value for old in kept)
-        elif name not in NOT_PER_LAYER and isinstance(value, (list, tuple)) and len(value) == num_layers:
-            fields[name] = [value[old] for old in kept]
+        elif name in DEPTHS and value == num_layers:
+            fields[name] = len(kept)
+    for first, last in RANGES.items():
+        if isinstance(values.get(first), int) and isinstance(values.get(last), int):
+            fields[first] = sum(old < values[first] for old in kept)
+            fields[last] = sum(old <= values[last] for old in kept) - 1
+    if "attention_types" in values and "attention_layers" in fields:
+        # GPT-Neo spells its list of kinds as [[kinds, repetitions], ...] too.
+        fields["attention_types"] = [[fields["attention_layers"], 1]]
     return fields
+
+
+def _kept_list(name: str, value: Sequence[Any], num_layers: int, kept: Sequence[int]) -> list[Any] | None:
+    """What the layers `kept` leave of a list, None if it is not about layers."""
+    if name in INDEX_LISTS:
+        return [new for new, old in enumerate(kept) if old in value]
+    if name in REPEATED and value:
+        return [value[old % len(value)] for old in kept]
+    if name not in NOT_PER_LAYER and len(value) == num_layers:
+        return [value[old] for old in kept]
+    return None
+
+
+def kept_overrides(config: PretrainedConfig, kept: Sequence[int]) -> dict[int, dict[str, Any]] | None:
+    """`per_layer_config` of a heterogeneous model for the layers `kept`, None if there is none."""
+    written = config.to_dict().get("per_layer_config") if config.is_heterogeneous else None
+    if written is None:
+        return None
+    overrides = {int(layer): fields for layer, fields in written.items()}
+    return {new: overrides[old] for new, old in enumerate(kept) if old in overrides}
+
+
+def index_rules(config: PretrainedConfig) -> list[str]:
+    """Fields of `config`, with their values, that tell a layer's kind by arithmetic on its index."""
+    return [
+        f"{name}={value}"
+        for name, value in sorted(vars(config).items())
+        if INDEX_RULE.search(name) and isinstance(value, (int, float)) and not name.startswith("_")
+    ]
+
+
+def check_layers_apart(config: PretrainedConfig, kept: Sequence[int]) -> None:
+    """Refuse what no config could say: layers bound to their index or to an earlier layer's inner states.
+
+    Raises:
+        RequestError: weights scaled by index, shared KV layers, or a borrower whose lender goes or changes.
+    """
+    for name in INDEXED_AT_RUN:
+        if getattr(config, name, 0):
+            raise RequestError(
+                f"model type {config.model_type!r} scales its layers' weights by their index when it runs "
+                f"(config field {name}={getattr(config, name)}); it cannot be pruned"
+            )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise RequestError(
+            f"model type {config.model_type!r}: its last layers use the keys and values of earlier ones "
+            f"(config field num_kv_shared_layers={config.num_kv_shared_layers}); it cannot be pruned"
+        )
+    for name, borrower in BORROWERS.items():
+        kinds = getattr(config, name, None) or []
+        lenders = [_lender(kinds, layer, borrower) for layer in range(len(kinds))]
+        kinds_kept = [kinds[old] for old in kept] if kinds else []
+        for new, old in enumerate(kept if kinds else ()):
+            lender = _lender(kinds_kept, new, borrower)
+            if lender is None or kept[lender] != lenders[old]:
+                raise RequestError(
+                    f"model type {config.model_type!r}: layer {old} is {borrower!r} in config field "
+                    f"{name!r} and goes on with the choice of layer {lenders[old]}; drop both or neither"
+                )
+
+
+def _lender(kinds: Sequence[str], layer: int, borrower: str) -> int | None:
+    """The layer whose choice `layer` uses: itself unless it is a borrower."""
+    return next((i for i in range(layer, -1, -1) if kinds[i] != borrower), None)

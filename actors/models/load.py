@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -53,7 +54,7 @@ def load_model(
             only pickled weights (safetensors are the only weights ever read).
     """
     spec = ModelSpec(path, dtype, revision, trust_remote_code)
-    _check_dtype(spec)
+    check_dtype(spec)
     tokenizer = load_tokenizer(spec)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -96,15 +97,9 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
     Raises:
         RequestError: as `load_model`, or the model is no decoder language model.
     """
-    _check_dtype(spec)
+    check_dtype(spec)
     config = load_config(spec)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
-    except ValueError as error:
-        raise RequestError(
-            f"model {spec.path!r} ({config.model_type}) is no causal language model"
-        ) from error
+    model = empty_model(spec, config)
     return ModelInfo(
         spec=spec,
         model_type=config.model_type,
@@ -113,6 +108,29 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
         vocab_size=text_config(config).vocab_size,
         fingerprint=_fingerprint(spec, config),
     )
+
+
+def empty_model(spec: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: its modules and shapes, no weights."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    except ValueError as error:
+        raise RequestError(
+            f"model {spec.path!r} ({config.model_type}) is no causal language model"
+        ) from error
+
+
+def snapshot(spec: ModelSpec) -> Path:
+    """The local directory with the model's files; a hub model's are downloaded."""
+    path = resolve(spec)
+    if Path(path).is_dir():
+        return Path(path)
+    patterns = [f"*{ending}" for ending in sorted(MODEL_FILES)]
+    try:
+        return Path(snapshot_download(path, revision=spec.revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise _unreadable(spec, error) from error
 
 
 def resolve(spec: ModelSpec) -> str:
@@ -136,7 +154,7 @@ def resolve(spec: ModelSpec) -> str:
     return spec.path
 
 
-def _check_dtype(spec: ModelSpec) -> None:
+def check_dtype(spec: ModelSpec) -> None:
     if spec.dtype not in DTYPES:
         raise RequestError(f"model {spec.path!r}: unknown dtype {spec.dtype!r}; known: {', '.join(DTYPES)}")
 

@@ -109,7 +109,7 @@ class LayerwisePass:
 
 
 def _hidden_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 class _SeenEnoughError(Exception):
@@ -129,7 +129,7 @@ def _items_returned(backbone: nn.Module, block: nn.Module, input_ids_BT: Tensor)
         return _ITEMS_RETURNED[type(block)]
 
     def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        _ITEMS_RETURNED[type(block)] = len(output) if isinstance(output, tuple) else 0
+        _ITEMS_RETURNED[type(block)] = len(output) if isinstance(output, (tuple, list)) else 0
         raise _SeenEnoughError
 
     hook = block.register_forward_hook(look)

@@ -5,14 +5,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from actors.errors import RequestError
-from actors.models.families import depth, find_layers, kept_fields, text_config
+from actors.models.families import (
+    check_layers_apart,
+    find_layers,
+    index_rules,
+    kept_fields,
+    kept_overrides,
+    text_config,
+)
 
 OWN_INDEX = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 """Attributes in which a block keeps its own index; the KV cache is addressed by it."""
+
+KINDS = ("layer_types", "layers_block_type", "attn_layer_period", "attn_layer_indices", "block_types")
+"""Config fields that say which layers of a hybrid have attention."""
 
 
 def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
@@ -38,7 +51,7 @@ def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
     for new_index, old_index in enumerate(kept):
         _renumber(blocks[old_index], old_index, new_index)
     setattr(block_list.parent, block_list.attribute, nn.ModuleList(blocks[i] for i in kept))
-    _adopt(model, config)
+    _adopt(model, kept)
     return model
 
 
@@ -60,13 +73,29 @@ def remaining(num_layers: int, dropped: Sequence[int]) -> list[int]:
 
 
 def pruned_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
-    """A copy of `config` that describes the model with only the blocks `kept`."""
+    """A copy of `config` that describes the model with only the blocks `kept`.
+
+    Raises:
+        RequestError: the family's config cannot say so (names the field).
+    """
+    check_layers_apart(text_config(config), kept)
     pruned = copy.deepcopy(config)
-    inner = text_config(pruned)
-    for name, value in kept_fields(inner, kept).items():
-        _set_field(inner, name, value)
-    _set_field(inner, "num_hidden_layers", len(kept))
+    _shrink(text_config(pruned), kept)
+    _check_reads_back(pruned, kept_fields(text_config(config), kept))
+    _check_cache(text_config(config), text_config(pruned))
     return pruned
+
+
+def _shrink(config: PretrainedConfig, kept: Sequence[int]) -> None:
+    """Rewrite every per-layer field of a decoder's config in place."""
+    overrides, fields = kept_overrides(config, kept), kept_fields(config, kept)
+    if overrides is not None:
+        config.per_layer_config = None
+    for name, value in fields.items():
+        _set_field(config, name, value)
+    _set_field(config, "num_hidden_layers", len(kept))
+    if overrides is not None:
+        config.per_layer_config = overrides
 
 
 def _set_field(config: PretrainedConfig, name: str, value: Any) -> None:
@@ -79,8 +108,48 @@ def _set_field(config: PretrainedConfig, name: str, value: Any) -> None:
         ) from error
 
 
+def _read_back(config: PretrainedConfig) -> PretrainedConfig:
+    """`config` as it comes back from its file: some families compute or force fields when they read it."""
+    return type(config).from_dict(copy.deepcopy(config.to_diff_dict()))
+
+
+def _check_reads_back(config: PretrainedConfig, fields: dict[str, Any]) -> None:
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(config, "auto_map"):
+        raise RequestError(
+            f"config field model_type={config.model_type!r}: transformers saves such a model but does not "
+            "open it again as a causal language model; it cannot be pruned"
+        )
+    try:
+        read = text_config(_read_back(config))
+    except (ValueError, StrictDataclassError) as error:
+        raise RequestError(
+            f"model type {config.model_type!r}: transformers refuses the pruned config "
+            f"(config fields {', '.join(fields)}): {error}"
+        ) from error
+    for name, value in fields.items():
+        if (back := getattr(read, name, value)) != value and list(back) != list(value):
+            raise RequestError(
+                f"model type {config.model_type!r}: config field {name!r} would have to be {value!r}, "
+                f"but is read back as {back!r}"
+            )
+
+
+def _check_cache(config: PretrainedConfig, pruned: PretrainedConfig) -> None:
+    """A hybrid takes the sequence length from a layer with a KV cache: the last such layer must stay."""
+
+    def has_kv(described: PretrainedConfig) -> bool:
+        return any(isinstance(layer, CacheLayerMixin) for layer in DynamicCache(config=described).layers)
+
+    if has_kv(config) and not has_kv(pruned):
+        field = next((name for name in KINDS if name in vars(config)), "layer_types")
+        raise RequestError(
+            f"model type {config.model_type!r}: no attention layer would be left (config field {field!r}), "
+            "and without one transformers cannot count the tokens in the cache; keep at least one"
+        )
+
+
 def _check_rebuilds(model: PreTrainedModel, config: PretrainedConfig, kept: Sequence[int]) -> None:
-    """Refuse unless a model built afresh from `config` has exactly the kept blocks.
+    """Refuse unless a model built afresh from the saved `config` has exactly the kept blocks.
 
     Blocks are compared without weights (on the meta device): their modules,
     parameter shapes and plain attributes. This finds every rule that a family
@@ -89,21 +158,49 @@ def _check_rebuilds(model: PreTrainedModel, config: PretrainedConfig, kept: Sequ
     block (per-layer embeddings).
     """
     with torch.device("meta"):
-        rebuilt = type(model)(copy.deepcopy(config))
+        rebuilt = type(model)(_read_back(config))
     blocks, rebuilt_blocks = find_layers(model).modules, find_layers(rebuilt).modules
     for new_index, old_index in enumerate(kept):
         change = _first_change(_traits(blocks[old_index]), _traits(rebuilt_blocks[new_index]))
         if change:
             raise RequestError(
                 f"model type {config.model_type!r}: its config cannot say that layer {old_index} becomes "
-                f"layer {new_index}: {change}"
+                f"layer {new_index}: {change} ({_why(text_config(config))})"
             )
+    _check_buffers(blocks, kept, config)
     change = _first_change(_shapes_outside_blocks(model), _shapes_outside_blocks(rebuilt))
     if change:
         raise RequestError(
-            f"model type {config.model_type!r} holds a part for each layer outside its blocks, "
-            f"so that it cannot be pruned: {change}"
+            f"model type {config.model_type!r} holds a part for each layer outside its blocks, as many as "
+            f"config field 'num_hidden_layers' says, so that it cannot be pruned: {change}"
         )
+
+
+def _check_buffers(blocks: nn.ModuleList, kept: Sequence[int], config: PretrainedConfig) -> None:
+    """Refuse if a moved block has an unsaved buffer unlike its equals: it is computed from the index."""
+    alike: dict[Any, Tensor] = {}
+    for index, block in enumerate(blocks):
+        moved = index in kept and kept.index(index) != index
+        for name, buffer in _unsaved_buffers(block):
+            first = alike.setdefault((name, *sorted(_traits(block))), buffer)
+            if first.device.type != "meta" and not torch.equal(first, buffer) and moved:
+                raise RequestError(
+                    f"model type {config.model_type!r}: {name!r} of layer {index} is computed from the "
+                    f"layer's index when the model is loaded ({_why(text_config(config))})"
+                )
+
+
+def _unsaved_buffers(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, module in block.named_modules():
+        for name in module._non_persistent_buffers_set:
+            if (buffer := module._buffers.get(name)) is not None:
+                yield f"{path}.{name}".lstrip("."), buffer
+
+
+def _why(config: PretrainedConfig) -> str:
+    if rules := index_rules(config):
+        return f"config fields that go by a layer's index: {', '.join(rules)}"
+    return "no config field says so: the family computes it from a layer's index and 'num_hidden_layers'"
 
 
 def _first_change(want: Iterable[tuple[str, Any]], got: Iterable[tuple[str, Any]]) -> str | None:
@@ -141,8 +238,13 @@ def _renumber(block: nn.Module, old_index: int, new_index: int) -> None:
                 setattr(module, name, new_index)
 
 
-def _adopt(model: PreTrainedModel, config: PretrainedConfig) -> None:
+def _adopt(model: PreTrainedModel, kept: Sequence[int]) -> None:
     """Write the pruned fields into the config objects that the model's modules already share."""
-    inner, pruned = text_config(model.config), text_config(config)
-    for name in [*kept_fields(inner, range(depth(config))), "num_hidden_layers"]:
-        setattr(inner, name, getattr(pruned, name))
+    inner = text_config(model.config)
+    stale = {id(value): name for name, value in vars(inner).items() if isinstance(value, list)}
+    _shrink(inner, kept)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            # Zamba's backbone holds on to a list of the config.
+            if isinstance(value, list) and id(value) in stale:
+                setattr(module, name, getattr(inner, stale[id(value)]))
