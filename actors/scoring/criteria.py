@@ -17,6 +17,7 @@ from actors.errors import RequestError, unknown_name
 from actors.models import LayerwisePass, depth
 from actors.scoring.angular import run_distances
 from actors.scoring.likelihood import negative_log_likelihoods
+from actors.scoring.pooling import POOLING
 from actors.scoring.wavefront import (
     UNPRUNED,
     Outcome,
@@ -128,24 +129,6 @@ class Criterion:
         """Scores of the candidates from the rows of the sequences. [C], float64"""
         mean_C = (rows_SC.double() * weights_S[:, None]).sum(0) / weights_S.sum()
         return self.link(mean_C)
-
-
-def flatten_cosine(a_TD: Tensor, b_NTD: Tensor) -> Tensor:
-    """Cosine of the whole states as one vector each, as LaCo's code does. [N]"""
-    return cosine_similarity(a_TD.flatten()[None], b_NTD.flatten(1), dim=-1)
-
-
-def token_mean_cosine(a_TD: Tensor, b_NTD: Tensor) -> Tensor:
-    """Mean over tokens of the cosine at each token. [N]"""
-    return cosine_similarity(a_TD[None], b_NTD, dim=-1).mean(-1)
-
-
-def last_token_cosine(a_TD: Tensor, b_NTD: Tensor) -> Tensor:
-    """Cosine at the last token. [N]"""
-    return cosine_similarity(a_TD[None, -1], b_NTD[:, -1], dim=-1)
-
-
-POOLING = {"flatten": flatten_cosine, "token_mean": token_mean_cosine, "last_token": last_token_cosine}
 
 
 @torch.no_grad()

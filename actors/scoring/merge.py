@@ -19,7 +19,7 @@ from actors.data import calibration_sequences, load_texts
 from actors.errors import RequestError, WorkError
 from actors.models import LayerwisePass, depth, device, find_layers, materialize, remove_layers
 from actors.models.merge import merge_blocks
-from actors.scoring.criteria import POOLING
+from actors.scoring.pooling import POOLING
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from actors.scoring.score import Share, ShareScores
 from tests.tiny_models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("ray_two_cpus")
+LONG = pytest.mark.long
 
 LINES = [f"The gods of the land number {i} give rise to way " + "higher " * i for i in range(9)]
 
@@ -81,7 +82,7 @@ def test_more_actors_than_sequences_share_the_candidates(spec: ScoreSpec) -> Non
     assert got.removal_order == want.removal_order
 
 
-@pytest.mark.parametrize("actors", [1, 2, 3])
+@pytest.mark.parametrize("actors", [pytest.param(1, marks=LONG), 2, pytest.param(3, marks=LONG)])
 def test_an_actor_killed_in_mid_score_costs_its_share_alone(
     spec: ScoreSpec, local: ScoreResult, actors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +95,7 @@ def test_an_actor_killed_in_mid_score_costs_its_share_alone(
     assert len(set(begun)) == shares
 
 
+@LONG
 def test_all_actors_lost_for_good_is_told(
     spec: ScoreSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -103,6 +105,7 @@ def test_all_actors_lost_for_good_is_told(
         on_ray(spec, 2)
 
 
+@LONG
 def test_a_lost_node_costs_its_share_alone(spec: ScoreSpec) -> None:
     """In a process of its own, with two nodes of its own."""
     model, text = spec.model.source.path, spec.calibration.path
