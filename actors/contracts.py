@@ -87,18 +87,20 @@ class Merge:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model on a trajectory: source model + merged and dropped layers + adapter chain.
+    """A model on a trajectory: source model + merged and dropped layers + what recovery left.
 
-    `dropped` holds source layer indices, ascending. `adapters` are applied in
-    order; each names its tensors by source layer index, so that layers dropped
-    later do not shift it. `merges` are done before all else, in order, on the
-    source weights; the layers that they merge are among `dropped`.
+    `dropped` holds source layer indices, ascending. `merges` are done before all
+    else, in order, on the source weights; the layers that they merge are among
+    `dropped`. `weights`, left by full fine-tuning, then take the place of the
+    source's. `adapters` are applied last, in order. All name their tensors by
+    source layer index, so that layers dropped later do not shift them.
     """
 
     source: ModelSpec
     dropped: tuple[int, ...] = ()
     adapters: tuple[ArtifactRef, ...] = ()
     merges: tuple[Merge, ...] = ()
+    weights: ArtifactRef | None = None
 
     def without(self, source_layers: tuple[int, ...]) -> "ModelRef":
         """The same model with more source layers dropped."""
@@ -108,9 +110,13 @@ class ModelRef:
         """The same model with these merges at the end of its own; drops nothing."""
         return replace(self, merges=(*self.merges, *merges))
 
-    def recovered(self, adapter: ArtifactRef | None) -> "ModelRef":
+    def adapted(self, adapter: ArtifactRef) -> "ModelRef":
         """The same model with one more adapter at the end of its chain."""
-        return self if adapter is None else replace(self, adapters=(*self.adapters, adapter))
+        return replace(self, adapters=(*self.adapters, adapter))
+
+    def retrained(self, weights: ArtifactRef) -> "ModelRef":
+        """The same layers with these full weights, into which the adapter chain has gone."""
+        return replace(self, adapters=(), weights=weights)
 
     def kept(self, num_source_layers: int) -> tuple[int, ...]:
         """Source indices of the layers that remain: `map(l)` of DESIGN §6."""
@@ -120,13 +126,25 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """A body of text: a built-in name, a local file, or a hub data set."""
+    """A body of text: a built-in name, a file, a hub data set, or responses that a stage generated.
+
+    For objectives that train on answers, a record is a conversation: either
+    `messages_column` (a list of {role, content}), or `prompt_column`, with
+    `input_column` added to it where that is not empty, and `response_column`.
+    With `streaming`, records are read as they are needed and never all held.
+    """
 
     builtin: str | None = None
     path: str | None = None
     config: str | None = None
     split: str = "train"
     text_column: str = "text"
+    prompt_column: str | None = None
+    input_column: str | None = None
+    response_column: str | None = None
+    messages_column: str | None = None
+    streaming: bool = False
+    generated: ArtifactRef | None = None
 
 
 @dataclass(frozen=True)
@@ -215,30 +233,48 @@ class ScoreResult:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Which weights recovery may change. `alpha` defaults to the rank."""
+    """Which weights recovery may change: `lora`, `qlora` (on NF4 base weights) or `full`.
+
+    `alpha` defaults to the rank.
+    """
 
     kind: str = "lora"
     rank: int = 32
     alpha: float | None = None
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
+    double_quantization: bool = True
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """Weights of the three distillation terms (IteRABRe §3.2); 0 switches a term off."""
+    """Weights of the loss terms; 0 switches a term off.
+
+    `hidden`, `attention` and `logits` are the distillation's (IteRABRe §3.2);
+    `logit_loss` is one of `mse`, `forward_kl`, `reverse_kl`, `jsd`,
+    `cross_entropy`, and `temperature` divides the logits of all but `mse`.
+    `auxiliary` weighs Gromov's Eq. 8 in `healing_aux`.
+    """
 
     hidden: float = 1.0
     attention: float = 1.0
     logits: float = 1.0
+    logit_loss: str = "mse"
+    temperature: float = 1.0
+    auxiliary: float = 1.0
 
 
 @dataclass(frozen=True)
 class RecoverySpec:
-    """Heal `model` (the student) by training adapters against its source model.
+    """Heal `model` (the student), by default by training adapters against its source model.
 
     `batch_size` counts sequences of one optimizer step over all workers, so the
-    result does not depend on how many workers share it.
+    result does not depend on how many workers share it. `teacher` names another
+    model than the source to learn from; `teacher_layers[l]` is then the teacher's
+    layer that the student's l-th is compared with, where hidden states or
+    attention are compared at all. `packing` is `concatenated` (blocks run across
+    documents) or `documents` (no token sees another document). `precision` is the
+    type of the computation, that of the source's weights if None.
     """
 
     model: ModelRef
@@ -246,6 +282,9 @@ class RecoverySpec:
     objective: str = "kd"
     loss: LossSpec = field(default_factory=LossSpec)
     adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    teacher: ModelSpec | None = None
+    teacher_layers: tuple[int, ...] | None = None
+    packing: str = "concatenated"
     sequence_length: int = 512
     batch_size: int = 32
     micro_batch_size: int = 4
@@ -255,15 +294,27 @@ class RecoverySpec:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_tokens: int = 2_500_000
+    precision: str | None = None
+    gradient_checkpointing: bool = False
     checkpoint_steps: int = 100
     seed: int = 0
     deepspeed: str = "{}"
     """The user's DeepSpeed configuration, as JSON text."""
 
+    def healed(self, artifact: ArtifactRef | None) -> ModelRef:
+        """The model that this recovery leaves, `artifact` being what it trained."""
+        if artifact is None:
+            return self.model
+        return self.model.retrained(artifact) if self.adapter.kind == "full" else self.model.adapted(artifact)
+
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step of recovery. Losses are means over the whole batch."""
+    """One optimizer step of recovery. Losses are means over the whole batch.
+
+    `tokens` are the tokens of the step over all workers, `peak_memory_bytes` the
+    most that any worker has held so far (on its GPU if it has one).
+    """
 
     step: int
     tokens: int
@@ -272,16 +323,47 @@ class StepRecord:
     learning_rate: float
     grad_norm: float
     seconds: float
+    peak_memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """What recovery measured, and the adapter it trained (None for `none`)."""
+    """What recovery measured, and what it trained: an adapter or full weights (None for `none`)."""
 
-    adapter: ArtifactRef | None
+    artifact: ArtifactRef | None
     steps: tuple[StepRecord, ...]
     tokens: int
     trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """Have the unpruned `model` answer prompts (self-generated responses, *Limits* §4).
+
+    `prompts` is read for its prompts only. `temperature` 0 is greedy decoding.
+    `engine` is `transformers` or `vllm`.
+    """
+
+    model: ModelSpec
+    prompts: TextSpec
+    max_prompts: int | None = None
+    responses_per_prompt: int = 1
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    batch_size: int = 8
+    seed: int = 0
+    engine: str = "transformers"
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """Responses as a JSONL artifact: a line a response, with `prompt`, `response`, `finished`."""
+
+    artifact: ArtifactRef
+    num_prompts: int
+    num_responses: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)

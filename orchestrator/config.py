@@ -65,6 +65,13 @@ class TextConfig(Section):
     config: str | None = Field(None, description="Configuration name of a hub data set.")
     split: str = Field("train", description="Split of a hub data set.")
     text_column: str = Field("text", description="Column that holds the text.")
+    prompt_column: str | None = Field(None, description="Column with prompts, for training on answers.")
+    input_column: str | None = Field(None, description="Column added to the prompt where it is not empty.")
+    response_column: str | None = Field(None, description="Column with the answers to the prompts.")
+    messages_column: str | None = Field(
+        None, description="Column with whole conversations: lists of {role, content}."
+    )
+    streaming: bool = Field(False, description="Read records as they are needed; for data larger than disk.")
 
     @model_validator(mode="after")
     def _one_source(self) -> "TextConfig":
@@ -133,34 +140,65 @@ class ScheduleConfig(Section):
 
 
 class LossConfig(Section):
-    """Weights of the distillation terms; 0 switches a term off."""
+    """Weights of the loss terms; 0 switches a term off."""
 
     hidden: float = Field(1.0, ge=0, description="Mean square error of the outputs of the paired blocks.")
     attention: float = Field(
         1.0, ge=0, description="Mean square error of the attention matrices; needs eager attention."
     )
-    logits: float = Field(1.0, ge=0, description="Mean square error of the logits.")
+    logits: float = Field(1.0, ge=0, description="Distance of the logits.")
+    logit_loss: Literal["mse", "forward_kl", "reverse_kl", "jsd", "cross_entropy"] = Field(
+        "mse", description="What the distance of the logits is."
+    )
+    temperature: float = Field(1.0, gt=0, description="Divides the logits of all logit losses but mse.")
+    auxiliary: float = Field(1.0, ge=0, description="Weight of Gromov's Eq. 8, in healing_aux.")
 
 
 class AdapterConfig(Section):
     """What recovery trains."""
 
-    kind: str = Field("lora", description="Kind of adapter.")
+    kind: Literal["lora", "qlora", "full"] = Field(
+        "lora", description="Low-rank, low-rank on NF4 base weights, or all weights."
+    )
     rank: int = Field(32, ge=1, description="Rank of the low-rank update.")
     alpha: float | None = Field(None, gt=0, description="Scale; the rank if not given.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
     targets: str | list[str] = Field(
         "all-linear", description="all-linear, ffn, attention, or a list of module names."
     )
+    double_quantization: bool = Field(True, description="For qlora: quantise the scales of NF4, too.")
+
+
+class GenerationConfig(Section):
+    """How the unpruned model answers prompts, for the objective `sgr`."""
+
+    max_prompts: int | None = Field(None, ge=1, description="Only the first so many prompts.")
+    responses_per_prompt: int = Field(1, ge=1, description="Sampled responses a prompt.")
+    max_new_tokens: int = Field(512, ge=1, description="Longest response.")
+    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Share of probability that is sampled from.")
+    batch_size: int = Field(8, ge=1, description="Prompts answered at a time.")
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="What generates.")
 
 
 class RecoveryConfig(Section):
     """How a pruned model is healed. The defaults are the paper's (IteRABRe §4)."""
 
     objective: str = Field("kd", description="A name in the table of objectives.")
+    start: Literal["linear_bridge"] | None = Field(
+        None, description="What is done in closed form before the objective is trained."
+    )
     loss: LossConfig = LossConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: TextConfig = TextConfig(path="Salesforce/wikitext", config="wikitext-2-raw-v1", split="train")
+    generation: GenerationConfig = GenerationConfig()
+    teacher: ModelConfig | None = Field(None, description="Learn from this model, not from the unpruned one.")
+    teacher_layers: list[int] | None = Field(
+        None, description="With `teacher`: its layer for each layer of the student."
+    )
+    packing: Literal["concatenated", "documents"] = Field(
+        "concatenated", description="Whether a token of a training block may see another document."
+    )
     sequence_length: int = Field(512, ge=2, description="Tokens a training sequence.")
     batch_size: int = Field(32, ge=1, description="Sequences an optimizer step, over all workers.")
     micro_batch_size: int = Field(4, ge=1, description="Sequences a worker holds at a time.")
@@ -172,6 +210,12 @@ class RecoveryConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     max_tokens: int = Field(2_500_000, ge=1, description="Tokens seen in one recovery.")
+    precision: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Type of the computation; the model's dtype if not given."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute blocks again in the backward pass rather than keep what they hold."
+    )
     checkpoint_steps: int = Field(100, ge=1, description="Steps between two checkpoints.")
 
 

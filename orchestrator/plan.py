@@ -34,7 +34,14 @@ from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig, Targe
 from orchestrator.errors import RequestError, unknown_name
 
 NOT_IN_KEY = frozenset(
-    {"micro_batch_size", "checkpoint_steps", "deepspeed", "memory_budget_gb", "stream_weights"}
+    {
+        "micro_batch_size",
+        "checkpoint_steps",
+        "gradient_checkpointing",
+        "deepspeed",
+        "memory_budget_gb",
+        "stream_weights",
+    }
 )
 """Fields of a spec that change how its result is computed, but not the result."""
 
@@ -66,7 +73,7 @@ class TrajectoryPlan:
     evaluation: EvaluationSpec
     also_before_recovery: bool
     deepspeed: str
-    fingerprints: Mapping[TextSpec, str]
+    fingerprints: Mapping[TextSpec | ModelSpec, str]
     tasks_fingerprint: str | None = None
 
     @property
@@ -123,7 +130,7 @@ class TrajectoryPlan:
     def key_inputs(self, spec: Any) -> Any:
         """All that a spec's result depends on, as JSON values: content by hash, never by place."""
         if isinstance(spec, ModelSpec):
-            return self.model.fingerprint
+            return self.model.fingerprint if spec == self.model.spec else self.fingerprints[spec]
         if isinstance(spec, TextSpec):
             return self.fingerprints[spec]
         if isinstance(spec, ArtifactRef):
@@ -171,7 +178,10 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
         _check_scoring(method, evaluation.include_path)
     infos = {model.id: describe_model(model_spec(model)) for model in config.models}
     deepspeed = _read_deepspeed(config.execution.training.deepspeed)
-    fingerprints = {text: describe_text(text).fingerprint for text in _texts(config, evaluation)}
+    fingerprints: dict[TextSpec | ModelSpec, str] = {
+        text: describe_text(text).fingerprint for text in _texts(config, evaluation)
+    }
+    fingerprints |= {teacher: describe_model(teacher).fingerprint for teacher in _teachers(config)}
     trajectories = tuple(
         TrajectoryPlan(
             id=trajectory_id,
@@ -277,7 +287,7 @@ def model_spec(model: ModelConfig) -> ModelSpec:
 
 def text_spec(text: TextConfig) -> TextSpec:
     """The text's spec, from its section of the campaign file."""
-    return TextSpec(text.builtin, text.path, text.config, text.split, text.text_column)
+    return TextSpec(**text.model_dump())
 
 
 def recovery_spec(model: ModelRef, method: MethodConfig, seed: int, deepspeed: str = "{}") -> RecoverySpec:
@@ -286,7 +296,7 @@ def recovery_spec(model: ModelRef, method: MethodConfig, seed: int, deepspeed: s
     given = {
         name: value
         for name, value in recovery.model_dump().items()
-        if name not in {"data", "loss", "adapter"}
+        if name not in {"data", "loss", "adapter", "start", "generation", "teacher", "teacher_layers"}
     }
     adapter = recovery.adapter.model_dump()
     targets = adapter.pop("targets")
@@ -295,6 +305,8 @@ def recovery_spec(model: ModelRef, method: MethodConfig, seed: int, deepspeed: s
         data=text_spec(recovery.data),
         loss=LossSpec(**recovery.loss.model_dump()),
         adapter=AdapterSpec(**adapter, targets=targets if isinstance(targets, str) else tuple(targets)),
+        teacher=None if recovery.teacher is None else model_spec(recovery.teacher),
+        teacher_layers=None if recovery.teacher_layers is None else tuple(recovery.teacher_layers),
         seed=seed,
         deepspeed=deepspeed,
         **given,
@@ -315,6 +327,10 @@ def _evaluation(config: CampaignConfig) -> EvaluationSpec:
         batch_size=evaluation.batch_size,
         seed=min(config.seeds),
     )
+
+
+def _teachers(config: CampaignConfig) -> set[ModelSpec]:
+    return {model_spec(m.recovery.teacher) for m in config.methods if m.recovery.teacher is not None}
 
 
 def _texts(config: CampaignConfig, evaluation: EvaluationSpec) -> set[TextSpec]:

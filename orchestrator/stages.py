@@ -96,7 +96,7 @@ class StoredStages:
             lambda progress, uri, key: self._backend.recover(spec, uri, key, progress),
         )
         self._write(iteration, stage, _recovery_numbers(stage.result))
-        return model.recovered(stage.artifact)
+        return spec.healed(stage.artifact)
 
     def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
         """Measure `model`; the numbers go to the ledger."""
@@ -228,6 +228,9 @@ def _recovery_numbers(result: RecoveryResult) -> Numbers:
         yield "learning_rate", record.learning_rate, "", at
         yield "grad_norm", record.grad_norm, "", at
         yield "step_seconds", record.seconds, "s", at
+        yield "step_tokens", record.tokens, "tokens", at
+        yield "tokens_per_second", record.tokens / record.seconds, "tokens/s", at
+        yield "peak_memory", record.peak_memory_bytes, "bytes", at
     yield "tokens", result.tokens, "tokens", {}
     yield "trainable_parameters", result.trainable_parameters, "", {}
 
@@ -239,5 +242,5 @@ def _evaluation_numbers(result: EvaluationResult) -> Numbers:
 
 
 def _artifact(result: Any) -> ArtifactRef | None:
-    """What a stage published: recovery's adapter, export's directory; other stages only measure."""
-    return getattr(result, "adapter", None) or getattr(result, "artifact", None)
+    """What a stage published: recovery's adapter, export's directory; some stages only measure."""
+    return getattr(result, "artifact", None)

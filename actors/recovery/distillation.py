@@ -7,17 +7,17 @@ L = Σ_l [ MSE(H_T^{map(l)}, H_S^l) + MSE(A_T^{map(l)}, A_S^l) ] + MSE(z_T, z_S)
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from actors.contracts import LossSpec
+from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.models import LayerwisePass, find_layers
 from actors.recovery.adapters import lora_layers, switched_off
 from actors.recovery.attention import AttentionTap
 from actors.recovery.head import OutputHead
 from actors.recovery.losses import attention_mse, hidden_mse, logit_mse, logit_mse_from_hidden
+from actors.recovery.pair import Pair
 
 Terms = dict[str, Tensor]
 
@@ -31,8 +31,7 @@ class LockstepDistiller(nn.Module):
     state and attention matrix is alive at a time.
 
     Args:
-        adapted: the source model with its adapter chain (`attach_adapters`).
-        kept: source indices of the student's layers, ascending: `map(l)`.
+        pair: student and teacher in one model.
         weights: weight of each loss term; a term of weight 0 is not computed.
 
     Raises:
@@ -40,10 +39,11 @@ class LockstepDistiller(nn.Module):
             matrices although the attention term is on.
     """
 
-    def __init__(self, adapted: PeftModel, kept: tuple[int, ...], weights: LossSpec):
+    def __init__(self, pair: Pair, weights: LossSpec):
         super().__init__()
-        self.adapted = adapted
-        self._kept = frozenset(kept)
+        self.pair = pair
+        self._model = pair.student
+        self._kept = frozenset(pair.student_layers)
         self._weights = {"hidden": weights.hidden, "attention": weights.attention, "logits": weights.logits}
         if not any(self._weights.values()):
             raise RequestError("every loss term of the distillation has weight 0; give one of them a weight")
@@ -53,10 +53,6 @@ class LockstepDistiller(nn.Module):
         self._head = OutputHead(self._model)
         self.register_buffer("_gram_DD", self._head.gram() if weights.logits else None, persistent=False)
 
-    @property
-    def _model(self) -> PreTrainedModel:
-        return self.adapted.get_base_model()
-
     def train(self, mode: bool = True) -> "LockstepDistiller":
         """Only the adapters' own dropout follows the mode: the shared weights serve the teacher too."""
         super().train(False)
@@ -65,18 +61,15 @@ class LockstepDistiller(nn.Module):
             layer.lora_dropout.train(mode)
         return self
 
-    def forward(self, input_ids_BT: Tensor, mask_BT: Tensor | None = None) -> Terms:
+    def forward(self, batch: TokenBatch) -> Terms:
         """Loss terms of one batch, and their weighted sum as `loss`.
-
-        Args:
-            input_ids_BT: token ids, full blocks or padded.
-            mask_BT: 1 for tokens, 0 for padding; None when there is none.
 
         Returns:
             Scalars: `hidden` and `attention` are sums over the student's layers
             of means (see `losses`), `logits` is a mean; only terms with a weight.
         """
-        way = LayerwisePass(self._model, input_ids_BT, mask_BT)
+        mask_BT = batch.mask_BT
+        way = LayerwisePass(self._model, batch.input_ids_BT, mask_BT)
         student_BTD, teacher_BTD, terms = self._advance(way, mask_BT)
         if self._weights["logits"]:
             with torch.no_grad():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from actors.contracts import RecoverySpec
+from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.recovery.adapters import trainable_parameters
 
@@ -35,7 +36,7 @@ class Engine:
     """A training module under DeepSpeed.
 
     Args:
-        module: forward(input_ids_BT) → dict of scalars with `loss`.
+        module: forward(batch) → dict of scalars with `loss`.
         spec: batch sizes, optimizer and the user's DeepSpeed configuration.
         world_size: number of workers; a process group of that size must exist.
 
@@ -54,12 +55,12 @@ class Engine:
         )
         self._engine.train()
 
-    def accumulate(self, input_ids_BT: Tensor) -> dict[str, Tensor]:
+    def accumulate(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch; the detached terms."""
         if self._pending:
             # DeepSpeed counts micro-batches by calls of step(); this one changes no weights.
             self._engine.step()
-        terms = self._engine(input_ids_BT.to(self._engine.device))
+        terms = self._engine(batch.to(self._engine.device))
         self._engine.backward(terms["loss"])
         self._pending = True
         return {name: value.detach() for name, value in terms.items()}

@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peft import PeftModel
 from torch import nn
 
 from actors.contracts import RecoverySpec
 from actors.errors import unknown_name
 from actors.recovery.distillation import LockstepDistiller
+from actors.recovery.pair import Pair
 
-BuildModule = Callable[[PeftModel, RecoverySpec, tuple[int, ...]], nn.Module]
-"""(adapted source model, spec, kept source layers) → module whose forward(input_ids_BT)
-returns a dict of scalar terms with their weighted sum under `loss`."""
+BuildModule = Callable[[Pair, RecoverySpec], nn.Module]
+"""Gives the module to train: forward(batch: TokenBatch) → dict of scalar terms, their weighted sum
+under `loss`, each the sum over the batch's tokens divided by `batch.denominator`."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Objective:
     paper: str
 
 
-def build_lockstep(adapted: PeftModel, spec: RecoverySpec, kept: tuple[int, ...]) -> nn.Module:
+def build_lockstep(pair: Pair, spec: RecoverySpec) -> nn.Module:
     """Knowledge distillation from the unpruned model."""
-    return LockstepDistiller(adapted, kept, spec.loss)
+    return LockstepDistiller(pair, spec.loss)
 
 
 OBJECTIVES: dict[str, Objective] = {

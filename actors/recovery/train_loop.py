@@ -10,26 +10,25 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from actors.artifacts import publish
 from actors.contracts import ArtifactRef, Progress, RecoveryResult, RecoverySpec, StepRecord, digest
-from actors.data import batch_order, load_texts, pack_blocks
+from actors.data import BlockData, TrainingData, batch_order, load_texts, pack_blocks
 from actors.errors import IterabreError, RequestError, WorkError
-from actors.models import depth, device, load_source
-from actors.recovery.adapters import attach_adapters, save_adapter, stage_seed, trainable_parameters
+from actors.recovery.adapters import save_adapter, stage_seed, trainable_parameters
 from actors.recovery.check import check_recovery
 from actors.recovery.engine import Engine
 from actors.recovery.objectives import BuildModule, find_objective
+from actors.recovery.pair import Pair, load_pair
 from actors.recovery.schedule import lr_at
 
 Write = Callable[[Path], None]
@@ -69,9 +68,9 @@ class Run:
 
     spec: RecoverySpec
     workplace: Workplace
-    adapted: PeftModel
+    pair: Pair
     engine: Engine
-    sequences_ST: Tensor
+    data: TrainingData
     order_SB: Tensor
 
     @property
@@ -87,7 +86,7 @@ def train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
     """Train the adapter that `spec` asks for; every worker of the group calls this.
 
     Continues from the workplace's last checkpoint if there is one. The result is
-    complete on every worker; `adapter` is None except on rank 0.
+    complete on every worker; `artifact` is None except on rank 0.
 
     Raises:
         RequestError: the request cannot be trained as it stands.
@@ -95,18 +94,18 @@ def train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
     """
     objective = find_objective(spec.objective)
     if objective.build is None:
-        return RecoveryResult(adapter=None, steps=(), tokens=0, trainable_parameters=0)
+        return RecoveryResult(artifact=None, steps=(), tokens=0, trainable_parameters=0)
     run = _prepare(spec, workplace, objective.build)
     try:
         records = _run_steps(run, _resume(run))
-        adapter = _publish_adapter(run) if workplace.rank == 0 else None
+        artifact = _publish_adapter(run) if workplace.rank == 0 else None
     finally:
         run.engine.close()
     return RecoveryResult(
-        adapter=adapter,
+        artifact=artifact,
         steps=tuple(records),
         tokens=run.num_steps * run.tokens_per_step,
-        trainable_parameters=sum(p.numel() for p in trainable_parameters(run.adapted)),
+        trainable_parameters=sum(p.numel() for p in trainable_parameters(run.pair.student)),
     )
 
 
@@ -130,14 +129,14 @@ def plan_steps(spec: RecoverySpec, num_sequences: int) -> int:
 def _prepare(spec: RecoverySpec, workplace: Workplace, build: BuildModule) -> Run:
     loaded = _all_or_none(lambda: _load(spec, workplace.world_size, build))
     engine = Engine(loaded.module, spec, workplace.world_size)
-    return Run(spec, workplace, loaded.adapted, engine, loaded.sequences_ST, loaded.order_SB)
+    return Run(spec, workplace, loaded.pair, engine, loaded.data, loaded.order_SB)
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    adapted: PeftModel
+    pair: Pair
     module: nn.Module
-    sequences_ST: Tensor
+    data: TrainingData
     order_SB: Tensor
 
 
@@ -145,13 +144,11 @@ def _load(spec: RecoverySpec, world_size: int, build: BuildModule) -> _Loaded:
     """Everything that can be wrong with the request is found here, cheapest first."""
     check_recovery(spec, world_size)
     texts = load_texts(spec.data)
-    model, tokenizer = load_source(spec.model)
-    sequences_ST = pack_blocks(texts, tokenizer, spec.sequence_length)
-    num_steps = plan_steps(spec, len(sequences_ST))
-    order_SB = batch_order(len(sequences_ST), spec.batch_size, num_steps, stage_seed(spec))
-    kept = spec.model.kept(depth(model.config))
-    adapted = attach_adapters(model.to(device()), spec, kept)
-    return _Loaded(adapted, build(adapted, spec, kept), sequences_ST, order_SB)
+    pair, tokenizer = load_pair(spec)
+    data = BlockData(pack_blocks(texts, tokenizer, spec.sequence_length))
+    num_steps = plan_steps(spec, len(data))
+    order_SB = batch_order(len(data), spec.batch_size, num_steps, stage_seed(spec))
+    return _Loaded(pair, build(pair, spec), data, order_SB)
 
 
 def _all_or_none(work: Callable[[], T]) -> T:
@@ -198,11 +195,14 @@ def _run_step(run: Run, step: int) -> StepRecord:
     """One optimizer step; nothing is changed if the loss is not finite."""
     started, spec = time.perf_counter(), run.spec
     positions = _micro_batches(spec, run.workplace)
+    in_step = run.data.num_tokens(run.order_SB[step])
+    denominator = in_step / (len(positions) * run.workplace.world_size)
     sums: dict[str, Tensor] = {}
     for position in positions:
         torch.manual_seed(_draw_seed(stage_seed(spec), step, position))
         chosen = run.order_SB[step, position : position + spec.micro_batch_size]
-        for name, value in run.engine.accumulate(run.sequences_ST[chosen]).items():
+        batch = replace(run.data.batch(chosen), denominator=denominator)
+        for name, value in run.engine.accumulate(batch).items():
             sums[name] = sums[name] + value if name in sums else value
     means = run.engine.mean_over_workers(torch.stack(list(sums.values())).double() / len(positions))
     terms = dict(zip(sums, means, strict=True))
@@ -212,7 +212,7 @@ def _run_step(run: Run, step: int) -> StepRecord:
     _check_finite(run, step, "gradient", grad_norm)
     return StepRecord(
         step=step,
-        tokens=run.tokens_per_step,
+        tokens=in_step,
         loss=terms.pop("loss"),
         terms=tuple(terms.items()),
         learning_rate=learning_rate,
@@ -246,7 +246,7 @@ def _check_finite(run: Run, step: int, what: str, value: float) -> None:
 
 def _publish_adapter(run: Run) -> ArtifactRef:
     with TemporaryDirectory(prefix="iterabre-adapter-") as scratch:
-        save_adapter(run.adapted, Path(scratch))
+        save_adapter(run.pair.adapted, Path(scratch))
         return publish(Path(scratch), run.workplace.adapter_uri)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from actors.contracts import ModelRef
+from actors.contracts import ModelRef, TextSpec
 from orchestrator.plan import IterationPlan, TrajectoryPlan
 from orchestrator.store import installed_versions
 
@@ -42,7 +42,9 @@ def provenance(
         "method": plan.method.model_dump(mode="json"),
         "recovery_tokens": recovery_tokens(rows, plan.id, iteration.index),
         "data_sha256": {
-            text.builtin or str(text.path): fingerprint for text, fingerprint in plan.fingerprints.items()
+            text.builtin or str(text.path): fingerprint
+            for text, fingerprint in plan.fingerprints.items()
+            if isinstance(text, TextSpec)
         },
         "scores": scores_of(rows, plan.id, iteration.index, "recovered"),
         "scores_of_source": scores_of(rows, plan.id, 0, "dense"),

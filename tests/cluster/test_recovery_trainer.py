@@ -59,12 +59,12 @@ def test_a_worker_killed_midway_is_replaced_and_the_curve_is_that_of_one_process
     assert [step.step for step in result.steps] == list(range(6))
     for got, want in zip(result.steps, local.steps, strict=True):
         assert (got.loss, got.grad_norm) == pytest.approx((want.loss, want.grad_norm), rel=1e-5)
-    assert result.adapter
-    assert {file.name for file in result.adapter.files} == {
+    assert result.artifact
+    assert {file.name for file in result.artifact.files} == {
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    fetch(result.adapter)
+    fetch(result.artifact)
 
 
 def test_a_wrong_request_is_reported_as_such_and_not_tried_again(spec: RecoverySpec, tmp_path: Path) -> None:

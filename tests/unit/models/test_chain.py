@@ -141,7 +141,7 @@ def test_materialize_folds_the_whole_chain(tmp_path: Path, dropped: tuple[int, .
     with skipped(source, dropped):
         want = source(tiny_ids(), use_cache=False).logits
 
-    ref = ModelRef(ModelSpec(path)).recovered(first_ref).without(dropped).recovered(second_ref)
+    ref = ModelRef(ModelSpec(path)).adapted(first_ref).without(dropped).adapted(second_ref)
     model, tokenizer = materialize(ref)
     assert model.config.num_hidden_layers == 4 - len(dropped)
     assert len(tokenizer) == model.config.vocab_size

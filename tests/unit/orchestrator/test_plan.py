@@ -45,7 +45,7 @@ def _plan(campaign: dict[str, Any]) -> CampaignPlan:
 
 def _keys(trajectory: TrajectoryPlan) -> dict[str, str]:
     """Keys of the stages after layer 3 was dropped and healed once."""
-    model = trajectory.dense.without((3,)).recovered(ADAPTER)
+    model = trajectory.dense.without((3,)).adapted(ADAPTER)
     specs = {
         "score": trajectory.score_spec(model),
         "recover": trajectory.recovery_spec(model),
@@ -275,12 +275,12 @@ def test_keys_depend_on_what_became_of_the_model(place: Path) -> None:
     dense, dropped = trajectory.dense, trajectory.dense.without((3,))
     other = replace(ADAPTER, files=(FileRef("adapter_model.safetensors", 10, "cd" * 32),))
     moved = replace(ADAPTER, uri="s3://bucket/elsewhere")
-    variants = [dense, dropped, dense.without((2,)), dropped.recovered(ADAPTER), dropped.recovered(other)]
+    variants = [dense, dropped, dense.without((2,)), dropped.adapted(ADAPTER), dropped.adapted(other)]
     keys = {stage_key("score", trajectory.key_inputs(trajectory.score_spec(m))) for m in variants}
     assert len(keys) == len(variants)
     assert stage_key(
-        "score", trajectory.key_inputs(trajectory.score_spec(dropped.recovered(moved)))
-    ) == stage_key("score", trajectory.key_inputs(trajectory.score_spec(dropped.recovered(ADAPTER))))
+        "score", trajectory.key_inputs(trajectory.score_spec(dropped.adapted(moved)))
+    ) == stage_key("score", trajectory.key_inputs(trajectory.score_spec(dropped.adapted(ADAPTER))))
 
 
 def test_summary_counts_what_will_run(place: Path) -> None:

@@ -59,7 +59,7 @@ def _recovered(store: Store, tmp_path: Path, key: str) -> RecoveryResult:
 
 def _commit_recovery(store: Store, tmp_path: Path, key: str) -> RecoveryResult:
     result = _recovered(store, tmp_path, key)
-    store.commit("recover", key, result, INPUTS, result.adapter, 12.5)
+    store.commit("recover", key, result, INPUTS, result.artifact, 12.5)
     return result
 
 
@@ -70,7 +70,7 @@ def test_committed_stage_is_loaded_as_it_was(store: Store, tmp_path: Path) -> No
     stored = store.load("recover", key, RecoveryResult)
     assert stored is not None
     assert stored.result == result
-    assert stored.artifact == result.adapter
+    assert stored.artifact == result.artifact
     assert (stored.inputs, stored.seconds, stored.kind, stored.key) == (INPUTS, 12.5, "recover", key)
     assert stored.versions["pyarrow"]
 
@@ -115,7 +115,7 @@ def test_flipped_byte_sets_the_stage_aside(
 
 def test_missing_payload_sets_the_stage_aside(local_store: Store, tmp_path: Path) -> None:
     result = _commit_recovery(local_store, tmp_path, "k")
-    Path(result.adapter.uri, "adapter.safetensors").unlink()
+    Path(result.artifact.uri, "adapter.safetensors").unlink()
     assert local_store.load("recover", "k", RecoveryResult) is None
 
 
@@ -138,8 +138,8 @@ def test_a_moved_run_still_loads(local_store: Store, tmp_path: Path) -> None:
     moved = Store(str(tmp_path / "moved"))
     stored = moved.load("recover", "k", RecoveryResult)
     assert stored.artifact.uri == moved.payload_uri("recover", "k", 0)
-    assert stored.result.adapter == stored.artifact
-    assert stored.artifact.files == result.adapter.files
+    assert stored.result.artifact == stored.artifact
+    assert stored.artifact.files == result.artifact.files
 
 
 def test_key_depends_on_kind_and_inputs_but_not_on_their_order() -> None:

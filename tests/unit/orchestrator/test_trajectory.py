@@ -31,7 +31,7 @@ class Recording:
 
     def recover(self, iteration: IterationPlan, model: ModelRef) -> ModelRef:
         self._note("recover", iteration, model)
-        return model.recovered(ArtifactRef("here", (FileRef("a", 1, str(iteration.index)),)))
+        return model.adapted(ArtifactRef("here", (FileRef("a", 1, str(iteration.index)),)))
 
     def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
         self._note(f"evaluate {phase}", iteration, model)

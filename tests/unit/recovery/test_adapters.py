@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 
 from actors.artifacts import publish
 from actors.contracts import AdapterSpec, ArtifactRef, LossSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
+from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.models import load_source, materialize
 from actors.recovery.adapters import attach_adapters, save_adapter, target_paths, trainable_parameters
 from actors.recovery.distillation import LockstepDistiller
+from actors.recovery.pair import shared_pair
 from tests.tiny_models import save_tiny, tiny_llama
 
 ATTENTION = ["self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj"]
@@ -52,11 +54,11 @@ def _trained_like(path: str, ref: ModelRef, kept: tuple[int, ...], seed: int) ->
     with torch.no_grad():
         for parameter in trainable_parameters(adapted):
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return LockstepDistiller(adapted, kept, LossSpec(1, 0, 1))
+    return LockstepDistiller(shared_pair(adapted, kept), LossSpec(1, 0, 1))
 
 
 def _saved(distiller: LockstepDistiller, directory: Path, uri: str) -> ArtifactRef:
-    save_adapter(distiller.adapted, directory)
+    save_adapter(distiller.pair.adapted, directory)
     return publish(directory, uri)
 
 
@@ -66,16 +68,16 @@ def test_a_chain_with_layers_dropped_in_between_reads_back_as_the_student(tmp_pa
     ref = ModelRef(ModelSpec(path), dropped=(4,))
     first = _trained_like(path, ref, (0, 1, 2, 3, 5), seed=1)
     adapter = _saved(first, tmp_path / "a1", str(tmp_path / "store" / "a1"))
-    ref = ref.recovered(adapter).without((1, 2))
+    ref = ref.adapted(adapter).without((1, 2))
     second = _trained_like(path, ref, (0, 3, 5), seed=2)
-    ref = ref.recovered(_saved(second, tmp_path / "a2", str(tmp_path / "store" / "a2")))
+    ref = ref.adapted(_saved(second, tmp_path / "a2", str(tmp_path / "store" / "a2")))
 
     merged, _ = materialize(ref)
     assert merged.config.num_hidden_layers == 3
     with torch.no_grad():
         got = merged(ids_BT, use_cache=False).logits
         hidden_BTD = second.eval().student_hidden(ids_BT)
-        want = second.adapted.get_base_model().get_output_embeddings()(hidden_BTD)
+        want = second.pair.adapted.get_base_model().get_output_embeddings()(hidden_BTD)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
@@ -83,11 +85,11 @@ def test_only_the_new_adapter_trains_and_the_chain_stays_as_it_was(tmp_path: Pat
     path = save_tiny(tmp_path / "model", num_layers=4)
     ref = ModelRef(ModelSpec(path), dropped=(2,))
     adapter = _saved(_trained_like(path, ref, (0, 1, 3), seed=1), tmp_path / "a", str(tmp_path / "store"))
-    distiller = _trained_like(path, ref.recovered(adapter), (0, 1, 3), seed=2)
+    distiller = _trained_like(path, ref.adapted(adapter), (0, 1, 3), seed=2)
     trainable = [name for name, p in distiller.named_parameters() if p.requires_grad]
     assert len(trainable) == 3 * 7 * 2
     assert all(".current." in name for name in trainable)
-    distiller(torch.randint(0, 300, (1, 8)))["loss"].backward()
+    distiller(TokenBatch(torch.randint(0, 300, (1, 8))))["loss"].backward()
     assert all(p.grad is None for p in distiller.parameters() if not p.requires_grad)
     assert all(p.grad is not None for p in trainable_parameters(distiller))
 
@@ -95,7 +97,7 @@ def test_only_the_new_adapter_trains_and_the_chain_stays_as_it_was(tmp_path: Pat
 def test_the_saved_adapter_is_an_ordinary_peft_directory_named_by_source_layer(tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "model", num_layers=4)
     distiller = _trained_like(path, ModelRef(ModelSpec(path), dropped=(1, 2)), (0, 3), seed=1)
-    save_adapter(distiller.adapted, tmp_path / "a")
+    save_adapter(distiller.pair.adapted, tmp_path / "a")
     names = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert {name.split(".layers.")[1].split(".")[0] for name in names} == {"0", "3"}
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())

@@ -16,10 +16,12 @@ from transformers import (
 )
 
 from actors.contracts import AdapterSpec, LossSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
+from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.models import find_layers
 from actors.recovery.adapters import attach_adapters
 from actors.recovery.distillation import LockstepDistiller
+from actors.recovery.pair import shared_pair
 from tests.tiny_models import tiny_llama
 
 KEPT = (0, 1, 3)
@@ -63,7 +65,7 @@ def _distiller(model: PreTrainedModel, weights: LossSpec = WEIGHTS, **adapter: o
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
-    return LockstepDistiller(adapted, KEPT, weights)
+    return LockstepDistiller(shared_pair(adapted, KEPT), weights)
 
 
 def _plain_terms(teacher: PreTrainedModel, student: PreTrainedModel, ids_BT: Tensor) -> dict[str, Tensor]:
@@ -92,7 +94,7 @@ def _plain_terms(teacher: PreTrainedModel, student: PreTrainedModel, ids_BT: Ten
 
 def _separate_student(distiller: LockstepDistiller) -> PreTrainedModel:
     """A copy of the adapted model that simply has no block 2."""
-    student = copy.deepcopy(distiller.adapted).get_base_model()
+    student = copy.deepcopy(distiller.pair.adapted).get_base_model()
     layers = find_layers(student)
     setattr(layers.parent, layers.attribute, nn.ModuleList(layers.modules[i] for i in KEPT))
     student.config.num_hidden_layers = len(KEPT)
@@ -110,7 +112,7 @@ def test_loss_and_every_gradient_equal_those_of_two_separate_models(family: str)
     want = _plain_terms(teacher, student, ids_BT)
     loss = 0.5 * want["hidden"] + 3.0 * want["attention"] + 2.0 * want["logits"]
     loss.backward()
-    got = distiller(ids_BT)
+    got = distiller(TokenBatch(ids_BT))
     got["loss"].backward()
 
     for name, value in want.items():
@@ -121,7 +123,7 @@ def test_loss_and_every_gradient_equal_those_of_two_separate_models(family: str)
 
 
 def _assert_same_gradients(distiller: LockstepDistiller, student: PreTrainedModel) -> None:
-    blocks = find_layers(distiller.adapted.get_base_model()).modules
+    blocks = find_layers(distiller.pair.adapted.get_base_model()).modules
     compared = 0
     for position, source in enumerate(KEPT):
         mine = dict(blocks[source].named_parameters())
@@ -136,8 +138,10 @@ def _assert_same_gradients(distiller: LockstepDistiller, student: PreTrainedMode
 
 def test_an_untrained_adapter_leaves_the_student_to_the_frozen_weights() -> None:
     model, _ = tiny_llama(4)
-    distiller = LockstepDistiller(attach_adapters(model, _spec(), (0, 1, 2, 3)), (0, 1, 2, 3), WEIGHTS)
-    terms = distiller(torch.randint(0, 300, (2, 12)))
+    distiller = LockstepDistiller(
+        shared_pair(attach_adapters(model, _spec(), (0, 1, 2, 3)), (0, 1, 2, 3)), WEIGHTS
+    )
+    terms = distiller(TokenBatch(torch.randint(0, 300, (2, 12))))
     assert {name: float(value) for name, value in terms.items()} == {
         "hidden": 0.0,
         "attention": 0.0,
@@ -149,17 +153,17 @@ def test_an_untrained_adapter_leaves_the_student_to_the_frozen_weights() -> None
 def test_terms_without_weight_are_not_computed_and_attention_stays_fused() -> None:
     model, _ = tiny_llama(4)
     distiller = _distiller(model, LossSpec(hidden=0, attention=0, logits=1))
-    assert set(distiller(torch.randint(0, 300, (1, 8)))) == {"logits", "loss"}
+    assert set(distiller(TokenBatch(torch.randint(0, 300, (1, 8))))) == {"logits", "loss"}
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_padding_changes_nothing() -> None:
     distiller = _distiller(tiny_llama(4)[0])
     ids_BT = torch.randint(3, 300, (1, 10))
-    alone = distiller(ids_BT)
+    alone = distiller(TokenBatch(ids_BT))
     padded_BT = torch.cat([ids_BT, torch.zeros(1, 4, dtype=torch.long)], dim=1)
     mask_BT = torch.tensor([[1] * 10 + [0] * 4])
-    for name, value in distiller(padded_BT, mask_BT).items():
+    for name, value in distiller(TokenBatch(padded_BT, mask_BT)).items():
         torch.testing.assert_close(value, alone[name], rtol=1e-5, atol=0)
 
 
@@ -169,9 +173,9 @@ def test_dropout_is_the_students_alone() -> None:
     )
     distiller = _distiller(model, dropout=0.5)
     ids_BT = torch.randint(0, 300, (1, 8))
-    still = distiller.eval()(ids_BT)["loss"]
-    assert float(distiller(ids_BT)["loss"]) == float(still)
-    assert float(distiller.train()(ids_BT)["loss"]) != float(still)
+    still = distiller.eval()(TokenBatch(ids_BT))["loss"]
+    assert float(distiller(TokenBatch(ids_BT))["loss"]) == float(still)
+    assert float(distiller.train()(TokenBatch(ids_BT))["loss"]) != float(still)
     assert not model.base_model.drop.training
 
 
@@ -179,10 +183,10 @@ def test_a_family_without_attention_matrices_is_refused_by_the_terms_name() -> N
     model = _from_config(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=4, state_size=4))
     adapted = attach_adapters(model, _spec(targets=("in_proj",)), KEPT)
     with pytest.raises(RequestError, match="attention"):
-        LockstepDistiller(adapted, KEPT, LossSpec())
+        LockstepDistiller(shared_pair(adapted, KEPT), LossSpec())
 
 
 def test_no_term_at_all_is_refused() -> None:
     adapted = attach_adapters(tiny_llama(4)[0], _spec(), KEPT)
     with pytest.raises(RequestError, match="weight"):
-        LockstepDistiller(adapted, KEPT, LossSpec(0, 0, 0))
+        LockstepDistiller(shared_pair(adapted, KEPT), LossSpec(0, 0, 0))

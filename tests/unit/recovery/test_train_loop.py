@@ -37,9 +37,9 @@ def _assert_same(result: RecoveryResult, expected: RecoveryResult) -> None:
     assert [s.step for s in result.steps] == [s.step for s in expected.steps]
     for got, want in zip(_curve(result), _curve(expected), strict=True):
         assert got == pytest.approx(want, rel=1e-5)
-    assert result.adapter
-    assert expected.adapter
-    mine, theirs = (load_file(fetch(r.adapter) / "adapter_model.safetensors") for r in (result, expected))
+    assert result.artifact
+    assert expected.artifact
+    mine, theirs = (load_file(fetch(r.artifact) / "adapter_model.safetensors") for r in (result, expected))
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
@@ -155,7 +155,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
 
 def test_none_trains_nothing(tiny_spec: RecoverySpec, tmp_path: Path) -> None:
     result = recover_locally(replace(tiny_spec, objective="none"), str(tmp_path / "a"), tmp_path)
-    assert result == RecoveryResult(adapter=None, steps=(), tokens=0, trainable_parameters=0)
+    assert result == RecoveryResult(artifact=None, steps=(), tokens=0, trainable_parameters=0)
 
 
 def _bad_requests() -> Iterator[tuple[dict[str, object], str]]:

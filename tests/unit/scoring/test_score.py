@@ -136,7 +136,7 @@ def test_a_memory_budget_changes_no_score(spec: ScoreSpec, criterion: str) -> No
 
 def test_a_streamed_model_has_the_same_scores(spec: ScoreSpec, adapter: ArtifactRef) -> None:
     """Unpruned, and pruned and recovered against the unpruned source; two shares, too."""
-    for model in (spec.model, spec.model.recovered(adapter).without(DROPPED)):
+    for model in (spec.model, spec.model.adapted(adapter).without(DROPPED)):
         loaded = replace(spec, model=model)
         streamed = replace(loaded, stream_weights=True)
         want = score_locally(loaded)
@@ -173,7 +173,7 @@ def test_giving_up_candidates_saves_work_and_not_the_winner(long_spec: ScoreSpec
 
 @pytest.mark.parametrize("reference", ["source", "current"])
 def test_a_pruned_and_recovered_model(spec: ScoreSpec, adapter: ArtifactRef, reference: str) -> None:
-    model = spec.model.recovered(adapter).without(DROPPED)
+    model = spec.model.adapted(adapter).without(DROPPED)
     result = score_locally(replace(spec, model=model, reference=reference))
 
     source, _ = load_model(spec.model.source.path)

@@ -1,0 +1,66 @@
+"""What a training step is fed: sequences by number, gathered into batches of tokens.
+
+Shape letters: S sequences of a data set, B sequences of a batch, T tokens.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import LongTensor, Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """A batch of token sequences, all T long.
+
+    Attributes:
+        input_ids_BT: token ids.
+        mask_BT: 1 for tokens, 0 for padding; None when there is no padding.
+        targets_BT: 1 for tokens that are to be predicted, 0 for prompts, padding
+            and first tokens of documents; None when every token but the first is.
+        position_ids_BT: positions within each document; None when a sequence is one document.
+        denominator: what sums over tokens are divided by; None for the number of
+            tokens in this batch. With the tokens of a whole step, divided by its number of
+            micro-batches, the mean over micro-batches is the mean over the step's tokens.
+    """
+
+    input_ids_BT: Tensor
+    mask_BT: Tensor | None = None
+    targets_BT: Tensor | None = None
+    position_ids_BT: Tensor | None = None
+    denominator: float | None = None
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The same batch there."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+class TrainingData(Protocol):
+    """Sequences that a training run draws its batches from."""
+
+    def __len__(self) -> int:
+        """S, the number of sequences."""
+
+    def batch(self, chosen_B: LongTensor) -> TokenBatch:
+        """Those sequences, as one batch."""
+
+    def num_tokens(self, chosen_B: LongTensor) -> int:
+        """Tokens of those sequences that the loss is a mean over."""
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """Full blocks of running text, every token of which counts."""
+
+    blocks_ST: Tensor
+
+    def __len__(self) -> int:
+        return len(self.blocks_ST)
+
+    def batch(self, chosen_B: LongTensor) -> TokenBatch:
+        return TokenBatch(self.blocks_ST[chosen_B])
+
+    def num_tokens(self, chosen_B: LongTensor) -> int:
+        return self.blocks_ST[chosen_B].numel()
