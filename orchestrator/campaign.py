@@ -241,6 +241,16 @@ def cluster_capacity() -> Capacity:
     )
 
 
+def capacity_at(address: str) -> Capacity:
+    """The capacity of the cluster at `address`.
+
+    Raises:
+        ConnectionError: none answers there.
+    """
+    with _cluster(address):
+        return cluster_capacity()
+
+
 def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
     """Refuse what the cluster can never give, rather than wait for it for ever.
 

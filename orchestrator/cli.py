@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from orchestrator import cli_setup
 from orchestrator.config import CampaignConfig, load_config
 from orchestrator.errors import IterabreError, RequestError, WorkError
 
@@ -228,6 +229,10 @@ def export(
     with _new_directory(output):
         result = export_iteration(existing, trajectory, iteration, output)
     _print_model(output, result.num_layers, result.num_parameters)
+
+
+for setup_command in (cli_setup.init, cli_setup.doctor, cli_setup.schema):
+    app.command()(setup_command)
 
 
 def parse_layers(text: str) -> list[int]:

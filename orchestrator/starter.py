@@ -1,0 +1,70 @@
+"""A first campaign file, with comments, from a few answers."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from orchestrator.config import NAME, parse_config
+
+WIKITEXT = "{path: Salesforce/wikitext, config: wikitext-2-raw-v1, split: train}"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a campaign file cannot do without. `gpus` is the number of GPUs to use, 0 for CPUs."""
+
+    model: str
+    fractions: tuple[float, ...] = (0.1, 0.25)
+    dtype: str = "bfloat16"
+    gpus: int = 1
+    data: str | None = None
+    max_tokens: int = 2_500_000
+    storage: str = "runs"
+
+
+def campaign_file(answers: Answers, file: str) -> str:
+    """The text of a commented campaign file; `file` is what its commands call it.
+
+    Raises:
+        ConfigError: an answer makes no valid campaign.
+    """
+    environment = Environment(
+        loader=PackageLoader("orchestrator"), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    model_id = short_name(answers.model)
+    text = environment.get_template("campaign.yaml.j2").render(
+        file=file,
+        name=model_id,
+        model_id=model_id,
+        model=_quoted(answers.model),
+        dtype=answers.dtype,
+        data=WIKITEXT if answers.data is None else f"{{path: {_quoted(answers.data)}}}",
+        max_tokens=answers.max_tokens,
+        fractions=answers.fractions,
+        backend="ray",
+        workers=max(1, answers.gpus),
+        gpus=min(1, answers.gpus),
+        storage=_quoted(answers.storage),
+    )
+    parse_config(yaml.safe_load(_as_floats(text)), file)
+    return text
+
+
+def short_name(model: str) -> str:
+    """`meta-llama/Llama-3.2-1B` → `llama-3.2-1b`: fit for results and paths."""
+    last = Path(model.rstrip("/")).name.lower().removesuffix(".gguf")
+    name = re.sub(r"[^a-z0-9._-]+", "-", last).strip("-._")[:60]
+    return name if NAME.fullmatch(name) else "model"
+
+
+def _quoted(value: str) -> str:
+    """As YAML takes it whatever is in it."""
+    return yaml.safe_dump(value, width=10_000).splitlines()[0]
+
+
+def _as_floats(text: str) -> str:
+    """Plain YAML reads `1e-4` as a word; the project's own reader does not."""
+    return re.sub(r"\b(\d+)e-", r"\1.0e-", text)

@@ -1,0 +1,91 @@
+"""`iterabre init`, `doctor` and `schema`."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.config import CampaignConfig, load_config
+from orchestrator.starter import short_name
+from tests.unit.orchestrator.command import iterabre
+
+
+def test_init_writes_a_file_that_the_campaign_reads(tmp_path: Path) -> None:
+    file = tmp_path / "llama.yaml"
+    answer = iterabre(
+        "init", file, "--model", "meta-llama/Llama-3.2-1B", "--fractions", "0.1,0.5", "--gpus", "8"
+    )
+    assert answer.exit_code == 0
+    config = load_config(file)
+    (model,) = config.models
+    assert (model.id, model.path, model.dtype) == ("llama-3.2-1b", "meta-llama/Llama-3.2-1B", "bfloat16")
+    assert [target.fraction for target in config.targets] == [0.1, 0.5]
+    assert (config.execution.training.workers, config.execution.training.gpus) == (8, 1)
+    assert "# " in file.read_text()
+
+
+def test_init_without_gpus_asks_for_none(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    iterabre("init", file, "--model", "m", "--gpus", "0", "--data", "a: b.txt")
+    config = load_config(file)
+    assert (config.models[0].dtype, config.execution.training.gpus) == ("float32", 0)
+    assert config.methods[0].recovery.data.path == "a: b.txt"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model says which model"),
+        (["--model", "m", "--fractions", "a"], "--fractions 'a'"),
+        (["--model", "m", "--fractions", "1.5"], "targets.0.fraction"),
+    ],
+)
+def test_init_refuses_and_writes_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
+    file = tmp_path / "c.yaml"
+    answer = iterabre("init", file, *arguments)
+    assert (answer.exit_code, file.exists()) == (2, False)
+    assert message in answer.err
+
+
+def test_init_never_overwrites(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("mine")
+    assert iterabre("init", file, "--model", "m").exit_code == 2
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("meta-llama/Llama-3.2-1B", "llama-3.2-1b"), ("/x/My Model/", "my-model"), ("../..", "model")],
+)
+def test_models_get_names_fit_for_paths(model: str, name: str) -> None:
+    assert short_name(model) == name
+
+
+def test_the_schema_knows_every_section_and_field() -> None:
+    described = json.loads(iterabre("schema").out)
+    assert set(described["properties"]) == set(CampaignConfig.model_fields)
+    assert described["additionalProperties"] is False
+    recovery = described["$defs"]["RecoveryConfig"]["properties"]
+    assert recovery["learning_rate"]["description"]
+    yaml.safe_dump(described)
+
+
+def test_doctor_finds_this_machine_fit(tmp_path: Path) -> None:
+    answer = iterabre("doctor", "--json", "--storage", tmp_path)
+    found = {finding["name"]: finding for finding in json.loads(answer.out)}
+    assert answer.exit_code == 0
+    assert found["Python"]["state"] == found["packages"]["state"] == "ok"
+    assert str(tmp_path) in found["storage"]["found"]
+
+
+def test_doctor_says_what_to_mend_when_no_cluster_answers() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    answer = iterabre("doctor", "--json", "--address", address)
+    cluster = json.loads(answer.out)[-1]
+    assert (answer.exit_code, cluster["state"]) == (1, "fail")
+    assert "ray start --head" in cluster["remedy"]
