@@ -19,9 +19,7 @@ MARKS = {"ok": "[green]✓[/]", "note": "[yellow]–[/]", "fail": "[red]✗[/]"}
 
 def init(
     output: Annotated[Path, typer.Argument(help="File to write.")] = Path("campaign.yaml"),
-    model: Annotated[
-        str | None, typer.Option(help="Hub id, directory or GGUF file; asked for if absent.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, directory or GGUF file.")] = None,
     fractions: Annotated[
         str | None, typer.Option(help="Shares of the layers to remove, e.g. 0.1,0.25.")
     ] = None,
@@ -62,9 +60,7 @@ def init(
 def doctor(
     address: Annotated[str | None, typer.Option(help="Ray cluster to look at: auto, or HOST:PORT.")] = None,
     storage: Annotated[str, typer.Option(help="Where runs will be kept.")] = "runs",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON for machines instead of a table.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Check Python, packages, disk, GPUs, hub and cluster, and say what to mend.
 

@@ -84,9 +84,7 @@ def check_gpus(_place: Place) -> Iterator[Finding]:
             "install a torch built for your CUDA: https://pytorch.org/get-started/locally",
         )
     else:
-        yield Finding(
-            "GPUs", "note", f"none here; torch {torch.__version__}", "fine for a head node or a demo"
-        )
+        yield Finding("GPUs", "note", f"none here; torch {torch.__version__}", "fine for a head node")
 
 
 def check_disk(place: Place) -> Iterator[Finding]:
