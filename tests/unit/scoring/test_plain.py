@@ -99,7 +99,8 @@ def test_a_run_that_does_nothing_goes_wherever_it_is(first: int, size: int) -> N
             block.self_attn.o_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
     scores = score_layers(model, SEQUENCES, "angular_block", num_remove=size)
-    assert scores[first] == 0
+    # arccos turns the last bit of a cosine in float64 into 1e-8.
+    assert scores[first] == pytest.approx(0, abs=1e-7)
     assert min(score for i, score in enumerate(scores) if i != first) > 0.01 if size < 6 else True
     assert removal_order(scores, False, size)[:size] == list(range(first, first + size))
 
