@@ -29,6 +29,9 @@ class LayerwisePass:
         input_ids_BT: token ids; every row as long as the others, no padding
             unless `attention_mask_BT` says where.
         attention_mask_BT: 1 for tokens, 0 for padding.
+        position_ids_BT: positions within each document where rows hold several;
+            no token then sees another document. The family must go by them: see
+            `recovery.documents`.
 
     Attributes:
         hidden_BTD: what the first block receives (embeddings, scaled or with
@@ -36,11 +39,17 @@ class LayerwisePass:
         config: the model's configuration.
     """
 
-    def __init__(self, model: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor | None = None,
+        position_ids_BT: Tensor | None = None,
+    ):
         layers = find_layers(model)
         self.config = model.config
         self._model, self._backbone, self._blocks = model, layers.parent, layers.modules
-        self._inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
+        self._inputs = {"input_ids": input_ids_BT} | _whom_to_see(attention_mask_BT, position_ids_BT)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._items = _items_returned(self._backbone, self._blocks[0], input_ids_BT[:1, :1])
         self.hidden_BTD = self._capture()
@@ -106,6 +115,19 @@ class LayerwisePass:
             return (output, *[None] * (self._items - 1)) if self._items else output
 
         return forward
+
+
+def _whom_to_see(mask_BT: Tensor | None, position_ids_BT: Tensor | None) -> dict[str, Tensor | None]:
+    """What tells the family which tokens see which.
+
+    transformers keeps documents apart by their positions only where no mask is
+    given, so padding becomes documents of one token each.
+    """
+    if position_ids_BT is None:
+        return {"attention_mask": mask_BT}
+    if mask_BT is not None:
+        position_ids_BT = position_ids_BT * mask_BT.to(position_ids_BT.dtype)
+    return {"attention_mask": None, "position_ids": position_ids_BT}
 
 
 def _hidden_of(output: Any) -> Tensor:

@@ -7,7 +7,9 @@ from torch import nn
 
 from actors.contracts import RecoverySpec
 from actors.errors import unknown_name
+from actors.recovery.causal import CausalLM
 from actors.recovery.distillation import LockstepDistiller
+from actors.recovery.healing import AuxiliaryHealing
 from actors.recovery.pair import Pair
 
 BuildModule = Callable[[Pair, RecoverySpec], nn.Module]
@@ -24,12 +26,28 @@ class Objective:
 
 
 def build_lockstep(pair: Pair, spec: RecoverySpec) -> nn.Module:
-    """Knowledge distillation from the unpruned model."""
-    return LockstepDistiller(pair, spec.loss)
+    """Knowledge distillation from the unpruned model, or from the teacher that is named."""
+    return LockstepDistiller(pair, spec.loss, spec.gradient_checkpointing)
+
+
+def build_causal_lm(pair: Pair, spec: RecoverySpec) -> nn.Module:
+    """Next-token prediction on the targets of the data."""
+    return CausalLM(pair, spec.gradient_checkpointing)
+
+
+def build_auxiliary_healing(pair: Pair, spec: RecoverySpec) -> nn.Module:
+    """Next-token prediction and the mismatch at the cuts; without its weight, the former alone."""
+    if not spec.loss.auxiliary:
+        return CausalLM(pair, spec.gradient_checkpointing)
+    return AuxiliaryHealing(pair, spec.loss.auxiliary, spec.gradient_checkpointing)
 
 
 OBJECTIVES: dict[str, Objective] = {
     "kd": Objective(build_lockstep, "IteRABRe §3.2"),
+    "healing": Objective(build_causal_lm, "Gromov et al. (arXiv 2403.17887) §3.2, App. A.1"),
+    "healing_aux": Objective(build_auxiliary_healing, "Gromov et al. (arXiv 2403.17887) §5, Eq. 8"),
+    "sft": Objective(build_causal_lm, "Limits of Layer Pruning §2: fine-tuning on the data set's answers"),
+    "sgr": Objective(build_causal_lm, "Limits of Layer Pruning §2: fine-tuning on the unpruned model's answers"),
     "none": Objective(None, "pruning without recovery, the control of every paper"),
 }
 
