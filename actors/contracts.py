@@ -313,7 +313,9 @@ class StepRecord:
     """One optimizer step of recovery. Losses are means over the whole batch.
 
     `tokens` are the tokens of the step over all workers, `peak_memory_bytes` the
-    most that any worker has held so far (on its GPU if it has one).
+    most that any worker has held so far (on its GPU if it has one). With float16,
+    `overflows` counts how often the step was computed again at a smaller loss
+    scale before `loss_scale` suited.
     """
 
     step: int
@@ -324,6 +326,8 @@ class StepRecord:
     grad_norm: float
     seconds: float
     peak_memory_bytes: int = 0
+    loss_scale: float = 1.0
+    overflows: int = 0
 
 
 @dataclass(frozen=True)

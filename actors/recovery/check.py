@@ -3,7 +3,7 @@
 from actors.contracts import RecoverySpec
 from actors.errors import RequestError, unknown_name
 from actors.recovery.adapters import ADAPTER_KINDS
-from actors.recovery.engine import deepspeed_config
+from actors.recovery.deepspeed_config import deepspeed_config, precision_of
 from actors.recovery.objectives import find_objective
 from actors.recovery.schedule import lr_at
 

@@ -18,7 +18,8 @@ from actors.artifacts import fetch
 from actors.contracts import LossSpec, RecoveryResult, RecoverySpec, TextSpec, no_progress
 from actors.errors import RequestError
 from actors.recovery.local import recover_locally
-from actors.recovery.train_loop import DivergenceError, Workplace, train
+from actors.recovery.train_loop import DivergenceError, train
+from actors.recovery.workplace import Workplace
 
 ZERO2 = json.dumps({"zero_optimization": {"stage": 2}})
 
@@ -86,7 +87,8 @@ def _one_of_two(rank: int, specs: dict[str, RecoverySpec], directory: Path) -> N
             world_size=2,
             adapter_uri=str(directory / f"{name}-adapter"),
             save_checkpoint=lambda step, write, name=name: write(directory / f"{name}-{step}"),
-            open_checkpoint=nullcontext,
+            note_uri=str(directory / f"{name}-micro"),
+            checkpoints=lambda: iter(()),
             progress=no_progress,
         )
         result = train(spec, workplace)
@@ -182,7 +184,7 @@ def test_a_wrong_request_is_refused_and_leaves_no_group_behind(
 
 
 def test_fields_given_as_auto_are_filled_in(tiny_spec: RecoverySpec) -> None:
-    from actors.recovery.engine import deepspeed_config
+    from actors.recovery.deepspeed_config import deepspeed_config
 
     user = {"train_batch_size": "auto", "optimizer": "auto", "zero_optimization": {"stage": 1}}
     config = deepspeed_config(replace(tiny_spec, deepspeed=json.dumps(user)), world_size=2)
