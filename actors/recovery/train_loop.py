@@ -22,11 +22,13 @@ from torch import distributed as dist
 
 from actors.artifacts import publish
 from actors.contracts import ArtifactRef, Progress, RecoveryResult, RecoverySpec, StepRecord, digest
-from actors.data import BlockData, TrainingData, batch_order, load_texts, pack_blocks
-from actors.errors import IterabreError, RequestError, WorkError
+from actors.data import TrainingData
+from actors.errors import IterabreError, WorkError
+from actors.models import load_tokenizer
 from actors.recovery.adapters import save_adapter, stage_seed, trainable_parameters
 from actors.recovery.check import check_recovery
 from actors.recovery.engine import Engine
+from actors.recovery.feed import check_vocabulary, training_data, training_order
 from actors.recovery.objectives import BuildModule, find_objective
 from actors.recovery.pair import Pair, load_pair
 from actors.recovery.schedule import lr_at
@@ -77,10 +79,6 @@ class Run:
     def num_steps(self) -> int:
         return len(self.order_SB)
 
-    @property
-    def tokens_per_step(self) -> int:
-        return self.spec.batch_size * self.spec.sequence_length
-
 
 def train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
     """Train the adapter that `spec` asks for; every worker of the group calls this.
@@ -104,26 +102,9 @@ def train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
     return RecoveryResult(
         artifact=artifact,
         steps=tuple(records),
-        tokens=run.num_steps * run.tokens_per_step,
+        tokens=sum(record.tokens for record in records),
         trainable_parameters=sum(p.numel() for p in trainable_parameters(run.pair.student)),
     )
-
-
-def plan_steps(spec: RecoverySpec, num_sequences: int) -> int:
-    """Number of optimizer steps: `max_tokens` in whole batches.
-
-    The batches are drawn from all of the data. If it holds fewer tokens than
-    `max_tokens`, it is gone through again, in a new order each epoch.
-
-    Raises:
-        RequestError: the data holds less than one batch.
-    """
-    if num_sequences < spec.batch_size:
-        raise RequestError(
-            f"the recovery data gives {num_sequences} sequences of {spec.sequence_length} tokens, fewer than "
-            f"one batch of {spec.batch_size}; give more text or make batch_size or sequence_length smaller"
-        )
-    return spec.max_tokens // (spec.batch_size * spec.sequence_length)
 
 
 def _prepare(spec: RecoverySpec, workplace: Workplace, build: BuildModule) -> Run:
@@ -143,11 +124,10 @@ class _Loaded:
 def _load(spec: RecoverySpec, world_size: int, build: BuildModule) -> _Loaded:
     """Everything that can be wrong with the request is found here, cheapest first."""
     check_recovery(spec, world_size)
-    texts = load_texts(spec.data)
-    pair, tokenizer = load_pair(spec)
-    data = BlockData(pack_blocks(texts, tokenizer, spec.sequence_length))
-    num_steps = plan_steps(spec, len(data))
-    order_SB = batch_order(len(data), spec.batch_size, num_steps, stage_seed(spec))
+    data = training_data(spec, load_tokenizer(spec.model.source))
+    order_SB = training_order(spec, data, stage_seed(spec))
+    pair, _ = load_pair(spec)
+    check_vocabulary(data, pair.student)
     return _Loaded(pair, build(pair, spec), data, order_SB)
 
 
@@ -212,7 +192,7 @@ def _run_step(run: Run, step: int) -> StepRecord:
     _check_finite(run, step, "gradient", grad_norm)
     return StepRecord(
         step=step,
-        tokens=in_step,
+        tokens=int(run.data.lengths_S[run.order_SB[step]].sum()),
         loss=terms.pop("loss"),
         terms=tuple(terms.items()),
         learning_rate=learning_rate,
