@@ -27,7 +27,7 @@ Message = dict[str, str]
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 """For models that were never taught a chat format: `User: …` and `Assistant: …`, ended by the EOS token."""
@@ -193,7 +193,7 @@ def _grown(
     if not (text.startswith(after) and after.startswith(before)):
         raise RequestError(
             f"the chat template of {tokenizer.name_or_path!r} changes earlier turns when one is added, so "
-            "answers cannot be told from prompts; give one with a {% generation %} block as data.chat_template"
+            "answers cannot be told from prompts; give data.chat_template one with a {% generation %} block"
         )
     return len(before), len(after.rstrip())
 

@@ -11,6 +11,7 @@ row is a document.
 """
 
 import hashlib
+import random
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -157,8 +158,8 @@ def _read(spec: TextSpec) -> tuple[Iterator[Record], str]:
 
 
 def _records(table: Table, spec: TextSpec) -> Iterator[Record]:
-    names = [name for name in _columns(spec) if name in table] or list(table)
-    _check_columns(table, spec)
+    names = [*_columns(spec), *([spec.input_column] if spec.input_column else [])]
+    _check_columns(table, names, spec)
     return (dict(zip(names, row, strict=True)) for row in zip(*(table[name] for name in names), strict=True))
 
 
@@ -167,8 +168,10 @@ def _stream(spec: TextSpec, seed: int = 0) -> Iterator[Record]:
     if file is not None:
         return stream_records(file)
     dataset = _hub_stream(spec)
-    # A buffer of one leaves the records of a shard in order: documents of several rows stay whole.
-    return iter(dataset.shuffle(seed=seed, buffer_size=1) if dataset.num_shards > 1 else dataset)
+    shards = list(range(dataset.num_shards))
+    # Only shards are shuffled here: documents of several rows must stay whole.
+    random.Random(seed).shuffle(shards)
+    return chain.from_iterable(dataset.shard(len(shards), index) for index in shards)
 
 
 def _columns(spec: TextSpec) -> tuple[str, ...]:
@@ -181,9 +184,9 @@ def _columns(spec: TextSpec) -> tuple[str, ...]:
     return tuple(name for name in named if name)
 
 
-def _check_columns(there: Iterable[str], spec: TextSpec) -> None:
+def _check_columns(there: Iterable[str], names: Iterable[str], spec: TextSpec) -> None:
     fields = ("text_column", "prompt_column", "input_column", "response_column", "messages_column")
-    for name in (*_columns(spec), *([spec.input_column] if spec.input_column else [])):
+    for name in names:
         if name not in there:
             field = next((field for field in fields if getattr(spec, field) == name), "generated")
             raise RequestError(
@@ -195,7 +198,7 @@ def _checked(records: Iterable[Record], spec: TextSpec) -> Iterator[Record]:
     """The records, each found to have its columns; at least one that is not blank."""
     blank = True
     for index, record in enumerate(records):
-        _check_columns(record, spec)
+        _check_columns(record, _columns(spec), spec)
         for name in _columns(spec):
             _check_value(record[name], name, index, spec)
             blank = blank and not str(record[name]).strip()
