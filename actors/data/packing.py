@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,16 +177,17 @@ def collect(sequences: Iterable[Sequence]) -> PackedData:
     return PackedData(columns, _bounds([len(sequence.ids) for sequence in held]))
 
 
-def spool(sequences: Iterable[Sequence], directory: Path) -> PackedData:
+def spool(make: Callable[[], Iterable[Sequence]], directory: Path) -> PackedData:
     """The sequences, in files under `directory` that are mapped rather than read.
 
-    If the directory is there it is used as it is; it appears whole or not at all.
+    If the directory is there it is used as it is, and nothing is made anew. It
+    appears whole or not at all.
     """
     if not directory.is_dir():
         directory.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".writing-"))
         try:
-            _write(sequences, scratch)
+            _write(make(), scratch)
             os.rename(scratch, directory)
         except OSError:
             # Another process of this node wrote the same meanwhile: its directory is as good.

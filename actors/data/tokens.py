@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from actors.contracts import digest
 from actors.errors import RequestError
 
+DOCUMENTS_AT_A_TIME = 256
+"""Documents that the tokenizer is handed at once: it works on several cores."""
+
 
 def tokenize_text(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
@@ -59,15 +62,13 @@ def pack_blocks(
     return ids[: num_blocks * sequence_length].view(num_blocks, sequence_length)
 
 
-def tokenize_documents(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, documents_at_a_time: int = 256
-) -> Iterator[list[int]]:
+def tokenize_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Token ids of each document by itself, without special tokens, as they are taken.
 
     As in `tokenize_text`, a document that does not end its line is followed by a newline.
     """
     remaining = iter(texts)
-    while chunk := list(islice(remaining, documents_at_a_time)):
+    while chunk := list(islice(remaining, DOCUMENTS_AT_A_TIME)):
         whole = [text if text.endswith("\n") else text + "\n" for text in chunk]
         yield from tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
 

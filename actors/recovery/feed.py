@@ -60,7 +60,9 @@ def training_data(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Tra
                 *(spec.packing, spec.sequence_length, spec.max_tokens, spec.seed),
             ]
         )
-        data = spool(up_to(_sequences(spec, tokenizer), spec.max_tokens), cache_dir() / "tokens" / key)
+        data = spool(
+            lambda: up_to(_sequences(spec, tokenizer), spec.max_tokens), cache_dir() / "tokens" / key
+        )
     elif text.conversations or spec.packing == "documents":
         data = collect(_sequences(spec, tokenizer))
     else:

@@ -113,8 +113,8 @@ def test_the_ceiling_of_tokens_is_kept(max_tokens: int) -> None:
 @pytest.mark.parametrize("apart", [True, False])
 def test_mapped_files_give_what_memory_gives(tmp_path: Path, apart: bool) -> None:
     held = collect(cut_into_blocks(DOCUMENTS, 4, apart))
-    mapped = spool(cut_into_blocks(DOCUMENTS, 4, apart), tmp_path / "tokens")
-    again = spool(iter(()), tmp_path / "tokens")  # found: not written anew
+    mapped = spool(lambda: cut_into_blocks(DOCUMENTS, 4, apart), tmp_path / "tokens")
+    again = spool(lambda: [], tmp_path / "tokens")  # found: not written anew
     chosen = torch.tensor([3, 1, 0])
     for data in (mapped, again):
         assert_same_batch(data, held, chosen)
@@ -134,7 +134,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
         raise ValueError("the stream broke")
 
     with pytest.raises(ValueError, match="broke"):
-        spool(broken(), tmp_path / "tokens")
+        spool(broken, tmp_path / "tokens")
     assert list(tmp_path.iterdir()) == []
 
 
