@@ -131,6 +131,7 @@ class TextSpec:
     For objectives that train on answers, a record is a conversation: either
     `messages_column` (a list of {role, content}), or `prompt_column`, with
     `input_column` added to it where that is not empty, and `response_column`.
+    `chat_template` is the tokenizer's own if None, `plain`, or a Jinja file.
     With `streaming`, records are read as they are needed and never all held.
     """
 
@@ -143,8 +144,14 @@ class TextSpec:
     input_column: str | None = None
     response_column: str | None = None
     messages_column: str | None = None
+    chat_template: str | None = None
     streaming: bool = False
     generated: ArtifactRef | None = None
+
+    @property
+    def conversations(self) -> bool:
+        """Whether records are conversations, or prompts of such, rather than running text."""
+        return any((self.prompt_column, self.messages_column, self.generated))
 
 
 @dataclass(frozen=True)
@@ -345,7 +352,7 @@ class GenerationSpec:
     """Have the unpruned `model` answer prompts (self-generated responses, *Limits* §4).
 
     `prompts` is read for its prompts only. `temperature` 0 is greedy decoding.
-    `engine` is `transformers` or `vllm`.
+    `engine` is `transformers` or `vllm`. `batch_size` changes no response but by rounding.
     """
 
     model: ModelSpec
@@ -362,12 +369,17 @@ class GenerationSpec:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """Responses as a JSONL artifact: a line a response, with `prompt`, `response`, `finished`."""
+    """Responses as an artifact of JSONL files: a line a response, in the order of the prompts.
+
+    A line has `prompt` (its messages), `response`, `finished` (it ended by itself)
+    and `tokens` (of the response). `num_tokens` counts those of all responses.
+    """
 
     artifact: ArtifactRef
     num_prompts: int
     num_responses: int
     num_tokens: int
+    num_finished: int
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """Finding, describing and loading source models: hub id, directory, GGUF file or package file."""
 
-import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import tempfile
@@ -21,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from actors.artifacts import cache_dir
+from actors.artifacts import cache_dir, file_sha256
 from actors.contracts import ModelInfo, ModelSpec, digest
 from actors.errors import RequestError
 from actors.models.families import depth, text_config
@@ -209,7 +207,7 @@ def _converted(gguf: Path) -> Path:
     """The directory with the GGUF file's weights as float32 safetensors."""
     if not gguf.is_file():
         raise RequestError(f"GGUF file {str(gguf)!r} does not exist")
-    target = cache_dir() / "gguf" / _file_sha256(gguf)
+    target = cache_dir() / "gguf" / file_sha256(gguf)
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -248,18 +246,4 @@ def _fingerprint(spec: ModelSpec, config: PretrainedConfig) -> str:
         commit = getattr(config, "_commit_hash", None) or spec.revision
         return digest(["hub", spec.path, commit, spec.dtype])
     files = sorted(file for file in source.iterdir() if file.suffix in MODEL_FILES)
-    return digest(["files", [(file.name, _file_sha256(file)) for file in files], spec.dtype])
-
-
-def _file_sha256(file: Path) -> str:
-    """SHA-256 of a file, remembered by path, size and time of change."""
-    status = file.stat()
-    identity = digest([str(file.resolve()), status.st_size, status.st_mtime_ns])
-    memo = cache_dir() / "sha256" / identity
-    if memo.is_file() and len(known := json.loads(memo.read_text() or '""')) == 64:
-        return known
-    with file.open("rb") as stream:
-        value = hashlib.file_digest(stream, "sha256").hexdigest()
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    memo.write_text(json.dumps(value))
-    return value
+    return digest(["files", [(file.name, file_sha256(file)) for file in files], spec.dtype])

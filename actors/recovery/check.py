@@ -4,6 +4,7 @@ from actors.contracts import RecoverySpec
 from actors.errors import RequestError, unknown_name
 from actors.recovery.adapters import ADAPTER_KINDS
 from actors.recovery.deepspeed_config import deepspeed_config, precision_of
+from actors.recovery.feed import check_data
 from actors.recovery.objectives import find_objective
 from actors.recovery.schedule import lr_at
 
@@ -32,5 +33,6 @@ def check_recovery(spec: RecoverySpec, workers: int) -> None:
             f"recovery.max_tokens {spec.max_tokens} is less than one batch of {spec.batch_size} x "
             f"{spec.sequence_length} = {per_step} tokens; raise it or make the batch smaller"
         )
+    check_data(spec.objective, spec.data)
     deepspeed_config(spec, workers)
     lr_at(0, 1, spec.learning_rate, spec.lr_schedule)

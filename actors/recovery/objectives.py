@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -19,10 +20,15 @@ under `loss`, each the sum over the batch's tokens divided by `batch.denominator
 
 @dataclass(frozen=True)
 class Objective:
-    """`build` is None where nothing is trained."""
+    """`build` is None where nothing is trained.
+
+    `trains_on` is running `text`, the `answers` of conversations, or `responses` that
+    the unpruned model gives to prompts before.
+    """
 
     build: BuildModule | None
     paper: str
+    trains_on: Literal["text", "answers", "responses"] = "text"
 
 
 def build_lockstep(pair: Pair, spec: RecoverySpec) -> nn.Module:

@@ -23,14 +23,15 @@ from torch import distributed as dist
 
 from actors.artifacts import publish
 from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, StepRecord, digest
-from actors.data import BlockData, TrainingData, batch_order, load_texts, pack_blocks
+from actors.data import TrainingData
 from actors.errors import IterabreError, RequestError, WorkError
-from actors.models import LayerwisePass
-from actors.recovery.adapters import save_adapter, stage_seed, trainable_parameters
+from actors.models import LayerwisePass, load_tokenizer
+from actors.recovery.adapters import save_adapter, stage_seed
 from actors.recovery.check import check_recovery
 from actors.recovery.checkpoint import DamagedCheckpointError, read_state
 from actors.recovery.deepspeed_config import fitting_micro_batch, precision_of
 from actors.recovery.engine import Engine, peak_memory_bytes
+from actors.recovery.feed import check_vocabulary, training_data, training_order
 from actors.recovery.objectives import BuildModule, find_objective
 from actors.recovery.pair import Pair, load_pair
 from actors.recovery.schedule import lr_at
@@ -103,23 +104,6 @@ def train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
     )
 
 
-def plan_steps(spec: RecoverySpec, num_sequences: int) -> int:
-    """Number of optimizer steps: `max_tokens` in whole batches.
-
-    The batches are drawn from all of the data. If it holds fewer tokens than
-    `max_tokens`, it is gone through again, in a new order each epoch.
-
-    Raises:
-        RequestError: the data holds less than one batch.
-    """
-    if num_sequences < spec.batch_size:
-        raise RequestError(
-            f"the recovery data gives {num_sequences} sequences of {spec.sequence_length} tokens, fewer than "
-            f"one batch of {spec.batch_size}; give more text or make batch_size or sequence_length smaller"
-        )
-    return spec.max_tokens // (spec.batch_size * spec.sequence_length)
-
-
 def _prepare(spec: RecoverySpec, workplace: Workplace, build: BuildModule) -> Run:
     loaded = _all_or_none(lambda: _load(spec, workplace, build))
     smallest = min(_gathered(loaded.micro_batch_size))
@@ -139,12 +123,10 @@ class _Loaded:
 def _load(spec: RecoverySpec, workplace: Workplace, build: BuildModule) -> _Loaded:
     """Everything that can be wrong with the request is found here, cheapest first."""
     check_recovery(spec, workplace.world_size)
-    texts = load_texts(spec.data)
-    pair, tokenizer = load_pair(_in_precision(spec))
-    _check_vocabulary(pair, len(tokenizer))
-    data = BlockData(pack_blocks(texts, tokenizer, spec.sequence_length))
-    num_steps = plan_steps(spec, len(data))
-    order_SB = batch_order(len(data), spec.batch_size, num_steps, stage_seed(spec))
+    data = training_data(spec, load_tokenizer(spec.model.source))
+    order_SB = training_order(spec, data, stage_seed(spec))
+    pair = load_pair(_in_precision(spec), find_objective(spec.objective).needs_teacher)
+    check_vocabulary(data, pair.student)
     module = build(pair, spec)
     # It learns what this family's blocks return from a pass that it breaks off, which sharded weights do not bear.
     for model in filter(None, (pair.student, pair.teacher)):
@@ -165,16 +147,6 @@ def _in_precision(spec: RecoverySpec) -> RecoverySpec:
     source = replace(spec.model.source, dtype=precision_of(spec))
     teacher = spec.teacher and replace(spec.teacher, dtype=precision_of(spec))
     return replace(spec, model=replace(spec.model, source=source), teacher=teacher)
-
-
-def _check_vocabulary(pair: Pair, num_tokens: int) -> None:
-    for model in (pair.student, pair.teacher):
-        rows = model.get_input_embeddings().weight.shape[0] if model else num_tokens
-        if num_tokens > rows:
-            raise RequestError(
-                f"the tokenizer has {num_tokens} tokens, but the embedding of {model.name_or_path!r} only "
-                f"{rows} rows; use the tokenizer that belongs to the model"
-            )
 
 
 def _all_or_none(work: Callable[[], T]) -> T:
@@ -253,7 +225,7 @@ def _run_step(run: Run, step: int) -> StepRecord:
     _check_finite(run, step, "gradient", grad_norm)
     return StepRecord(
         step=step,
-        tokens=run.data.num_tokens(run.order_SB[step]),
+        tokens=int(run.data.lengths_S[run.order_SB[step]].sum()),
         loss=terms.pop("loss"),
         terms=tuple(terms.items()),
         learning_rate=learning_rate,
