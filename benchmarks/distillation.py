@@ -197,7 +197,9 @@ def compare(options: argparse.Namespace, attention: bool) -> None:
     memory = {way: memory_of(way, options, attention) for way in options.ways}
     rates = speeds(options, attention)
     first = options.ways[0]
-    print(f"\nattention term {'on' if attention else 'off'}, {options.dtype}, logit loss {options.logit_loss}")
+    print(
+        f"\nattention term {'on' if attention else 'off'}, {options.dtype}, logit loss {options.logit_loss}"
+    )
     print(f"{'':10} {'tokens/s':>9} {'ratio':>6} {'peak MiB':>9} {'ratio':>6} {'loss':>12}")
     for way in options.ways:
         faster, peak = rates[way] / rates[first], memory[way]["bytes"]

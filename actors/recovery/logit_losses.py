@@ -9,7 +9,6 @@ weight of the term the same for every τ (Hinton et al., arXiv 1503.02531, §2).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor, logaddexp
 
@@ -76,7 +75,8 @@ def find_logit_loss(name: str, temperature: float) -> LogitLoss:
         raise unknown_name("logit loss", name, LOGIT_LOSSES)
     if not 0 < temperature < math.inf:
         raise RequestError(f"recovery.loss.temperature must be above 0, not {temperature}")
-    return partial(LOGIT_LOSSES[name].loss, temperature=temperature)
+    loss = LOGIT_LOSSES[name].loss
+    return lambda student_NV, teacher_NV: loss(student_NV, teacher_NV, temperature)
 
 
 def _log_probabilities(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,9 @@ OBJECTIVES: dict[str, Objective] = {
     "healing": Objective(build_causal_lm, "Gromov et al. (arXiv 2403.17887) §3.2, App. A.1"),
     "healing_aux": Objective(build_auxiliary_healing, "Gromov et al. (arXiv 2403.17887) §5, Eq. 8"),
     "sft": Objective(build_causal_lm, "Limits of Layer Pruning §2: fine-tuning on the data set's answers"),
-    "sgr": Objective(build_causal_lm, "Limits of Layer Pruning §2: fine-tuning on the unpruned model's answers"),
+    "sgr": Objective(
+        build_causal_lm, "Limits of Layer Pruning §2: fine-tuning on the unpruned model's answers"
+    ),
     "none": Objective(None, "pruning without recovery, the control of every paper"),
 }
 

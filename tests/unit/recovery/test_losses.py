@@ -130,7 +130,9 @@ def test_no_token_at_all_is_a_loss_of_zero(name: str) -> None:
 
 def test_hidden_mse_is_the_mean_over_tokens_and_features() -> None:
     t = Tensors()
-    torch.testing.assert_close(hidden_mse(t.student_BTD, t.teacher_BTD), mse_loss(t.student_BTD, t.teacher_BTD))
+    torch.testing.assert_close(
+        hidden_mse(t.student_BTD, t.teacher_BTD), mse_loss(t.student_BTD, t.teacher_BTD)
+    )
     real = mask().bool()
     want = mse_loss(t.student_BTD[real], t.teacher_BTD[real])
     torch.testing.assert_close(hidden_mse(t.student_BTD, t.teacher_BTD, Counted(mask())), want)
@@ -170,9 +172,7 @@ def test_logit_losses_and_their_gradients(name: str, temperature: float, chunk_t
     want = torch.stack([_plain_logit_loss(name, z_s[i], z_t[i], temperature) for i in tokens]).mean()
     (want_gradient,) = torch.autograd.grad(want, t.student_BTD)
     head, distance = LinearHead(t.head_VD), find_logit_loss(name, temperature)
-    got = logit_distance(
-        t.student_BTD, t.teacher_BTD, (head, head), distance, Counted(mask()), chunk_tokens
-    )
+    got = logit_distance(t.student_BTD, t.teacher_BTD, (head, head), distance, Counted(mask()), chunk_tokens)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     (gradient,) = torch.autograd.grad(3 * got, t.student_BTD)
     torch.testing.assert_close(gradient, 3 * want_gradient, rtol=1e-4, atol=1e-6)
