@@ -15,19 +15,21 @@ full logits. The other ways start from it and add one thing each:
     ours+ckpt  with gradient checkpointing of the student's blocks
 
 Speeds are taken in one process, the ways in turn in every round, and compared by
-the medians. Memory is the peak of a process of its own for each way, above what
-it held once everything was imported.
+the medians. Memory is the peak of a step in a process of its own for each way,
+weights included, above what it held once everything was imported. The last hidden
+state that transformers gives is the one after the final norm, so the first two
+ways have another loss than the others.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -155,18 +157,25 @@ def token_ids(options: argparse.Namespace) -> Tensor:
     return torch.randint(3, 49000, (options.sequences, options.length), generator=generator).to(device())
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident_bytes(field: str) -> int:
+    """What this process holds (`VmRSS`), or the most it has held since `forget_peak` (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def forget_peak() -> None:
+    """Start `VmHWM` anew: reading a model's file takes more than training it, for a moment."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure_memory(options: argparse.Namespace) -> None:
-    """In a process of its own: print the peak above what imports took, and the loss."""
-    before = peak_bytes()
+    """In a process of its own: print the peak of a step above what imports took, and the loss."""
+    before = resident_bytes("VmRSS")
     loss, ids_BT = build(options.child, options, bool(options.attention[0])), token_ids(options)
+    forget_peak()
     value = loss(ids_BT)
     value.backward()
-    print(json.dumps({"bytes": peak_bytes() - before, "loss": float(value)}))
+    print(json.dumps({"bytes": resident_bytes("VmHWM") - before, "loss": float(value.detach())}))
 
 
 def memory_of(way: str, options: argparse.Namespace, attention: bool) -> dict[str, float]:

@@ -46,7 +46,8 @@ def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Te
 def jsd(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
     """τ² [KL(p_T ‖ m) + KL(p_S ‖ m)] / 2 with m = (p_T + p_S) / 2, a sum over V."""
     student, teacher = _log_probabilities(student_NV, teacher_NV, temperature)
-    middle = logaddexp(student, teacher) - math.log(2)
+    # m is where the sum is least, so no gradient goes through it; taking none also rounds less.
+    middle = logaddexp(student.detach(), teacher) - math.log(2)
     return temperature**2 * (_kl(teacher, middle) + _kl(student, middle)) / 2
 
 

@@ -60,7 +60,8 @@ def run(model: PreTrainedModel, ids_BT: Tensor, **inputs: Any) -> tuple[list[Ten
 
 
 def logit_value(name: str, z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
-    """Mean over tokens of a logit loss, from full logits, with torch's own losses."""
+    """Mean over tokens of a logit loss, from full logits, with torch's own losses, in fp64."""
+    z_s, z_t = z_s.double(), z_t.double()
     if name == "mse":
         return nn.functional.mse_loss(z_s, z_t)
     log_s, log_t = ((z / temperature).log_softmax(-1).flatten(0, 1) for z in (z_s, z_t))
@@ -90,6 +91,7 @@ def distillation(
         terms["attention"] = sum(mse(out_s.attentions[i], out_t.attentions[k]) for i, k in enumerate(kept))
     if loss.logits:
         terms["logits"] = logit_value(loss.logit_loss, out_s.logits, out_t.logits, loss.temperature)
+    terms = {name: value.float() for name, value in terms.items()}
     terms["loss"] = sum(getattr(loss, name) * value for name, value in terms.items())
     return terms
 
