@@ -48,7 +48,10 @@ class LayerwisePass:
     ):
         layers = find_layers(model)
         self.config = model.config
-        self._model, self._backbone, self._blocks = model, layers.parent, layers.modules
+        # In the families of BERT the blocks' parent is fed embeddings; what embeds is one above.
+        embeds = "input_ids" in signature(layers.parent.forward).parameters
+        self._model, self._blocks = model, layers.modules
+        self._backbone = layers.parent if embeds else model.base_model
         self._inputs = {"input_ids": input_ids_BT} | _whom_to_see(attention_mask_BT, position_ids_BT)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._items = _items_returned(self._backbone, self._blocks[0], input_ids_BT[:1, :1])

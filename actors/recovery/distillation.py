@@ -59,7 +59,9 @@ class LockstepDistiller(Lockstep):
         counted = distilled(batch)
         student_way, teacher_way = self.ways(batch)
         student_BTD, teacher_BTD = student_way.hidden_BTD, teacher_way.hidden_BTD.detach()
-        terms = {name: torch.zeros((), device=student_BTD.device) for name in LAYER_TERMS if self._weights[name]}
+        terms = {
+            name: torch.zeros((), device=student_BTD.device) for name in LAYER_TERMS if self._weights[name]
+        }
         done = 0
         for student_layer, teacher_layer in zip(self.pair.student_layers, self._map, strict=True):
             teacher_BTD, teacher_BHTT = self.teach(teacher_way, range(done, teacher_layer + 1), teacher_BTD)

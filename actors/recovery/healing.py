@@ -41,6 +41,8 @@ class AuxiliaryHealing(Lockstep):
         super().__init__(pair, gradient_checkpointing)
         self._auxiliary = auxiliary
         self._head = OutputHead(pair.student)
+        # The end stands for the final norm, which a cut may lie before as well.
+        self._entered = (*pair.teacher_layers, self._teacher_depth)
 
     def forward(self, batch: TokenBatch) -> Terms:
         """`causal_lm`, `auxiliary`, and their weighted sum as `loss`."""
@@ -64,8 +66,7 @@ class AuxiliaryHealing(Lockstep):
         student_BTD, teacher_BTD = student_way.hidden_BTD, teacher_way.hidden_BTD.detach()
         mismatch = torch.zeros((), device=student_BTD.device)
         done = expected = 0
-        # The end stands for the final norm, which a cut may lie before as well.
-        for position, entered in enumerate((*self.pair.teacher_layers, self._teacher_depth)):
+        for position, entered in enumerate(self._entered):
             if entered != expected:
                 teacher_BTD, _ = self.teach(teacher_way, range(done, entered), teacher_BTD)
                 mismatch = mismatch + hidden_mse(student_BTD, teacher_BTD, counted)

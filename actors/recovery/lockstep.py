@@ -33,7 +33,9 @@ class Lockstep(Student):
         super().__init__(pair, gradient_checkpointing, attention)
         self.teacher = pair.teacher
         self._shared = pair.teacher is None
-        self._teacher_tap = AttentionTap(pair.teacher) if attention and pair.teacher is not None else self._tap
+        self._teacher_tap = (
+            AttentionTap(pair.teacher) if attention and pair.teacher is not None else self._tap
+        )
         self._teacher_depth = len(find_layers(pair.teacher or pair.student).modules)
 
     def ways(self, batch: TokenBatch) -> tuple[LayerwisePass, LayerwisePass]:
@@ -67,8 +69,9 @@ def check_comparable(pair: Pair, loss: LossSpec) -> None:
     """
     if (loss.hidden or loss.attention) and pair.teacher_layers is None:
         raise RequestError(
-            "recovery.loss.hidden and recovery.loss.attention compare single layers, but nothing says which "
-            "layer of the teacher belongs to which of the student: give recovery.teacher_layers, or set both to 0"
+            "recovery.loss.hidden and recovery.loss.attention compare single layers, but nothing tells which "
+            "layer of the teacher belongs to which of the student; give recovery.teacher_layers, or set both "
+            "to 0"
         )
     check_layer_map(pair)
     if pair.teacher is None:
@@ -97,6 +100,6 @@ def check_layer_map(pair: Pair) -> None:
     ascending = all(a < b for a, b in zip((-1, *layers), (*layers, num_layers), strict=True))
     if len(layers) != len(pair.student_layers) or not ascending:
         raise RequestError(
-            f"recovery.teacher_layers {list(layers)} must name, in ascending order, one of the teacher's layers "
-            f"0 to {num_layers - 1} for each of the student's {len(pair.student_layers)} layers"
+            f"recovery.teacher_layers {list(layers)} must name, in ascending order, one of the teacher's "
+            f"layers 0 to {num_layers - 1} for each of the student's {len(pair.student_layers)} layers"
         )

@@ -9,7 +9,6 @@ weight of the term the same for every τ (Hinton et al., arXiv 1503.02531, §2).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor, logaddexp
 
@@ -47,7 +46,8 @@ def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Te
 def jsd(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
     """τ² [KL(p_T ‖ m) + KL(p_S ‖ m)] / 2 with m = (p_T + p_S) / 2, a sum over V."""
     student, teacher = _log_probabilities(student_NV, teacher_NV, temperature)
-    middle = logaddexp(student, teacher) - math.log(2)
+    # m is where the sum is least, so no gradient goes through it; taking none also rounds less.
+    middle = logaddexp(student.detach(), teacher) - math.log(2)
     return temperature**2 * (_kl(teacher, middle) + _kl(student, middle)) / 2
 
 
@@ -76,7 +76,8 @@ def find_logit_loss(name: str, temperature: float) -> LogitLoss:
         raise unknown_name("logit loss", name, LOGIT_LOSSES)
     if not 0 < temperature < math.inf:
         raise RequestError(f"recovery.loss.temperature must be above 0, not {temperature}")
-    return partial(LOGIT_LOSSES[name].loss, temperature=temperature)
+    loss = LOGIT_LOSSES[name].loss
+    return lambda student_NV, teacher_NV: loss(student_NV, teacher_NV, temperature)
 
 
 def _log_probabilities(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,10 @@ from actors.contracts import RecoverySpec
 from actors.errors import unknown_name
 from actors.recovery.causal import CausalLM
 from actors.recovery.distillation import LockstepDistiller
+from actors.recovery.documents import check_documents_apart
 from actors.recovery.healing import AuxiliaryHealing
 from actors.recovery.pair import Pair
+from actors.recovery.student import Student
 
 BuildModule = Callable[[Pair, RecoverySpec], nn.Module]
 """Gives the module to train: forward(batch: TokenBatch) → dict of scalar terms, their weighted sum
@@ -33,19 +35,28 @@ class Objective:
 
 def build_lockstep(pair: Pair, spec: RecoverySpec) -> nn.Module:
     """Knowledge distillation from the unpruned model, or from the teacher that is named."""
-    return LockstepDistiller(pair, spec.loss, spec.gradient_checkpointing)
+    return _packed(LockstepDistiller(pair, spec.loss, spec.gradient_checkpointing), spec)
 
 
 def build_causal_lm(pair: Pair, spec: RecoverySpec) -> nn.Module:
     """Next-token prediction on the targets of the data."""
-    return CausalLM(pair, spec.gradient_checkpointing)
+    return _packed(CausalLM(pair, spec.gradient_checkpointing), spec)
 
 
 def build_auxiliary_healing(pair: Pair, spec: RecoverySpec) -> nn.Module:
     """Next-token prediction and the mismatch at the cuts; without its weight, the former alone."""
     if not spec.loss.auxiliary:
-        return CausalLM(pair, spec.gradient_checkpointing)
-    return AuxiliaryHealing(pair, spec.loss.auxiliary, spec.gradient_checkpointing)
+        return build_causal_lm(pair, spec)
+    return _packed(AuxiliaryHealing(pair, spec.loss.auxiliary, spec.gradient_checkpointing), spec)
+
+
+def _packed(module: Student, spec: RecoverySpec) -> Student:
+    """The module, once its models are known to keep documents apart, where rows hold several."""
+    if spec.packing == "documents":
+        check_documents_apart(module.pair.student)
+        if module.pair.teacher is not None:
+            check_documents_apart(module.pair.teacher)
+    return module
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -53,7 +64,9 @@ OBJECTIVES: dict[str, Objective] = {
     "healing": Objective(build_causal_lm, "Gromov et al. (arXiv 2403.17887) §3.2, App. A.1"),
     "healing_aux": Objective(build_auxiliary_healing, "Gromov et al. (arXiv 2403.17887) §5, Eq. 8"),
     "sft": Objective(build_causal_lm, "Limits of Layer Pruning §2: fine-tuning on the data set's answers"),
-    "sgr": Objective(build_causal_lm, "Limits of Layer Pruning §2: fine-tuning on the unpruned model's answers"),
+    "sgr": Objective(
+        build_causal_lm, "Limits of Layer Pruning §2: fine-tuning on the unpruned model's answers"
+    ),
     "none": Objective(None, "pruning without recovery, the control of every paper"),
 }
 

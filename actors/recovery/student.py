@@ -39,7 +39,7 @@ class Student(nn.Module):
             speed_up(layers)
 
     def train(self, mode: bool = True) -> "Student":
-        """Dropout of what is trained follows the mode: the adapters' own, or with full fine-tuning the model's.
+        """Dropout of what is trained follows the mode: the adapters' own, or all in full fine-tuning.
 
         Frozen weights stay as they are evaluated; they may serve a teacher too.
         """
