@@ -60,9 +60,10 @@ def deepspeed_config(
     for name, value in _ours_among(user):
         wanted = _implied(spec, name, ours)
         if value not in ("auto", wanted):
+            given = "" if wanted is None else f", which give {wanted!r}"
             raise RequestError(
                 f"DeepSpeed field {name!r} is {value!r}, but it follows from the recovery settings "
-                f"({OURS[name]}){'' if wanted is None else f', which give {wanted!r}'}; leave it out or give 'auto'"
+                f"({OURS[name]}{given}); leave it out or give 'auto'"
             )
     _check_sections(user)
     apart = {"optimizer", "scheduler", *PRECISION_SECTIONS}
@@ -196,15 +197,16 @@ def _check_zero(spec: RecoverySpec, user: dict[str, Any]) -> None:
         )
     if stage == 3 and spec.adapter.kind == "qlora":
         raise RequestError(
-            "DeepSpeed field 'zero_optimization.stage' is 3, but 4-bit weights (recovery.adapter.kind: qlora) "
-            "cannot be sharded; use stage 2, or adapters of kind lora"
+            "DeepSpeed field 'zero_optimization.stage' is 3, but 4-bit weights (recovery.adapter.kind: "
+            "qlora) cannot be sharded; use stage 2, or adapters of kind lora"
         )
     for name in ("offload_optimizer", "offload_param"):
         device = _section(zero, name).get("device", "none")
         lowest = 1 if name == "offload_optimizer" else 3
         if device not in ("none", "cpu"):
             raise RequestError(
-                f"DeepSpeed field 'zero_optimization.{name}.device' is {device!r}; recovery offloads to cpu only"
+                f"DeepSpeed field 'zero_optimization.{name}.device' is {device!r}; "
+                "recovery offloads to cpu only"
             )
         if device == "cpu" and stage < lowest:
             raise RequestError(

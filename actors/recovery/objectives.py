@@ -17,10 +17,11 @@ under `loss`, each the sum over the batch's tokens divided by `batch.denominator
 
 @dataclass(frozen=True)
 class Objective:
-    """`build` is None where nothing is trained."""
+    """`build` is None where nothing is trained; `weights` names what of `LossSpec` weighs its terms."""
 
     build: BuildModule | None
     paper: str
+    weights: tuple[str, ...] = ()
 
 
 def build_lockstep(pair: Pair, spec: RecoverySpec) -> nn.Module:
@@ -29,7 +30,7 @@ def build_lockstep(pair: Pair, spec: RecoverySpec) -> nn.Module:
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "kd": Objective(build_lockstep, "IteRABRe §3.2"),
+    "kd": Objective(build_lockstep, "IteRABRe §3.2", weights=("hidden", "attention", "logits")),
     "none": Objective(None, "pruning without recovery, the control of every paper"),
 }
 

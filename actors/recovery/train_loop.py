@@ -26,7 +26,7 @@ from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, StepReco
 from actors.data import BlockData, TrainingData, batch_order, load_texts, pack_blocks
 from actors.errors import IterabreError, RequestError, WorkError
 from actors.models import LayerwisePass
-from actors.recovery.adapters import save_adapter, stage_seed, trainable_parameters
+from actors.recovery.adapters import save_adapter, stage_seed
 from actors.recovery.check import check_recovery
 from actors.recovery.checkpoint import DamagedCheckpointError, read_state
 from actors.recovery.deepspeed_config import fitting_micro_batch, precision_of
@@ -146,7 +146,8 @@ def _load(spec: RecoverySpec, workplace: Workplace, build: BuildModule) -> _Load
     num_steps = plan_steps(spec, len(data))
     order_SB = batch_order(len(data), spec.batch_size, num_steps, stage_seed(spec))
     module = build(pair, spec)
-    # It learns what this family's blocks return from a pass that it breaks off, which sharded weights do not bear.
+    # The first pass finds out what this family's blocks return and is broken off; sharded weights
+    # do not bear that.
     for model in filter(None, (pair.student, pair.teacher)):
         LayerwisePass(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
     noted = workplace.noted_micro_batch() or spec.micro_batch_size
@@ -168,12 +169,12 @@ def _in_precision(spec: RecoverySpec) -> RecoverySpec:
 
 
 def _check_vocabulary(pair: Pair, num_tokens: int) -> None:
-    for model in (pair.student, pair.teacher):
-        rows = model.get_input_embeddings().weight.shape[0] if model else num_tokens
+    for model in filter(None, (pair.student, pair.teacher)):
+        rows = model.get_input_embeddings().weight.shape[0]
         if num_tokens > rows:
             raise RequestError(
-                f"the tokenizer has {num_tokens} tokens, but the embedding of {model.name_or_path!r} only "
-                f"{rows} rows; use the tokenizer that belongs to the model"
+                f"the tokenizer has {num_tokens} tokens, but the embedding of {model.name_or_path!r} "
+                f"only {rows} rows; use the tokenizer that belongs to the model"
             )
 
 
@@ -208,7 +209,7 @@ def _resume(run: Run) -> list[StepRecord]:
     for checkpoint in run.workplace.checkpoints():
         with checkpoint as directory:
             try:
-                _all_or_none(lambda: read_state(directory))  # noqa: B023 - called at once
+                _all_or_none(lambda: read_state(directory))
             except DamagedCheckpointError as error:
                 log.warning("%s; going back to the checkpoint before it", error)
                 continue
@@ -297,16 +298,18 @@ def _shrink(run: Run, step: int) -> str:
     before = run.micro_batch_size
     if before == 1:
         raise WorkError(
-            f"step {step + 1} of the recovery of {run.spec.model.source.path!r} does not fit into memory even with "
-            f"micro-batches of one sequence of {run.spec.sequence_length} tokens; make sequence_length smaller, "
-            "set recovery.gradient_checkpointing, shard or offload (configs/deepspeed/zero3_offload.json), or use "
-            f"a device with more memory. {_last_checkpoint(run)}; --resume continues"
+            f"step {step + 1} of the recovery of {run.spec.model.source.path!r} does not fit into memory "
+            f"even with micro-batches of one sequence of {run.spec.sequence_length} tokens; make "
+            "sequence_length smaller, set recovery.gradient_checkpointing, shard or offload "
+            "(configs/deepspeed/zero3_offload.json), or use a device with more memory. "
+            f"{_last_checkpoint(run)}; --resume continues"
         )
     run.micro_batch_size = fitting_micro_batch(run.share, before // 2)
     run.workplace.note_micro_batch(run.micro_batch_size)
     return (
-        f"step {step + 1}: out of memory with micro-batches of {before}; going on with {run.micro_batch_size} "
-        f"x {run.share // run.micro_batch_size} accumulated, the batch stays {run.spec.batch_size}"
+        f"step {step + 1}: out of memory with micro-batches of {before}; going on with "
+        f"{run.micro_batch_size} x {run.share // run.micro_batch_size} accumulated, the batch stays "
+        f"{run.spec.batch_size}"
     )
 
 
@@ -318,7 +321,8 @@ def _sum_micro_batches(run: Run, step: int) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for position in positions:
         torch.manual_seed(_draw_seed(stage_seed(run.spec), step, position))
-        batch = replace(run.data.batch(run.order_SB[step, position : position + size]), denominator=denominator)
+        chosen_B = run.order_SB[step, position : position + size]
+        batch = replace(run.data.batch(chosen_B), denominator=denominator)
         for name, value in run.engine.accumulate(batch, last=position == positions[-1]).items():
             sums[name] = sums.get(name, 0.0) + value / len(positions)
     return sums
@@ -333,8 +337,8 @@ def _check_finite(run: Run, step: int, what: str, value: float) -> None:
         return
     raise DivergenceError(
         f"recovery of {run.spec.model.source.path!r} diverged: the {what} of step {step + 1} "
-        f"of {run.num_steps} is {value}, on sequences {run.order_SB[step].tolist()}; {_last_checkpoint(run)}. "
-        "Lower the learning rate or max_grad_norm, lengthen the warm-up, or use float32"
+        f"of {run.num_steps} is {value}, on sequences {run.order_SB[step].tolist()}; "
+        f"{_last_checkpoint(run)}. Lower the learning rate or max_grad_norm, lengthen the warm-up, or use float32"
     )
 
 

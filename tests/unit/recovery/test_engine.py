@@ -85,7 +85,8 @@ def test_two_workers_train_the_same_under_every_stage(
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("zero2", "zero0"), ("zero3", "zero2"), ("zero0", "zero3"), ("zero3_offload", "zero1")]
+    ("before", "after"),
+    [("zero2", "zero0"), ("zero3", "zero2"), ("zero0", "zero3"), ("zero3_offload", "zero1")],
 )
 def test_two_workers_checkpoint_is_continued_by_one_under_another_stage(
     spec: RecoverySpec, two_workers: Path, expected: RecoveryResult, tmp_path: Path, before: str, after: str

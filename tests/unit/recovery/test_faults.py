@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch import multiprocessing
+from torch import multiprocessing, nn
 
 from actors.contracts import RecoveryResult, RecoverySpec
 from actors.data import TokenBatch
@@ -30,7 +29,7 @@ from tests.unit.recovery.test_engine import CONFIGS, assert_same_curve
 
 @pytest.fixture(scope="module")
 def spec(tiny_spec: RecoverySpec) -> RecoverySpec:
-    """Six steps of four sequences, in micro-batches of two; without dropout, which follows the micro-batches."""
+    """Six steps of four sequences in micro-batches of two; no dropout, as that follows the micro-batches."""
     return replace(tiny_spec, micro_batch_size=2, adapter=replace(tiny_spec.adapter, dropout=0.0))
 
 
@@ -43,7 +42,9 @@ def undisturbed(spec: RecoverySpec, tmp_path_factory: pytest.TempPathFactory) ->
 # Death of a worker
 
 
-def _killed_at(step: int, during_checkpoint: bool, rank: int, world: int, spec: RecoverySpec, out: Path) -> None:
+def _killed_at(
+    step: int, during_checkpoint: bool, rank: int, world: int, spec: RecoverySpec, out: Path
+) -> None:
     """Train as worker `rank`; worker 1 kills itself after that step, or with its share half written."""
     workplace = group_workplace(rank, world, out)
 
@@ -130,7 +131,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     with pytest.raises(DamagedCheckpointError, match=file):
         read_state(newest)
     seen: list[int] = []
-    resumed = recover_locally(spec, str(tmp_path / "a"), tmp_path / "work", lambda done, *_: seen.append(done))
+    resumed = recover_locally(
+        spec, str(tmp_path / "a"), tmp_path / "work", lambda done, *_: seen.append(done)
+    )
     assert seen == [3, 4, 5, 6]
     assert any(file in record.message and record.levelno == logging.WARNING for record in caplog.records)
     assert_same_curve(resumed, undisturbed)
@@ -146,7 +149,9 @@ def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, unlimited[1]))
 
     try:
-        with pytest.raises(WorkError, match=r"cannot write a checkpoint of \d{4,} bytes into .*work.*--resume"):
+        with pytest.raises(
+            WorkError, match=r"cannot write a checkpoint of \d{4,} bytes into .*work.*--resume"
+        ):
             recover_locally(spec, str(tmp_path / "a"), tmp_path / "work", limit_file_size)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
@@ -221,7 +226,11 @@ def test_micro_batches_that_do_not_fit_are_halved_and_the_step_is_made_again(
     seen: list[int] = []
     result = recover_locally(sharded, str(tmp_path / "a"), tmp_path / "w", lambda done, *_: seen.append(done))
     assert_same_curve(result, undisturbed)
-    assert [r.message for r in caplog.records if "out of memory with micro-batches of 2; going on with 1" in r.message]
+    assert [
+        r.message
+        for r in caplog.records
+        if "out of memory with micro-batches of 2; going on with 1" in r.message
+    ]
     # Stage 3 cannot leave a broken pass; it goes on from the last checkpoint, here from the start.
     assert seen == ([1, 1, 2, 3, 4, 5, 6] if name == "zero3" else [1, 2, 3, 4, 5, 6])
 
@@ -230,7 +239,9 @@ def test_memory_that_does_not_suffice_for_one_sequence_ends_with_the_remedy(
     spec: RecoverySpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _make_tight(monkeypatch, 0)
-    with pytest.raises(WorkError, match=r"step 2 .*one sequence of 16 tokens.*gradient_checkpointing.*no checkpoint"):
+    with pytest.raises(
+        WorkError, match=r"step 2 .*one sequence of 16 tokens.*gradient_checkpointing.*no checkpoint"
+    ):
         recover_locally(spec, str(tmp_path / "a"), tmp_path / "work")
 
 
@@ -251,7 +262,7 @@ def test_workers_agree_on_a_smaller_micro_batch(
     # One worker's share of the batch is two sequences: it fails in the fourth step.
     sharded = replace(spec, deepspeed=CONFIGS[name])
     if name == "zero2":
-        with pytest.raises(multiprocessing.ProcessRaisedException, match="MicroBatchError|peer"):
+        with pytest.raises(multiprocessing.ProcessRaisedException, match=r"MicroBatchError|peer"):
             run_group(2, tmp_path / "first", _second_is_tight, sharded, tmp_path)
     assert (tmp_path / "micro_batch_size").exists() == (name == "zero2")
     run_group(2, tmp_path / "group", _second_is_tight, sharded, tmp_path)
