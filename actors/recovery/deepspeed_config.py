@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from actors.contracts import RecoverySpec
+from actors.contracts import ModelSpec, RecoverySpec, TextSpec, digest, to_json
 from actors.errors import RequestError
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -121,6 +122,22 @@ def loss_scale_settings(spec: RecoverySpec) -> dict[str, int]:
     """What the user's JSON says of the loss scale of float16."""
     section = _section(parse(spec.deepspeed), "fp16")
     return {name: section[name] for name in LOSS_SCALE_FIELDS if name in section}
+
+
+def settings_fingerprint(spec: RecoverySpec) -> str:
+    """Hash of the settings that must stay in a run: not where things are or how the work is cut."""
+    same = replace(
+        spec,
+        model=replace(spec.model, source=ModelSpec(path=""), adapters=(), weights=None),
+        data=TextSpec(),
+        teacher=None,
+        micro_batch_size=1,
+        checkpoint_steps=1,
+        gradient_checkpointing=False,
+        precision=precision_of(spec),
+        deepspeed=json.dumps([optimizer_settings(spec), loss_scale_settings(spec)]),
+    )
+    return digest(to_json(same))
 
 
 def parse(text: str) -> dict[str, Any]:

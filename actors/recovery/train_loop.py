@@ -7,7 +7,6 @@ in the batch, so the curve depends neither on W nor on interruptions: there is
 no random state and no position in the data to be kept besides the step's number.
 """
 
-import json
 import logging
 import math
 import time
@@ -23,28 +22,14 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from actors.artifacts import publish
-from actors.contracts import (
-    ArtifactRef,
-    ModelSpec,
-    RecoveryResult,
-    RecoverySpec,
-    StepRecord,
-    TextSpec,
-    digest,
-    to_json,
-)
+from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, StepRecord, digest
 from actors.data import BlockData, TrainingData, batch_order, load_texts, pack_blocks
 from actors.errors import IterabreError, RequestError, WorkError
 from actors.models import LayerwisePass
 from actors.recovery.adapters import save_adapter, stage_seed
 from actors.recovery.check import check_recovery
 from actors.recovery.checkpoint import DamagedCheckpointError, read_state
-from actors.recovery.deepspeed_config import (
-    fitting_micro_batch,
-    loss_scale_settings,
-    optimizer_settings,
-    precision_of,
-)
+from actors.recovery.deepspeed_config import fitting_micro_batch, precision_of, settings_fingerprint
 from actors.recovery.engine import Engine, peak_memory_bytes
 from actors.recovery.objectives import BuildModule, find_objective
 from actors.recovery.pair import Pair, load_pair
@@ -229,30 +214,14 @@ def _resume(run: Run) -> list[StepRecord]:
                 log.warning("%s; going back to the checkpoint before it", error)
                 continue
             state = run.engine.load(directory)
-        if state["settings"] != _settings(run.spec):
+        if state["settings"] != settings_fingerprint(run.spec):
             raise RequestError(
-                f"the checkpoints of {run.workplace.adapter_uri!r} are those of a recovery with other settings; "
-                "give this one a name or storage path of its own, or remove them"
+                f"the checkpoints of {run.workplace.adapter_uri!r} are those of a recovery with other "
+                "settings; give this one a name or storage path of its own, or remove them"
             )
         run.checkpoints.append(len(state["steps"]))
         return [_record_from_json(record) for record in state["steps"]]
     return []
-
-
-def _settings(spec: RecoverySpec) -> str:
-    """Hash of the settings that must stay in a run: not where things are or how the work is cut."""
-    same = replace(
-        spec,
-        model=replace(spec.model, source=ModelSpec(path=""), adapters=(), weights=None),
-        data=TextSpec(),
-        teacher=None,
-        micro_batch_size=1,
-        checkpoint_steps=1,
-        gradient_checkpointing=False,
-        precision=precision_of(spec),
-        deepspeed=json.dumps([optimizer_settings(spec), loss_scale_settings(spec)]),
-    )
-    return digest(to_json(same))
 
 
 def _run_steps(run: Run, records: list[StepRecord]) -> list[StepRecord]:
@@ -263,7 +232,10 @@ def _run_steps(run: Run, records: list[StepRecord]) -> list[StepRecord]:
             run.workplace.progress(step + 1, run.num_steps, f"loss {records[-1].loss:.4g}")
         leaving = run.workplace.leaving()
         if (step + 1) % every == 0 or step + 1 == run.num_steps or (leaving and not left):
-            state = {"settings": _settings(run.spec), "steps": [asdict(record) for record in records]}
+            state = {
+                "settings": settings_fingerprint(run.spec),
+                "steps": [asdict(record) for record in records],
+            }
             run.workplace.save_checkpoint(step + 1, partial(run.engine.save, state=state))
             run.checkpoints.append(step + 1)
         left = leaving
