@@ -206,7 +206,9 @@ def _check_sections(user: dict[str, Any]) -> None:
 
 def _check_zero(spec: RecoverySpec, user: dict[str, Any]) -> None:
     zero = user.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if not isinstance(zero, dict):
+        raise RequestError(f"DeepSpeed field 'zero_optimization' must be a JSON object, not {zero!r}")
+    stage = zero.get("stage", 0)
     if stage not in ZERO_STAGES:
         raise RequestError(
             f"DeepSpeed field 'zero_optimization.stage' is {stage!r}; there are "

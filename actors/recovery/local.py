@@ -1,13 +1,12 @@
 """Recovery in this process alone, with checkpoints in a local directory."""
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 
 from actors.contracts import Progress, RecoveryResult, RecoverySpec, digest, no_progress, to_json
 from actors.recovery.checkpoint import CheckpointDirectory
-from actors.recovery.deepspeed_config import loss_scale_settings, optimizer_settings
+from actors.recovery.deepspeed_config import settings_fingerprint
 from actors.recovery.engine import single_process_group
 from actors.recovery.train_loop import MicroBatchError, train
 from actors.recovery.workplace import Workplace
@@ -45,8 +44,8 @@ def recover_locally(
 
 def _fingerprint(spec: RecoverySpec) -> str:
     """Hash of what a checkpoint's content depends on: not how often it is written or how the work is cut."""
-    deepspeed = json.dumps([optimizer_settings(spec), loss_scale_settings(spec)])
-    return digest(to_json(replace(spec, micro_batch_size=1, checkpoint_steps=1, deepspeed=deepspeed)))
+    sources = to_json(replace(spec, micro_batch_size=1, checkpoint_steps=1, deepspeed=""))
+    return digest([settings_fingerprint(spec), sources])
 
 
 def _train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:

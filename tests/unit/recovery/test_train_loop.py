@@ -194,6 +194,7 @@ def _bad_requests() -> Iterator[tuple[dict[str, object], str]]:
     yield {"precision": "bfloat16", "deepspeed": '{"fp16": {"enabled": true}}'}, r"fp16\.enabled.*precision"
     yield {"deepspeed": '{"torch_autocast": {"enabled": true}}'}, "torch_autocast"
     yield {"deepspeed": '{"zero_optimization": {"stage": 4}}'}, "stage.*4"
+    yield {"deepspeed": '{"zero_optimization": 2}'}, "zero_optimization.*object"
     yield (
         {"deepspeed": '{"zero_optimization": {"offload_param": {"device": "cpu"}}}'},
         "offload_param.*stage 3",
