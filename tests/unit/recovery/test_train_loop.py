@@ -1,8 +1,6 @@
 """The training loop: the curve is the same on one worker, on two, and after an interruption."""
 
 import json
-import os
-import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import distributed as dist
-from torch import multiprocessing
 
 from actors.artifacts import fetch
 from actors.contracts import (
@@ -22,14 +19,13 @@ from actors.contracts import (
     RecoveryResult,
     RecoverySpec,
     TextSpec,
-    no_progress,
 )
 from actors.errors import RequestError
 from actors.recovery import check_recovery
 from actors.recovery.deepspeed_config import deepspeed_config, optimizer_settings, zero_stage
 from actors.recovery.local import recover_locally
 from actors.recovery.train_loop import DivergenceError, train
-from actors.recovery.workplace import Workplace
+from tests.gloo_group import group_workplace, run_group
 from tests.tiny_models import save_tiny
 
 ZERO2 = json.dumps({"zero_optimization": {"stage": 2}})
@@ -87,37 +83,15 @@ def test_zero_2_trains_the_same(tiny_spec: RecoverySpec, undisturbed: RecoveryRe
     )
 
 
-def _one_of_two(rank: int, specs: dict[str, RecoverySpec], directory: Path) -> None:
-    """Worker `rank` of a plain gloo group of two; rank 0 leaves its results as files."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    store = dist.FileStore(str(directory / "rendezvous"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    for name, spec in specs.items():
-        workplace = Workplace(
-            rank=rank,
-            world_size=2,
-            adapter_uri=str(directory / f"{name}-adapter"),
-            save_checkpoint=lambda step, write, name=name: write(directory / f"{name}-{step}"),
-            note_uri=str(directory / f"{name}-micro"),
-            checkpoints=lambda: iter(()),
-            progress=no_progress,
-        )
-        result = train(spec, workplace)
-        if rank == 0:
-            (directory / f"{name}.pickle").write_bytes(pickle.dumps(result))
-    only_here_wrong = replace(spec, data=TextSpec(path="nowhere.txt")) if rank == 1 else spec
+def _one_is_wrong(rank: int, world_size: int, spec: RecoverySpec, directory: Path) -> None:
+    wrong = replace(spec, data=TextSpec(path="nowhere.txt")) if rank == 1 else spec
     with pytest.raises(RequestError, match=r"nowhere\.txt"):
-        train(only_here_wrong, workplace)
-    dist.destroy_process_group()
+        train(wrong, group_workplace(rank, world_size, directory))
 
 
-def test_two_workers_train_what_one_trains_and_fail_together(
-    tiny_spec: RecoverySpec, undisturbed: RecoveryResult, tmp_path: Path
-) -> None:
-    specs = {"zero0": tiny_spec, "zero2": replace(tiny_spec, deepspeed=ZERO2)}
-    multiprocessing.spawn(_one_of_two, (specs, tmp_path), nprocs=2)
-    for name in specs:
-        _assert_same(pickle.loads((tmp_path / f"{name}.pickle").read_bytes()), undisturbed)
+def test_an_error_of_one_worker_is_raised_by_all(tiny_spec: RecoverySpec, tmp_path: Path) -> None:
+    run_group(2, tmp_path / "group", _one_is_wrong, tiny_spec, tmp_path)
+    assert not (tmp_path / "adapter").exists()
 
 
 class _Interrupted(Exception):
