@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from actors.artifacts import fetch
 from actors.contracts import RecoveryResult, RecoverySpec
+from actors.recovery.deepspeed_config import fitting_micro_batch
 from actors.recovery.engine import single_process_group
 from actors.recovery.local import recover_locally
+from actors.recovery.loss_scale import LossScale
 from tests.gloo_group import result_of, run_group, train_all, with_stages
 
 STEPS = 20
@@ -158,3 +160,23 @@ def test_an_overflow_is_computed_again_at_a_smaller_loss_scale(
     assert too_large.steps[0].loss_scale == 2.0 ** (40 - too_large.steps[0].overflows)
     for got, want in zip(too_large.steps, usual.steps, strict=True):
         assert (got.loss, got.grad_norm) == pytest.approx((want.loss, want.grad_norm), rel=0.02)
+
+
+def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_a_window_without() -> None:
+    scale = LossScale.of_float16(initial_scale_power=1, loss_scale_window=2)
+    scale.succeeded(dynamic=True)
+    assert scale.can_fall
+    scale.overflowed()
+    assert (scale.value, scale.can_fall) == (1.0, False)
+    seen = []
+    for _ in range(4):
+        scale.succeeded(dynamic=True)
+        seen.append(scale.value)
+    assert seen == [1.0, 2.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("share", "at_most", "expected"), [(8, 4, 4), (8, 3, 2), (6, 3, 3), (6, 1, 1), (5, 4, 1), (2, 9, 2)]
+)
+def test_a_micro_batch_cuts_a_workers_share_evenly(share: int, at_most: int, expected: int) -> None:
+    assert fitting_micro_batch(share, at_most) == expected

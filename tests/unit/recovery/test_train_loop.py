@@ -175,7 +175,10 @@ def _bad_requests() -> Iterator[tuple[dict[str, object], str]]:
     )
     yield {"deepspeed": _NVME}, "offload_optimizer.*nvme"
     yield {"precision": "float8"}, "float8"
-    yield {"sequence_length": 4000, "max_tokens": 10**6}, "0 sequences of 4000 tokens.*more text"
+    yield (
+        {"sequence_length": 4000, "max_tokens": 10**6},
+        "2189 tokens, fewer than one sequence of 4000; give more text",
+    )
     yield {"adapter": AdapterSpec(targets=("wq",))}, "'wq' names no linear layer.*q_proj"
     yield {"loss": LossSpec(0, 0, 0)}, "weight"
     yield {"data": TextSpec(path="nowhere.txt")}, "nowhere.txt"
