@@ -43,7 +43,7 @@ def undisturbed(spec: RecoverySpec, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def _killed_at(
-    step: int, during_checkpoint: bool, rank: int, world: int, spec: RecoverySpec, out: Path
+    rank: int, world: int, step: int, during_checkpoint: bool, spec: RecoverySpec, out: Path
 ) -> None:
     """Train as worker `rank`; worker 1 kills itself after that step, or with its share half written."""
     workplace = group_workplace(rank, world, out)
@@ -78,7 +78,8 @@ def test_a_killed_worker_changes_nothing(
 ) -> None:
     sharded = replace(spec, deepspeed=CONFIGS["zero2"], checkpoint_steps=2)
     step = 4 if during_checkpoint else random.choice([3, 4, 5])
-    with pytest.raises(multiprocessing.ProcessExitedException, match="SIGKILL"):
+    # The one that lives on may be heard of first: it has lost its peer.
+    with pytest.raises(multiprocessing.ProcessException, match=r"SIGKILL|peer"):
         run_group(2, tmp_path / "first", _killed_at, step, during_checkpoint, sharded, tmp_path)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
     assert kept[-1] == ("step_000002" if step < 4 or during_checkpoint else "step_000004")
