@@ -45,7 +45,7 @@ NOT_IN_KEY = frozenset(
 )
 """Fields of a spec that change how its result is computed, but not the result."""
 
-PRECISION = ("bf16", "fp16", "data_types", "torch_autocast")
+PRECISION = ("bf16", "fp16", "optimizer")
 """The fields of a DeepSpeed JSON that do change the result."""
 
 

@@ -18,7 +18,9 @@ Job = tuple[RecoverySpec, Path]
 """A request, and the directory that its checkpoints, its adapter and its result go to."""
 
 
-def group_workplace(rank: int, world_size: int, directory: Path, progress: Progress = no_progress) -> Workplace:
+def group_workplace(
+    rank: int, world_size: int, directory: Path, progress: Progress = no_progress
+) -> Workplace:
     """Shared checkpoints that worker 0 puts in place once all shares are written."""
     checkpoints = CheckpointDirectory(directory / "checkpoints")
 

@@ -16,7 +16,8 @@ def check_recovery(spec: RecoverySpec, workers: int) -> None:
         RequestError: an unknown objective, adapter kind or schedule, batch sizes
             that do not divide, a DeepSpeed JSON that contradicts them, or no loss.
     """
-    if find_objective(spec.objective).build is None:
+    objective = find_objective(spec.objective)
+    if objective.build is None:
         return
     if spec.model.merges:
         raise RequestError(
@@ -25,8 +26,11 @@ def check_recovery(spec: RecoverySpec, workers: int) -> None:
         )
     if spec.adapter.kind not in ADAPTER_KINDS:
         raise unknown_name("adapter kind", spec.adapter.kind, ADAPTER_KINDS)
-    if not any((spec.loss.hidden, spec.loss.attention, spec.loss.logits)):
-        raise RequestError("recovery.loss: every term has weight 0; give at least one a weight")
+    if objective.weights and not any(getattr(spec.loss, name) for name in objective.weights):
+        raise RequestError(
+            f"recovery.loss: {', '.join(objective.weights)} all have weight 0, and {spec.objective!r} has no "
+            "other terms; give one of them a weight"
+        )
     per_step = spec.batch_size * spec.sequence_length
     if spec.max_tokens < per_step:
         raise RequestError(
@@ -34,5 +38,6 @@ def check_recovery(spec: RecoverySpec, workers: int) -> None:
             f"{spec.sequence_length} = {per_step} tokens; raise it or make the batch smaller"
         )
     check_data(spec.objective, spec.data)
+    precision_of(spec)
     deepspeed_config(spec, workers)
     lr_at(0, 1, spec.learning_rate, spec.lr_schedule)

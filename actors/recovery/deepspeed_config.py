@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from actors.contracts import RecoverySpec
+from actors.contracts import ModelSpec, RecoverySpec, TextSpec, digest, to_json
 from actors.errors import RequestError
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -60,9 +61,10 @@ def deepspeed_config(
     for name, value in _ours_among(user):
         wanted = _implied(spec, name, ours)
         if value not in ("auto", wanted):
+            given = "" if wanted is None else f", which give {wanted!r}"
             raise RequestError(
                 f"DeepSpeed field {name!r} is {value!r}, but it follows from the recovery settings "
-                f"({OURS[name]}){'' if wanted is None else f', which give {wanted!r}'}; leave it out or give 'auto'"
+                f"({OURS[name]}{given}); leave it out or give 'auto'"
             )
     _check_sections(user)
     apart = {"optimizer", "scheduler", *PRECISION_SECTIONS}
@@ -120,6 +122,22 @@ def loss_scale_settings(spec: RecoverySpec) -> dict[str, int]:
     """What the user's JSON says of the loss scale of float16."""
     section = _section(parse(spec.deepspeed), "fp16")
     return {name: section[name] for name in LOSS_SCALE_FIELDS if name in section}
+
+
+def settings_fingerprint(spec: RecoverySpec) -> str:
+    """Hash of the settings that must stay in a run: not where things are or how the work is cut."""
+    same = replace(
+        spec,
+        model=replace(spec.model, source=ModelSpec(path=""), adapters=(), weights=None),
+        data=TextSpec(),
+        teacher=None,
+        micro_batch_size=1,
+        checkpoint_steps=1,
+        gradient_checkpointing=False,
+        precision=precision_of(spec),
+        deepspeed=json.dumps([optimizer_settings(spec), loss_scale_settings(spec)]),
+    )
+    return digest(to_json(same))
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -188,7 +206,9 @@ def _check_sections(user: dict[str, Any]) -> None:
 
 def _check_zero(spec: RecoverySpec, user: dict[str, Any]) -> None:
     zero = user.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if not isinstance(zero, dict):
+        raise RequestError(f"DeepSpeed field 'zero_optimization' must be a JSON object, not {zero!r}")
+    stage = zero.get("stage", 0)
     if stage not in ZERO_STAGES:
         raise RequestError(
             f"DeepSpeed field 'zero_optimization.stage' is {stage!r}; there are "
@@ -196,15 +216,16 @@ def _check_zero(spec: RecoverySpec, user: dict[str, Any]) -> None:
         )
     if stage == 3 and spec.adapter.kind == "qlora":
         raise RequestError(
-            "DeepSpeed field 'zero_optimization.stage' is 3, but 4-bit weights (recovery.adapter.kind: qlora) "
-            "cannot be sharded; use stage 2, or adapters of kind lora"
+            "DeepSpeed field 'zero_optimization.stage' is 3, but 4-bit weights (recovery.adapter.kind: "
+            "qlora) cannot be sharded; use stage 2, or adapters of kind lora"
         )
     for name in ("offload_optimizer", "offload_param"):
         device = _section(zero, name).get("device", "none")
         lowest = 1 if name == "offload_optimizer" else 3
         if device not in ("none", "cpu"):
             raise RequestError(
-                f"DeepSpeed field 'zero_optimization.{name}.device' is {device!r}; recovery offloads to cpu only"
+                f"DeepSpeed field 'zero_optimization.{name}.device' is {device!r}; "
+                "recovery offloads to cpu only"
             )
         if device == "cpu" and stage < lowest:
             raise RequestError(

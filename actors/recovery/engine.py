@@ -18,7 +18,11 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+)
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -59,8 +63,8 @@ class Engine:
         _keep_to_torch_collectives()
         self._spec, self._world_size = spec, world_size
         self._dtype = getattr(torch, precision_of(spec))
-        self._module = _InPrecision(module, self._dtype)
-        self._named = [(n, p) for n, p in self._module.named_parameters() if p.requires_grad]
+        self._module = module
+        self._named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         for _, parameter in self._named:
             parameter.data = parameter.data.float()
         self.stage = zero_stage(spec)
@@ -205,7 +209,8 @@ class Engine:
             **optimizer_settings(self._spec),
         )
         self._engine, *_ = deepspeed.initialize(
-            model=self._module,
+            # Wrapped anew each time: DeepSpeed never takes its hooks off the outermost module.
+            model=_InPrecision(self._module, self._dtype),
             model_parameters=parameters,
             optimizer=optimizer,
             config=config,
@@ -250,11 +255,14 @@ class Engine:
 
     def _create_moments(self, updates: int) -> None:
         """AdamW's state as if that many steps had been made; torch makes it in the first step only."""
-        for group in self._adam.param_groups:
-            for shard in group["params"]:
-                where = shard.device if group.get("fused") else torch.device("cpu")
-                step = torch.tensor(float(updates), device=where)
-                self._adam.state[shard] = {"step": step, **{name: torch.zeros_like(shard) for name in MOMENTS}}
+        if self.stage == 3:
+            shards = self._engine.optimizer.fp32_partitioned_groups_flat
+        else:
+            shards = [shard for group in self._adam.param_groups for shard in group["params"]]
+        for shard in shards:
+            where = shard.device if self._adam.defaults["fused"] else torch.device("cpu")
+            step = torch.tensor(float(updates), device=where)
+            self._adam.state[shard] = {"step": step, **{name: torch.zeros_like(shard) for name in MOMENTS}}
         self._link_moments()
 
     def _link_moments(self) -> None:

@@ -1,10 +1,12 @@
 """Recovery in this process alone, with checkpoints in a local directory."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from actors.contracts import Progress, RecoveryResult, RecoverySpec, digest, no_progress, to_json
 from actors.recovery.checkpoint import CheckpointDirectory
+from actors.recovery.deepspeed_config import settings_fingerprint
 from actors.recovery.engine import single_process_group
 from actors.recovery.train_loop import MicroBatchError, train
 from actors.recovery.workplace import Workplace
@@ -24,7 +26,7 @@ def recover_locally(
     Raises:
         RequestError, WorkError: as `train_loop.train`.
     """
-    checkpoints = CheckpointDirectory(Path(work_dir) / f"recovery-{digest(to_json(spec))[:16]}")
+    checkpoints = CheckpointDirectory(Path(work_dir) / f"recovery-{_fingerprint(spec)[:16]}")
     workplace = Workplace(
         rank=0,
         world_size=1,
@@ -38,6 +40,12 @@ def recover_locally(
         result = _train(spec, workplace)
     checkpoints.remove()
     return result
+
+
+def _fingerprint(spec: RecoverySpec) -> str:
+    """Hash of what a checkpoint's content depends on: not how often it is written or how the work is cut."""
+    sources = to_json(replace(spec, micro_batch_size=1, checkpoint_steps=1, deepspeed=""))
+    return digest([settings_fingerprint(spec), sources])
 
 
 def _train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:

@@ -24,12 +24,14 @@ under `loss`, each the sum over the batch's tokens divided by `batch.denominator
 class Objective:
     """`build` is None where nothing is trained.
 
-    `trains_on` is running `text`, the `answers` of conversations, or `responses` that
-    the unpruned model gives to prompts before.
+    `weights` names what of `LossSpec` weighs its terms. `trains_on` is running `text`,
+    the `answers` of conversations, or `responses` that the unpruned model gives to
+    prompts before.
     """
 
     build: BuildModule | None
     paper: str
+    weights: tuple[str, ...] = ()
     trains_on: Literal["text", "answers", "responses"] = "text"
 
 
@@ -60,12 +62,20 @@ def _packed(module: Student, spec: RecoverySpec) -> Student:
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "kd": Objective(build_lockstep, "IteRABRe §3.2"),
+    "kd": Objective(build_lockstep, "IteRABRe §3.2", weights=("hidden", "attention", "logits")),
     "healing": Objective(build_causal_lm, "Gromov et al. (arXiv 2403.17887) §3.2, App. A.1"),
-    "healing_aux": Objective(build_auxiliary_healing, "Gromov et al. (arXiv 2403.17887) §5, Eq. 8"),
-    "sft": Objective(build_causal_lm, "Limits of Layer Pruning §2: fine-tuning on the data set's answers"),
+    "healing_aux": Objective(
+        build_auxiliary_healing, "Gromov et al. (arXiv 2403.17887) §5, Eq. 8", weights=("auxiliary",)
+    ),
+    "sft": Objective(
+        build_causal_lm,
+        "Limits of Layer Pruning §2: fine-tuning on the data set's answers",
+        trains_on="answers",
+    ),
     "sgr": Objective(
-        build_causal_lm, "Limits of Layer Pruning §2: fine-tuning on the unpruned model's answers"
+        build_causal_lm,
+        "Limits of Layer Pruning §2: fine-tuning on the unpruned model's answers",
+        trains_on="responses",
     ),
     "none": Objective(None, "pruning without recovery, the control of every paper"),
 }

@@ -29,7 +29,7 @@ from actors.models import LayerwisePass, load_tokenizer
 from actors.recovery.adapters import save_adapter, stage_seed
 from actors.recovery.check import check_recovery
 from actors.recovery.checkpoint import DamagedCheckpointError, read_state
-from actors.recovery.deepspeed_config import fitting_micro_batch, precision_of
+from actors.recovery.deepspeed_config import fitting_micro_batch, precision_of, settings_fingerprint
 from actors.recovery.engine import Engine, peak_memory_bytes
 from actors.recovery.feed import check_vocabulary, training_data, training_order
 from actors.recovery.objectives import BuildModule, find_objective
@@ -128,7 +128,8 @@ def _load(spec: RecoverySpec, workplace: Workplace, build: BuildModule) -> _Load
     pair = load_pair(_in_precision(spec), find_objective(spec.objective).needs_teacher)
     check_vocabulary(data, pair.student)
     module = build(pair, spec)
-    # It learns what this family's blocks return from a pass that it breaks off, which sharded weights do not bear.
+    # The first pass finds out what this family's blocks return and is broken off; sharded weights
+    # do not bear that.
     for model in filter(None, (pair.student, pair.teacher)):
         LayerwisePass(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
     noted = workplace.noted_micro_batch() or spec.micro_batch_size
@@ -180,11 +181,16 @@ def _resume(run: Run) -> list[StepRecord]:
     for checkpoint in run.workplace.checkpoints():
         with checkpoint as directory:
             try:
-                _all_or_none(lambda: read_state(directory))  # noqa: B023 - called at once
+                _all_or_none(lambda: read_state(directory))
             except DamagedCheckpointError as error:
                 log.warning("%s; going back to the checkpoint before it", error)
                 continue
             state = run.engine.load(directory)
+        if state["settings"] != settings_fingerprint(run.spec):
+            raise RequestError(
+                f"the checkpoints of {run.workplace.adapter_uri!r} are those of a recovery with other "
+                "settings; give this one a name or storage path of its own, or remove them"
+            )
         run.checkpoints.append(len(state["steps"]))
         return [_record_from_json(record) for record in state["steps"]]
     return []
@@ -198,7 +204,10 @@ def _run_steps(run: Run, records: list[StepRecord]) -> list[StepRecord]:
             run.workplace.progress(step + 1, run.num_steps, f"loss {records[-1].loss:.4g}")
         leaving = run.workplace.leaving()
         if (step + 1) % every == 0 or step + 1 == run.num_steps or (leaving and not left):
-            state = {"steps": [asdict(record) for record in records]}
+            state = {
+                "settings": settings_fingerprint(run.spec),
+                "steps": [asdict(record) for record in records],
+            }
             run.workplace.save_checkpoint(step + 1, partial(run.engine.save, state=state))
             run.checkpoints.append(step + 1)
         left = leaving
@@ -269,16 +278,18 @@ def _shrink(run: Run, step: int) -> str:
     before = run.micro_batch_size
     if before == 1:
         raise WorkError(
-            f"step {step + 1} of the recovery of {run.spec.model.source.path!r} does not fit into memory even with "
-            f"micro-batches of one sequence of {run.spec.sequence_length} tokens; make sequence_length smaller, "
-            "set recovery.gradient_checkpointing, shard or offload (configs/deepspeed/zero3_offload.json), or use "
-            f"a device with more memory. {_last_checkpoint(run)}; --resume continues"
+            f"step {step + 1} of the recovery of {run.spec.model.source.path!r} does not fit into memory "
+            f"even with micro-batches of one sequence of {run.spec.sequence_length} tokens; make "
+            "sequence_length smaller, set recovery.gradient_checkpointing, shard or offload "
+            "(configs/deepspeed/zero3_offload.json), or use a device with more memory. "
+            f"{_last_checkpoint(run)}; --resume continues"
         )
     run.micro_batch_size = fitting_micro_batch(run.share, before // 2)
     run.workplace.note_micro_batch(run.micro_batch_size)
     return (
-        f"step {step + 1}: out of memory with micro-batches of {before}; going on with {run.micro_batch_size} "
-        f"x {run.share // run.micro_batch_size} accumulated, the batch stays {run.spec.batch_size}"
+        f"step {step + 1}: out of memory with micro-batches of {before}; going on with "
+        f"{run.micro_batch_size} x {run.share // run.micro_batch_size} accumulated, the batch stays "
+        f"{run.spec.batch_size}"
     )
 
 
@@ -290,7 +301,8 @@ def _sum_micro_batches(run: Run, step: int) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for position in positions:
         torch.manual_seed(_draw_seed(stage_seed(run.spec), step, position))
-        batch = replace(run.data.batch(run.order_SB[step, position : position + size]), denominator=denominator)
+        chosen_B = run.order_SB[step, position : position + size]
+        batch = replace(run.data.batch(chosen_B), denominator=denominator)
         for name, value in run.engine.accumulate(batch, last=position == positions[-1]).items():
             sums[name] = sums.get(name, 0.0) + value / len(positions)
     return sums
@@ -305,8 +317,9 @@ def _check_finite(run: Run, step: int, what: str, value: float) -> None:
         return
     raise DivergenceError(
         f"recovery of {run.spec.model.source.path!r} diverged: the {what} of step {step + 1} "
-        f"of {run.num_steps} is {value}, on sequences {run.order_SB[step].tolist()}; {_last_checkpoint(run)}. "
-        "Lower the learning rate or max_grad_norm, lengthen the warm-up, or use float32"
+        f"of {run.num_steps} is {value}, on sequences {run.order_SB[step].tolist()}; "
+        f"{_last_checkpoint(run)}. Lower the learning rate or max_grad_norm, lengthen the warm-up, "
+        "or use float32"
     )
 
 

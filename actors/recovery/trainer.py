@@ -67,32 +67,30 @@ def recover_on_ray(
         RequestError: the request was wrong; found by the workers, not tried again.
         WorkError: training failed; names the cause, not the actor that died of it.
     """
+    note_uri = join(storage_path, name, "micro_batch_size")
+    job = _Job(spec, adapter_uri, note_uri, progress_handle or no_progress)
+    scaling = ScalingConfig(
+        num_workers=workers,
+        use_gpu=gpus_per_worker > 0,
+        resources_per_worker=_resources(cpus_per_worker, gpus_per_worker),
+    )
+    with _start_timeout(start_timeout_s):
+        return _fit(job, scaling, _run_config(name, storage_path, max_failures))
+
+
+def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryResult:
+    """Run the job to its end; failures are raised as what caused them."""
     trainer = TorchTrainer(
-        _work,
-        train_loop_config={
-            "job": _Job(
-                spec,
-                adapter_uri,
-                join(storage_path, name, "micro_batch_size"),
-                progress_handle or no_progress,
-            )
-        },
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=gpus_per_worker > 0,
-            resources_per_worker=_resources(cpus_per_worker, gpus_per_worker),
-        ),
-        run_config=_run_config(name, storage_path, max_failures),
+        _work, train_loop_config={"job": job}, scaling_config=scaling, run_config=run_config
     )
     try:
-        with _start_timeout(start_timeout_s):
-            outcome = trainer.fit().return_value
+        outcome = trainer.fit().return_value
     except ray_train.WorkerGroupError as error:
-        raise _worker_failure(name, error) from error
+        raise _worker_failure(run_config.name, error) from error
     except ray_train.TrainingFailedError as error:
         raise WorkError(
-            f"recovery {name!r} could not run on {workers} workers of {cpus_per_worker} CPUs and "
-            f"{gpus_per_worker} GPUs: {_last_line(error)}"
+            f"recovery {run_config.name!r} could not run on {scaling.num_workers} workers of "
+            f"{scaling.resources_per_worker}: {_last_line(error)}"
         ) from error
     if isinstance(outcome, IterabreError):
         raise outcome
