@@ -1,6 +1,6 @@
 """Generation on Ray: a pool of actors that share the prompts."""
 
-from functools import cached_property, partial
+from functools import partial
 
 import ray
 
@@ -15,11 +15,7 @@ class GenerateActor:
 
     def __init__(self, spec: GenerationSpec):
         self._spec = spec
-
-    @cached_property
-    def _engine(self) -> Engine:
-        # Not opened when the actor is made: Ray would tell of its death instead of what is wrong.
-        return open_engine(self._spec)
+        self._engine: Engine | None = None
 
     def ready(self) -> bool:
         """Answers once the actor has been placed."""
@@ -27,6 +23,9 @@ class GenerateActor:
 
     def work(self, share: Share) -> list[Response]:
         """Responses to the share's prompts."""
+        if self._engine is None:
+            # Not opened when the actor is made: Ray would tell of its death instead of what is wrong.
+            self._engine = open_engine(self._spec)
         return self._engine.answer(share)
 
 
