@@ -29,7 +29,7 @@ from actors.data import chat_template, describe_text
 from actors.evaluation import check_tasks
 from actors.models import describe_model, load_tokenizer
 from actors.models.merge import MERGES
-from actors.recovery import check_recovery, find_objective
+from actors.recovery import check_data, check_recovery, find_objective
 from actors.scoring import find_criterion
 from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig, TargetConfig, TextConfig
 from orchestrator.errors import RequestError, unknown_name
@@ -146,6 +146,8 @@ class TrajectoryPlan:
             objective=str(recovery.start),
             packing=recovery.packing,
             sequence_length=recovery.sequence_length,
+            batch_size=recovery.batch_size,
+            micro_batch_size=recovery.micro_batch_size,
             max_tokens=recovery.max_tokens,
             precision=recovery.precision,
             seed=self.seed,
@@ -213,6 +215,7 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     check_tasks(evaluation.tasks, evaluation.include_path)
     for method in config.methods:
         _check_scoring(method, evaluation.include_path)
+        check_data(method.recovery.objective, text_spec(method.recovery.data))
     infos = {model.id: describe_model(model_spec(model)) for model in config.models}
     deepspeed = _read_deepspeed(config.execution.training.deepspeed)
     fingerprints: dict[TextSpec | ModelSpec, str] = {
