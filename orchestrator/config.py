@@ -71,7 +71,10 @@ class TextConfig(Section):
     messages_column: str | None = Field(
         None, description="Column with whole conversations: lists of {role, content}."
     )
-    streaming: bool = Field(False, description="Read records as they are needed; for data larger than disk.")
+    chat_template: str | None = Field(
+        None, description="How conversations are written: the tokenizer's way, plain, or a Jinja file."
+    )
+    streaming: bool = Field(False, description="Read records as they are needed; for large data.")
 
     @model_validator(mode="after")
     def _one_source(self) -> "TextConfig":
@@ -180,6 +183,12 @@ class GenerationConfig(Section):
     batch_size: int = Field(8, ge=1, description="Prompts answered at a time.")
     engine: Literal["transformers", "vllm"] = Field("transformers", description="What generates.")
 
+    @model_validator(mode="after")
+    def _draws_differ(self) -> "GenerationConfig":
+        if self.responses_per_prompt > 1 and self.temperature == 0:
+            raise ValueError("several responses_per_prompt would all be the same at temperature 0; raise it")
+        return self
+
 
 class RecoveryConfig(Section):
     """How a pruned model is healed. The defaults are the paper's (IteRABRe §4)."""
@@ -269,7 +278,7 @@ class EvaluationConfig(Section):
 class PoolConfig(Section):
     """Actors that share a stage's work, and what each holds."""
 
-    actors: int = Field(2, ge=1, description="Actors that share the calibration sequences.")
+    actors: int = Field(2, ge=1, description="Actors that share the calibration sequences, or the prompts.")
     cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
     gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
 
@@ -296,6 +305,7 @@ class ExecutionConfig(Section):
 
     backend: Literal["ray", "local"] = Field("ray", description="On Ray, or all in this process.")
     scoring: PoolConfig = PoolConfig()
+    generation: PoolConfig = PoolConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: WorkerConfig = WorkerConfig()
     max_concurrent_trajectories: int = Field(1, ge=1, description="Trajectories that run at a time.")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from actors.contracts import (
     AdapterSpec,
     ArtifactRef,
     EvaluationSpec,
+    GenerationSpec,
     LossSpec,
     MergeSpec,
     ModelInfo,
@@ -24,11 +25,11 @@ from actors.contracts import (
     TextSpec,
     digest,
 )
-from actors.data import describe_text
+from actors.data import chat_template, describe_text
 from actors.evaluation import check_tasks
-from actors.models import describe_model
+from actors.models import describe_model, load_tokenizer
 from actors.models.merge import MERGES
-from actors.recovery import check_recovery, find_objective
+from actors.recovery import check_data, check_recovery, find_objective
 from actors.scoring import find_criterion
 from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig, TargetConfig, TextConfig
 from orchestrator.errors import RequestError, unknown_name
@@ -118,9 +119,44 @@ class TrajectoryPlan:
             **task.model_dump(), include_path=evaluation.include_path, batch_size=evaluation.batch_size
         )
 
-    def recovery_spec(self, model: ModelRef) -> RecoverySpec:
-        """What to ask of recovery for the pruned `model`."""
-        return recovery_spec(model, self.method, self.seed, self.deepspeed)
+    @property
+    def recovery_text(self) -> TextSpec:
+        """The text that recovery is configured with; for generated responses, the prompts."""
+        return text_spec(self.method.recovery.data)
+
+    def generation_spec(self) -> GenerationSpec | None:
+        """What the unpruned model has to generate before the first recovery; None if nothing."""
+        recovery = self.method.recovery
+        if find_objective(recovery.objective).trains_on != "responses":
+            return None
+        generation = recovery.generation
+        # Nothing is drawn at temperature 0, so all seeds share one stage.
+        seed = self.seed if generation.temperature else 0
+        return GenerationSpec(self.model.spec, self.recovery_text, seed=seed, **generation.model_dump())
+
+    def start_spec(self, model: ModelRef, data: TextSpec) -> RecoverySpec:
+        """What is done to `model` before its recovery, where `recovery.start` says so.
+
+        Only what it depends on is set, so that methods that differ in the rest share it.
+        """
+        recovery = self.method.recovery
+        return RecoverySpec(
+            model=model,
+            data=data,
+            objective=str(recovery.start),
+            packing=recovery.packing,
+            sequence_length=recovery.sequence_length,
+            batch_size=recovery.batch_size,
+            micro_batch_size=recovery.micro_batch_size,
+            max_tokens=recovery.max_tokens,
+            precision=recovery.precision,
+            seed=self.seed,
+        )
+
+    def recovery_spec(self, model: ModelRef, data: TextSpec | None = None) -> RecoverySpec:
+        """What to ask of recovery for the pruned `model`, on `data` if it is not the configured text."""
+        spec = recovery_spec(model, self.method, self.seed, self.deepspeed)
+        return spec if data is None else replace(spec, data=data)
 
     def evaluation_spec(self, model: ModelRef) -> EvaluationSpec:
         """What to ask of evaluation for `model`."""
@@ -132,15 +168,18 @@ class TrajectoryPlan:
         if isinstance(spec, ModelSpec):
             return self.model.fingerprint if spec == self.model.spec else self.fingerprints[spec]
         if isinstance(spec, TextSpec):
-            return self.fingerprints[spec]
+            return describe_text(spec).fingerprint if spec.generated else self.fingerprints[spec]
         if isinstance(spec, ArtifactRef):
             return spec.sha256
         if is_dataclass(spec):
             named = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in NOT_IN_KEY}
             if isinstance(spec, EvaluationSpec | TaskSpec):
                 named["include_path"] = self.tasks_fingerprint
+            if isinstance(spec, GenerationSpec):
+                del named["batch_size"]
             if isinstance(spec, RecoverySpec):
-                named["precision"] = {k: v for k, v in json.loads(spec.deepspeed).items() if k in PRECISION}
+                theirs = {k: v for k, v in json.loads(spec.deepspeed).items() if k in PRECISION}
+                named["precision"] = [spec.precision, theirs]
             return {name: self.key_inputs(value) for name, value in named.items()}
         if isinstance(spec, (list, tuple)):
             return [self.key_inputs(value) for value in spec]
@@ -176,6 +215,7 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     check_tasks(evaluation.tasks, evaluation.include_path)
     for method in config.methods:
         _check_scoring(method, evaluation.include_path)
+        check_data(method.recovery.objective, text_spec(method.recovery.data))
     infos = {model.id: describe_model(model_spec(model)) for model in config.models}
     deepspeed = _read_deepspeed(config.execution.training.deepspeed)
     fingerprints: dict[TextSpec | ModelSpec, str] = {
@@ -203,8 +243,21 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
         for trajectory_id, iterations in _trajectories(config, model, method, seed, infos[model.id])
     )
     for trajectory in trajectories:
-        check_recovery(trajectory.recovery_spec(trajectory.dense), config.execution.training.workers)
+        _check_recovery(trajectory, config.execution.training.workers)
     return CampaignPlan(config.name, trajectories)
+
+
+def _check_recovery(trajectory: TrajectoryPlan, workers: int) -> None:
+    """Whether the objective is known, has the data that it trains on, and the model can write it."""
+    method = trajectory.method
+    try:
+        check_recovery(trajectory.recovery_spec(trajectory.dense), workers)
+        if method.recovery.start is not None:
+            find_objective(method.recovery.start)
+        if trajectory.recovery_text.conversations:
+            chat_template(load_tokenizer(trajectory.model.spec), method.recovery.data.chat_template)
+    except RequestError as error:
+        raise RequestError(f"method {method.name!r}: {error}") from error
 
 
 def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
@@ -389,9 +442,11 @@ def plan_summary(plan: CampaignPlan) -> list[dict[str, Any]]:
 
 
 def num_stages(trajectory: TrajectoryPlan) -> int:
-    """Stages of a trajectory: the dense evaluation, and those of every iteration and target."""
-    each = 5 if trajectory.also_before_recovery else 4
-    return 1 + sum(each + iteration.is_target for iteration in trajectory.iterations)
+    """Stages of a trajectory: the dense evaluation, generation, and those of every iteration and target."""
+    recovery = trajectory.method.recovery
+    each = 4 + trajectory.also_before_recovery + (recovery.start is not None)
+    once = 1 + (trajectory.generation_spec() is not None)
+    return once + sum(each + iteration.is_target for iteration in trajectory.iterations)
 
 
 def recovery_flops(trajectory: TrajectoryPlan) -> float:

@@ -18,12 +18,15 @@ from actors.contracts import (
     EvaluationSpec,
     ExportResult,
     ExportSpec,
+    GenerationResult,
+    GenerationSpec,
     ModelRef,
     Progress,
     RecoveryResult,
     RecoverySpec,
     ScoreResult,
     ScoreSpec,
+    TextSpec,
 )
 from orchestrator.ledger import Ledger, Row
 from orchestrator.plan import IterationPlan, TrajectoryPlan, num_stages
@@ -43,6 +46,8 @@ class Backend(Protocol):
 
     def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult: ...
 
+    def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult: ...
+
     def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult: ...
 
     def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult: ...
@@ -59,6 +64,7 @@ class StoredStages:
         self._backend = backend
         self._ledger = Ledger(store.ledger_uri)
         self._report = report
+        self._responses: ArtifactRef | None = None
         self.activity = Activity(plan.id, 0, len(plan.iterations), "starting", stages_total=num_stages(plan))
 
     def score(self, iteration: IterationPlan, model: ModelRef) -> Sequence[int]:
@@ -86,8 +92,30 @@ class StoredStages:
         return pruned
 
     def recover(self, iteration: IterationPlan, model: ModelRef) -> ModelRef:
-        """`model`, healed."""
-        spec = self._plan.recovery_spec(model)
+        """`model`, healed: by what its recovery starts with, if anything, then by its objective."""
+        data = self._recovery_data(iteration)
+        if self._plan.method.recovery.start is not None:
+            model = self._heal(iteration, self._plan.start_spec(model, data), "start")
+        return self._heal(iteration, self._plan.recovery_spec(model, data))
+
+    def _recovery_data(self, iteration: IterationPlan) -> TextSpec:
+        """What recovery trains on; the unpruned model's responses are generated before the first."""
+        spec = self._plan.generation_spec()
+        if spec is None:
+            return self._plan.recovery_text
+        if self._responses is None:
+            stage = self._once(
+                iteration,
+                "generate",
+                spec,
+                GenerationResult,
+                lambda progress, uri, _key: self._backend.generate(spec, uri, progress),
+            )
+            self._write(iteration, stage, _generation_numbers(stage.result))
+            self._responses = stage.artifact
+        return TextSpec(generated=self._responses, chat_template=spec.prompts.chat_template)
+
+    def _heal(self, iteration: IterationPlan, spec: RecoverySpec, phase: str | None = None) -> ModelRef:
         stage = self._once(
             iteration,
             "recover",
@@ -95,7 +123,7 @@ class StoredStages:
             RecoveryResult,
             lambda progress, uri, key: self._backend.recover(spec, uri, key, progress),
         )
-        self._write(iteration, stage, _recovery_numbers(stage.result))
+        self._write(iteration, stage, _recovery_numbers(stage.result), phase)
         return spec.healed(stage.artifact)
 
     def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
@@ -219,6 +247,13 @@ def _score_numbers(result: ScoreResult) -> Numbers:
     yield "tokens", result.num_tokens, "tokens", {}
 
 
+def _generation_numbers(result: GenerationResult) -> Numbers:
+    yield "prompts", result.num_prompts, "", {}
+    yield "responses", result.num_responses, "", {}
+    yield "responses_finished", result.num_finished, "", {}
+    yield "tokens", result.num_tokens, "tokens", {}
+
+
 def _recovery_numbers(result: RecoveryResult) -> Numbers:
     for record in result.steps:
         at = {"step": record.step}
@@ -242,5 +277,5 @@ def _evaluation_numbers(result: EvaluationResult) -> Numbers:
 
 
 def _artifact(result: Any) -> ArtifactRef | None:
-    """What a stage published: recovery's adapter, export's directory; some stages only measure."""
+    """What a stage published: responses, an adapter, an exported directory; some stages only measure."""
     return getattr(result, "artifact", None)

@@ -46,7 +46,14 @@ from orchestrator.errors import CorruptStageError
 
 log = logging.getLogger(__name__)
 
-STAGE_VERSION: Mapping[str, int] = {"score": 1, "prune": 1, "recover": 1, "evaluate": 1, "export": 1}
+STAGE_VERSION: Mapping[str, int] = {
+    "score": 1,
+    "prune": 1,
+    "generate": 1,
+    "recover": 1,
+    "evaluate": 1,
+    "export": 1,
+}
 """Raise a kind's number when its results change meaning: old ones are then computed anew."""
 
 FORMAT = 1

@@ -64,9 +64,7 @@ def _packed(module: Student, spec: RecoverySpec) -> Student:
 OBJECTIVES: dict[str, Objective] = {
     "kd": Objective(build_lockstep, "IteRABRe §3.2", weights=("hidden", "attention", "logits")),
     "healing": Objective(build_causal_lm, "Gromov et al. (arXiv 2403.17887) §3.2, App. A.1"),
-    "healing_aux": Objective(
-        build_auxiliary_healing, "Gromov et al. (arXiv 2403.17887) §5, Eq. 8", weights=("auxiliary",)
-    ),
+    "healing_aux": Objective(build_auxiliary_healing, "Gromov et al. (arXiv 2403.17887) §5, Eq. 8"),
     "sft": Objective(
         build_causal_lm,
         "Limits of Layer Pruning §2: fine-tuning on the data set's answers",

@@ -114,7 +114,7 @@ def test_the_ceiling_of_tokens_is_kept(max_tokens: int) -> None:
 def test_mapped_files_give_what_memory_gives(tmp_path: Path, apart: bool) -> None:
     held = collect(cut_into_blocks(DOCUMENTS, 4, apart))
     mapped = spool(lambda: cut_into_blocks(DOCUMENTS, 4, apart), tmp_path / "tokens")
-    again = spool(lambda: [], tmp_path / "tokens")  # found: not written anew
+    again = spool(list, tmp_path / "tokens")  # found: not written anew
     chosen = torch.tensor([3, 1, 0])
     for data in (mapped, again):
         assert_same_batch(data, held, chosen)
