@@ -1,10 +1,11 @@
 """Refusing a recovery that could not run, before anything starts."""
 
 from actors.contracts import RecoverySpec
-from actors.errors import RequestError, unknown_name
-from actors.recovery.adapters import ADAPTER_KINDS
+from actors.errors import RequestError
+from actors.recovery.adapters import check_adapter
 from actors.recovery.engine import deepspeed_config
 from actors.recovery.objectives import find_objective
+from actors.recovery.pair import check_teacher
 from actors.recovery.schedule import lr_at
 
 
@@ -22,8 +23,8 @@ def check_recovery(spec: RecoverySpec, workers: int) -> None:
             f"recovery {spec.objective!r} trains adapters on the source model's own weights and cannot heal "
             "merged layers; use recovery.objective: none with the criterion laco"
         )
-    if spec.adapter.kind not in ADAPTER_KINDS:
-        raise unknown_name("adapter kind", spec.adapter.kind, ADAPTER_KINDS)
+    check_adapter(spec)
+    check_teacher(spec)
     if not any((spec.loss.hidden, spec.loss.attention, spec.loss.logits)):
         raise RequestError("recovery.loss: every term has weight 0; give at least one a weight")
     per_step = spec.batch_size * spec.sequence_length

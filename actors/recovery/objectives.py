@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from actors.contracts import RecoverySpec
+from actors.data import TrainingData
 from actors.errors import unknown_name
+from actors.recovery.bridge import Solution, solve_bridges
 from actors.recovery.distillation import LockstepDistiller
 from actors.recovery.pair import Pair
 
@@ -15,12 +17,17 @@ BuildModule = Callable[[Pair, RecoverySpec], nn.Module]
 under `loss`, each the sum over the batch's tokens divided by `batch.denominator`."""
 
 
+Solve = Callable[[RecoverySpec, TrainingData], Solution]
+"""Gives tensors in the place of the model's own, found in closed form."""
+
+
 @dataclass(frozen=True)
 class Objective:
-    """`build` is None where nothing is trained."""
+    """`build` is None where nothing is trained; `solve` is given where there is a closed form."""
 
     build: BuildModule | None
     paper: str
+    solve: Solve | None = None
 
 
 def build_lockstep(pair: Pair, spec: RecoverySpec) -> nn.Module:
@@ -30,6 +37,7 @@ def build_lockstep(pair: Pair, spec: RecoverySpec) -> nn.Module:
 
 OBJECTIVES: dict[str, Objective] = {
     "kd": Objective(build_lockstep, "IteRABRe §3.2"),
+    "linear_bridge": Objective(None, "ReplaceMe (arXiv 2505.02819) §2.2", solve=solve_bridges),
     "none": Objective(None, "pruning without recovery, the control of every paper"),
 }
 

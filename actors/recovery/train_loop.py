@@ -24,11 +24,13 @@ from actors.artifacts import publish
 from actors.contracts import ArtifactRef, Progress, RecoveryResult, RecoverySpec, StepRecord, digest
 from actors.data import BlockData, TrainingData, batch_order, load_texts, pack_blocks
 from actors.errors import IterabreError, RequestError, WorkError
-from actors.recovery.adapters import save_adapter, stage_seed, trainable_parameters
+from actors.models import load_tokenizer, save_weights
+from actors.recovery.adapters import stage_seed, trainable_parameters
+from actors.recovery.bridge import Solution
 from actors.recovery.check import check_recovery
 from actors.recovery.engine import Engine
-from actors.recovery.objectives import BuildModule, find_objective
-from actors.recovery.pair import Pair, load_pair
+from actors.recovery.objectives import BuildModule, Solve, find_objective
+from actors.recovery.pair import Pair, load_pair, save_trained
 from actors.recovery.schedule import lr_at
 
 Write = Callable[[Path], None]
@@ -93,6 +95,8 @@ def train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
         DivergenceError: a loss or gradient is not finite.
     """
     objective = find_objective(spec.objective)
+    if objective.solve is not None:
+        return _solve(spec, workplace, objective.solve)
     if objective.build is None:
         return RecoveryResult(artifact=None, steps=(), tokens=0, trainable_parameters=0)
     run = _prepare(spec, workplace, objective.build)
@@ -107,6 +111,23 @@ def train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
         tokens=run.num_steps * run.tokens_per_step,
         trainable_parameters=sum(p.numel() for p in trainable_parameters(run.pair.student)),
     )
+
+
+def _solve(spec: RecoverySpec, workplace: Workplace, solve: Solve) -> RecoveryResult:
+    """Recovery in closed form; nothing is trained."""
+
+    def work() -> Solution:
+        tokenizer = load_tokenizer(spec.model.source)
+        blocks_ST = pack_blocks(load_texts(spec.data), tokenizer, spec.sequence_length)
+        return solve(spec, BlockData(blocks_ST))
+
+    solution = _all_or_none(work)
+    artifact = None
+    if workplace.rank == 0:
+        with TemporaryDirectory(prefix="iterabre-weights-") as scratch:
+            save_weights(solution.tensors, Path(scratch))
+            artifact = publish(Path(scratch), workplace.adapter_uri)
+    return RecoveryResult(artifact, steps=(), tokens=solution.tokens, trainable_parameters=0)
 
 
 def plan_steps(spec: RecoverySpec, num_sequences: int) -> int:
@@ -246,7 +267,7 @@ def _check_finite(run: Run, step: int, what: str, value: float) -> None:
 
 def _publish_adapter(run: Run) -> ArtifactRef:
     with TemporaryDirectory(prefix="iterabre-adapter-") as scratch:
-        save_adapter(run.pair.adapted, Path(scratch))
+        save_trained(run.pair, Path(scratch))
         return publish(Path(scratch), run.workplace.adapter_uri)
 
 
