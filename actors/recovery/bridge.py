@@ -14,7 +14,7 @@ before and adapters included, so that later ones make up for what earlier ones m
 N tokens, D hidden size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,15 +91,14 @@ def find_bridges(kept: tuple[int, ...], num_source_layers: int) -> list[Bridge]:
         raise RequestError("objective 'linear_bridge' needs removed layers; none were dropped")
     if 0 not in kept:
         raise RequestError(
-            "objective 'linear_bridge' cannot replace layer 0: there is no MLP before it to take the bridge in; "
-            "keep layer 0 (scoring.protect) or use another objective"
+            "objective 'linear_bridge' cannot replace layer 0: no MLP before it could take the bridge in; "
+            "keep layer 0 or use another objective"
         )
     ends = (*kept[1:], num_source_layers)
     places = enumerate(zip(kept, ends, strict=True))
     return [Bridge(position, end - 1) for position, (before, end) in places if end > before + 1]
 
 
-@torch.no_grad()
 def solve_bridges(spec: RecoverySpec, data: TrainingData) -> Solution:
     """Bridge every run of removed blocks of `spec.model`, on the first `max_tokens` tokens of the data.
 
@@ -114,17 +113,36 @@ def solve_bridges(spec: RecoverySpec, data: TrainingData) -> Solution:
         raise RequestError("objective 'linear_bridge' replaces dropped layers and cannot mend merged ones")
     source, student = (load(spec.model)[0].to(device()) for load in (load_source, materialize))
     kept = spec.model.kept(depth(source.config))
-    bridges = find_bridges(kept, depth(source.config))
     chosen = _within(data, spec.max_tokens)
-    last = {b.student_block: find_last_linear(student, b.student_block) for b in bridges}
-    for bridge in bridges:
-        equations = NormalEquations(student.get_input_embeddings().weight.shape[1], device())
-        for batch in _own_batches(spec, data, chosen):
-            equations.add(*_rows(source, student, bridge, last[bridge.student_block][1], batch.to(device())))
-        _sum_over_workers(equations)
-        fold(last[bridge.student_block][1], equations.solve())
-    changed = {(block, name): module for block, (name, module) in last.items()}
+    changed = lay_bridges(source, student, kept, lambda: _own_batches(spec, data, chosen))
     return Solution(_under_the_chain(spec, source, kept, changed), data.num_tokens(chosen))
+
+
+@torch.no_grad()
+def lay_bridges(
+    source: PreTrainedModel,
+    student: PreTrainedModel,
+    kept: tuple[int, ...],
+    batches: Callable[[], Iterable[TokenBatch]],
+) -> dict[tuple[int, str], nn.Module]:
+    """Fold a bridge into the student before every run of removed blocks.
+
+    Args:
+        kept: source index of each of the student's blocks.
+        batches: gives this worker's tokens; called once a bridge.
+
+    Returns:
+        The layers changed, by the student's block and their name in it.
+    """
+    bridges = find_bridges(kept, depth(source.config))
+    last = {bridge: find_last_linear(student, bridge.student_block) for bridge in bridges}
+    for bridge, (_, layer) in last.items():
+        equations = NormalEquations(student.get_input_embeddings().weight.shape[1], student.device)
+        for batch in batches():
+            equations.add(*_rows(source, student, bridge, layer, batch.to(student.device)))
+        _sum_over_workers(equations)
+        fold(layer, equations.solve())
+    return {(bridge.student_block, name): layer for bridge, (name, layer) in last.items()}
 
 
 def find_last_linear(model: PreTrainedModel, block: int) -> tuple[str, nn.Module]:
@@ -150,10 +168,10 @@ def find_last_linear(model: PreTrainedModel, block: int) -> tuple[str, nn.Module
     for hook in hooks:
         hook.remove()
     if not ran or not _is_added(way, block, hidden_BTD, output_BTD, linear[ran[-1]]):
+        last = ran[-1] if ran else "none"
         raise RequestError(
-            f"objective 'linear_bridge' cannot go into layers of model type {model.config.model_type!r}: their "
-            f"MLP does not end in a linear layer whose output is added as it is ({ran[-1] if ran else 'none'} "
-            "is the last one); use another objective"
+            f"objective 'linear_bridge' cannot go into layers of model type {model.config.model_type!r}: what "
+            f"their last linear layer ({last}) gives is not added as it is; use another objective"
         )
     return ran[-1], linear[ran[-1]]
 
