@@ -170,8 +170,8 @@ def find_last_linear(model: PreTrainedModel, block: int) -> tuple[str, nn.Module
     if not ran or not _is_added(way, block, hidden_BTD, output_BTD, linear[ran[-1]]):
         last = ran[-1] if ran else "none"
         raise RequestError(
-            f"objective 'linear_bridge' cannot go into layers of model type {model.config.model_type!r}: what "
-            f"their last linear layer ({last}) gives is not added as it is; use another objective"
+            f"objective 'linear_bridge' cannot go into layers of model type {model.config.model_type!r}: "
+            f"what their last linear layer ({last}) gives is not added as it is; use another objective"
         )
     return ran[-1], linear[ran[-1]]
 

@@ -73,7 +73,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_chain_of_three_is_the_same_unmerged_and_merged(
     path: str, tmp_path: Path, objective: str, dtype: str, tolerance: float
 ) -> None:
-    """Relative L2 error of the logits. bfloat16 keeps 8 bits; merged weights are rounded to them once more."""
+    """Relative L2 error of the logits. bfloat16 keeps 8 bits, to which merged weights are rounded again."""
     spec = _spec(path, objective=objective)
     spec = replace(spec, model=replace(spec.model, source=replace(spec.model.source, dtype=dtype)))
     for number, dropped in enumerate([(), (4,), (0,)]):
