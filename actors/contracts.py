@@ -91,8 +91,8 @@ class ModelRef:
 
     `dropped` holds source layer indices, ascending. `merges` are done before all
     else, in order, on the source weights; the layers that they merge are among
-    `dropped`. `weights`, left by full fine-tuning, then take the place of the
-    source's. `adapters` are applied last, in order. All name their tensors by
+    `dropped`. `weights`, left by full fine-tuning or a linear bridge, then take the
+    place of the source's. `adapters` are applied last, in order. All name their tensors by
     source layer index, so that layers dropped later do not shift them.
     """
 
@@ -117,6 +117,10 @@ class ModelRef:
     def retrained(self, weights: ArtifactRef) -> "ModelRef":
         """The same layers with these full weights, into which the adapter chain has gone."""
         return replace(self, adapters=(), weights=weights)
+
+    def bridged(self, weights: ArtifactRef) -> "ModelRef":
+        """The same layers with these weights under the adapter chain."""
+        return replace(self, weights=weights)
 
     def kept(self, num_source_layers: int) -> tuple[int, ...]:
         """Source indices of the layers that remain: `map(l)` of DESIGN §6."""
@@ -312,6 +316,8 @@ class RecoverySpec:
         """The model that this recovery leaves, `artifact` being what it trained."""
         if artifact is None:
             return self.model
+        if self.objective == "linear_bridge":
+            return self.model.bridged(artifact)
         return self.model.retrained(artifact) if self.adapter.kind == "full" else self.model.adapted(artifact)
 
 

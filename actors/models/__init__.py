@@ -1,5 +1,6 @@
 """Loading, surgery and export of causal language models."""
 
+from actors.models.adapter_deltas import Deltas, join_deltas, read_deltas
 from actors.models.chain import device, load_source, materialize, prune_to
 from actors.models.export import export_model, save_pretrained
 from actors.models.families import depth, find_layers, text_config
@@ -8,14 +9,17 @@ from actors.models.replay import LayerwisePass
 from actors.models.sharded import prune_checkpoint
 from actors.models.streaming import load_streamed, resident
 from actors.models.surgery import remove_layers
+from actors.models.weights import put_weights, read_weights, save_weights, weight_shapes
 
 __all__ = [
+    "Deltas",
     "LayerwisePass",
     "depth",
     "describe_model",
     "device",
     "export_model",
     "find_layers",
+    "join_deltas",
     "load_model",
     "load_source",
     "load_streamed",
@@ -23,8 +27,13 @@ __all__ = [
     "materialize",
     "prune_checkpoint",
     "prune_to",
+    "put_weights",
+    "read_deltas",
+    "read_weights",
     "remove_layers",
     "resident",
     "save_pretrained",
+    "save_weights",
     "text_config",
+    "weight_shapes",
 ]

@@ -1,4 +1,4 @@
-"""From a `ModelRef` to a model: source weights, adapters folded in, layers dropped.
+"""From a `ModelRef` to a model: source weights or those in their place, layers dropped, adapters folded in.
 
 Adapters are ordinary PEFT LoRA directories whose tensors are named by *source*
 layer index, so each also opens on the unpruned model with plain PEFT.
@@ -19,6 +19,7 @@ from actors.models.families import depth, find_layers
 from actors.models.load import load_model
 from actors.models.merge import merge_blocks
 from actors.models.surgery import remove_layers
+from actors.models.weights import put_weights
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -44,6 +45,8 @@ def prune_to(model: PreTrainedModel, ref: ModelRef) -> PreTrainedModel:
     """Turn the loaded source model into the one `ref` describes, in place."""
     kept = ref.kept(depth(model.config))
     merge_blocks(model, ref.merges)
+    if ref.weights is not None:
+        put_weights(model, ref.weights)
     if ref.dropped:
         remove_layers(model, ref.dropped)
     for adapter in ref.adapters:

@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from actors.artifacts import fetch
 from actors.contracts import ModelRef, ModelSpec
 from actors.errors import RequestError
 from actors.models.adapter_deltas import Deltas, read_deltas
@@ -135,6 +136,8 @@ def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:
         raise RequestError("a model with merged layers cannot be streamed; turn scoring.stream_weights off")
     spec = ref.source
     stored = stored_tensors(_directory(spec))
+    if ref.weights is not None:
+        stored |= stored_tensors(fetch(ref.weights))
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             load_config(spec), dtype=DTYPES[spec.dtype], trust_remote_code=spec.trust_remote_code

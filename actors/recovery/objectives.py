@@ -7,7 +7,9 @@ from typing import Literal
 from torch import nn
 
 from actors.contracts import RecoverySpec
+from actors.data import TrainingData
 from actors.errors import unknown_name
+from actors.recovery.bridge import Solution, solve_bridges
 from actors.recovery.causal import CausalLM
 from actors.recovery.distillation import LockstepDistiller
 from actors.recovery.documents import check_documents_apart
@@ -20,19 +22,25 @@ BuildModule = Callable[[Pair, RecoverySpec], nn.Module]
 under `loss`, each the sum over the batch's tokens divided by `batch.denominator`."""
 
 
+Solve = Callable[[RecoverySpec, TrainingData], Solution]
+"""Gives tensors in the place of the model's own, found in closed form."""
+
+
 @dataclass(frozen=True)
 class Objective:
-    """`build` is None where nothing is trained.
+    """`build` gives what is trained, `solve` what is found in closed form; both None where nothing is done.
 
     `weights` names what of `LossSpec` weighs its terms. `trains_on` is running `text`,
-    the `answers` of conversations, or `responses` that the unpruned model gives to
-    prompts before.
+    the `answers` of conversations, `responses` that the unpruned model gives to prompts
+    before, or `anything`. `has_teacher` if the student is compared with another model.
     """
 
     build: BuildModule | None
     paper: str
     weights: tuple[str, ...] = ()
-    trains_on: Literal["text", "answers", "responses"] = "text"
+    trains_on: Literal["text", "answers", "responses", "anything"] = "text"
+    has_teacher: bool = False
+    solve: Solve | None = None
 
 
 def build_lockstep(pair: Pair, spec: RecoverySpec) -> nn.Module:
@@ -62,9 +70,13 @@ def _packed(module: Student, spec: RecoverySpec) -> Student:
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "kd": Objective(build_lockstep, "IteRABRe §3.2", weights=("hidden", "attention", "logits")),
+    "kd": Objective(
+        build_lockstep, "IteRABRe §3.2", weights=("hidden", "attention", "logits"), has_teacher=True
+    ),
     "healing": Objective(build_causal_lm, "Gromov et al. (arXiv 2403.17887) §3.2, App. A.1"),
-    "healing_aux": Objective(build_auxiliary_healing, "Gromov et al. (arXiv 2403.17887) §5, Eq. 8"),
+    "healing_aux": Objective(
+        build_auxiliary_healing, "Gromov et al. (arXiv 2403.17887) §5, Eq. 8", has_teacher=True
+    ),
     "sft": Objective(
         build_causal_lm,
         "Limits of Layer Pruning §2: fine-tuning on the data set's answers",
@@ -74,6 +86,9 @@ OBJECTIVES: dict[str, Objective] = {
         build_causal_lm,
         "Limits of Layer Pruning §2: fine-tuning on the unpruned model's answers",
         trains_on="responses",
+    ),
+    "linear_bridge": Objective(
+        None, "ReplaceMe (arXiv 2505.02819) §2.2", trains_on="anything", solve=solve_bridges
     ),
     "none": Objective(None, "pruning without recovery, the control of every paper"),
 }

@@ -25,15 +25,16 @@ from actors.artifacts import publish
 from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, StepRecord, digest
 from actors.data import TrainingData
 from actors.errors import IterabreError, RequestError, WorkError
-from actors.models import LayerwisePass, load_tokenizer
-from actors.recovery.adapters import save_adapter, stage_seed
+from actors.models import LayerwisePass, load_tokenizer, save_weights
+from actors.recovery.adapters import stage_seed
+from actors.recovery.bridge import Solution
 from actors.recovery.check import check_recovery
 from actors.recovery.checkpoint import DamagedCheckpointError, read_state
 from actors.recovery.deepspeed_config import fitting_micro_batch, precision_of, settings_fingerprint
 from actors.recovery.engine import Engine, peak_memory_bytes
 from actors.recovery.feed import check_vocabulary, training_data, training_order
-from actors.recovery.objectives import BuildModule, find_objective
-from actors.recovery.pair import Pair, load_pair
+from actors.recovery.objectives import BuildModule, Solve, find_objective
+from actors.recovery.pair import Pair, load_pair, save_trained
 from actors.recovery.schedule import lr_at
 from actors.recovery.workplace import Workplace
 
@@ -88,6 +89,8 @@ def train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
         WorkError: memory does not suffice for a single sequence, or the disk for a checkpoint.
     """
     objective = find_objective(spec.objective)
+    if objective.solve is not None:
+        return _solve(spec, workplace, objective.solve)
     if objective.build is None:
         return RecoveryResult(artifact=None, steps=(), tokens=0, trainable_parameters=0)
     run = _prepare(spec, workplace, objective.build)
@@ -102,6 +105,22 @@ def train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
         tokens=sum(record.tokens for record in records),
         trainable_parameters=run.engine.num_trainable,
     )
+
+
+def _solve(spec: RecoverySpec, workplace: Workplace, solve: Solve) -> RecoveryResult:
+    """Recovery in closed form; nothing is trained."""
+
+    def work() -> Solution:
+        check_recovery(spec, workplace.world_size)
+        return solve(spec, training_data(spec, load_tokenizer(spec.model.source)))
+
+    solution = _all_or_none(work)
+    artifact = None
+    if workplace.rank == 0:
+        with TemporaryDirectory(prefix="iterabre-weights-") as scratch:
+            save_weights(solution.tensors, Path(scratch))
+            artifact = publish(Path(scratch), workplace.adapter_uri)
+    return RecoveryResult(artifact, steps=(), tokens=solution.tokens, trainable_parameters=0)
 
 
 def _prepare(spec: RecoverySpec, workplace: Workplace, build: BuildModule) -> Run:
@@ -125,7 +144,7 @@ def _load(spec: RecoverySpec, workplace: Workplace, build: BuildModule) -> _Load
     check_recovery(spec, workplace.world_size)
     data = training_data(spec, load_tokenizer(spec.model.source))
     order_SB = training_order(spec, data, stage_seed(spec))
-    pair = load_pair(_in_precision(spec), find_objective(spec.objective).needs_teacher)
+    pair, _ = load_pair(_in_precision(spec), find_objective(spec.objective).has_teacher)
     check_vocabulary(data, pair.student)
     module = build(pair, spec)
     # The first pass finds out what this family's blocks return and is broken off; sharded weights
@@ -333,13 +352,9 @@ def _publish_trained(run: Run) -> ArtifactRef | None:
     with run.engine.gathered():
         if run.workplace.rank != 0:
             return None
-        with TemporaryDirectory(prefix="iterabre-adapter-") as scratch:
-            _save_trained(run.pair, Path(scratch))
+        with TemporaryDirectory(prefix="iterabre-trained-") as scratch:
+            save_trained(run.pair, Path(scratch))
             return publish(Path(scratch), run.workplace.adapter_uri)
-
-
-def _save_trained(pair: Pair, directory: Path) -> None:
-    save_adapter(pair.adapted, directory)
 
 
 def _record_from_json(record: dict[str, Any]) -> StepRecord:

@@ -35,6 +35,7 @@ def provenance(
         "dropped_source_layers": list(model.dropped),
         "merges": [asdict(merge) for merge in model.merges],
         "adapters_sha256": [adapter.sha256 for adapter in model.adapters],
+        "weights_sha256": model.weights and model.weights.sha256,
         "campaign": plan.campaign,
         "trajectory": plan.id,
         "iteration": iteration.index,
