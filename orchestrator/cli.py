@@ -295,17 +295,19 @@ def _show_results(run: str, as_json: bool = False) -> None:
 def _build_report(run: str) -> str:
     from actors.artifacts import local_path, publish
     from orchestrator.ledger import Ledger
-    from orchestrator.report.html import build_report
+    from orchestrator.report.html import Source, build_report
     from orchestrator.run_file import read_run
     from orchestrator.store import Store
 
     store = Store(run)
     stored = read_run(store) or {}
-    table = Ledger(store.ledger_uri).read()
+    source = Source(
+        Ledger(store.ledger_uri).read(), stored["config"], stored["versions"], stored.get("planned", {})
+    )
     if directory := local_path(store.report_uri):
-        return str(build_report(table, stored["config"], directory, stored["versions"]))
+        return str(build_report(source, directory))
     with tempfile.TemporaryDirectory() as scratch:
-        build_report(table, stored["config"], Path(scratch), stored["versions"])
+        build_report(source, Path(scratch))
         return publish(Path(scratch), store.report_uri).uri
 
 
