@@ -1,4 +1,4 @@
-"""Every layer of a model removed once: arithmetic and repetition (*Limits of Layer Pruning*, §3, Figs. 3 and 4).
+"""Every layer of a model removed once: arithmetic and repetition (*Limits of Layer Pruning*, §3).
 
     python benchmarks/single_layer_sweep.py --output sweep
 

@@ -15,7 +15,7 @@ EPSILON = 0.1
 
 
 def repetition(tokens: Tokens, order: int = ORDER) -> float:
-    """1 − distinct n-grams / n-grams: the share of a text's n-grams that stood in it before. 0 if it has none."""
+    """1 − distinct n-grams / n-grams: the share of those that stood in the text before; 0 if it has none."""
     grams = _ngrams(tokens, order)
     return 1 - len(grams) / grams.total() if grams else 0.0
 
