@@ -1,4 +1,4 @@
-"""Prefill and decoding of a model and of its prunings, taking turns in one process (*Limits*, §5 and App. A.9).
+"""Prefill and decoding of a model and its prunings, taking turns in one process (*Limits*, App. A.9).
 
     python benchmarks/throughput.py --output throughput
 
@@ -47,9 +47,7 @@ def measured(options: argparse.Namespace) -> dict[int, Speed]:
 def print_table(speeds: dict[int, Speed]) -> None:
     """A Markdown table with speed-ups against the first row."""
     num_layers, dense = next(iter(speeds.items()))
-    print(
-        "| layers | removed | prefill tokens/s | × | decode tokens/s | × | layers dense / left | memory MB | × |"
-    )
+    print("| layers | removed | prefill tokens/s | × | decode tokens/s | × | layers dense/left | MB | × |")
     print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for layers, speed in speeds.items():
         prefill, decode = speed.prefill_tokens_per_second, speed.decode_tokens_per_second

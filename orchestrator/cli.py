@@ -207,7 +207,7 @@ def evaluate(
     if not (names or probe_names or throughput):
         raise RequestError("nothing to measure: give --tasks, --probes or --throughput")
     check_tasks(names, include_path)
-    check_probes(probe_names, allow_code_execution)
+    check_probes(probe_names)
     ref = ModelRef(ModelSpec(model, dtype))
     spec = EvaluationSpec(
         ref,

@@ -67,7 +67,7 @@ def sweep(
     )
     if not spec.probes + spec.tasks:
         raise RequestError("nothing to measure: give --probes or --tasks")
-    check_probes(spec.probes, allow_code_execution and not actors)
+    check_probes(spec.probes)
     check_tasks(spec.tasks, include_path)
     num_layers = describe_model(spec.model.source).num_layers
     chosen = list(range(num_layers)) if layers is None else parse_layers(layers)

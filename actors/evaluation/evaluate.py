@@ -18,6 +18,7 @@ from actors.data import load_texts, tokenize_text
 from actors.evaluation.harness import check_tasks, evaluate_tasks
 from actors.evaluation.perplexity import token_perplexity
 from actors.evaluation.probes import check_probes, run_probe
+from actors.evaluation.sandbox import check_sandbox
 from actors.evaluation.throughput import check_length, throughput
 from actors.models import load_source
 
@@ -43,7 +44,9 @@ def evaluate(
     run cannot be shut in.
     """
     check_tasks(spec.tasks, spec.include_path)
-    check_probes(spec.probes, spec.allow_code_execution)
+    check_probes(spec.probes)
+    if spec.allow_code_execution:
+        check_sandbox()
     if spec.throughput is not None:
         check_length(model, spec.throughput)
     texts = {text.name: load_texts(text.data) for text in spec.perplexity}
@@ -64,6 +67,7 @@ def evaluate(
             num_fewshot=spec.num_fewshot,
             batch_size=spec.batch_size,
             seed=spec.seed,
+            allow_code_execution=spec.allow_code_execution,
         )
         metrics += task_metrics
         versions += task_versions

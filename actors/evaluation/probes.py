@@ -5,7 +5,6 @@ A new probe is one function and one row of `PROBES`.
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actors.contracts import EvaluationSpec, Metric
 from actors.errors import unknown_name
 from actors.evaluation.arithmetic import answer_problems, draw_problems
-from actors.evaluation.code_failures import CLASSES, classify, program_of
+from actors.evaluation.code_tasks import score_code
 from actors.evaluation.degeneration import repetition, self_bleu
 from actors.evaluation.generation import respond
-from actors.evaluation.sandbox import check_sandbox, pass_at_1
 
 PROMPTS = Path(__file__).with_name("prompts")
 NUM_PROBLEMS = 200
 """Arithmetic problems, as many as the paper's."""
+
+BATCH_SIZE = 8
+"""Prompts and problems at a time where the spec gives no batch size."""
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where the continuation of a function ends (Chen et al. 2021, §2.2)."""
@@ -47,13 +48,11 @@ class Probe:
     gives: Mapping[str, str]
 
 
-def check_probes(names: Sequence[str], allow_code_execution: bool = False) -> None:
-    """Raise RequestError for a name that is no probe, WorkError if generated code cannot be run in safety."""
+def check_probes(names: Sequence[str]) -> None:
+    """Raise RequestError for a name that is no probe."""
     for name in names:
         if name not in PROBES:
             raise unknown_name("probe", name, PROBES)
-    if allow_code_execution and "code_failures" in names:
-        check_sandbox()
 
 
 def run_probe(
@@ -69,7 +68,7 @@ def degeneration(
 ) -> list[Metric]:
     """Repetition within the answers to instructions, and among them."""
     prompts = (PROMPTS / "instructions.txt").read_text(encoding="utf-8").splitlines()[: spec.limit]
-    answers = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size)
+    answers = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
     texts = [answer.tokens for answer in answers]
     return [
         _mean("repetition_4", [repetition(text) for text in texts]),
@@ -83,7 +82,7 @@ def arithmetic(
 ) -> list[Metric]:
     """What is left of one-digit sums; the change is taken against the unpruned model's row."""
     problems = draw_problems(spec.limit or NUM_PROBLEMS, spec.seed)
-    answers = answer_problems(model, tokenizer, problems, spec.batch_size)
+    answers = answer_problems(model, tokenizer, problems, spec.batch_size or BATCH_SIZE)
     return [
         _mean("log_probability", [answer.log_probability for answer in answers], "nats"),
         _mean(
@@ -104,16 +103,11 @@ def code_failures(
     problems = _code_problems()[: spec.limit]
     chat = bool(tokenizer.chat_template)
     prompts = [CODE_REQUEST.format_map(problem) if chat else problem["prompt"] for problem in problems]
-    answers = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size)
+    answers = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
     texts = [answer.text if chat else _until_stop(answer.text) for answer in answers]
-    found = Counter(classify(text, problem["prompt"]) for text, problem in zip(texts, problems, strict=True))
-    metrics = [Metric(name, found[name] / len(problems)) for name in CLASSES]
-    metrics.append(Metric("unfinished", sum(not answer.finished for answer in answers) / len(answers)))
-    if spec.allow_code_execution:
-        metrics.append(
-            pass_at_1([program_of(problem, text) for problem, text in zip(problems, texts, strict=True)])
-        )
-    return metrics
+    unfinished = sum(not answer.finished for answer in answers) / len(answers)
+    scores = score_code(problems, texts, execute=spec.allow_code_execution)
+    return [*scores, Metric("unfinished", unfinished)]
 
 
 def _code_problems() -> list[dict[str, Any]]:
@@ -162,8 +156,8 @@ PROBES: Mapping[str, Probe] = {
             "undefined_names": "… that parse, and read a name that nothing binds",
             "other_syntax": "… that do not parse for another reason",
             "clean": "… with none of these; the five add up to 1",
-            "unfinished": "share of responses that were cut at max_new_tokens",
             "pass_at_1": "share that passes its tests; only with allow_code_execution",
+            "unfinished": "share of responses that were cut at max_new_tokens",
         },
     ),
 }
