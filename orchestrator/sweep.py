@@ -117,5 +117,7 @@ def sweep_figure(sweep: Sweep) -> Figure:
         panel.set_xlabel("removed layer")
         panel.xaxis.set_tick_params(labelbottom=True)
         panel.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(f"One layer removed at a time: {sweep.model} (dashed: unpruned)", fontsize=11)
+    figure.suptitle(
+        f"{sweep.model.rsplit('/', 1)[-1]}, one layer removed at a time (dashed: unpruned)", fontsize=11
+    )
     return figure

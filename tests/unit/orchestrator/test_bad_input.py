@@ -329,7 +329,7 @@ def test_a_cluster_that_is_large_enough_is_taken(execution: dict[str, Any], capa
     ("drop", "message"),
     [
         ("99", "no layer 99: the model has layers 0 to 3"),
-        ("a-b", "--drop 'a-b': write layers as 3,4 or 20-24"),
+        ("a-b", "'a-b' names no layers: write them as 3,4 or 20-24"),
         ("2-1", "--drop '2-1'"),
         ("", "--drop ''"),
         ("1,", "--drop '1,'"),
@@ -365,7 +365,7 @@ def test_wrong_outputs_are_told(place: Path, output: str, message: str) -> None:
     [
         (("evaluate", "--tasks", "blimp_sample", "--dtype", "int8"), "unknown dtype 'int8'; known: float32"),
         (("evaluate", "--tasks", "blimp_sampel"), "unknown task 'blimp_sampel'"),
-        (("evaluate", "--tasks", " , "), "--tasks names no task"),
+        (("evaluate", "--tasks", " , "), "give --tasks, --probes or --throughput"),
         (("score", "--dtype", "int8"), "unknown dtype 'int8'"),
         (("score", "--criterion", "random_"), "unknown criterion 'random_'; did you mean random"),
         (("score", "--calibration", "nowhere.txt"), "cannot read the text file 'nowhere.txt'"),
