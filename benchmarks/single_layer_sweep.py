@@ -56,7 +56,7 @@ def main() -> None:
 
     model = ModelRef(ModelSpec(options.model, options.dtype))
     num_layers = describe_model(model.source).num_layers
-    layers = parse_layers(options.layers) if options.layers else range(num_layers)
+    layers = parse_layers(options.layers, "--layers") if options.layers else range(num_layers)
     evaluate_all = (
         evaluate_on_cluster(None, actors=options.actors, cpus=1, gpus=0) if options.actors else None
     )

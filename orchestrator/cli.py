@@ -252,8 +252,8 @@ for command in (cli_sweep.sweep, cli_setup.init, cli_setup.doctor, cli_setup.sch
     app.command()(command)
 
 
-def parse_layers(text: str) -> list[int]:
-    """`3,4` and `20-24` as layer indices.
+def parse_layers(text: str, option: str = "--drop") -> list[int]:
+    """`3,4` and `20-24` as layer indices; `option` is where they were given.
 
     Raises:
         RequestError: neither numbers nor ranges.
@@ -263,7 +263,7 @@ def parse_layers(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, re.ASCII)
         span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not span:
-            raise RequestError(f"{text!r} names no layers: write them as 3,4 or 20-24")
+            raise RequestError(f"{option} {text!r}: write layers as 3,4 or 20-24")
         layers.extend(span)
     return layers
 

@@ -70,7 +70,7 @@ def sweep(
     check_probes(spec.probes)
     check_tasks(spec.tasks, include_path)
     num_layers = describe_model(spec.model.source).num_layers
-    chosen = list(range(num_layers)) if layers is None else parse_layers(layers)
+    chosen = list(range(num_layers)) if layers is None else parse_layers(layers, "--layers")
     for layer in chosen:
         remaining(num_layers, (layer,))
     evaluate_all = None

@@ -329,7 +329,7 @@ def test_a_cluster_that_is_large_enough_is_taken(execution: dict[str, Any], capa
     ("drop", "message"),
     [
         ("99", "no layer 99: the model has layers 0 to 3"),
-        ("a-b", "'a-b' names no layers: write them as 3,4 or 20-24"),
+        ("a-b", "--drop 'a-b': write layers as 3,4 or 20-24"),
         ("2-1", "--drop '2-1'"),
         ("", "--drop ''"),
         ("1,", "--drop '1,'"),

@@ -62,7 +62,7 @@ def test_the_command_writes_table_and_plots(model: str, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("--layers", "4"), "no layer 4: the model has layers 0 to 3"),
-        (("--layers", "x"), "write them as 3,4 or 20-24"),
+        (("--layers", "x"), "--layers 'x': write layers as 3,4 or 20-24"),
         (("--probes", "arithmetik"), "did you mean arithmetic?"),
         (("--probes", ""), "give --probes or --tasks"),
         (("--tasks", "blimp_sample", "--include-path", "no/folder"), "'no/folder', is not a folder"),
