@@ -8,7 +8,7 @@ from actors.models.load import describe_model, load_model, load_tokenizer
 from actors.models.replay import LayerwisePass
 from actors.models.sharded import prune_checkpoint
 from actors.models.streaming import load_streamed, resident
-from actors.models.surgery import remove_layers
+from actors.models.surgery import remove_layers, without_layers
 from actors.models.weights import put_weights, read_weights, save_weights, weight_shapes
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
     "save_weights",
     "text_config",
     "weight_shapes",
+    "without_layers",
 ]
