@@ -7,13 +7,27 @@ from actors.models.load import describe_model, load_model, load_tokenizer
 from actors.models.replay import LayerwisePass
 from actors.models.sharded import prune_checkpoint
 from actors.models.streaming import load_streamed, resident
+from actors.models.subblocks import (
+    BLOCK,
+    GRANULARITIES,
+    check_granularity,
+    check_sub_blocks,
+    empty_sub_blocks,
+    sub_block_weights,
+    without_sub_block,
+)
 from actors.models.surgery import remove_layers
 
 __all__ = [
+    "BLOCK",
+    "GRANULARITIES",
     "LayerwisePass",
+    "check_granularity",
+    "check_sub_blocks",
     "depth",
     "describe_model",
     "device",
+    "empty_sub_blocks",
     "export_model",
     "find_layers",
     "load_model",
@@ -26,5 +40,7 @@ __all__ = [
     "remove_layers",
     "resident",
     "save_pretrained",
+    "sub_block_weights",
     "text_config",
+    "without_sub_block",
 ]

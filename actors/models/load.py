@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
@@ -111,9 +112,9 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
 
 
 def empty_model(spec: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: its modules and shapes, no weights."""
+    """The model with its parameters on the meta device: modules, shapes and computed buffers, no weights."""
     try:
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     except ValueError as error:
         raise RequestError(
