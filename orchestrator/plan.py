@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from actors.contracts import (
 )
 from actors.data import describe_text
 from actors.evaluation import check_tasks
-from actors.models import describe_model
+from actors.models import BLOCK, check_prunable, describe_model
 from actors.models.merge import MERGES
 from actors.recovery import check_recovery, find_objective
 from actors.scoring import find_criterion
@@ -107,7 +107,18 @@ class TrajectoryPlan:
             memory_budget_gb=scoring.memory_budget_gb,
             stream_weights=scoring.stream_weights,
             confidence=scoring.confidence,
+            granularity=self.granularity,
         )
+
+    @property
+    def granularity(self) -> str:
+        """What is removed; depths and layers to drop count this."""
+        return self.method.scoring.granularity
+
+    @property
+    def unit(self) -> str:
+        """What is removed, in the plural, where a count goes before it."""
+        return "layers" if self.granularity == BLOCK else f"{self.granularity}s"
 
     def _task(self) -> TaskSpec | None:
         task = self.method.scoring.task
@@ -202,9 +213,19 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
         for seed in config.seeds
         for trajectory_id, iterations in _trajectories(config, model, method, seed, infos[model.id])
     )
+    _check_prunable(trajectories)
     for trajectory in trajectories:
         check_recovery(trajectory.recovery_spec(trajectory.dense), config.execution.training.workers)
     return CampaignPlan(config.name, trajectories)
+
+
+def _check_prunable(trajectories: Sequence[TrajectoryPlan]) -> None:
+    """Whether each model can lose as much as its deepest target asks for, told from its config."""
+    asked = {
+        (t.model.spec, t.granularity, t.model.num_layers - t.iterations[-1].layers_left) for t in trajectories
+    }
+    for spec, granularity, count in asked:
+        check_prunable(spec, granularity, count)
 
 
 def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
@@ -221,7 +242,7 @@ def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
 def _misfit(method: MethodConfig) -> str | None:
     """What does not go with the method's criterion, in words that follow its name."""
     scoring = method.scoring
-    criterion = find_criterion(scoring.criterion, scoring.pooling)
+    criterion = find_criterion(scoring.criterion, scoring.pooling, scoring.granularity)
     if criterion.by_task and scoring.task is None:
         return "needs scoring.task"
     if scoring.task is not None and not criterion.by_task:
@@ -232,6 +253,8 @@ def _misfit(method: MethodConfig) -> str | None:
         return "merges all layers at once; set schedule.mode: direct"
     if criterion.by_merge and find_objective(method.recovery.objective).build is not None:
         return "changes weights that recovery trains on; set recovery.objective: none"
+    if scoring.granularity != BLOCK and find_objective(method.recovery.objective).build is not None:
+        return f"empties {scoring.granularity}, which recovery would fill again; set recovery.objective: none"
     return None
 
 

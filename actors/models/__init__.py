@@ -4,6 +4,7 @@ from actors.models.chain import device, load_source, materialize, prune_to
 from actors.models.export import export_model, save_pretrained
 from actors.models.families import depth, find_layers, text_config
 from actors.models.load import describe_model, load_model, load_tokenizer
+from actors.models.removable import check_prunable, choose_removable, removable
 from actors.models.replay import LayerwisePass
 from actors.models.sharded import prune_checkpoint
 from actors.models.streaming import load_streamed, resident
@@ -23,7 +24,9 @@ __all__ = [
     "GRANULARITIES",
     "LayerwisePass",
     "check_granularity",
+    "check_prunable",
     "check_sub_blocks",
+    "choose_removable",
     "depth",
     "describe_model",
     "device",
@@ -37,6 +40,7 @@ __all__ = [
     "materialize",
     "prune_checkpoint",
     "prune_to",
+    "removable",
     "remove_layers",
     "resident",
     "save_pretrained",

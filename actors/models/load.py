@@ -115,11 +115,14 @@ def empty_model(spec: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:
     """The model with its parameters on the meta device: modules, shapes and computed buffers, no weights."""
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     except ValueError as error:
         raise RequestError(
             f"model {spec.path!r} ({config.model_type}) is no causal language model"
         ) from error
+    # Each parameter was moved by itself, so that tied ones are no longer one.
+    model.tie_weights()
+    return model
 
 
 def snapshot(spec: ModelSpec) -> Path:

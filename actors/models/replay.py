@@ -103,10 +103,11 @@ class LayerwisePass:
 
     def _check_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(value is _NOT_CARRIED for value in (*args, *kwargs.values())):
+            block = type(self._blocks[0]).__name__
             raise RequestError(
-                f"model type {self.config.model_type!r}: a block ({type(self._blocks[0]).__name__}) goes on with "
-                "more than the hidden states of the one before it, so that blocks cannot be run one by one; "
-                "score by deepest, reverse, random, magnitude_l1, magnitude_l2 or task_metric"
+                f"model type {self.config.model_type!r}: a block ({block}) goes on with more than the hidden "
+                "states of the one before it, so that blocks cannot be run one by one; score by deepest, "
+                "reverse, random, magnitude_l1, magnitude_l2 or task_metric"
             )
 
     def _stand_in(self, index: int, compute: StandIn, capture: bool) -> Callable[..., Any]:
@@ -127,7 +128,7 @@ class LayerwisePass:
 
 
 def _backbone_of(model: PreTrainedModel) -> nn.Module:
-    """The innermost module around the blocks whose forward takes token ids; some families keep an encoder inside."""
+    """The innermost module around the blocks whose forward takes token ids: BERT keeps an encoder inside."""
     path = find_layers(model).path
     while path := path.rpartition(".")[0]:
         module = model.get_submodule(path)
@@ -148,9 +149,7 @@ _RETURNED_BESIDE: dict[type[nn.Module], tuple[bool, ...] | None] = {}
 """What `_returned_beside` found for each class of block, so that it looks once a process."""
 
 
-def _returned_beside(
-    backbone: nn.Module, block: nn.Module, input_ids_BT: Tensor
-) -> tuple[bool, ...] | None:
+def _returned_beside(backbone: nn.Module, block: nn.Module, input_ids_BT: Tensor) -> tuple[bool, ...] | None:
     """What this family's loop expects from a block after the hidden states: whether each item is something.
 
     None if it expects a tensor rather than a tuple.

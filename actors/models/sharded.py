@@ -67,7 +67,7 @@ def prune_checkpoint(
     dtype: str | None = None,
     granularity: str = BLOCK,
 ) -> tuple[int, int]:
-    """Write the checkpoint `source` without some of its blocks, or with their sub-blocks empty, in little memory.
+    """Write the checkpoint `source` without some of its blocks, or with sub-blocks empty, in little memory.
 
     What is written is what `remove_layers` (or `empty_sub_blocks`) and
     `save_pretrained` would write; everything is checked on a model without weights
@@ -145,7 +145,7 @@ def _sub_block_tensors(
 def _prune_in_memory(
     spec: ModelSpec, layers: Sequence[int], output: str | Path, granularity: str
 ) -> tuple[int, int]:
-    """For files that are no image of the model: a decoder among others, weights shared by layers, other names."""
+    """For files that are no image of the model: a decoder among others, weights shared or named otherwise."""
     model, tokenizer = load_model(spec.path, dtype=spec.dtype)
     if granularity == BLOCK:
         remove_layers(model, layers)
@@ -266,7 +266,7 @@ def _write_shard(
     dtype: torch.dtype | None,
     zeros: Collection[str],
 ) -> int:
-    """Write the tensors `kept` of one file under their new names, those in `zeros` as zeros; returns their bytes."""
+    """Write the tensors `kept` of one file under their new names, zeros for `zeros`; returns their bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in kept:

@@ -162,7 +162,12 @@ def _emptied(model: PreTrainedModel, ref: ModelRef, kept: Sequence[int]) -> list
     for kind in {kind for _, kind in ref.emptied}:
         check_emptiable(model, kind)
     return [
-        {name for kind in SUB_BLOCKS if (source, kind) in ref.emptied for name in sub_block_weights(block, kind)}
+        {
+            name
+            for kind in SUB_BLOCKS
+            if (source, kind) in ref.emptied
+            for name in sub_block_weights(block, kind)
+        }
         for source, block in zip(kept, find_layers(model).modules, strict=True)
     ]
 

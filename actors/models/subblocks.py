@@ -143,8 +143,8 @@ def check_emptiable(model: PreTrainedModel, kind: str) -> None:
             given = walk.block(index, received)
         if not torch.equal(given, received):
             raise RequestError(
-                f"model type {model.config.model_type!r}: layer {index} changes the residual stream even "
-                f"without attention and MLP ({type(block).__name__}), so that no checkpoint can leave out its "
+                f"model type {model.config.model_type!r}: layer {index} ({type(block).__name__}) changes the "
+                "residual stream even without attention and MLP, so that no checkpoint can leave out its "
                 f"{kind} alone; remove whole blocks (granularity: block)"
             )
 
