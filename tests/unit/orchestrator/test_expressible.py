@@ -71,7 +71,7 @@ def test_recovery_of_emptied_sub_blocks_is_refused_by_the_plan(tmp_path: Path) -
     campaign = _campaign(tmp_path, granularity="mlp")
     campaign["methods"][0]["recovery"]["objective"] = "kd"
     with pytest.raises(
-        RequestError, match="empties mlp, which recovery would fill again; set recovery.objec"
+        RequestError, match=r"empties mlp, which recovery would fill again; set recovery\.obj"
     ):
         build_plan(parse_config(campaign, "campaign.yaml"))
 
