@@ -17,7 +17,7 @@ from actors.models.subblocks import (
     sub_block_weights,
     without_sub_block,
 )
-from actors.models.surgery import remove_layers
+from actors.models.surgery import remove_layers, without_layers
 
 __all__ = [
     "BLOCK",
@@ -46,5 +46,6 @@ __all__ = [
     "save_pretrained",
     "sub_block_weights",
     "text_config",
+    "without_layers",
     "without_sub_block",
 ]
