@@ -89,9 +89,10 @@ class Merge:
 class ModelRef:
     """A model on a trajectory: source model + merged and dropped layers + what recovery left.
 
-    `dropped` holds source layer indices, ascending. `merges` are done before all
-    else, in order, on the source weights; the layers that they merge are among
-    `dropped`. `weights`, left by full fine-tuning or a linear bridge, then take the
+    `dropped` holds source layer indices, ascending. `emptied` names sub-blocks that
+    add nothing any more, by source layer index and kind, ascending. `merges` are done
+    before all else, in order, on the source weights; the layers that they merge are
+    among `dropped`. `weights`, left by full fine-tuning or a linear bridge, then take the
     place of the source's. `adapters` are applied last, in order. All name their tensors by
     source layer index, so that layers dropped later do not shift them.
     """
@@ -101,6 +102,18 @@ class ModelRef:
     adapters: tuple[ArtifactRef, ...] = ()
     merges: tuple[Merge, ...] = ()
     weights: ArtifactRef | None = None
+    emptied: tuple[tuple[int, str], ...] = ()
+
+    def pruned(self, granularity: str, source_layers: tuple[int, ...]) -> "ModelRef":
+        """The same model with whole blocks dropped (`block`), or their attention or MLP emptied."""
+        if granularity == "block":
+            return self.without(source_layers)
+        emptied = {*self.emptied, *((layer, granularity) for layer in source_layers)}
+        return replace(self, emptied=tuple(sorted(emptied)))
+
+    def candidates(self, granularity: str, num_source_layers: int) -> tuple[int, ...]:
+        """Source indices of the layers that have something of this granularity to lose."""
+        return tuple(i for i in self.kept(num_source_layers) if (i, granularity) not in self.emptied)
 
     def without(self, source_layers: tuple[int, ...]) -> "ModelRef":
         """The same model with more source layers dropped."""
@@ -196,6 +209,7 @@ class MergeSpec:
 class ScoreSpec:
     """Score every remaining layer of `model` as a candidate for removal.
 
+    `granularity` says what of it would go: the `block`, its `attention` or its `mlp`.
     `num_remove` is how many layers will go before the next scoring, for what
     depends on it. `task` is for `task_metric`, `merge` for `laco`.
     `memory_budget_gb` (GiB) bounds the memory that hidden states take. With
@@ -218,6 +232,7 @@ class ScoreSpec:
     memory_budget_gb: float | None = None
     stream_weights: bool = False
     confidence: float | None = None
+    granularity: str = "block"
 
 
 @dataclass(frozen=True)
@@ -465,11 +480,15 @@ class ExportSpec:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The exported directory."""
+    """The exported directory.
+
+    `num_emptied_parameters` of its parameters are stored and add nothing.
+    """
 
     artifact: ArtifactRef
     num_layers: int
     num_parameters: int
+    num_emptied_parameters: int = 0
 
 
 def to_json(value: Any) -> dict[str, Any]:

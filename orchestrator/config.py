@@ -110,6 +110,9 @@ class ScoringConfig(Section):
     """How the next layer to remove is chosen."""
 
     criterion: str = Field("hidden_cosine", description="A name in the table of criteria.")
+    granularity: Literal["block", "attention", "mlp"] = Field(
+        "block", description="What is removed: whole blocks, or the attention or the MLP of single blocks."
+    )
     reference: Literal["source", "current"] = Field(
         "source", description="Model whose last hidden state is kept: the unpruned or the current one."
     )

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from actors.contracts import (
 )
 from actors.data import chat_template, describe_text
 from actors.evaluation import check_probes, check_tasks
-from actors.models import describe_model, load_tokenizer
+from actors.models import BLOCK, check_prunable, describe_model, load_tokenizer
 from actors.models.merge import MERGES
 from actors.recovery import check_data, check_recovery, find_objective
 from actors.scoring import find_criterion
@@ -87,7 +87,7 @@ class TrajectoryPlan:
     def recovery_tokens(self) -> int:
         """Tokens of one recovery, at most; none where nothing is trained."""
         recovery = self.method.recovery
-        return recovery.max_tokens if find_objective(recovery.objective).build else 0
+        return recovery.max_tokens if find_objective(recovery.objective).heals else 0
 
     def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
         """What to ask of scoring for `model`, from which so many layers are to go."""
@@ -109,7 +109,18 @@ class TrajectoryPlan:
             memory_budget_gb=scoring.memory_budget_gb,
             stream_weights=scoring.stream_weights,
             confidence=scoring.confidence,
+            granularity=self.granularity,
         )
+
+    @property
+    def granularity(self) -> str:
+        """What is removed; depths and layers to drop count this."""
+        return self.method.scoring.granularity
+
+    @property
+    def unit(self) -> str:
+        """What is removed, in the plural, where a count goes before it."""
+        return "layers" if self.granularity == BLOCK else f"{self.granularity}s"
 
     def _task(self) -> TaskSpec | None:
         task = self.method.scoring.task
@@ -244,6 +255,7 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
         for seed in config.seeds
         for trajectory_id, iterations in _trajectories(config, model, method, seed, infos[model.id])
     )
+    _check_prunable(trajectories)
     for trajectory in trajectories:
         _check_recovery(trajectory, config.execution.training.workers)
     return CampaignPlan(config.name, trajectories)
@@ -262,6 +274,15 @@ def _check_recovery(trajectory: TrajectoryPlan, workers: int) -> None:
         raise RequestError(f"method {method.name!r}: {error}") from error
 
 
+def _check_prunable(trajectories: Sequence[TrajectoryPlan]) -> None:
+    """Whether each model can lose as much as its deepest target asks for, told from its config."""
+    asked = {
+        (t.model.spec, t.granularity, t.model.num_layers - t.iterations[-1].layers_left) for t in trajectories
+    }
+    for spec, granularity, count in asked:
+        check_prunable(spec, granularity, count)
+
+
 def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
     """Whether the criterion is known and what it needs is there, and known."""
     scoring = method.scoring
@@ -276,7 +297,7 @@ def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
 def _misfit(method: MethodConfig) -> str | None:
     """What does not go with the method's criterion, in words that follow its name."""
     scoring = method.scoring
-    criterion = find_criterion(scoring.criterion, scoring.pooling)
+    criterion = find_criterion(scoring.criterion, scoring.pooling, scoring.granularity)
     if criterion.by_task and scoring.task is None:
         return "needs scoring.task"
     if scoring.task is not None and not criterion.by_task:
@@ -285,8 +306,10 @@ def _misfit(method: MethodConfig) -> str | None:
         return "has no use for scoring.merge; leave it out"
     if criterion.by_merge and method.schedule.mode != "direct":
         return "merges all layers at once; set schedule.mode: direct"
-    if criterion.by_merge and find_objective(method.recovery.objective).build is not None:
+    if criterion.by_merge and find_objective(method.recovery.objective).heals:
         return "changes weights that recovery trains on; set recovery.objective: none"
+    if scoring.granularity != BLOCK and find_objective(method.recovery.objective).heals:
+        return f"empties {scoring.granularity}, which recovery would fill again; set recovery.objective: none"
     return None
 
 

@@ -28,6 +28,7 @@ from actors.contracts import (
     ScoreSpec,
     TextSpec,
 )
+from actors.models import BLOCK, choose_removable
 from orchestrator.ledger import Ledger, Row
 from orchestrator.plan import IterationPlan, TrajectoryPlan, num_stages
 from orchestrator.progress import Activity, Report, StageProgress
@@ -78,12 +79,29 @@ class StoredStages:
             lambda progress, _uri, _key: self._backend.score(spec, progress),
         )
         self._write(iteration, stage, _score_numbers(stage.result))
-        return stage.result.removal_order
+        return self._expressible_first(iteration, model, stage.result)
+
+    def _expressible_first(
+        self, iteration: IterationPlan, model: ModelRef, scored: ScoreResult
+    ) -> Sequence[int]:
+        """The removal order, with layers in front that the model's config lets go together."""
+        order = scored.removal_order
+        if self._plan.granularity != BLOCK or scored.merges:
+            return order
+        count = iteration.layers_to_drop
+        chosen = choose_removable(model.source, model.dropped, order, count)
+        if chosen != order[:count]:
+            log.warning(
+                "%s iteration %d: the config of the model cannot be without layers %s, which score best; "
+                "layers %s go, the best that it can be without",
+                self._plan.id, iteration.index, list(order[:count]), list(chosen),
+            )  # fmt: skip
+        return (*chosen, *(layer for layer in order if layer not in chosen))
 
     def prune(self, iteration: IterationPlan, model: ModelRef, source_layers: Sequence[int]) -> ModelRef:
         """`model` without those layers; nothing is computed, the choice is recorded."""
         scored = self._stored_scores(iteration, model)
-        pruned = model.without(tuple(source_layers)).merged(scored.merges)
+        pruned = model.pruned(self._plan.granularity, tuple(source_layers)).merged(scored.merges)
         scores = dict(zip(scored.source_layers, scored.scores, strict=True))
         numbers = [("dropped", scores[layer], "", {"layer": layer}) for layer in source_layers]
         key = stage_key("prune", self._plan.key_inputs(pruned))
@@ -146,7 +164,7 @@ class StoredStages:
             card=model_card(self._plan, iteration, model, rows),
             provenance=provenance(self._plan, iteration, model, rows),
         )
-        uri = self._store.models_uri(self._plan.id, iteration.layers_left)
+        uri = self._store.models_uri(self._plan.id, iteration.layers_left, self._plan.unit)
         stage = self._once(
             iteration,
             "export",
@@ -154,10 +172,12 @@ class StoredStages:
             ExportResult,
             lambda _progress, _uri, _key: self._backend.export(spec, uri),
         )
-        numbers: Numbers = [
+        numbers: list[tuple[str, float, str, dict[str, Any]]] = [
             ("parameters", stage.result.num_parameters, "", {}),
             ("layers", stage.result.num_layers, "", {}),
         ]
+        if emptied := stage.result.num_emptied_parameters:
+            numbers.append(("parameters_in_use", stage.result.num_parameters - emptied, "", {}))
         self._write(iteration, stage, numbers)
 
     def _once(

@@ -151,9 +151,9 @@ class Store:
         """Checkpoints of the training behind the recovery stage `key`."""
         return join(self.uri, "train", safe_name(key))
 
-    def models_uri(self, trajectory: str, num_layers: int) -> str:
-        """The exported checkpoint of a trajectory at a depth of `num_layers`."""
-        return join(self.uri, "models", safe_name(trajectory), f"{num_layers}-layers")
+    def models_uri(self, trajectory: str, num_left: int, unit: str = "layers") -> str:
+        """The exported checkpoint of a trajectory with so many layers, or sub-blocks, left."""
+        return join(self.uri, "models", safe_name(trajectory), f"{num_left}-{unit}")
 
     def stage_uri(self, kind: str, key: str) -> str:
         """Directory of one stage."""

@@ -5,7 +5,7 @@ layer index, so each also opens on the unpruned model with plain PEFT.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -18,6 +18,7 @@ from actors.contracts import ArtifactRef, ModelRef
 from actors.models.families import depth, find_layers
 from actors.models.load import load_model
 from actors.models.merge import merge_blocks
+from actors.models.subblocks import SUB_BLOCKS, empty_sub_blocks
 from actors.models.surgery import remove_layers
 from actors.models.weights import put_weights
 
@@ -51,7 +52,15 @@ def prune_to(model: PreTrainedModel, ref: ModelRef) -> PreTrainedModel:
         remove_layers(model, ref.dropped)
     for adapter in ref.adapters:
         model = merge_adapter(model, adapter, kept)
+    for kind in SUB_BLOCKS:
+        if layers := emptied_layers(ref, kind, kept):
+            empty_sub_blocks(model, kind, layers)
     return model
+
+
+def emptied_layers(ref: ModelRef, kind: str, kept: Sequence[int]) -> list[int]:
+    """Positions among the source layers `kept` of those whose sub-block of that kind is emptied."""
+    return [position for position, source in enumerate(kept) if (source, kind) in ref.emptied]
 
 
 def merge_adapter(model: PreTrainedModel, adapter: ArtifactRef, kept: tuple[int, ...]) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
@@ -109,14 +110,17 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
 
 
 def empty_model(spec: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: its modules and shapes, no weights."""
+    """The model with its parameters on the meta device: modules, shapes and computed buffers, no weights."""
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     except ValueError as error:
         raise RequestError(
             f"model {spec.path!r} ({config.model_type}) is no causal language model"
         ) from error
+    # Each parameter was moved by itself, so that tied ones are no longer one.
+    model.tie_weights()
+    return model
 
 
 def snapshot(spec: ModelSpec) -> Path:

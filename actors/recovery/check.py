@@ -18,7 +18,7 @@ def check_recovery(spec: RecoverySpec, workers: int) -> None:
             that do not divide, a DeepSpeed JSON that contradicts them, or no loss.
     """
     objective = find_objective(spec.objective)
-    if objective.build is None and objective.solve is None:
+    if not objective.heals:
         return
     if spec.model.merges:
         raise RequestError(

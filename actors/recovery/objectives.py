@@ -42,6 +42,11 @@ class Objective:
     has_teacher: bool = False
     solve: Solve | None = None
 
+    @property
+    def heals(self) -> bool:
+        """Whether anything is done to the pruned model."""
+        return self.build is not None or self.solve is not None
+
 
 def build_lockstep(pair: Pair, spec: RecoverySpec) -> nn.Module:
     """Knowledge distillation from the unpruned model, or from the teacher that is named."""
