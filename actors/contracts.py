@@ -166,7 +166,7 @@ class TaskSpec:
     limit: int | None = None
     num_fewshot: int | None = None
     include_path: str | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -378,15 +378,24 @@ class PerplexitySpec:
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """Measure `model` on perplexity texts and lm-eval tasks."""
+    """Measure `model` on perplexity texts and lm-eval tasks.
+
+    `tasks` holds the members of `suites`, too, whose names end in `task_suffix`;
+    the suites themselves only give their means. `max_length` is the longest
+    input in tokens, the model's own if None. `batch_size` counts the longest
+    requests evaluated at a time, None what memory allows; it changes no result.
+    """
 
     model: ModelRef
     perplexity: tuple[PerplexitySpec, ...] = ()
     tasks: tuple[str, ...] = ()
+    suites: tuple[str, ...] = ()
+    task_suffix: str = ""
     include_path: str | None = None
     limit: int | None = None
     num_fewshot: int | None = None
-    batch_size: int = 8
+    max_length: int | None = None
+    batch_size: int | None = None
     seed: int = 0
 
 

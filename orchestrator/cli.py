@@ -183,27 +183,37 @@ def prune(
 @app.command()
 def evaluate(
     model: Model,
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")],
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks and suites, separated by commas.")],
     limit: Annotated[int | None, typer.Option(help="Only the first so many documents.", min=1)] = None,
     include_path: Annotated[str | None, typer.Option(help="Directory with further lm-eval tasks.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Requests evaluated at a time.", min=1)] = 8,
+    task_suffix: Annotated[str, typer.Option(help="Added to the names of suite members.")] = "",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Longest requests at a time; by default what memory allows.", min=1)
+    ] = None,
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Measure a model on lm-eval tasks."""
     from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, to_json
-    from actors.evaluation import check_tasks
-    from actors.evaluation import evaluate as measure
-    from actors.models import device, materialize
+    from actors.evaluation import SUITES, check_tasks, evaluate_model, suite_tasks
 
-    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise RequestError("--tasks names no task; e.g. --tasks wikitext,blimp")
-    check_tasks(names, include_path)
-    ref = ModelRef(ModelSpec(model, dtype))
-    spec = EvaluationSpec(ref, tasks=names, include_path=include_path, limit=limit, batch_size=batch_size)
-    loaded, tokenizer = materialize(ref)
-    result = measure(loaded.to(device()), tokenizer, spec)
+    suites = tuple(name for name in names if name in SUITES)
+    members = suite_tasks(suites, task_suffix)
+    single = (name for name in names if name not in SUITES)
+    spec = EvaluationSpec(
+        ModelRef(ModelSpec(model, dtype)),
+        tasks=tuple(dict.fromkeys((*members, *single))),
+        suites=suites,
+        task_suffix=task_suffix,
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+    )
+    check_tasks(spec.tasks, include_path)
+    result = evaluate_model(spec)
     if as_json:
         _print_json(to_json(result))
         return

@@ -256,13 +256,22 @@ class EvaluationConfig(Section):
     perplexity: list[PerplexityConfig] = [
         PerplexityConfig(name="wikitext2", data=TextConfig(builtin="wikitext-2-raw-test"))
     ]
-    tasks: list[str] = Field([], description="lm-eval tasks and groups, by name.")
+    suites: list[str] = Field([], description="Batteries of tasks, by name; see docs/evaluation.md.")
+    tasks: list[str] = Field([], description="Further lm-eval tasks and groups, by name.")
     include_path: str | None = Field(None, description="Directory with further lm-eval tasks.")
+    task_suffix: str = Field(
+        "", description="Added to the names of suite members, for variants of them in `include_path`."
+    )
     limit: int | None = Field(None, ge=1, description="Only the first so many documents of a task.")
     num_fewshot: int | None = Field(
         None, ge=0, description="Examples in the prompt; the task's own if not given."
     )
-    batch_size: int = Field(8, ge=1, description="Requests evaluated at a time.")
+    max_length: int | None = Field(
+        None, ge=2, description="Longest input of a task in tokens; the model's own if not given."
+    )
+    batch_size: int | Literal["auto"] = Field(
+        "auto", description="Longest requests at a time; `auto` is what memory allows. Changes no result."
+    )
     also_before_recovery: bool = Field(True, description="Measure the pruned model before it is healed, too.")
 
 

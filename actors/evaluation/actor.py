@@ -6,8 +6,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.contracts import EvaluationResult, EvaluationSpec, Progress, no_progress
-from actors.evaluation.evaluate import evaluate
-from actors.models import device, materialize
+from actors.evaluation.evaluate import evaluate_model
 from actors.models.actor import placement, result_of, wait_for_place
 
 
@@ -24,8 +23,7 @@ class EvalActor:
         `progress` crosses to the actor's process, so it must pickle; to be told
         in another process, give one that sends to an actor handle it holds.
         """
-        model, tokenizer = materialize(spec.model)
-        return evaluate(model.to(device()), tokenizer, spec, progress)
+        return evaluate_model(spec, progress)
 
 
 def evaluate_on_ray(

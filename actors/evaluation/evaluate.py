@@ -1,13 +1,29 @@
 """Everything an `EvaluationSpec` asks for, measured on a model that is in memory."""
 
+import math
 from importlib.metadata import version
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contracts import EvaluationResult, EvaluationSpec, Metric, PerplexitySpec, Progress, no_progress
 from actors.data import load_texts, tokenize_text
-from actors.evaluation.harness import check_tasks, evaluate_tasks
+from actors.evaluation.harness import check_task_data, evaluate_tasks
 from actors.evaluation.perplexity import token_perplexity
+from actors.evaluation.suites import suite_means
+from actors.models import device, materialize, text_config
+
+WINDOWS_AT_A_TIME = 8
+"""Perplexity windows of a batch where no batch size is given."""
+
+
+def evaluate_model(spec: EvaluationSpec, progress: Progress = no_progress) -> EvaluationResult:
+    """Load the model that `spec` names onto this process's device and measure it.
+
+    Raises RequestError for what cannot be had, before any weights are read.
+    """
+    check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
+    model, tokenizer = materialize(spec.model)
+    return evaluate(model.to(device()), tokenizer, spec, progress)
 
 
 def evaluate(
@@ -22,17 +38,16 @@ def evaluate(
     together, as one call of the harness. Progress counts texts and, as one
     unit, the tasks.
 
-    Raises RequestError for a wrong task or text before the model has run,
-    WorkError if the data of a task cannot be read.
+    Raises RequestError for a task or text that cannot be had, before the model has run.
     """
-    check_tasks(spec.tasks, spec.include_path)
+    check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
     texts = {text.name: load_texts(text.data) for text in spec.perplexity}
     total = len(spec.perplexity) + bool(spec.tasks)
     metrics: list[Metric] = []
     versions = [(name, version(name)) for name in ("torch", "transformers")]
     for done, text in enumerate(spec.perplexity):
         progress(done, total, text.name)
-        metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size)
+        metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size or WINDOWS_AT_A_TIME)
     if spec.tasks:
         progress(len(spec.perplexity), total, ", ".join(spec.tasks))
         task_metrics, task_versions = evaluate_tasks(
@@ -43,9 +58,10 @@ def evaluate(
             limit=spec.limit,
             num_fewshot=spec.num_fewshot,
             batch_size=spec.batch_size,
+            max_length=spec.max_length,
             seed=spec.seed,
         )
-        metrics += task_metrics
+        metrics += [*task_metrics, *suite_means(task_metrics, spec.suites, spec.task_suffix)]
         versions += task_versions
     progress(total, total, "evaluated")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -59,9 +75,12 @@ def _perplexity(
     texts: list[str],
     batch_size: int,
 ) -> list[Metric]:
+    """Loss over log V is 1 for a model that knows nothing, whatever its vocabulary (Gromov et al., §4)."""
     input_ids = tokenize_text(texts, tokenizer, spec.max_tokens)
+    vocab_size = text_config(model.config).vocab_size
     measured = token_perplexity(model, input_ids, spec.context, batch_size)
     return [
         Metric(f"{spec.name}/token_perplexity", measured.perplexity, "ppl"),
         Metric(f"{spec.name}/loss_nats", measured.loss_nats, "nats"),
+        Metric(f"{spec.name}/loss_over_log_vocab", measured.loss_nats / math.log(vocab_size)),
     ]

@@ -10,7 +10,7 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.tasks import TaskManager
@@ -28,8 +29,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contracts import Metric
-from actors.errors import RequestError, WorkError, unknown_name
+from actors.errors import RequestError, unknown_name
 from actors.evaluation.loglikelihood import LikelihoodModel, Scored
+from actors.evaluation.suites import blimp_groups
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 """Our own tasks; `lm_eval --include_path` of this folder runs them too."""
@@ -156,6 +158,15 @@ def check_tasks(tasks: Sequence[str], include_path: str | None = None) -> None:
         _task_manager(tuple(tasks), include_path)
 
 
+def check_task_data(
+    tasks: Sequence[str], include_path: str | None = None, num_fewshot: int | None = None
+) -> None:
+    """Raise RequestError unless the data of all tasks can be read; they are then at hand in this process."""
+    if tasks:
+        with _quiet():
+            _load(tuple(tasks), include_path, num_fewshot)
+
+
 def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -172,23 +183,32 @@ def evaluate_tasks(
 
     Every numeric result becomes a metric `<task>/<metric>`, or
     `<task>/<metric>,<filter>` for a filter other than "none"; groups give their
-    aggregates under their own name. The global random states are set, as
-    lm-eval does: seed 0 is its own default (0 for `random`, 1234 for the rest);
-    another seed is added to all of them.
+    aggregates under their own name, and so do BLiMP's 13 groups. The global
+    random states are set, as lm-eval does: seed 0 is its own default (0 for
+    `random`, 1234 for the rest); another seed is added to all of them.
 
     Returns the metrics and the versions of lm-eval and of each task.
 
-    Raises RequestError as `check_tasks` does, WorkError if a task's data cannot be read.
+    Raises RequestError as `check_task_data` does.
     """
-    manager = _task_manager(tuple(tasks), include_path)
-    _set_seeds(seed)
     with _quiet():
-        loaded = _load(manager, tasks, num_fewshot, seed)
         lm = PrefixTreeLM(model, tokenizer, batch_size, max_length)
-        results = lm_eval.evaluate(lm, loaded, limit=limit)
+        loaded = _load(tuple(tasks), include_path, num_fewshot)
+        return _evaluate(lm, loaded, limit, seed)
+
+
+def _evaluate(lm: LM, tasks: TaskDict, limit: int | None, seed: int) -> tuple[list[Metric], Versions]:
+    """lm-eval's own evaluation of the loaded `tasks`, and BLiMP's groups besides."""
+    _set_seeds(seed)
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED + seed)
+    # The `bypass` metric of tasks that only collect samples has no value without them.
+    keep = any("bypass" in getattr(task, "_metric_fn_list", {}) for task in tasks["tasks"].values())
+    results = lm_eval.evaluate(lm, tasks, limit=limit, log_samples=keep)
     metrics = [metric for name, values in results["results"].items() for metric in _metrics(name, values)]
+    sizes = {name: counts["effective"] for name, counts in results["n-samples"].items()}
     task_versions = tuple((f"task:{name}", str(v)) for name, v in sorted(results["versions"].items()))
-    return metrics, (("lm_eval", version("lm_eval")), *task_versions)
+    return [*metrics, *blimp_groups(metrics, sizes)], (("lm_eval", version("lm_eval")), *task_versions)
 
 
 def _set_seeds(seed: int) -> None:
@@ -197,21 +217,25 @@ def _set_seeds(seed: int) -> None:
     torch.manual_seed(DEFAULT_OTHER_SEED + seed)
 
 
-def _load(manager: TaskManager, tasks: Sequence[str], num_fewshot: int | None, seed: int) -> TaskDict:
-    """The tasks with their data, and their settings as `lm_eval.simple_evaluate` sets them.
+@lru_cache(maxsize=1)
+def _load(tasks: tuple[str, ...], include_path: str | None, num_fewshot: int | None) -> TaskDict:
+    """The tasks with their data, which are kept for the next model, and with `num_fewshot` as asked for.
 
-    That function itself is not called: it also runs `git` and `pip` at every
-    call, to describe a machine that the ledger describes anyway.
+    Settings are made as `lm_eval.simple_evaluate` makes them. That function
+    itself is not called: it also runs `git` and `pip` at every call, to describe
+    a machine that the ledger describes anyway.
     """
     try:
-        loaded = manager.load(list(tasks))
+        loaded = _task_manager(tasks, include_path).load(list(tasks))
     except OSError as error:  # a hub data set out of reach, a local file that is not there
-        raise WorkError(f"cannot read the data of the tasks {', '.join(tasks)}: {error}") from error
+        raise RequestError(
+            f"cannot read the data of the tasks {', '.join(tasks)}: {error}; download them first where "
+            "machines are offline, or name tasks with data of your own by evaluation.include_path"
+        ) from error
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         if own is None or (num_fewshot is not None and own != 0):  # a task that sets 0 means it
             task.set_config("num_fewshot", num_fewshot or 0)
-        task.set_fewshot_seed(DEFAULT_OTHER_SEED + seed)
     return loaded
 
 
