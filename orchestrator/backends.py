@@ -101,7 +101,12 @@ class RayBackend:
     def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
         worker, timeout_s = self._execution.evaluation, self._execution.start_timeout_s
         return evaluate_on_ray(
-            spec, cpus=worker.cpus, gpus=worker.gpus, start_timeout_s=timeout_s, progress=progress
+            spec,
+            actors=worker.actors,
+            cpus=worker.cpus,
+            gpus=worker.gpus,
+            start_timeout_s=timeout_s,
+            progress=progress,
         )
 
     def _evaluate_all(self, specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:

@@ -284,10 +284,11 @@ class PoolConfig(Section):
 
 
 class WorkerConfig(Section):
-    """What one evaluation or export holds."""
+    """Actors that share an evaluation's requests, and what each holds; an export holds as much as one."""
 
-    cpus: float = Field(1.0, gt=0, description="CPUs an evaluation.")
-    gpus: float = Field(0.0, ge=0, description="GPUs an evaluation; may be a fraction.")
+    actors: int = Field(1, ge=1, description="Actors that share the requests of the tasks.")
+    cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
+    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
 
 
 class TrainingConfig(Section):

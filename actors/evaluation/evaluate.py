@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contracts import EvaluationResult, EvaluationSpec, Metric, PerplexitySpec, Progress, no_progress
 from actors.data import load_texts, tokenize_text
-from actors.evaluation.harness import check_task_data, evaluate_tasks
+from actors.evaluation.harness import Answer, Versions, answering, check_task_data, evaluate_tasks_by
 from actors.evaluation.perplexity import token_perplexity
 from actors.evaluation.suites import suite_means
 from actors.models import device, materialize, text_config
@@ -50,22 +50,26 @@ def evaluate(
         metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size or WINDOWS_AT_A_TIME)
     if spec.tasks:
         progress(len(spec.perplexity), total, ", ".join(spec.tasks))
-        task_metrics, task_versions = evaluate_tasks(
-            model,
-            tokenizer,
-            spec.tasks,
-            include_path=spec.include_path,
-            limit=spec.limit,
-            num_fewshot=spec.num_fewshot,
-            batch_size=spec.batch_size,
-            max_length=spec.max_length,
-            seed=spec.seed,
-        )
-        metrics += [*task_metrics, *suite_means(task_metrics, spec.suites, spec.task_suffix)]
+        answer = answering(model, tokenizer, spec.batch_size, spec.max_length)
+        task_metrics, task_versions = measure_tasks(spec, answer)
+        metrics += task_metrics
         versions += task_versions
     progress(total, total, "evaluated")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return EvaluationResult(tuple(metrics), num_parameters, tuple(versions))
+
+
+def measure_tasks(spec: EvaluationSpec, answer: Answer) -> tuple[list[Metric], Versions]:
+    """The spec's tasks and suites, by a model that answers requests here or elsewhere."""
+    metrics, versions = evaluate_tasks_by(
+        answer,
+        spec.tasks,
+        include_path=spec.include_path,
+        limit=spec.limit,
+        num_fewshot=spec.num_fewshot,
+        seed=spec.seed,
+    )
+    return [*metrics, *suite_means(metrics, spec.suites, spec.task_suffix)], versions
 
 
 def _perplexity(

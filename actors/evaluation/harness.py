@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +42,9 @@ GENERATED_AT_A_TIME = 8
 Versions = tuple[tuple[str, str], ...]
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
 """A request as HFLM encodes it: its strings, the tokens of the context and of the continuation."""
+
+Answer = Callable[[str, list[tuple[Any, ...]]], list[Any]]
+"""See `ElsewhereLM`."""
 
 
 class PrefixTreeLM(HFLM):
@@ -142,6 +145,28 @@ class PrefixTreeLM(HFLM):
         return ids
 
 
+class ElsewhereLM(LM):
+    """A model that is somewhere else: lm-eval sends it requests of one kind, and `answer` finds the answers.
+
+    Args:
+        answer: from a kind ("loglikelihood", "loglikelihood_rolling",
+            "generate_until") and the requests' arguments to an answer for each.
+    """
+
+    def __init__(self, answer: Answer):
+        super().__init__()
+        self._answer = answer
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        return self._answer("loglikelihood", [request.args for request in requests])
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        return self._answer("loglikelihood_rolling", [request.args for request in requests])
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        return self._answer("generate_until", [request.args for request in requests])
+
+
 def _at_word_boundary(context: str, continuation: str) -> tuple[str, str]:
     """Spaces at the end of a context belong to the continuation (`TemplateLM._encode_pair`)."""
     bare = context.rstrip()
@@ -191,10 +216,42 @@ def evaluate_tasks(
 
     Raises RequestError as `check_task_data` does.
     """
+    answer = answering(model, tokenizer, batch_size, max_length)
+    return evaluate_tasks_by(
+        answer, tasks, include_path=include_path, limit=limit, num_fewshot=num_fewshot, seed=seed
+    )
+
+
+def answering(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+) -> Answer:
+    """What answers lm-eval's requests from a model that is in memory, as `PrefixTreeLM` does."""
     with _quiet():
         lm = PrefixTreeLM(model, tokenizer, batch_size, max_length)
+
+    def answer(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        with _quiet():
+            return getattr(lm, kind)([Instance(kind, {}, args, i) for i, args in enumerate(arguments)])
+
+    return answer
+
+
+def evaluate_tasks_by(
+    answer: Answer,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    seed: int = 0,
+) -> tuple[list[Metric], Versions]:
+    """`evaluate_tasks` of a model that answers from elsewhere; what becomes of the answers is lm-eval's own."""
+    with _quiet():
         loaded = _load(tuple(tasks), include_path, num_fewshot)
-        return _evaluate(lm, loaded, limit, seed)
+        return _evaluate(ElsewhereLM(answer), loaded, limit, seed)
 
 
 def _evaluate(lm: LM, tasks: TaskDict, limit: int | None, seed: int) -> tuple[list[Metric], Versions]:

@@ -1,13 +1,25 @@
 """Placing work on a Ray cluster: what scoring, evaluation and export have in common."""
 
-from typing import Any
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from actors.contracts import ExportResult, ExportSpec
 from actors.errors import IterabreError, WorkError
 from actors.models.export import export_model
+
+log = logging.getLogger(__name__)
+
+ShareT = TypeVar("ShareT")
+
+RETRY_S = 0.5
+"""Pause before an actor that does not answer is asked again."""
 
 
 def placement(cpus: float, gpus: float) -> dict[str, Any]:
@@ -41,6 +53,60 @@ def result_of(reference: ray.ObjectRef) -> Any:
         if isinstance(error.cause, IterabreError):
             raise error.cause from None
         raise
+
+
+def share_out(
+    pool: Sequence[ActorHandle],
+    shares: Iterable[ShareT],
+    give: Callable[[ActorHandle, ShareT], ray.ObjectRef],
+    what: str,
+    busy: ray.ObjectRef | None = None,
+) -> Iterator[tuple[ShareT, Any]]:
+    """Give every actor a share as soon as it is free, until all are done; each answer comes with its share.
+
+    Only a lost share is run again: an actor that may come back is asked whether
+    it has, a dead one is forgotten.
+
+    Args:
+        pool: actors with a method `ready`.
+        give: starts the work on a share.
+        what: what the actors do, for errors: "score", "evaluation".
+        busy: the answer that the first actor is at work on; it takes shares when that is there.
+
+    Raises:
+        WorkError: all actors are lost.
+    """
+    todo = deque(shares)
+    left = len(todo)
+    idle: list[ActorHandle] = []
+    pending: dict[ray.ObjectRef, tuple[ActorHandle, list[ShareT]]] = {
+        (busy if busy and position == 0 else actor.ready.remote()): (actor, [])
+        for position, actor in enumerate(pool)
+    }
+    while left:
+        while idle and todo:
+            actor, share = idle.pop(), todo.popleft()
+            pending[give(actor, share)] = (actor, [share])
+        if not pending:
+            raise WorkError(f"all {len(pool)} {what} actors were lost; see the run's logs, then use --resume")
+        (done,), _ = ray.wait(list(pending), num_returns=1)
+        actor, given = pending.pop(done)
+        try:
+            answer = result_of(done)
+        except RayActorError as error:
+            if given:
+                log.warning("%s actor was lost (%s); its share goes to another", what, error)
+                todo.extend(given)
+            if isinstance(error, ActorUnavailableError):
+                # Its process is gone and Ray has not noticed yet: asked at once, it would say the same.
+                time.sleep(RETRY_S)
+            if given or isinstance(error, ActorUnavailableError):
+                pending[actor.ready.remote()] = (actor, [])
+            continue
+        idle.append(actor)
+        for share in given:
+            left -= 1
+            yield share, answer
 
 
 def export_on_ray(spec: ExportSpec, uri: str, *, cpus: float, gpus: float) -> ExportResult:

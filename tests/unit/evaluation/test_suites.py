@@ -7,18 +7,17 @@ from pathlib import Path
 import lm_eval
 import pytest
 import yaml
-from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from actors.contracts import Metric
 from actors.errors import RequestError
 from actors.evaluation import SUITES, retentions, suite_tasks
-from actors.evaluation.harness import TASKS
+from actors.evaluation.harness import TASKS, _index
 from actors.evaluation.suites import BLIMP_GROUPS, blimp_groups, suite_means
 
 
 def test_every_member_is_a_task_of_lm_eval_or_ours() -> None:
-    known = TaskManager(include_path=str(TASKS)).task_index
+    known = _index(None, include_defaults=True).task_index
     assert {member for suite in SUITES.values() for member in suite.members} <= known.keys()
     assert [name for name, suite in SUITES.items() if suite.executes_code] == ["generative"]
     unsafe = {m for s in SUITES.values() for m in s.members if known[m].cfg.get("unsafe_code")}
