@@ -244,7 +244,9 @@ class TargetConfig(Section):
 class PerplexityConfig(Section):
     """Token perplexity of a text, concatenated and cut into windows of `context` tokens."""
 
-    name: Name = Field(description="Metrics are called NAME/token_perplexity and NAME/loss_nats.")
+    name: Name = Field(
+        description="Metrics are called NAME/token_perplexity, NAME/loss_nats, NAME/loss_over_log_vocab."
+    )
     data: TextConfig
     context: int = Field(1024, ge=2, description="Tokens a window; windows do not overlap.")
     max_tokens: int | None = Field(None, ge=2, description="Only the text's first so many tokens.")
@@ -308,6 +310,10 @@ class ExecutionConfig(Section):
     scoring: PoolConfig = PoolConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: WorkerConfig = WorkerConfig()
+    overlap_evaluation: bool = Field(
+        True,
+        description="Evaluate while the next iteration is scored and trained, if there is room for both.",
+    )
     max_concurrent_trajectories: int = Field(1, ge=1, description="Trajectories that run at a time.")
     start_timeout_s: float = Field(
         600.0, gt=0, description="Longest wait for the cluster to give what a stage asks for."

@@ -105,7 +105,9 @@ def _conduct(spec: EvaluationSpec, pool: list[ActorHandle], progress: Progress) 
     metrics, versions = measure_tasks(spec, answer)
     others = result_of(rest)
     return replace(
-        others, metrics=(*others.metrics, *metrics), versions=tuple(dict.fromkeys((*others.versions, *versions)))
+        others,
+        metrics=(*others.metrics, *metrics),
+        versions=tuple(dict.fromkeys((*others.versions, *versions))),
     )
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import lm_eval
 import numpy as np
 import torch
-from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.tasks import TaskManager
@@ -81,9 +81,7 @@ class PrefixTreeLM(HFLM):
         self._longest_at_a_time = batch_size
         self._likelihoods = LikelihoodModel(model)
 
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy decoding gives it) of each request's continuation."""
         pairs = [request.args for request in requests]
         split = [_at_word_boundary(*pair) for pair in pairs if pair[0] != ""]

@@ -59,9 +59,9 @@ class LikelihoodModel:
         self._body: Callable[..., Tensor]
         self._head: Callable[[Tensor], Tensor]
         if _head_stands_alone(model):
-            self._body = lambda ids_BQ, **kwargs: model.base_model(
-                ids_BQ, use_cache=False, **kwargs
-            ).last_hidden_state
+            self._body = lambda ids_BQ, **kwargs: (
+                model.base_model(ids_BQ, use_cache=False, **kwargs).last_hidden_state
+            )
             self._head = LogitHead(model)
         else:
             self._body = lambda ids_BQ, **kwargs: model(ids_BQ, use_cache=False, **kwargs).logits
@@ -120,7 +120,9 @@ class LikelihoodModel:
             targets += request.targets
         positions_P, position_S = torch.tensor(places, device=device).unique(return_inverse=True)
         hidden_PD = hidden_BQD.flatten(0, 1)[positions_P]
-        logprob_S, greedy_S = self._target_logprobs(hidden_PD, position_S, torch.tensor(targets, device=device))
+        logprob_S, greedy_S = self._target_logprobs(
+            hidden_PD, position_S, torch.tensor(targets, device=device)
+        )
         lengths = [len(request.targets) for request in requests]
         return [
             (float(logprobs.sum()), bool(greedy.all()))

@@ -31,7 +31,8 @@ SUITES: dict[str, Suite] = {
     # IteRABRe writes "accuracy"; Table 1 gives the unpruned Llama-3.1-8B 60.03 on HellaSwag and 51.28 on
     # ARC-C, which are its acc (acc_norm is some 79 and 53).
     "reasoning": Suite(
-        {"arc_challenge": "acc", "arc_easy": "acc", "hellaswag": "acc", "copa": "acc", "piqa": "acc"}, ITERABRE
+        {"arc_challenge": "acc", "arc_easy": "acc", "hellaswag": "acc", "copa": "acc", "piqa": "acc"},
+        ITERABRE,
     ),
     "language": Suite({"blimp": "acc", "race": "acc", "winogrande": "acc"}, ITERABRE),
     "knowledge": Suite({"boolq": "acc", "mmlu": "acc"}, ITERABRE),

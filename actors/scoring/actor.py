@@ -57,7 +57,9 @@ def score_on_ray(
         wait_for_place([actor.ready.remote() for actor in pool], "scoring", cpus, gpus, start_timeout_s)
         # A share reads a streamed model's files once, so there are no more than actors.
         count = actors if spec.stream_weights else actors * SHARES_PER_ACTOR
-        score_all = partial(share_out, pool, give=lambda actor, share: actor.score.remote(share), what="score")
+        score_all = partial(
+            share_out, pool, give=lambda actor, share: actor.score.remote(share), what="score"
+        )
         return conduct(scorer, score_all, count, at_least=actors, progress=progress)
 
 

@@ -99,7 +99,7 @@ def _enter(line: Line, row: Mapping[str, Any]) -> None:
         line["parameters"] = int(value)
     elif stage == "evaluate" and is_perplexity(metric) and row["phase"] == "pruned":
         line[before(metric)] = value
-    elif stage == "evaluate":
+    elif stage == "evaluate" and not metric.endswith("/retention"):
         line[metric] = value
 
 

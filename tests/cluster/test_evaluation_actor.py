@@ -43,7 +43,7 @@ def spec(specs: list[EvaluationSpec]) -> EvaluationSpec:
 
 
 def _on_pool(spec: EvaluationSpec, actors: int) -> EvaluationResult:
-    return evaluate_on_ray(spec, actors=actors, cpus=0.4, gpus=0, start_timeout_s=120)
+    return evaluate_on_ray(spec, actors=actors, cpus=0.4, gpus=0, start_timeout_s=600)
 
 
 def _assert_same(found: EvaluationResult, expected: EvaluationResult) -> None:

@@ -27,7 +27,21 @@ FAMILIES = {
     "mamba": {},  # recurrent: no trees
 }
 GROWS_TREES = {"llama", "gpt2", "qwen2", "gemma2", "mixtral"}
-WORDS = "the quick brown fox jumps over a lazy dog while ancient deities sleep".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "ancient",
+    "deities",
+    "sleep",
+]
 
 
 def family_model(family: str) -> PreTrainedModel:
@@ -63,7 +77,9 @@ def instances(arguments: list[tuple[str, ...]]) -> list[Instance]:
 
 
 def stock_and_ours(model: PreTrainedModel, **settings: object) -> tuple[HFLM, PrefixTreeLM]:
-    stock = HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=4, max_length=MAX_LENGTH, **settings)
+    stock = HFLM(
+        pretrained=model, tokenizer=tiny_tokenizer(), batch_size=4, max_length=MAX_LENGTH, **settings
+    )
     return stock, PrefixTreeLM(model, tiny_tokenizer(), 4, MAX_LENGTH)
 
 

@@ -85,4 +85,8 @@ def test_retention_is_the_share_of_the_unpruned_score() -> None:
 def test_summaries_are_compared_by_rouge() -> None:
     rouge = load_yaml(TASKS / "xsum.yaml")["process_results"]
     scores = rouge({"summary": "the lazy dog sleeps"}, [" the dog sleeps soundly\n"])
-    assert scores == {"rouge1": pytest.approx(0.75), "rouge2": pytest.approx(1 / 3), "rougeL": pytest.approx(0.75)}
+    assert scores == {
+        "rouge1": pytest.approx(0.75),
+        "rouge2": pytest.approx(1 / 3),
+        "rougeL": pytest.approx(0.75),
+    }
