@@ -245,7 +245,7 @@ class PerplexityConfig(Section):
     """Token perplexity of a text, concatenated and cut into windows of `context` tokens."""
 
     name: Name = Field(
-        description="Metrics are called NAME/token_perplexity, NAME/loss_nats, NAME/loss_over_log_vocab."
+        description="Metrics are NAME/token_perplexity, NAME/loss_nats and NAME/loss_over_log_vocab."
     )
     data: TextConfig
     context: int = Field(1024, ge=2, description="Tokens a window; windows do not overlap.")

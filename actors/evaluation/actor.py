@@ -107,7 +107,7 @@ def _conduct(spec: EvaluationSpec, pool: list[ActorHandle], progress: Progress) 
     return replace(
         others,
         metrics=(*others.metrics, *metrics),
-        versions=tuple(dict.fromkeys((*others.versions, *versions))),
+        versions=(*others.versions, *versions),
     )
 
 

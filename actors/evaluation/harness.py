@@ -99,11 +99,11 @@ class PrefixTreeLM(HFLM):
         return self._loglikelihood_tokens(encoded)
 
     def _after_prefix(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """Context and continuation of a text without context; its own first token serves if it is the prefix."""
+        """Context and continuation of a text without context; its first token serves if it is the prefix."""
         return (ids[:1], ids[1:]) if ids[0] == self.prefix_token_id else ([self.prefix_token_id], ids)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each request's whole text, in windows that do not overlap in what they predict."""
+        """Log-likelihood of each request's whole text, in windows that predict every token once."""
         texts = [request.args[0] for request in requests]
         ids = self._encode(set(texts), None)
         windows = [list(self._windows(ids[text])) for text in texts]
@@ -246,7 +246,7 @@ def evaluate_tasks_by(
     num_fewshot: int | None = None,
     seed: int = 0,
 ) -> tuple[list[Metric], Versions]:
-    """`evaluate_tasks` of a model that answers from elsewhere; what becomes of the answers is lm-eval's own."""
+    """`evaluate_tasks` of a model that answers from elsewhere."""
     with _quiet():
         loaded = _load(tuple(tasks), include_path, num_fewshot)
         return _evaluate(ElsewhereLM(answer), loaded, limit, seed)

@@ -206,5 +206,10 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
 def _window(model: PreTrainedModel) -> int | None:
     """The smallest number of tokens that the config lets a token see, None if it sets no such bound."""
     values = vars(text_config(model.config)).items()
-    bounds = [v for k, v in values if any(word in k for word in BOUNDING) and type(v) is int and v > 0]
+    bounds = [
+        value
+        for name, value in values
+        if any(word in name for word in BOUNDING) and not name.endswith("layers")  # Qwen2 counts layers so
+        if type(value) is int and value > 0
+    ]
     return min(bounds, default=None)

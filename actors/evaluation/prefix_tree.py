@@ -63,7 +63,7 @@ class PrefixTree:
         return self.depths[-1] == len(self) - 1
 
 
-def plant(sequences: Sequence[Sequence[int]], most_nodes: int | None) -> list[PrefixTree]:
+def plant(sequences: Sequence[list[int]], most_nodes: int | None) -> list[PrefixTree]:
     """All sequences in as few nodes as their order allows.
 
     A sequence joins the tree of its predecessor, in lexicographic order, while

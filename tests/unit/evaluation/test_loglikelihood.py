@@ -1,4 +1,4 @@
-"""Our lm-eval model against lm-eval's own HFLM, request by request, in families that differ in what matters."""
+"""Our lm-eval model against lm-eval's own HFLM, request by request, in families that differ."""
 
 import random
 
@@ -26,7 +26,6 @@ FAMILIES = {
     "mixtral": {},
     "mamba": {},  # recurrent: no trees
 }
-GROWS_TREES = {"llama", "gpt2", "qwen2", "gemma2", "mixtral"}
 WORDS = [
     "the",
     "quick",
@@ -86,11 +85,18 @@ def stock_and_ours(model: PreTrainedModel, **settings: object) -> tuple[HFLM, Pr
 @pytest.mark.parametrize("family", FAMILIES)
 def test_numbers_are_those_of_hflm(family: str) -> None:
     stock, ours = stock_and_ours(family_model(family), logits_cache=False)
-    assert (ours._likelihoods.most_nodes != 0) == (family in GROWS_TREES)
     requests = instances(pairs(0))
     expected, found = stock.loglikelihood(requests, disable_tqdm=True), ours.loglikelihood(requests)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "most_nodes"),
+    [("qwen2", None), ("mixtral", None), ("gemma2", 64), ("gemma3_text", 0), ("bloom", 0), ("mamba", 0)],
+)
+def test_trees_are_bounded_by_windows_and_nothing_else(family: str, most_nodes: int | None) -> None:
+    assert LikelihoodModel(family_model(family)).most_nodes == most_nodes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,8 +128,8 @@ def test_half_precision_is_rounded_as_hflm_rounds() -> None:
     assert all(v == torch.tensor(v).bfloat16().item() for v, _ in found)
 
 
-def test_nothing_shared_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens through the blocks: the nodes of the trees; positions through the head: the distinct scored ones."""
+def test_nothing_shared_is_computed_twice() -> None:
+    """Through the blocks go the nodes of the trees, through the head the distinct scored positions."""
     model = family_model("llama")
     likelihoods = LikelihoodModel(model)
     question, choices = [5] * 20, [[9, 9, 9], [9, 9, 8], [7], [6]]
