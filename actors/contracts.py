@@ -377,13 +377,28 @@ class PerplexitySpec:
 
 
 @dataclass(frozen=True)
+class ThroughputSpec:
+    """Time prefill of `context` tokens and decoding of `new_tokens` after them; medians of `repeats`."""
+
+    context: int = 512
+    new_tokens: int = 64
+    batch_size: int = 1
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
 class EvaluationSpec:
-    """Measure `model` on perplexity texts and lm-eval tasks.
+    """Measure `model` on perplexity texts, lm-eval tasks, probes and its speed.
 
     `tasks` holds the members of `suites`, too, whose names end in `task_suffix`;
     the suites themselves only give their means. `max_length` is the longest
     input in tokens, the model's own if None. `batch_size` counts the longest
     requests evaluated at a time, None what memory allows; it changes no result.
+
+    `probes` are names in `PROBES`; `limit` holds for them as for tasks, and
+    `max_new_tokens` bounds the texts that they have the model write. Code in them is
+    run only with `allow_code_execution`. `throughput` is measured beside the
+    unpruned model.
     """
 
     model: ModelRef
@@ -397,6 +412,10 @@ class EvaluationSpec:
     max_length: int | None = None
     batch_size: int | None = None
     seed: int = 0
+    probes: tuple[str, ...] = ()
+    max_new_tokens: int = 128
+    allow_code_execution: bool = False
+    throughput: ThroughputSpec | None = None
 
 
 @dataclass(frozen=True)

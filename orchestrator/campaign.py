@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +15,11 @@ import ray
 from ray import tune
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
+from actors.contracts import EvaluationResult, EvaluationSpec
 from actors.evaluation import check_task_data
+from actors.evaluation.actor import evaluate_all_on_ray
 from orchestrator.backends import BACKENDS
+from orchestrator.candidates import EvaluateAll
 from orchestrator.config import CampaignConfig, ExecutionConfig
 from orchestrator.errors import ClusterTooSmallError, IterabreError
 from orchestrator.plan import CampaignPlan, TrajectoryPlan
@@ -255,6 +258,20 @@ def cluster_capacity() -> Capacity:
         node_gpus=max(node.get("GPU", 0) for node in nodes),
         can_grow=bool(growth),
     )
+
+
+def evaluate_on_cluster(
+    address: str | None, *, actors: int, cpus: float, gpus: float, start_timeout_s: float = 600.0
+) -> EvaluateAll:
+    """Evaluates many models on actors of the cluster at `address`, or of this machine if None."""
+
+    def evaluate_all(specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
+        with _cluster(address):
+            yield from evaluate_all_on_ray(
+                specs, actors=actors, cpus=cpus, gpus=gpus, start_timeout_s=start_timeout_s
+            )
+
+    return evaluate_all
 
 
 def capacity_at(address: str) -> Capacity:

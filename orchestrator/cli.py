@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from orchestrator import cli_setup
+from orchestrator import cli_setup, cli_sweep
 from orchestrator.config import CampaignConfig, load_config
 from orchestrator.errors import IterabreError, RequestError, WorkError
 
@@ -183,7 +183,14 @@ def prune(
 @app.command()
 def evaluate(
     model: Model,
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks and suites, separated by commas.")],
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks and suites, separated by commas.")] = "",
+    probes: Annotated[
+        str, typer.Option(help="degeneration, arithmetic, code_failures; separated by commas.")
+    ] = "",
+    throughput: Annotated[bool, typer.Option("--throughput", help="Measure speed and memory, too.")] = False,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run code that the model writes, in a sandbox.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first so many documents.", min=1)] = None,
     include_path: Annotated[str | None, typer.Option(help="Directory with further lm-eval tasks.")] = None,
     task_suffix: Annotated[str, typer.Option(help="Added to the names of suite members.")] = "",
@@ -193,13 +200,13 @@ def evaluate(
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Measure a model on lm-eval tasks."""
-    from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, to_json
-    from actors.evaluation import SUITES, check_tasks, evaluate_model, suite_tasks
+    """Measure a model on lm-eval tasks and probes."""
+    from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, ThroughputSpec, to_json
+    from actors.evaluation import SUITES, check_probes, check_tasks, evaluate_model, suite_tasks
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names:
-        raise RequestError("--tasks names no task; e.g. --tasks wikitext,blimp")
+    names, probe_names = cli_sweep.names_in(tasks), cli_sweep.names_in(probes)
+    if not (names or probe_names or throughput):
+        raise RequestError("nothing to measure: give --tasks, --probes or --throughput")
     suites = tuple(name for name in names if name in SUITES)
     members = suite_tasks(suites, task_suffix)
     single = (name for name in names if name not in SUITES)
@@ -211,8 +218,12 @@ def evaluate(
         include_path=include_path,
         limit=limit,
         batch_size=batch_size,
+        probes=probe_names,
+        allow_code_execution=allow_code_execution,
+        throughput=ThroughputSpec() if throughput else None,
     )
     check_tasks(spec.tasks, include_path)
+    check_probes(probe_names)
     result = evaluate_model(spec)
     if as_json:
         _print_json(to_json(result))
@@ -241,12 +252,12 @@ def export(
     _print_model(output, result.num_layers, result.num_parameters)
 
 
-for setup_command in (cli_setup.init, cli_setup.doctor, cli_setup.schema):
-    app.command()(setup_command)
+for command in (cli_sweep.sweep, cli_setup.init, cli_setup.doctor, cli_setup.schema):
+    app.command()(command)
 
 
-def parse_layers(text: str) -> list[int]:
-    """`3,4` and `20-24` as layer indices.
+def parse_layers(text: str, option: str = "--drop") -> list[int]:
+    """`3,4` and `20-24` as layer indices; `option` is where they were given.
 
     Raises:
         RequestError: neither numbers nor ranges.
@@ -256,7 +267,7 @@ def parse_layers(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, re.ASCII)
         span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not span:
-            raise RequestError(f"--drop {text!r}: write layers as 3,4 or 20-24")
+            raise RequestError(f"{option} {text!r}: write layers as 3,4 or 20-24")
         layers.extend(span)
     return layers
 
@@ -305,17 +316,19 @@ def _show_results(run: str, as_json: bool = False) -> None:
 def _build_report(run: str) -> str:
     from actors.artifacts import local_path, publish
     from orchestrator.ledger import Ledger
-    from orchestrator.report.html import build_report
+    from orchestrator.report.html import Source, build_report
     from orchestrator.run_file import read_run
     from orchestrator.store import Store
 
     store = Store(run)
     stored = read_run(store) or {}
-    table = Ledger(store.ledger_uri).read()
+    source = Source(
+        Ledger(store.ledger_uri).read(), stored["config"], stored["versions"], stored.get("planned", {})
+    )
     if directory := local_path(store.report_uri):
-        return str(build_report(table, stored["config"], directory, stored["versions"]))
+        return str(build_report(source, directory))
     with tempfile.TemporaryDirectory() as scratch:
-        build_report(table, stored["config"], Path(scratch), stored["versions"])
+        build_report(source, Path(scratch))
         return publish(Path(scratch), store.report_uri).uri
 
 

@@ -22,10 +22,11 @@ from actors.contracts import (
     ScoreSpec,
     TaskSpec,
     TextSpec,
+    ThroughputSpec,
     digest,
 )
 from actors.data import describe_text
-from actors.evaluation import check_tasks, suite_tasks
+from actors.evaluation import check_probes, check_tasks, suite_tasks
 from actors.models import describe_model
 from actors.models.merge import MERGES
 from actors.recovery import check_recovery, find_objective
@@ -175,6 +176,7 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     """
     evaluation = _evaluation(config)
     check_tasks(evaluation.tasks, evaluation.include_path)
+    check_probes(evaluation.probes)
     for method in config.methods:
         _check_scoring(method, evaluation.include_path)
     infos = {model.id: describe_model(model_spec(model)) for model in config.models}
@@ -331,6 +333,10 @@ def _evaluation(config: CampaignConfig) -> EvaluationSpec:
         max_length=evaluation.max_length,
         batch_size=None if evaluation.batch_size == "auto" else evaluation.batch_size,
         seed=min(config.seeds),
+        probes=tuple(evaluation.probes),
+        max_new_tokens=evaluation.max_new_tokens,
+        allow_code_execution=evaluation.allow_code_execution,
+        throughput=ThroughputSpec(**evaluation.throughput.model_dump()) if evaluation.throughput else None,
     )
 
 

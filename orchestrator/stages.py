@@ -22,7 +22,6 @@ from actors.contracts import (
     EvaluationSpec,
     ExportResult,
     ExportSpec,
-    Metric,
     ModelRef,
     Progress,
     RecoveryResult,
@@ -32,7 +31,6 @@ from actors.contracts import (
     no_progress,
 )
 from actors.errors import WorkError
-from actors.evaluation import retentions
 from orchestrator.ledger import Ledger, Row
 from orchestrator.plan import IterationPlan, TrajectoryPlan, num_stages
 from orchestrator.progress import Activity, Report, StageProgress
@@ -138,13 +136,7 @@ class StoredStages:
 
     def _evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
         stage = self._evaluation(iteration, model)
-        numbers = list(_evaluation_numbers(stage.result.metrics))
-        inputs = self._plan.key_inputs(self._plan.evaluation_spec(self._plan.dense))
-        dense = self._store.load("evaluate", stage_key("evaluate", inputs), EvaluationResult)
-        if dense and phase != "dense":
-            numbers += _evaluation_numbers(retentions(stage.result.metrics, dense.result.metrics))
-        numbers.append(("parameters", stage.result.num_parameters, "", {}))
-        self._write(iteration, stage, numbers, phase)
+        self._write(iteration, stage, _evaluation_numbers(stage.result), phase)
 
     def _evaluation(self, iteration: IterationPlan, model: ModelRef) -> StoredStage[EvaluationResult]:
         spec = self._plan.evaluation_spec(model)
@@ -285,9 +277,10 @@ def _recovery_numbers(result: RecoveryResult) -> Numbers:
     yield "trainable_parameters", result.trainable_parameters, "", {}
 
 
-def _evaluation_numbers(metrics: Iterable[Metric]) -> Numbers:
-    for metric in metrics:
+def _evaluation_numbers(result: EvaluationResult) -> Numbers:
+    for metric in result.metrics:
         yield metric.name, metric.value, metric.unit, {"stderr": metric.stderr}
+    yield "parameters", result.num_parameters, "", {}
 
 
 def _artifact(result: Any) -> ArtifactRef | None:

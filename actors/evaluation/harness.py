@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contracts import Metric
 from actors.errors import RequestError, unknown_name
+from actors.evaluation.code_tasks import code_task_metrics
 from actors.evaluation.loglikelihood import LikelihoodModel, Scored
 from actors.evaluation.suites import blimp_groups
 
@@ -201,6 +202,7 @@ def evaluate_tasks(
     batch_size: int | None = None,
     max_length: int | None = None,
     seed: int = 0,
+    allow_code_execution: bool = False,
 ) -> tuple[list[Metric], Versions]:
     """Run lm-eval tasks on a model that is in memory, on the device where it lies.
 
@@ -208,7 +210,9 @@ def evaluate_tasks(
     `<task>/<metric>,<filter>` for a filter other than "none"; groups give their
     aggregates under their own name, and so do BLiMP's 13 groups. The global
     random states are set, as lm-eval does: seed 0 is its own default (0 for
-    `random`, 1234 for the rest); another seed is added to all of them.
+    `random`, 1234 for the rest); another seed is added to all of them. Tasks that
+    have the model write code give its failure classes, and pass@1 if
+    `allow_code_execution`.
 
     Returns the metrics and the versions of lm-eval and of each task.
 
@@ -216,7 +220,13 @@ def evaluate_tasks(
     """
     answer = answering(model, tokenizer, batch_size, max_length)
     return evaluate_tasks_by(
-        answer, tasks, include_path=include_path, limit=limit, num_fewshot=num_fewshot, seed=seed
+        answer,
+        tasks,
+        include_path=include_path,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        seed=seed,
+        allow_code_execution=allow_code_execution,
     )
 
 
@@ -245,22 +255,24 @@ def evaluate_tasks_by(
     limit: int | None = None,
     num_fewshot: int | None = None,
     seed: int = 0,
+    allow_code_execution: bool = False,
 ) -> tuple[list[Metric], Versions]:
     """`evaluate_tasks` of a model that answers from elsewhere."""
     with _quiet():
         loaded = _load(tuple(tasks), include_path, num_fewshot)
-        return _evaluate(ElsewhereLM(answer), loaded, limit, seed)
+        return _evaluate(ElsewhereLM(answer), loaded, limit, seed, allow_code_execution)
 
 
-def _evaluate(lm: LM, tasks: TaskDict, limit: int | None, seed: int) -> tuple[list[Metric], Versions]:
-    """lm-eval's own evaluation of the loaded `tasks`, and BLiMP's groups besides."""
+def _evaluate(
+    lm: LM, tasks: TaskDict, limit: int | None, seed: int, allow_code_execution: bool
+) -> tuple[list[Metric], Versions]:
+    """lm-eval's own evaluation of the loaded `tasks`; BLiMP's groups and what became of code besides."""
     _set_seeds(seed)
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED + seed)
-    # The `bypass` metric of tasks that only collect samples has no value without them.
-    keep = any("bypass" in getattr(task, "_metric_fn_list", {}) for task in tasks["tasks"].values())
-    results = lm_eval.evaluate(lm, tasks, limit=limit, log_samples=keep)
+    results = lm_eval.evaluate(lm, tasks, limit=limit)
     metrics = [metric for name, values in results["results"].items() for metric in _metrics(name, values)]
+    metrics += code_task_metrics(results["samples"], execute=allow_code_execution)
     sizes = {name: counts["effective"] for name, counts in results["n-samples"].items()}
     task_versions = tuple((f"task:{name}", str(v)) for name, v in sorted(results["versions"].items()))
     return [*metrics, *blimp_groups(metrics, sizes)], (("lm_eval", version("lm_eval")), *task_versions)
@@ -327,8 +339,8 @@ def _task_manager(tasks: tuple[str, ...], include_path: str | None) -> TaskManag
         ]
         if unsafe:
             raise RequestError(
-                f"task {task!r} executes code that the model wrote ({', '.join(sorted(unsafe))}), "
-                "which evaluation does not do; remove it from the tasks"
+                f"task {task!r} executes code that the model wrote ({', '.join(sorted(unsafe))}), and not "
+                "in a sandbox; give a task that only collects it (metric: bypass), see docs/probes.md"
             )
     return manager
 

@@ -5,7 +5,7 @@ member is kept; the suite says which one its mean is taken of.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.contracts import Metric
@@ -54,7 +54,7 @@ SUITES: dict[str, Suite] = {
     "generative": Suite(
         {
             "gsm8k": "exact_match,strict-match",
-            "humaneval_plus": "pass@1,create_test",
+            "humaneval_plus": "pass_at_1",
             "mbpp_plus": "pass_at_1",
             "xsum": "rougeL",
         },
@@ -143,9 +143,6 @@ BLIMP_GROUPS: dict[str, tuple[str, ...]] = {
 The appendix puts 65 of the 67 into groups: `tough_vs_raising_1` and `_2` are in none.
 """
 
-SCORES = ("acc", "acc_norm", "exact_match", "f1", "mean", "pass@1", "pass_at_1", "rouge1", "rouge2", "rougeL")
-"""Measures of which more is better, from 0 on: those of which a share can be retained."""
-
 
 def suite_tasks(suites: Sequence[str], suffix: str = "") -> tuple[str, ...]:
     """The members of all suites, each once, in order; `suffix` is added to every name.
@@ -206,12 +203,3 @@ def _pooled(name: str, members: Sequence[Metric], sizes: Sequence[int]) -> Metri
         return Metric(name, value)
     variance = sum((size - 1) * size * error**2 for error, size in errors if error is not None)
     return Metric(name, value, stderr=math.sqrt(variance / (total - len(sizes)) / total))
-
-
-def retentions(metrics: Collection[Metric], dense: Collection[Metric]) -> Iterator[Metric]:
-    """`NAME/retention` of every score: the share of the unpruned model's that is left (*Limits* §2)."""
-    scores = {metric.name: metric.value for metric in dense}
-    for metric in metrics:
-        measure = metric.name.rpartition("/")[2].partition(",")[0]
-        if measure in SCORES and scores.get(metric.name, 0.0) > 0:
-            yield Metric(f"{metric.name}/retention", metric.value / scores[metric.name])

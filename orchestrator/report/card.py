@@ -20,7 +20,6 @@ def scores_of(rows: Iterable[LedgerRow], trajectory: str, iteration: int, phase:
         if (row["trajectory"], row["iteration"], row["stage"], row["phase"])
         == (trajectory, iteration, "evaluate", phase)
         and "/" in row["metric"]
-        and not row["metric"].endswith("/retention")
     }
 
 

@@ -11,7 +11,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from actors.contracts import Metric
 from actors.errors import RequestError
-from actors.evaluation import SUITES, retentions, suite_tasks
+from actors.evaluation import SUITES, suite_tasks
 from actors.evaluation.harness import TASKS, _index
 from actors.evaluation.suites import BLIMP_GROUPS, blimp_groups, suite_means
 
@@ -71,15 +71,6 @@ def test_groups_of_blimp_pool_the_samples_of_their_paradigms() -> None:
     ellipsis = found["blimp_ellipsis_argument_local/acc"]
     assert ellipsis.value == pytest.approx(statistics.mean(pooled))
     assert ellipsis.stderr == pytest.approx((within / (len(pooled) - 3) / len(pooled)) ** 0.5)
-
-
-def test_retention_is_the_share_of_the_unpruned_score() -> None:
-    dense = [Metric("arc/acc", 0.8), Metric("wiki/token_perplexity", 10.0, "ppl"), Metric("zero/acc", 0.0)]
-    pruned = [Metric("arc/acc", 0.6), Metric("wiki/token_perplexity", 20.0, "ppl"), Metric("zero/acc", 0.1)]
-    (kept,) = retentions(pruned, dense)
-    assert kept == Metric("arc/acc/retention", pytest.approx(0.75))
-    code = [Metric("humaneval/pass@1,create_test", 0.2)]
-    assert [m.value for m in retentions(code, code)] == [1.0]
 
 
 def test_summaries_are_compared_by_rouge() -> None:
