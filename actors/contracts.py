@@ -190,7 +190,7 @@ class TaskSpec:
     limit: int | None = None
     num_fewshot: int | None = None
     include_path: str | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -427,6 +427,11 @@ class ThroughputSpec:
 class EvaluationSpec:
     """Measure `model` on perplexity texts, lm-eval tasks, probes and its speed.
 
+    `tasks` holds the members of `suites`, too, whose names end in `task_suffix`;
+    the suites themselves only give their means. `max_length` is the longest
+    input in tokens, the model's own if None. `batch_size` counts the longest
+    requests evaluated at a time, None what memory allows; it changes no result.
+
     `probes` are names in `PROBES`; `limit` holds for them as for tasks, and
     `max_new_tokens` bounds the texts that they have the model write. Code in them is
     run only with `allow_code_execution`. `throughput` is measured beside the
@@ -436,10 +441,13 @@ class EvaluationSpec:
     model: ModelRef
     perplexity: tuple[PerplexitySpec, ...] = ()
     tasks: tuple[str, ...] = ()
+    suites: tuple[str, ...] = ()
+    task_suffix: str = ""
     include_path: str | None = None
     limit: int | None = None
     num_fewshot: int | None = None
-    batch_size: int = 8
+    max_length: int | None = None
+    batch_size: int | None = None
     seed: int = 0
     probes: tuple[str, ...] = ()
     max_new_tokens: int = 128

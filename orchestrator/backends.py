@@ -20,11 +20,11 @@ from actors.contracts import (
     ScoreSpec,
     no_progress,
 )
-from actors.evaluation import evaluate
+from actors.evaluation import evaluate_model
 from actors.evaluation.actor import evaluate_all_on_ray, evaluate_on_ray
 from actors.generation import generate_locally
 from actors.generation.actor import generate_on_ray
-from actors.models import device, export_model, materialize
+from actors.models import export_model
 from actors.models.actor import export_on_ray
 from actors.recovery.local import recover_locally
 from actors.recovery.trainer import recover_on_ray
@@ -55,8 +55,7 @@ class LocalBackend:
         return recover_locally(spec, uri, work_dir, progress)
 
     def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
-        model, tokenizer = materialize(spec.model)
-        return evaluate(model.to(device()), tokenizer, spec, progress)
+        return evaluate_model(spec, progress)
 
     def _evaluate_all(self, specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
         for position, spec in enumerate(specs):
@@ -121,7 +120,12 @@ class RayBackend:
     def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
         worker, timeout_s = self._execution.evaluation, self._execution.start_timeout_s
         return evaluate_on_ray(
-            spec, cpus=worker.cpus, gpus=worker.gpus, start_timeout_s=timeout_s, progress=progress
+            spec,
+            actors=worker.actors,
+            cpus=worker.cpus,
+            gpus=worker.gpus,
+            start_timeout_s=timeout_s,
+            progress=progress,
         )
 
     def _evaluate_all(self, specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:

@@ -16,6 +16,7 @@ from ray import tune
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
 from actors.contracts import EvaluationResult, EvaluationSpec
+from actors.evaluation import check_task_data
 from actors.evaluation.actor import evaluate_all_on_ray
 from orchestrator.backends import BACKENDS
 from orchestrator.candidates import EvaluateAll
@@ -70,21 +71,25 @@ def run_campaign(
         address: a Ray cluster to join; RAY_ADDRESS or a cluster of this machine's own if None.
 
     Raises:
-        RequestError: `store` cannot be written or holds another run.
+        RequestError: `store` cannot be written or holds another run, or data of a task are missing.
         ClusterTooSmallError: the cluster can never give what `config.execution` asks for.
     """
     execution = config.execution
     check_run(store, config.model_dump(mode="json"), resume)
+    evaluation = plan.trajectories[0].evaluation
+    check_task_data(evaluation.tasks, evaluation.include_path, evaluation.num_fewshot)
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":
         with _run_log(store, config), _stopping_on_sigterm():
             return _run_in_this_process(execution, plan, store)
     with _cluster(address):
-        check_resources(execution, cluster_capacity())
+        capacity = cluster_capacity()
+        check_resources(execution, capacity)
+        overlap = execution.overlap_evaluation and has_room_for_both(execution, capacity)
         workers_log = store.logs_dir / "workers.log"
         with _run_log(store, config), _workers_output_to(workers_log), _stopping_on_sigterm():
-            return _run_trials(execution, plan, store)
+            return _run_trials(execution, plan, store, overlap)
 
 
 def _run_in_this_process(execution: ExecutionConfig, plan: CampaignPlan, store: Store) -> Outcome:
@@ -97,10 +102,12 @@ def _run_in_this_process(execution: ExecutionConfig, plan: CampaignPlan, store: 
     return Outcome(failures)
 
 
-def _run_trials(execution: ExecutionConfig, plan: CampaignPlan, store: Store) -> Outcome:
+def _run_trials(execution: ExecutionConfig, plan: CampaignPlan, store: Store, overlap: bool) -> Outcome:
     """Trials begun again find their finished stages in the store, so Tune need not restore anything."""
     board = ray.remote(num_cpus=0)(Board).remote()
-    trainable = tune.with_parameters(_trial, plan=plan, execution=execution, store=store, board=board)
+    trainable = tune.with_parameters(
+        _trial, plan=plan, execution=execution, store=store, board=board, overlap=overlap
+    )
     tuner = tune.Tuner(
         tune.with_resources(trainable, TRIAL_PLACE),
         param_space={"trajectory": tune.grid_search([trajectory.id for trajectory in plan.trajectories])},
@@ -122,12 +129,17 @@ def _run_trials(execution: ExecutionConfig, plan: CampaignPlan, store: Store) ->
 
 
 def _trial(
-    parameters: Mapping[str, str], plan: CampaignPlan, execution: ExecutionConfig, store: Store, board: Any
+    parameters: Mapping[str, str],
+    plan: CampaignPlan,
+    execution: ExecutionConfig,
+    store: Store,
+    board: Any,
+    overlap: bool,
 ) -> None:
     """A Tune trial: one trajectory. Lost machines raise and are retried; wrong requests are reported."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     trajectory = plan.find(parameters["trajectory"])
-    failure = _follow(trajectory, execution, store, RemoteReport(board))
+    failure = _follow(trajectory, execution, store, RemoteReport(board), overlap)
     tune.report({"failure": failure or ""})
 
 
@@ -137,11 +149,15 @@ def _last_line(error: BaseException) -> str:
 
 
 def _follow(
-    trajectory: TrajectoryPlan, execution: ExecutionConfig, store: Store, report: Report
+    trajectory: TrajectoryPlan,
+    execution: ExecutionConfig,
+    store: Store,
+    report: Report,
+    overlap: bool = False,
 ) -> str | None:
     """Run one trajectory; the reason if it failed in a way that trying again cannot mend."""
     backend = BACKENDS[execution.backend](execution, store)
-    stages = StoredStages(trajectory, store, backend, report)
+    stages = StoredStages(trajectory, store, backend, report, overlap)
     try:
         run_trajectory(trajectory, stages)
     except IterabreError as error:
@@ -292,3 +308,15 @@ def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
                     f"cluster has {in_all:g} {kind}, {on_node:g} on its largest node; "
                     f"lower execution.{section} or use a larger cluster"
                 )
+
+
+def has_room_for_both(execution: ExecutionConfig, capacity: Capacity) -> bool:
+    """Whether every trajectory can be evaluated while its next iteration is scored and trained.
+
+    Otherwise what is asked for later would wait for an evaluation to end, up to its time-out.
+    """
+    evaluation, scoring, training = execution.evaluation, execution.scoring, execution.training
+    cpus = evaluation.actors * evaluation.cpus + max(scoring.cpus, training.workers * training.cpus)
+    gpus = evaluation.actors * evaluation.gpus + max(scoring.gpus, training.workers * training.gpus)
+    at_a_time = execution.max_concurrent_trajectories
+    return at_a_time * cpus <= capacity.cpus and at_a_time * gpus <= capacity.gpus

@@ -195,7 +195,7 @@ def prune(
 @app.command()
 def evaluate(
     model: Model,
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks and suites, separated by commas.")] = "",
     probes: Annotated[
         str, typer.Option(help="degeneration, arithmetic, code_failures; separated by commas.")
     ] = "",
@@ -205,25 +205,28 @@ def evaluate(
     ] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first so many documents.", min=1)] = None,
     include_path: Annotated[str | None, typer.Option(help="Directory with further lm-eval tasks.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Requests evaluated at a time.", min=1)] = 8,
+    task_suffix: Annotated[str, typer.Option(help="Added to the names of suite members.")] = "",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Longest requests at a time; by default what memory allows.", min=1)
+    ] = None,
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Measure a model on lm-eval tasks and probes."""
     from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, ThroughputSpec, to_json
-    from actors.evaluation import check_probes, check_tasks
-    from actors.evaluation import evaluate as measure
-    from actors.models import device, materialize
+    from actors.evaluation import SUITES, check_probes, check_tasks, evaluate_model, suite_tasks
 
     names, probe_names = cli_sweep.names_in(tasks), cli_sweep.names_in(probes)
     if not (names or probe_names or throughput):
         raise RequestError("nothing to measure: give --tasks, --probes or --throughput")
-    check_tasks(names, include_path)
-    check_probes(probe_names)
-    ref = ModelRef(ModelSpec(model, dtype))
+    suites = tuple(name for name in names if name in SUITES)
+    members = suite_tasks(suites, task_suffix)
+    single = (name for name in names if name not in SUITES)
     spec = EvaluationSpec(
-        ref,
-        tasks=names,
+        ModelRef(ModelSpec(model, dtype)),
+        tasks=tuple(dict.fromkeys((*members, *single))),
+        suites=suites,
+        task_suffix=task_suffix,
         include_path=include_path,
         limit=limit,
         batch_size=batch_size,
@@ -231,8 +234,9 @@ def evaluate(
         allow_code_execution=allow_code_execution,
         throughput=ThroughputSpec() if throughput else None,
     )
-    loaded, tokenizer = materialize(ref)
-    result = measure(loaded.to(device()), tokenizer, spec)
+    check_tasks(spec.tasks, include_path)
+    check_probes(probe_names)
+    result = evaluate_model(spec)
     if as_json:
         _print_json(to_json(result))
         return

@@ -256,7 +256,9 @@ class TargetConfig(Section):
 class PerplexityConfig(Section):
     """Token perplexity of a text, concatenated and cut into windows of `context` tokens."""
 
-    name: Name = Field(description="Metrics are called NAME/token_perplexity and NAME/loss_nats.")
+    name: Name = Field(
+        description="Metrics are NAME/token_perplexity, NAME/loss_nats and NAME/loss_over_log_vocab."
+    )
     data: TextConfig
     context: int = Field(1024, ge=2, description="Tokens a window; windows do not overlap.")
     max_tokens: int | None = Field(None, ge=2, description="Only the text's first so many tokens.")
@@ -277,13 +279,22 @@ class EvaluationConfig(Section):
     perplexity: list[PerplexityConfig] = [
         PerplexityConfig(name="wikitext2", data=TextConfig(builtin="wikitext-2-raw-test"))
     ]
-    tasks: list[str] = Field([], description="lm-eval tasks and groups, by name.")
+    suites: list[str] = Field([], description="Batteries of tasks, by name; see docs/evaluation.md.")
+    tasks: list[str] = Field([], description="Further lm-eval tasks and groups, by name.")
     include_path: str | None = Field(None, description="Directory with further lm-eval tasks.")
+    task_suffix: str = Field(
+        "", description="Added to the names of suite members, for variants of them in `include_path`."
+    )
     limit: int | None = Field(None, ge=1, description="Only the first so many documents of a task.")
     num_fewshot: int | None = Field(
         None, ge=0, description="Examples in the prompt; the task's own if not given."
     )
-    batch_size: int = Field(8, ge=1, description="Requests evaluated at a time.")
+    max_length: int | None = Field(
+        None, ge=2, description="Longest input of a task in tokens; the model's own if not given."
+    )
+    batch_size: int | Literal["auto"] = Field(
+        "auto", description="Longest requests at a time; `auto` is what memory allows. Changes no result."
+    )
     probes: list[str] = Field([], description="degeneration, arithmetic, code_failures; see docs/probes.md.")
     max_new_tokens: int = Field(128, ge=1, description="Longest text that a probe has the model write.")
     allow_code_execution: bool = Field(
@@ -302,10 +313,11 @@ class PoolConfig(Section):
 
 
 class WorkerConfig(Section):
-    """What one evaluation or export holds."""
+    """Actors that share an evaluation's requests, and what each holds; an export holds as much as one."""
 
-    cpus: float = Field(1.0, gt=0, description="CPUs an evaluation.")
-    gpus: float = Field(0.0, ge=0, description="GPUs an evaluation; may be a fraction.")
+    actors: int = Field(1, ge=1, description="Actors that share the requests of the tasks.")
+    cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
+    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
 
 
 class TrainingConfig(Section):
@@ -326,6 +338,10 @@ class ExecutionConfig(Section):
     generation: PoolConfig = PoolConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: WorkerConfig = WorkerConfig()
+    overlap_evaluation: bool = Field(
+        True,
+        description="Evaluate while the next iteration is scored and trained, if there is room for both.",
+    )
     max_concurrent_trajectories: int = Field(1, ge=1, description="Trajectories that run at a time.")
     start_timeout_s: float = Field(
         600.0, gt=0, description="Longest wait for the cluster to give what a stage asks for."

@@ -27,7 +27,7 @@ from actors.contracts import (
     digest,
 )
 from actors.data import chat_template, describe_text
-from actors.evaluation import check_probes, check_tasks
+from actors.evaluation import check_probes, check_tasks, suite_tasks
 from actors.models import BLOCK, check_prunable, describe_model, load_tokenizer
 from actors.models.merge import MERGES
 from actors.recovery import check_data, check_recovery, find_objective
@@ -187,6 +187,7 @@ class TrajectoryPlan:
             named = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in NOT_IN_KEY}
             if isinstance(spec, EvaluationSpec | TaskSpec):
                 named["include_path"] = self.tasks_fingerprint
+                del named["batch_size"]  # that of recovery does change its result
             if isinstance(spec, GenerationSpec):
                 del named["batch_size"]
             if isinstance(spec, RecoverySpec):
@@ -393,16 +394,20 @@ def recovery_spec(model: ModelRef, method: MethodConfig, seed: int, deepspeed: s
 
 def _evaluation(config: CampaignConfig) -> EvaluationSpec:
     evaluation = config.evaluation
+    members = suite_tasks(evaluation.suites, evaluation.task_suffix)
     return EvaluationSpec(
         model=ModelRef(ModelSpec("")),
         perplexity=tuple(
             PerplexitySpec(p.name, text_spec(p.data), p.context, p.max_tokens) for p in evaluation.perplexity
         ),
-        tasks=tuple(evaluation.tasks),
+        tasks=tuple(dict.fromkeys((*members, *evaluation.tasks))),
+        suites=tuple(evaluation.suites),
+        task_suffix=evaluation.task_suffix,
         include_path=evaluation.include_path,
         limit=evaluation.limit,
         num_fewshot=evaluation.num_fewshot,
-        batch_size=evaluation.batch_size,
+        max_length=evaluation.max_length,
+        batch_size=None if evaluation.batch_size == "auto" else evaluation.batch_size,
         seed=min(config.seeds),
         probes=tuple(evaluation.probes),
         max_new_tokens=evaluation.max_new_tokens,

@@ -8,8 +8,12 @@ name that makes writing them twice harmless.
 import dataclasses
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
+from threading import Lock
 from typing import Any, Protocol, TypeVar
 
 from actors.contracts import (
@@ -27,7 +31,9 @@ from actors.contracts import (
     ScoreResult,
     ScoreSpec,
     TextSpec,
+    no_progress,
 )
+from actors.errors import WorkError
 from actors.models import BLOCK, choose_removable
 from orchestrator.ledger import Ledger, Row
 from orchestrator.plan import IterationPlan, TrajectoryPlan, num_stages
@@ -57,15 +63,24 @@ class Backend(Protocol):
 
 
 class StoredStages:
-    """The stages of one trajectory, each found in the store or computed by the backend."""
+    """The stages of one trajectory, each found in the store or computed by the backend.
 
-    def __init__(self, plan: TrajectoryPlan, store: Store, backend: Backend, report: Report):
+    Args:
+        overlap: evaluate in the background of what follows, one model at a time.
+    """
+
+    def __init__(
+        self, plan: TrajectoryPlan, store: Store, backend: Backend, report: Report, overlap: bool = False
+    ):
         self._plan = plan
         self._store = store
         self._backend = backend
         self._ledger = Ledger(store.ledger_uri)
         self._report = report
         self._responses: ArtifactRef | None = None
+        self._counting = Lock()
+        self._background = ThreadPoolExecutor(1, "evaluation") if overlap else None
+        self._evaluations: deque[tuple[Future[None], Callable[[], None]]] = deque()
         self.activity = Activity(plan.id, 0, len(plan.iterations), "starting", stages_total=num_stages(plan))
 
     def score(self, iteration: IterationPlan, model: ModelRef) -> Sequence[int]:
@@ -145,19 +160,43 @@ class StoredStages:
         return spec.healed(stage.artifact)
 
     def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
-        """Measure `model`; the numbers go to the ledger."""
+        """Measure `model`, now or in the background; the numbers go to the ledger."""
+        measure = partial(self._evaluate, iteration, model, phase)
+        if self._background is None:
+            measure()
+        else:
+            self._evaluations.append((self._background.submit(measure), measure))
+
+    def wait(self) -> None:
+        """Return when all evaluations are finished.
+
+        One that failed in the background, for want of a place perhaps, is tried once more by itself.
+        """
+        while self._evaluations:
+            finished, measure = self._evaluations.popleft()
+            try:
+                finished.result()
+            except WorkError as error:
+                log.warning("%s: an evaluation in the background failed: %s", self._plan.id, error)
+                measure()
+
+    def _evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
+        stage = self._evaluation(iteration, model)
+        self._write(iteration, stage, _evaluation_numbers(stage.result), phase)
+
+    def _evaluation(self, iteration: IterationPlan, model: ModelRef) -> StoredStage[EvaluationResult]:
         spec = self._plan.evaluation_spec(model)
-        stage = self._once(
+        return self._once(
             iteration,
             "evaluate",
             spec,
             EvaluationResult,
             lambda progress, _uri, _key: self._backend.evaluate(spec, progress),
         )
-        self._write(iteration, stage, _evaluation_numbers(stage.result), phase)
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         """Write `model` as a Hugging Face directory, with its card and provenance."""
+        self.wait()  # the card tells what was measured
         rows = self._ledger.read().to_pylist()
         spec = ExportSpec(
             model,
@@ -191,8 +230,10 @@ class StoredStages:
         """The stage's result from the store, or computed now and committed."""
         inputs = self._plan.key_inputs(spec)
         key = stage_key(kind, inputs)
-        self.activity = dataclasses.replace(self.activity, iteration=iteration.index, stage=kind)
-        progress = StageProgress(self._report, self.activity)
+        progress: Progress = no_progress
+        if kind != "evaluate" or self._background is None:  # what is in the background is not told of
+            self.activity = dataclasses.replace(self.activity, iteration=iteration.index, stage=kind)
+            progress = StageProgress(self._report, self.activity)
         if stored := self._store.load(kind, key, result_type):
             self._count(reused=True)
             return stored
@@ -208,10 +249,11 @@ class StoredStages:
         return stage
 
     def _count(self, reused: bool) -> None:
-        now = self.activity
-        self.activity = dataclasses.replace(
-            now, stages_done=now.stages_done + 1, stages_reused=now.stages_reused + reused
-        )
+        with self._counting:
+            now = self.activity
+            self.activity = dataclasses.replace(
+                now, stages_done=now.stages_done + 1, stages_reused=now.stages_reused + reused
+            )
         self._report(self.activity)
 
     def _stored_scores(self, iteration: IterationPlan, model: ModelRef) -> ScoreResult:

@@ -8,7 +8,10 @@ from orchestrator.plan import IterationPlan, TrajectoryPlan
 
 
 class Stages(Protocol):
-    """What a trajectory asks for; every call returns when the stage is finished, now or before."""
+    """What a trajectory asks for; every call returns when the stage is finished, now or before.
+
+    Only an evaluation may go on in the background: nothing that follows depends on its numbers.
+    """
 
     def score(self, iteration: IterationPlan, model: ModelRef) -> Sequence[int]:
         """Source layers of `model`, from the first to remove to the last."""
@@ -21,6 +24,9 @@ class Stages(Protocol):
 
     def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
         """Measure `model`; the numbers go to the ledger."""
+
+    def wait(self) -> None:
+        """Return when all evaluations are finished."""
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         """Write `model` as a Hugging Face directory."""
@@ -42,4 +48,5 @@ def run_trajectory(plan: TrajectoryPlan, stages: Stages, until: int | None = Non
         if iteration.is_target:
             stages.export(iteration, model)
 
+    stages.wait()
     return model

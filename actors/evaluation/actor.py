@@ -1,18 +1,27 @@
 """Evaluation on Ray."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
 from actors.contracts import EvaluationResult, EvaluationSpec, Progress, no_progress
-from actors.evaluation.evaluate import evaluate
+from actors.evaluation.evaluate import evaluate_model, measure_tasks
+from actors.evaluation.harness import Answer, answering, check_task_data
 from actors.models import device, materialize
-from actors.models.actor import placement, result_of, wait_for_place
+from actors.models.actor import placement, result_of, share_out, wait_for_place
+
+SHARES_PER_ACTOR = 8
+"""More shares than actors, so that a fast actor takes over from a slow or lost one."""
 
 
 class EvalActor:
     """Loads the model that a spec names and measures it; the caller's `.options` set its resources."""
+
+    def __init__(self) -> None:
+        self._answer: Answer | None = None
 
     def ready(self) -> bool:
         """Answers once the actor has been placed."""
@@ -24,29 +33,82 @@ class EvalActor:
         `progress` crosses to the actor's process, so it must pickle; to be told
         in another process, give one that sends to an actor handle it holds.
         """
-        model, tokenizer = materialize(spec.model)
-        return evaluate(model.to(device()), tokenizer, spec, progress)
+        return evaluate_model(spec, progress)
+
+    def answer(self, spec: EvaluationSpec, kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        """Answers of `spec.model` to lm-eval's requests; the model is kept, so every call names the same."""
+        if self._answer is None:
+            model, tokenizer = materialize(spec.model)
+            self._answer = answering(model.to(device()), tokenizer, spec.batch_size, spec.max_length)
+        return self._answer(kind, arguments)
 
 
 def evaluate_on_ray(
     spec: EvaluationSpec,
     *,
+    actors: int = 1,
     cpus: float,
     gpus: float,
     start_timeout_s: float,
     progress: Progress = no_progress,
 ) -> EvaluationResult:
-    """Evaluate on an actor of its own, begun again elsewhere if its machine is lost.
+    """Evaluate on up to `actors` actors of its own; begins as soon as one of them has a place.
+
+    The requests of all tasks are shared out; lm-eval's own aggregation runs once,
+    over all answers. Texts, probes and throughput are measured by one of the
+    actors meanwhile. What is lost with a machine alone is done again elsewhere.
 
     Raises:
-        WorkError: the actor got no place within `start_timeout_s`.
+        WorkError: no actor got a place within `start_timeout_s`, or all were lost.
     """
-    actor = _start(cpus, gpus)
+    alone = actors == 1 or not spec.tasks
+    pool = [_start(cpus, gpus, retries=3 if alone else 0) for _ in range(1 if alone else actors)]
     try:
-        wait_for_place([actor.ready.remote()], "evaluation", cpus, gpus, start_timeout_s)
-        return result_of(actor.evaluate.remote(spec, progress))
+        placed = {actor.ready.remote(): actor for actor in pool}
+        wait_for_place(list(placed), "evaluation", cpus, gpus, start_timeout_s)
+        if alone:
+            return result_of(pool[0].evaluate.remote(spec, progress))
+        (first,), later = ray.wait(list(placed), num_returns=1)
+        ordered = [placed[first], *(placed[ready] for ready in later)]
+        conductor = ray.remote(_conduct).options(**placement(0, 0), max_retries=3)
+        return result_of(conductor.remote(spec, ordered, progress))
     finally:
-        ray.kill(actor)
+        for actor in pool:
+            ray.kill(actor)
+
+
+def _conduct(spec: EvaluationSpec, pool: list[ActorHandle], progress: Progress) -> EvaluationResult:
+    """Build the requests, have `pool` answer them, aggregate the answers.
+
+    A process of its own: lm-eval redirects output and sets random states for
+    the whole process it runs in.
+    """
+    check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
+    besides = replace(spec, tasks=(), suites=())
+    rest = pool[0].evaluate.options(max_task_retries=3).remote(besides)
+
+    def answer(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        size = -(-len(arguments) // (len(pool) * SHARES_PER_ACTOR))
+        shares = [arguments[first : first + size] for first in range(0, len(arguments), size)]
+        parts: dict[int, list[Any]] = {}
+        for share, part in share_out(
+            pool,
+            range(len(shares)),
+            "evaluation",
+            give=lambda actor, share: actor.answer.remote(spec, kind, shares[share]),
+            busy=rest,
+        ):
+            parts[share] = part
+            progress(len(parts), len(shares), kind)
+        return [found for share in range(len(shares)) for found in parts[share]]
+
+    metrics, versions = measure_tasks(spec, answer)
+    others = result_of(rest)
+    return replace(
+        others,
+        metrics=(*others.metrics, *metrics),
+        versions=(*others.versions, *versions),
+    )
 
 
 def evaluate_all_on_ray(
@@ -59,7 +121,7 @@ def evaluate_all_on_ray(
     Raises:
         WorkError: no actor got a place within `start_timeout_s`.
     """
-    pool = [_start(cpus, gpus) for _ in range(min(actors, len(specs)))]
+    pool = [_start(cpus, gpus, retries=3) for _ in range(min(actors, len(specs)))]
     try:
         starting = {actor.ready.remote(): (None, actor) for actor in pool}
         wait_for_place(list(starting), "evaluation", cpus, gpus, start_timeout_s)
@@ -85,6 +147,7 @@ def _hand_out(
             yield position, answer
 
 
-def _start(cpus: float, gpus: float) -> ActorHandle:
-    options = {**placement(cpus, gpus), "max_restarts": 3, "max_task_retries": 3}
+def _start(cpus: float, gpus: float, retries: int) -> ActorHandle:
+    """An actor that comes back when lost; Ray then gives it what it was at work on up to `retries` times."""
+    options = {**placement(cpus, gpus), "max_restarts": 3, "max_task_retries": retries}
     return ray.remote(EvalActor).options(**options).remote()

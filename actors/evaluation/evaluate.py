@@ -1,5 +1,6 @@
 """Everything an `EvaluationSpec` asks for, measured on a model that is in memory."""
 
+import math
 from importlib.metadata import version
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,16 +16,30 @@ from actors.contracts import (
     no_progress,
 )
 from actors.data import load_texts, tokenize_text
-from actors.evaluation.harness import check_tasks, evaluate_tasks
+from actors.evaluation.harness import Answer, Versions, answering, check_task_data, evaluate_tasks_by
 from actors.evaluation.perplexity import token_perplexity
 from actors.evaluation.probes import check_probes, run_probe
 from actors.evaluation.sandbox import check_sandbox
+from actors.evaluation.suites import suite_means
 from actors.evaluation.throughput import check_length, throughput
-from actors.models import load_source
+from actors.models import device, load_source, materialize, text_config
 
 TIMED_TEXT = TextSpec(builtin="wikitext-2-raw-test")
 LONG_TOKEN = 20
 """The text whose first tokens throughput is measured on; tokens of it are shorter, on average."""
+
+WINDOWS_AT_A_TIME = 8
+"""Perplexity windows of a batch where no batch size is given."""
+
+
+def evaluate_model(spec: EvaluationSpec, progress: Progress = no_progress) -> EvaluationResult:
+    """Load the model that `spec` names onto this process's device and measure it.
+
+    Raises RequestError for what cannot be had, before any weights are read.
+    """
+    check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
+    model, tokenizer = materialize(spec.model)
+    return evaluate(model.to(device()), tokenizer, spec, progress)
 
 
 def evaluate(
@@ -39,11 +54,10 @@ def evaluate(
     unpruned model to compare with. The tasks run together, as one call of the
     harness. Progress counts texts, probes, throughput and, as one unit, the tasks.
 
-    Raises RequestError for a wrong task, probe or text before the model has run,
-    WorkError if the data of a task cannot be read, or generated code that is to be
-    run cannot be shut in.
+    Raises RequestError for a task, probe or text that cannot be had, before the model
+    has run, WorkError if generated code that is to be run cannot be shut in.
     """
-    check_tasks(spec.tasks, spec.include_path)
+    check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
     check_probes(spec.probes)
     if spec.allow_code_execution:
         check_sandbox()
@@ -55,20 +69,11 @@ def evaluate(
     versions = [(name, version(name)) for name in ("torch", "transformers")]
     for done, text in enumerate(spec.perplexity):
         progress(done, total, text.name)
-        metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size)
+        metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size or WINDOWS_AT_A_TIME)
     if spec.tasks:
         progress(len(spec.perplexity), total, ", ".join(spec.tasks))
-        task_metrics, task_versions = evaluate_tasks(
-            model,
-            tokenizer,
-            spec.tasks,
-            include_path=spec.include_path,
-            limit=spec.limit,
-            num_fewshot=spec.num_fewshot,
-            batch_size=spec.batch_size,
-            seed=spec.seed,
-            allow_code_execution=spec.allow_code_execution,
-        )
+        answer = answering(model, tokenizer, spec.batch_size, spec.max_length)
+        task_metrics, task_versions = measure_tasks(spec, answer)
         metrics += task_metrics
         versions += task_versions
     for done, name in enumerate(spec.probes, start=len(spec.perplexity) + bool(spec.tasks)):
@@ -80,6 +85,20 @@ def evaluate(
     progress(total, total, "evaluated")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return EvaluationResult(tuple(metrics), num_parameters, tuple(versions))
+
+
+def measure_tasks(spec: EvaluationSpec, answer: Answer) -> tuple[list[Metric], Versions]:
+    """The spec's tasks and suites, by a model that answers requests here or elsewhere."""
+    metrics, versions = evaluate_tasks_by(
+        answer,
+        spec.tasks,
+        include_path=spec.include_path,
+        limit=spec.limit,
+        num_fewshot=spec.num_fewshot,
+        seed=spec.seed,
+        allow_code_execution=spec.allow_code_execution,
+    )
+    return [*metrics, *suite_means(metrics, spec.suites, spec.task_suffix)], versions
 
 
 def _throughput(
@@ -100,9 +119,12 @@ def _perplexity(
     texts: list[str],
     batch_size: int,
 ) -> list[Metric]:
+    """Loss over log V is 1 for a model that knows nothing, whatever its vocabulary (Gromov et al., §4)."""
     input_ids = tokenize_text(texts, tokenizer, spec.max_tokens)
+    vocab_size = text_config(model.config).vocab_size
     measured = token_perplexity(model, input_ids, spec.context, batch_size)
     return [
         Metric(f"{spec.name}/token_perplexity", measured.perplexity, "ppl"),
         Metric(f"{spec.name}/loss_nats", measured.loss_nats, "nats"),
+        Metric(f"{spec.name}/loss_over_log_vocab", measured.loss_nats / math.log(vocab_size)),
     ]

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -67,24 +67,42 @@ def pool_of(actors: int, start: Callable[[], ActorHandle]) -> Iterator[list[Acto
             ray.kill(actor)
 
 
-def share_out(pool: list[ActorHandle], shares: Sequence[ShareT], what: str) -> Iterator[tuple[ShareT, Any]]:
-    """Give every actor a share as soon as it is free, until all are done; each with what `work` said to it.
+def _work(actor: ActorHandle, share: Any) -> ray.ObjectRef:
+    return actor.work.remote(share)
 
-    The actors have `ready()` and `work(share)`. A share whose actor is lost goes to another.
+
+def share_out(
+    pool: Sequence[ActorHandle],
+    shares: Iterable[ShareT],
+    what: str,
+    give: Callable[[ActorHandle, ShareT], ray.ObjectRef] = _work,
+    busy: ray.ObjectRef | None = None,
+) -> Iterator[tuple[ShareT, Any]]:
+    """Give every actor a share as soon as it is free, until all are done; each answer comes with its share.
+
+    Only a lost share is run again: an actor that may come back is asked whether
+    it has, a dead one is forgotten.
+
+    Args:
+        pool: actors with a method `ready`.
+        what: what the actors do, for errors: "score", "evaluation".
+        give: starts the work on a share; the actors' own method `work` if not given.
+        busy: the answer that the first actor is at work on; it takes shares when that is there.
 
     Raises:
-        WorkError: all actors were lost for good.
+        WorkError: all actors are lost.
     """
     todo = deque(shares)
+    left = len(todo)
     idle: list[ActorHandle] = []
-    pending: dict[Any, tuple[ActorHandle, ShareT | None]] = {
-        actor.ready.remote(): (actor, None) for actor in pool
+    pending: dict[ray.ObjectRef, tuple[ActorHandle, list[ShareT]]] = {
+        (busy if busy and position == 0 else actor.ready.remote()): (actor, [])
+        for position, actor in enumerate(pool)
     }
-    left = len(shares)
     while left:
         while idle and todo:
             actor, share = idle.pop(), todo.popleft()
-            pending[actor.work.remote(share)] = (actor, share)
+            pending[give(actor, share)] = (actor, [share])
         if not pending:
             raise WorkError(f"all {len(pool)} {what} actors were lost; see the run's logs, then use --resume")
         (done,), _ = ray.wait(list(pending), num_returns=1)
@@ -92,20 +110,19 @@ def share_out(pool: list[ActorHandle], shares: Sequence[ShareT], what: str) -> I
         try:
             answer = result_of(done)
         except RayActorError as error:
-            # Only the lost share is run again. An actor that may come back is asked; a dead one is forgotten.
             if given:
                 log.warning("a %s actor was lost (%s); its share goes to another", what, error)
-                todo.append(given)
+                todo.extend(given)
             if isinstance(error, ActorUnavailableError):
                 # Its process is gone and Ray has not noticed yet: asked at once, it would say the same.
                 time.sleep(RETRY_S)
             if given or isinstance(error, ActorUnavailableError):
-                pending[actor.ready.remote()] = (actor, None)
+                pending[actor.ready.remote()] = (actor, [])
             continue
         idle.append(actor)
-        if given:
+        for share in given:
             left -= 1
-            yield given, answer
+            yield share, answer
 
 
 def export_on_ray(spec: ExportSpec, uri: str, *, cpus: float, gpus: float) -> ExportResult:

@@ -1,10 +1,17 @@
-"""Many models evaluated on a pool of actors."""
+"""Evaluation on a pool of actors: many models, or the requests of one; also when actors are lost."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from actors.contracts import EvaluationResult, EvaluationSpec, ModelRef, ModelSpec
-from actors.evaluation import evaluate
-from actors.evaluation.actor import evaluate_all_on_ray
+from actors.contracts import EvaluationResult, EvaluationSpec, ModelRef, ModelSpec, PerplexitySpec, TextSpec
+from actors.errors import RequestError
+from actors.evaluation import actor, evaluate
+from actors.evaluation.actor import EvalActor, evaluate_all_on_ray, evaluate_on_ray
 from actors.models import materialize
 from tests.tiny_models import save_tiny
 
@@ -26,3 +33,53 @@ def _evaluate_here(spec: EvaluationSpec) -> EvaluationResult:
 def test_a_pool_measures_what_one_process_does(specs: list[EvaluationSpec], actors: int) -> None:
     results = dict(evaluate_all_on_ray(specs, actors=actors, cpus=0.2, gpus=0, start_timeout_s=120))
     assert results == {i: _evaluate_here(spec) for i, spec in enumerate(specs)}
+
+
+@pytest.fixture(scope="module")
+def spec(specs: list[EvaluationSpec]) -> EvaluationSpec:
+    """Choices, rolling texts and a text of its own, so that every kind of work is there."""
+    text = PerplexitySpec("appendix", TextSpec(builtin="iterabre-appendix-a"), context=64, max_tokens=300)
+    return replace(specs[0], perplexity=(text,), tasks=("blimp_sample", "wikitext2_prefix"), limit=30)
+
+
+def _on_pool(spec: EvaluationSpec, actors: int) -> EvaluationResult:
+    return evaluate_on_ray(spec, actors=actors, cpus=0.4, gpus=0, start_timeout_s=600)
+
+
+def _assert_same(found: EvaluationResult, expected: EvaluationResult) -> None:
+    """The same metrics in the same order; sums of log-likelihoods differ in how batches round."""
+    assert [(m.name, m.unit) for m in found.metrics] == [(m.name, m.unit) for m in expected.metrics]
+    for mine, theirs in zip(found.metrics, expected.metrics, strict=True):
+        assert mine.value == (theirs.value if "/acc" in mine.name else pytest.approx(theirs.value, rel=1e-5))
+        assert mine.stderr == (theirs.stderr and pytest.approx(theirs.stderr, rel=1e-5))
+    assert replace(found, metrics=()) == replace(expected, metrics=())
+
+
+@pytest.mark.long
+def test_requests_shared_out_give_what_one_process_does(spec: EvaluationSpec) -> None:
+    _assert_same(_on_pool(spec, 3), _evaluate_here(spec))
+
+
+def test_actors_killed_in_mid_task_change_no_number(
+    spec: EvaluationSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of two actors are lost in the middle of a share; only those shares are answered again."""
+    log = tmp_path / "shares"
+
+    class Mortal(EvalActor):
+        def answer(self, spec: EvaluationSpec, kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+            with log.open("a") as file:
+                file.write(f"{hash((kind, arguments[0][0], arguments[-1][-1]))}\n")
+            answers = super().answer(spec, kind, arguments)
+            if len(log.read_text().splitlines()) in (4, 9):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return answers
+
+    monkeypatch.setattr(actor, "EvalActor", Mortal)
+    _assert_same(_on_pool(spec, 2), _evaluate_here(spec))
+    assert len(log.read_text().splitlines()) > 2 * actor.SHARES_PER_ACTOR
+
+
+def test_an_unreadable_task_is_told_as_it_is(specs: list[EvaluationSpec]) -> None:
+    with pytest.raises(RequestError, match="'blimp_smaple'"):
+        _on_pool(replace(specs[0], tasks=("blimp_smaple",)), 2)

@@ -36,6 +36,9 @@ class Recording:
     def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
         self._note(f"evaluate {phase}", iteration, model)
 
+    def wait(self) -> None:
+        self.waited_after = len(self.asked)
+
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         self._note("export", iteration, model)
 
@@ -67,6 +70,7 @@ def test_stages_in_order_with_the_model_each_gets(directory: Path) -> None:
         ("evaluate recovered", 2, (2, 3), 2),
         ("export", 2, (2, 3), 2),
     ]
+    assert stages.waited_after == len(stages.asked)
     assert (final.dropped, len(final.adapters)) == ((2, 3), 2)
 
 

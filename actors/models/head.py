@@ -1,0 +1,46 @@
+"""From final hidden states to logits, the way the family itself does it.
+
+Most families compute z = W h; some scale or soft-cap. Nothing is assumed: the
+family's own forward is run with its backbone replaced.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+class _OnlyHidden(BaseModelOutputWithPast):
+    """A backbone's output in which all that a family might ask for besides is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+class LogitHead:
+    """Callable: hidden states after the final norm [.., D] → logits [.., V].
+
+    Args:
+        model: a causal language model.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        hidden_BTD = hidden if hidden.dim() == 3 else hidden[None]
+        token_ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden.device)
+        backbone = self._model.base_model
+
+        def give_hidden(*_args: Any, **_kwargs: Any) -> _OnlyHidden:
+            return _OnlyHidden(last_hidden_state=hidden_BTD)
+
+        backbone.forward = give_hidden
+        try:
+            logits_BTV = self._model(input_ids=token_ids_BT, use_cache=False).logits
+        finally:
+            del backbone.forward
+        return logits_BTV if hidden.dim() == 3 else logits_BTV[0]
