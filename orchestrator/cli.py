@@ -364,6 +364,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("DeepSpeed").addFilter(_is_news)
+    # It tells of kernels that it could download for this processor.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # What peft should not call in transformers concerns their authors.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 

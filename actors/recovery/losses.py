@@ -97,7 +97,9 @@ def logit_mse_from_hidden(
         gram_DD: `gram_matrix` of the common head.
     """
     difference_BTD = student_BTD.float() - teacher_BTD.float()
-    return counted.mean(((difference_BTD @ gram_DD) * difference_BTD).sum(-1))
+    with torch.autocast(difference_BTD.device.type, enabled=False):
+        squares_BT = ((difference_BTD @ gram_DD) * difference_BTD).sum(-1)
+    return counted.mean(squares_BT)
 
 
 def logit_distance(

@@ -22,6 +22,7 @@ from actors.models import (
     save_weights,
 )
 from actors.recovery.adapters import lora_layers, stage_seed, switched_off, trainable_parameters
+from actors.recovery.check import check_recovery
 from actors.recovery.pair import Pair, load_pair, save_trained
 from tests.tiny_models import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
@@ -88,7 +89,7 @@ def test_a_chain_of_three_is_the_same_unmerged_and_merged(
 
 
 def test_an_objective_without_teacher_loads_neither_teacher_nor_dropped_layers(path: str) -> None:
-    pair, _ = load_pair(_spec(path, dropped=(1, 2), objective="healing"))
+    pair, _ = load_pair(_spec(path, dropped=(1, 2)), has_teacher=False)
     assert pair.teacher is None
     assert pair.student_layers == (0, 1, 2, 3)
     assert pair.source_layers == (0, 3, 4, 5)
@@ -193,7 +194,6 @@ def test_a_teacher_with_another_tokenizer_is_refused(path: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "healing", "teacher": ModelSpec("x")}, "'healing' has no teacher"),
         ({"teacher_layers": (0, 1)}, "without recovery.teacher"),
         ({"adapter": AdapterSpec("full", rank=8)}, r"adapter\.rank .*'full'"),
         ({"adapter": AdapterSpec("full", targets="ffn")}, r"adapter\.targets .*'full'"),
@@ -205,6 +205,12 @@ def test_settings_that_contradict_are_refused(settings: dict[str, object], messa
     spec = RecoverySpec(**({"model": ModelRef(ModelSpec("x")), "data": TextSpec()} | settings))
     with pytest.raises(RequestError, match=message):
         load_pair(spec)
+
+
+def test_a_teacher_for_an_objective_that_has_none_is_refused() -> None:
+    spec = RecoverySpec(ModelRef(ModelSpec("x")), TextSpec(), objective="healing", teacher=ModelSpec("x"))
+    with pytest.raises(RequestError, match="'healing' has no teacher"):
+        check_recovery(spec, workers=1)
 
 
 def test_every_stage_of_a_trajectory_has_a_seed_of_its_own() -> None:
