@@ -55,7 +55,8 @@ Output = Annotated[Path, typer.Option("--output", help="Directory to write; must
 @app.command()
 def plan(config: Config, set_: Set = None, as_json: Json = False) -> None:
     """Show what a campaign would run; checks everything and starts nothing."""
-    from orchestrator.plan import build_plan, plan_summary
+    from orchestrator.cost import plan_summary
+    from orchestrator.plan import build_plan
 
     rows = plan_summary(build_plan(load_config(config, set_)))
     if as_json:

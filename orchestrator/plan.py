@@ -2,17 +2,14 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.contracts import (
-    AdapterSpec,
     ArtifactRef,
     EvaluationSpec,
-    LossSpec,
     MergeSpec,
     ModelInfo,
     ModelRef,
@@ -30,8 +27,10 @@ from actors.models import describe_model
 from actors.models.merge import MERGES
 from actors.recovery import check_recovery, find_objective
 from actors.scoring import find_criterion
-from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig, TargetConfig, TextConfig
+from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig
 from orchestrator.errors import RequestError, unknown_name
+from orchestrator.schedule import IterationPlan, iterative_schedule, target_depth
+from orchestrator.specs import model_spec, recovery_spec, text_spec
 
 NOT_IN_KEY = frozenset(
     {
@@ -47,16 +46,6 @@ NOT_IN_KEY = frozenset(
 
 PRECISION = ("bf16", "fp16", "data_types", "torch_autocast")
 """The fields of a DeepSpeed JSON that do change the result."""
-
-
-@dataclass(frozen=True)
-class IterationPlan:
-    """One round of score, prune, recover, evaluate."""
-
-    index: int
-    layers_to_drop: int
-    layers_left: int
-    is_target: bool
 
 
 @dataclass(frozen=True)
@@ -248,71 +237,6 @@ def _trajectories(
         yield base, iterative_schedule(info.num_layers, depths, method.schedule.layers_per_iteration)
 
 
-def iterative_schedule(num_layers: int, depths: list[int], portion: int) -> tuple[IterationPlan, ...]:
-    """Portions of layers from `num_layers` down to the smallest of `depths`, halting at each of them."""
-    iterations: list[IterationPlan] = []
-    left = num_layers
-    for depth in depths:
-        while left > depth:
-            drop = min(portion, left - depth)
-            left -= drop
-            iterations.append(IterationPlan(len(iterations) + 1, drop, left, left == depth))
-    return tuple(iterations)
-
-
-def target_depth(target: TargetConfig, info: ModelInfo) -> int:
-    """Layers that remain at a target.
-
-    Raises:
-        RequestError: not between 1 and one less than the model's depth.
-    """
-    if target.layers is not None:
-        depth, asked = target.layers, f"layers: {target.layers}"
-    else:
-        share = target.fraction or 0.0
-        # Halves round up: Python's round() would take 2.5 layers as 2.
-        depth, asked = info.num_layers - math.floor(share * info.num_layers + 0.5), f"fraction: {share}"
-    if not 1 <= depth < info.num_layers:
-        raise RequestError(
-            f"target {asked} leaves {depth} of the {info.num_layers} layers of {info.spec.path!r}; "
-            f"it must leave between 1 and {info.num_layers - 1}"
-        )
-    return depth
-
-
-def model_spec(model: ModelConfig) -> ModelSpec:
-    """The model's spec, from its section of the campaign file."""
-    return ModelSpec(model.path, model.dtype, model.revision, model.trust_remote_code)
-
-
-def text_spec(text: TextConfig) -> TextSpec:
-    """The text's spec, from its section of the campaign file."""
-    return TextSpec(**text.model_dump())
-
-
-def recovery_spec(model: ModelRef, method: MethodConfig, seed: int, deepspeed: str = "{}") -> RecoverySpec:
-    """The recovery's spec, from its section of the campaign file."""
-    recovery = method.recovery
-    given = {
-        name: value
-        for name, value in recovery.model_dump().items()
-        if name not in {"data", "loss", "adapter", "start", "generation", "teacher", "teacher_layers"}
-    }
-    adapter = recovery.adapter.model_dump()
-    targets = adapter.pop("targets")
-    return RecoverySpec(
-        model=model,
-        data=text_spec(recovery.data),
-        loss=LossSpec(**recovery.loss.model_dump()),
-        adapter=AdapterSpec(**adapter, targets=targets if isinstance(targets, str) else tuple(targets)),
-        teacher=None if recovery.teacher is None else model_spec(recovery.teacher),
-        teacher_layers=None if recovery.teacher_layers is None else tuple(recovery.teacher_layers),
-        seed=seed,
-        deepspeed=deepspeed,
-        **given,
-    )
-
-
 def _evaluation(config: CampaignConfig) -> EvaluationSpec:
     evaluation = config.evaluation
     return EvaluationSpec(
@@ -370,38 +294,7 @@ def _trajectory_bytes(trajectory: TrajectoryPlan) -> int:
     return int(weights * (exports + 0.25))
 
 
-def plan_summary(plan: CampaignPlan) -> list[dict[str, Any]]:
-    """One JSON-able row a trajectory: what would run and how much arithmetic it is."""
-    return [
-        {
-            "trajectory": t.id,
-            "model": t.model.spec.path,
-            "layers": t.model.num_layers,
-            "targets": [i.layers_left for i in t.iterations if i.is_target],
-            "iterations": len(t.iterations),
-            "stages": num_stages(t),
-            "recovery_tokens": t.recovery_tokens * len(t.iterations),
-            "recovery_flops": recovery_flops(t),
-            "recovery": {k: v for k, v in asdict(t.recovery_spec(t.dense)).items() if k == "objective"},
-        }
-        for t in plan.trajectories
-    ]
-
-
 def num_stages(trajectory: TrajectoryPlan) -> int:
     """Stages of a trajectory: the dense evaluation, and those of every iteration and target."""
     each = 5 if trajectory.also_before_recovery else 4
     return 1 + sum(each + iteration.is_target for iteration in trajectory.iterations)
-
-
-def recovery_flops(trajectory: TrajectoryPlan) -> float:
-    """Floating-point operations of all recoveries, by the usual count.
-
-    2 a parameter and token for the teacher's forward pass, and 2 + 4 for the
-    student's forward and backward pass, of which a frozen base saves a third.
-    """
-    info, total = trajectory.model, 0.0
-    for iteration in trajectory.iterations:
-        student = info.num_parameters * iteration.layers_left / info.num_layers
-        total += trajectory.recovery_tokens * (2 * info.num_parameters + 4 * student)
-    return total

@@ -26,9 +26,10 @@ from actors.contracts import (
     ScoreSpec,
 )
 from orchestrator.ledger import Ledger, Row
-from orchestrator.plan import IterationPlan, TrajectoryPlan, num_stages
+from orchestrator.plan import TrajectoryPlan, num_stages
 from orchestrator.progress import Activity, Report, StageProgress
 from orchestrator.report.card import model_card, provenance
+from orchestrator.schedule import IterationPlan
 from orchestrator.store import Store, StoredStage, stage_key
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from actors.contracts import ModelRef
-from orchestrator.plan import IterationPlan, TrajectoryPlan
+from orchestrator.plan import TrajectoryPlan
+from orchestrator.schedule import IterationPlan
 
 
 class Stages(Protocol):

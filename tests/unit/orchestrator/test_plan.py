@@ -14,16 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from actors.contracts import ArtifactRef, FileRef, ModelInfo, ModelSpec, RecoverySpec
 from orchestrator.config import TargetConfig, parse_config
+from orchestrator.cost import plan_summary
 from orchestrator.errors import RequestError
-from orchestrator.plan import (
-    CampaignPlan,
-    TrajectoryPlan,
-    build_plan,
-    iterative_schedule,
-    num_stages,
-    plan_summary,
-    target_depth,
-)
+from orchestrator.plan import CampaignPlan, TrajectoryPlan, build_plan, num_stages
+from orchestrator.schedule import iterative_schedule, target_depth
 from orchestrator.store import stage_key
 from tests.tiny_campaign import tiny_campaign
 from tests.tiny_models import save_tiny

@@ -1,0 +1,60 @@
+"""The campaign file: pydantic models of the YAML, and how it is read.
+
+Imports neither torch nor ray, so that a wrong file is refused in well under a second.
+Whether the named models, data, criteria and tasks exist is `orchestrator.plan`'s matter.
+"""
+
+from orchestrator.config.campaign import (
+    CampaignConfig,
+    ExecutionConfig,
+    PoolConfig,
+    StorageConfig,
+    TargetConfig,
+    TrainingConfig,
+    WorkerConfig,
+)
+from orchestrator.config.reading import load_config, parse_config
+from orchestrator.config.sections import (
+    NAME,
+    AdapterConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    LossConfig,
+    MergeConfig,
+    MethodConfig,
+    ModelConfig,
+    PerplexityConfig,
+    RecoveryConfig,
+    ScheduleConfig,
+    ScoringConfig,
+    Section,
+    TaskConfig,
+    TextConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "CampaignConfig",
+    "EvaluationConfig",
+    "ExecutionConfig",
+    "GenerationConfig",
+    "LossConfig",
+    "MergeConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "NAME",
+    "PerplexityConfig",
+    "PoolConfig",
+    "RecoveryConfig",
+    "ScheduleConfig",
+    "ScoringConfig",
+    "Section",
+    "StorageConfig",
+    "TargetConfig",
+    "TaskConfig",
+    "TextConfig",
+    "TrainingConfig",
+    "WorkerConfig",
+    "load_config",
+    "parse_config",
+]

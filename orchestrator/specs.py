@@ -1,0 +1,37 @@
+"""From sections of the campaign file to the specs that the rooms take."""
+
+from actors.contracts import AdapterSpec, LossSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
+from orchestrator.config import MethodConfig, ModelConfig, TextConfig
+
+
+def model_spec(model: ModelConfig) -> ModelSpec:
+    """The model's spec, from its section of the campaign file."""
+    return ModelSpec(model.path, model.dtype, model.revision, model.trust_remote_code)
+
+
+def text_spec(text: TextConfig) -> TextSpec:
+    """The text's spec, from its section of the campaign file."""
+    return TextSpec(**text.model_dump())
+
+
+def recovery_spec(model: ModelRef, method: MethodConfig, seed: int, deepspeed: str = "{}") -> RecoverySpec:
+    """The recovery's spec, from its section of the campaign file."""
+    recovery = method.recovery
+    given = {
+        name: value
+        for name, value in recovery.model_dump().items()
+        if name not in {"data", "loss", "adapter", "start", "generation", "teacher", "teacher_layers"}
+    }
+    adapter = recovery.adapter.model_dump()
+    targets = adapter.pop("targets")
+    return RecoverySpec(
+        model=model,
+        data=text_spec(recovery.data),
+        loss=LossSpec(**recovery.loss.model_dump()),
+        adapter=AdapterSpec(**adapter, targets=targets if isinstance(targets, str) else tuple(targets)),
+        teacher=None if recovery.teacher is None else model_spec(recovery.teacher),
+        teacher_layers=None if recovery.teacher_layers is None else tuple(recovery.teacher_layers),
+        seed=seed,
+        deepspeed=deepspeed,
+        **given,
+    )
