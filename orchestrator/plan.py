@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from actors.contracts import (
     ModelInfo,
     ModelRef,
     ModelSpec,
-    PerplexitySpec,
     RecoverySpec,
     ScoreSpec,
     TaskSpec,
@@ -22,15 +21,17 @@ from actors.contracts import (
     digest,
 )
 from actors.data import describe_text
+from actors.data.text import builtin_file
 from actors.evaluation import check_tasks
 from actors.models import describe_model
 from actors.models.merge import MERGES
 from actors.recovery import check_recovery, find_objective
 from actors.scoring import find_criterion
-from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig
+from orchestrator.config import CampaignConfig, MethodConfig, SearchConfig
 from orchestrator.errors import RequestError, unknown_name
-from orchestrator.schedule import IterationPlan, iterative_schedule, target_depth
-from orchestrator.specs import model_spec, recovery_spec, text_spec
+from orchestrator.grid import check_exclusions, trajectories_of
+from orchestrator.schedule import IterationPlan
+from orchestrator.specs import evaluation_spec, model_spec, recovery_spec, text_spec
 
 NOT_IN_KEY = frozenset(
     {
@@ -79,7 +80,7 @@ class TrajectoryPlan:
     def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
         """What to ask of scoring for `model`, from which so many layers are to go."""
         scoring = self.method.scoring
-        chooses_run = find_criterion(scoring.criterion).chooses_run
+        criterion = find_criterion(scoring.criterion)
         return ScoreSpec(
             model=model,
             calibration=text_spec(scoring.calibration),
@@ -88,9 +89,9 @@ class TrajectoryPlan:
             pooling=scoring.pooling,
             max_sequences=scoring.max_sequences,
             sequence_length=scoring.sequence_length,
-            seed=self.seed,
-            # Left out where it does not matter, so that all portions share one stage.
-            num_remove=layers_to_drop if chooses_run or scoring.confidence else 1,
+            # Seed and portion are left out where they do not matter, so that all share one stage.
+            seed=self.seed if criterion.seeded or scoring.confidence else 0,
+            num_remove=layers_to_drop if criterion.chooses_run or scoring.confidence else 1,
             task=self._task(),
             merge=MergeSpec(**scoring.merge.model_dump()) if scoring.merge else None,
             memory_budget_gb=scoring.memory_budget_gb,
@@ -137,11 +138,20 @@ class TrajectoryPlan:
 
 
 @dataclass(frozen=True)
+class TextSize:
+    """How long a text is, where that is known before it is read into tokens."""
+
+    num_rows: int | None
+    num_bytes: int | None
+
+
+@dataclass(frozen=True)
 class CampaignPlan:
     """Everything a campaign will do."""
 
     name: str
     trajectories: tuple[TrajectoryPlan, ...]
+    text_sizes: Mapping[TextSpec, TextSize] = field(default_factory=dict)
 
     def needed_bytes(self) -> int:
         """Disk space of the exported models and the adapters, roughly."""
@@ -161,16 +171,20 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
         RequestError: a model, text, task, criterion, objective or target that
             cannot be had, with the place in the config.
     """
-    evaluation = _evaluation(config)
-    check_tasks(evaluation.tasks, evaluation.include_path)
-    for method in config.methods:
-        _check_scoring(method, evaluation.include_path)
+    evaluations = {
+        model.id: evaluation_spec(config.evaluation_for(model), min(config.seeds)) for model in config.models
+    }
+    for evaluation in evaluations.values():
+        check_tasks(evaluation.tasks, evaluation.include_path)
+    grid = [(model, config.method_for(model, method)) for model in config.models for method in config.methods]
+    for model, method in grid:
+        _check_scoring(method, evaluations[model.id].include_path)
     infos = {model.id: describe_model(model_spec(model)) for model in config.models}
     deepspeed = _read_deepspeed(config.execution.training.deepspeed)
-    fingerprints: dict[TextSpec | ModelSpec, str] = {
-        text: describe_text(text).fingerprint for text in _texts(config, evaluation)
-    }
-    fingerprints |= {teacher: describe_model(teacher).fingerprint for teacher in _teachers(config)}
+    methods = [method for _, method in grid]
+    texts = {text: describe_text(text) for text in _texts(methods, evaluations.values())}
+    fingerprints: dict[TextSpec | ModelSpec, str] = {spec: text.fingerprint for spec, text in texts.items()}
+    fingerprints |= {teacher: describe_model(teacher).fingerprint for teacher in _teachers(methods)}
     trajectories = tuple(
         TrajectoryPlan(
             id=trajectory_id,
@@ -180,20 +194,24 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
             method=method,
             seed=seed,
             iterations=iterations,
-            evaluation=evaluation,
-            also_before_recovery=config.evaluation.also_before_recovery,
+            evaluation=evaluations[model.id],
+            also_before_recovery=config.evaluation_for(model).also_before_recovery,
             deepspeed=deepspeed,
             fingerprints=fingerprints,
-            tasks_fingerprint=_folder_fingerprint(evaluation.include_path),
+            tasks_fingerprint=_folder_fingerprint(evaluations[model.id].include_path),
         )
-        for model in config.models
-        for method in config.methods
+        for model, method in grid
         for seed in config.seeds
-        for trajectory_id, iterations in _trajectories(config, model, method, seed, infos[model.id])
+        for trajectory_id, iterations in trajectories_of(config, model, method, seed, infos[model.id])
     )
+    check_exclusions(config)
+    if not trajectories:
+        raise RequestError("`exclude` leaves nothing to run; take an entry out")
     for trajectory in trajectories:
         check_recovery(trajectory.recovery_spec(trajectory.dense), config.execution.training.workers)
-    return CampaignPlan(config.name, trajectories)
+    _check_search(config.search, evaluations.values())
+    sizes = {spec: TextSize(text.num_rows, _text_bytes(spec)) for spec, text in texts.items()}
+    return CampaignPlan(config.name, trajectories, sizes)
 
 
 def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
@@ -224,45 +242,32 @@ def _misfit(method: MethodConfig) -> str | None:
     return None
 
 
-def _trajectories(
-    config: CampaignConfig, model: ModelConfig, method: MethodConfig, seed: int, info: ModelInfo
-) -> Iterator[tuple[str, tuple[IterationPlan, ...]]]:
-    """One trajectory through all targets, or, if all layers go at once, one for each target."""
-    base = f"{model.id}--{method.name}--seed{seed}"
-    depths = sorted({target_depth(target, info) for target in config.targets}, reverse=True)
-    if method.schedule.mode == "direct":
-        for depth in depths:
-            yield f"{base}--{depth}L", (IterationPlan(1, info.num_layers - depth, depth, True),)
-    else:
-        yield base, iterative_schedule(info.num_layers, depths, method.schedule.layers_per_iteration)
+def _check_search(search: SearchConfig, evaluations: Iterable[EvaluationSpec]) -> None:
+    """Whether the scheduler's metric is of a text or task that every evaluation measures."""
+    if search.scheduler == "none":
+        return
+    for evaluation in evaluations:
+        subjects = [*(text.name for text in evaluation.perplexity), *evaluation.tasks]
+        if search.metric.partition("/")[0] not in subjects:
+            raise unknown_name("search.metric", search.metric, [f"{subject}/…" for subject in subjects])
 
 
-def _evaluation(config: CampaignConfig) -> EvaluationSpec:
-    evaluation = config.evaluation
-    return EvaluationSpec(
-        model=ModelRef(ModelSpec("")),
-        perplexity=tuple(
-            PerplexitySpec(p.name, text_spec(p.data), p.context, p.max_tokens) for p in evaluation.perplexity
-        ),
-        tasks=tuple(evaluation.tasks),
-        include_path=evaluation.include_path,
-        limit=evaluation.limit,
-        num_fewshot=evaluation.num_fewshot,
-        batch_size=evaluation.batch_size,
-        seed=min(config.seeds),
-    )
+def _teachers(methods: Iterable[MethodConfig]) -> set[ModelSpec]:
+    return {model_spec(m.recovery.teacher) for m in methods if m.recovery.teacher is not None}
 
 
-def _teachers(config: CampaignConfig) -> set[ModelSpec]:
-    return {model_spec(m.recovery.teacher) for m in config.methods if m.recovery.teacher is not None}
-
-
-def _texts(config: CampaignConfig, evaluation: EvaluationSpec) -> set[TextSpec]:
-    texts = {perplexity.data for perplexity in evaluation.perplexity}
-    for method in config.methods:
+def _texts(methods: Iterable[MethodConfig], evaluations: Iterable[EvaluationSpec]) -> set[TextSpec]:
+    texts = {perplexity.data for evaluation in evaluations for perplexity in evaluation.perplexity}
+    for method in methods:
         texts.add(text_spec(method.scoring.calibration))
         texts.add(text_spec(method.recovery.data))
     return texts
+
+
+def _text_bytes(text: TextSpec) -> int | None:
+    """Size of a text that lies in a file of this machine."""
+    file = builtin_file(text.builtin) if text.builtin else Path(text.path or "").expanduser()
+    return file.stat().st_size if file.is_file() else None
 
 
 def _folder_fingerprint(path: str | None) -> str | None:

@@ -37,14 +37,30 @@ def target_depth(target: TargetConfig, info: ModelInfo) -> int:
         RequestError: not between 1 and one less than the model's depth.
     """
     if target.layers is not None:
-        depth, asked = target.layers, f"layers: {target.layers}"
-    else:
-        share = target.fraction or 0.0
+        depth = target.layers
+    elif target.fraction is not None:
         # Halves round up: Python's round() would take 2.5 layers as 2.
-        depth, asked = info.num_layers - math.floor(share * info.num_layers + 0.5), f"fraction: {share}"
+        depth = info.num_layers - math.floor(target.fraction * info.num_layers + 0.5)
+    elif target.parameters is not None:
+        depth = _depth_within(target.parameters, info)
+    else:
+        depth = _depth_within((1 - (target.parameter_fraction or 0.0)) * info.num_parameters, info)
     if not 1 <= depth < info.num_layers:
         raise RequestError(
-            f"target {asked} leaves {depth} of the {info.num_layers} layers of {info.spec.path!r}; "
+            f"target {target.name} leaves {depth} of the {info.num_layers} layers of {info.spec.path!r}; "
             f"it must leave between 1 and {info.num_layers - 1}"
         )
     return depth
+
+
+def _depth_within(parameters: float, info: ModelInfo) -> int:
+    """Most layers that, whichever they are, make a model of at most so many parameters; 0 if none do.
+
+    Blocks may differ in size, and which ones go is not known yet: the smallest are counted as gone.
+    """
+    left = info.num_parameters
+    for removed, size in enumerate([0, *sorted(info.block_parameters)]):
+        left -= size
+        if left <= parameters:
+            return info.num_layers - removed
+    return 0

@@ -1,7 +1,16 @@
 """From sections of the campaign file to the specs that the rooms take."""
 
-from actors.contracts import AdapterSpec, LossSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
-from orchestrator.config import MethodConfig, ModelConfig, TextConfig
+from actors.contracts import (
+    AdapterSpec,
+    EvaluationSpec,
+    LossSpec,
+    ModelRef,
+    ModelSpec,
+    PerplexitySpec,
+    RecoverySpec,
+    TextSpec,
+)
+from orchestrator.config import EvaluationConfig, MethodConfig, ModelConfig, TextConfig
 
 
 def model_spec(model: ModelConfig) -> ModelSpec:
@@ -34,4 +43,20 @@ def recovery_spec(model: ModelRef, method: MethodConfig, seed: int, deepspeed: s
         seed=seed,
         deepspeed=deepspeed,
         **given,
+    )
+
+
+def evaluation_spec(evaluation: EvaluationConfig, seed: int) -> EvaluationSpec:
+    """The evaluation's spec, from its section of the campaign file; the model is filled in later."""
+    return EvaluationSpec(
+        model=ModelRef(ModelSpec("")),
+        perplexity=tuple(
+            PerplexitySpec(p.name, text_spec(p.data), p.context, p.max_tokens) for p in evaluation.perplexity
+        ),
+        tasks=tuple(evaluation.tasks),
+        include_path=evaluation.include_path,
+        limit=evaluation.limit,
+        num_fewshot=evaluation.num_fewshot,
+        batch_size=evaluation.batch_size,
+        seed=seed,
     )

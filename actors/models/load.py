@@ -24,7 +24,7 @@ from transformers import (
 from actors.artifacts import cache_dir
 from actors.contracts import ModelInfo, ModelSpec, digest
 from actors.errors import RequestError
-from actors.models.families import depth, text_config
+from actors.models.families import depth, find_layers, text_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGE_SCHEME = "package://"
@@ -100,13 +100,22 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
     check_dtype(spec)
     config = load_config(spec)
     model = empty_model(spec, config)
+    decoder = text_config(config)
+    heads = getattr(decoder, "num_attention_heads", None) or 1
+    head_width = getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
     return ModelInfo(
         spec=spec,
         model_type=config.model_type,
         num_layers=depth(config),
         num_parameters=model.num_parameters(),
-        vocab_size=text_config(config).vocab_size,
+        vocab_size=decoder.vocab_size,
         fingerprint=_fingerprint(spec, config),
+        block_parameters=tuple(
+            sum(weight.numel() for weight in block.parameters()) for block in find_layers(model).modules
+        ),
+        hidden_size=decoder.hidden_size,
+        attention_width=heads * head_width,
+        num_heads=heads,
     )
 
 

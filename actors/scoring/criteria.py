@@ -103,6 +103,7 @@ class Criterion:
         by_merge: layers are merged, all at once, rather than dropped (`actors.scoring.merge`).
         by_candidate: scores any part of the candidates by itself, [S, C] for the `candidates`
             of the calibration, and can walk over a model whose weights are streamed.
+        seeded: the scores depend on the seed.
         weight: how much a sequence of T tokens counts in a layer's score.
         link: from the weighted mean of a layer's rows to its score.
     """
@@ -118,6 +119,7 @@ class Criterion:
     by_task: bool = False
     by_merge: bool = False
     by_candidate: bool = False
+    seeded: bool = False
     weight: Callable[[int], float] = _alike
     link: Callable[[Tensor], Tensor] = _as_it_is
 
@@ -346,6 +348,7 @@ CRITERIA: dict[str, Criterion] = {
         "On the Limits of Layer Pruning (arXiv 2602.01997), Algorithm 1, “Iterative”",
         "metric of an lm-eval task on M without i",
         by_task=True,
+        seeded=True,
     ),
     "laco": Criterion(
         laco,
@@ -358,7 +361,13 @@ CRITERIA: dict[str, Criterion] = {
         by_merge=True,
     ),
     "random": Criterion(
-        random, True, False, _no_pass, "seeded draw, the baseline of every comparison", "uniform in 0..1"
+        random,
+        True,
+        False,
+        _no_pass,
+        "seeded draw, the baseline of every comparison",
+        "uniform in 0..1",
+        seeded=True,
     ),
 }
 

@@ -1,13 +1,17 @@
 """Reading a campaign file: YAML, overrides from the command line, and errors that name the place."""
 
 import re
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.config.campaign import CampaignConfig
+from orchestrator.config.campaign import CampaignConfig, SearchConfig
+from orchestrator.config.search import variants
+from orchestrator.config.sections import Section
 from orchestrator.errors import ConfigError
 
 
@@ -51,16 +55,68 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Campaig
 
 
 def parse_config(raw: dict[str, Any], where: str) -> CampaignConfig:
-    """Check an already read campaign file.
+    """Check an already read campaign file, its search spaces turned into concrete methods.
 
     Raises:
         ConfigError: every wrong field on a line of its own.
     """
+    methods, origins = _concrete_methods(raw)
     try:
-        return CampaignConfig.model_validate(raw)
+        config = CampaignConfig.model_validate({**raw, "methods": methods} if origins else raw)
     except ValidationError as error:
-        lines = [f"  {_dotted(e['loc'])}: {_plain(e)}" for e in error.errors()]
-        raise ConfigError("\n".join([f"{where} is not a valid campaign file:", *lines])) from error
+        lines = [f"  {_dotted(_in_file(e['loc'], origins))}: {_plain(e)}" for e in error.errors()]
+    else:
+        lines = list(_wrong_overrides(config))
+    if lines:
+        raise ConfigError("\n".join([f"{where} is not a valid campaign file:", *dict.fromkeys(lines)]))
+    return config
+
+
+def _concrete_methods(raw: dict[str, Any]) -> tuple[list[Any], list[int]]:
+    """Every method with its search spaces filled in, and the position in the file that each comes from."""
+    given = raw.get("methods")
+    if not isinstance(given, list):
+        return [], []
+    try:
+        search = SearchConfig.model_validate(raw.get("search", {}))
+    except ValidationError:
+        search = SearchConfig()  # The file is refused anyway, with the reason.
+    methods: list[Any] = []
+    origins: list[int] = []
+    for position, method in enumerate(given):
+        made = (
+            variants(method, search.samples, search.seed, f"methods.{position}")
+            if isinstance(method, dict)
+            else [method]
+        )
+        methods.extend(made)
+        origins.extend([position] * len(made))
+    return methods, origins
+
+
+def _in_file(location: tuple[int | str, ...], origins: list[int]) -> tuple[int | str, ...]:
+    """Where in the file an error in a concrete method comes from."""
+    match location:
+        case ("methods", int(position), *rest):
+            return ("methods", origins[position], *rest)
+    return location
+
+
+def _wrong_overrides(config: CampaignConfig) -> Iterator[str]:
+    """A line for every override that its section does not take."""
+    for position, model in enumerate(config.models):
+        place = ("models", position, "overrides")
+        yield from _errors(partial(config.evaluation_for, model), (*place, "evaluation"))
+        for method in config.methods:
+            yield from _errors(partial(config.method_for, model, method), place)
+
+
+def _errors(check: Callable[[], Section], place: tuple[int | str, ...]) -> Iterator[str]:
+    try:
+        check()
+    except ValidationError as error:
+        for e in error.errors():
+            yield f"  {_dotted((*place, *e['loc']))}: {_plain(e)}"
 
 
 def _plain(error: Any) -> str:

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
+METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}")
+"""Methods made from search spaces are called name--field=value."""
 
 
 def _safe_name(value: object) -> object:
@@ -15,7 +17,16 @@ def _safe_name(value: object) -> object:
     return value
 
 
+def _safe_method_name(value: object) -> object:
+    if isinstance(value, str) and not METHOD_NAME.fullmatch(value):
+        raise ValueError(
+            f"{value!r} is no name of a method: letters, digits, '.', '_', '-', '=' and '+' only, at most 100"
+        )
+    return value
+
+
 Name = Annotated[str, BeforeValidator(_safe_name)]
+MethodName = Annotated[str, BeforeValidator(_safe_method_name)]
 
 
 class Section(BaseModel):
@@ -204,9 +215,12 @@ class RecoveryConfig(Section):
 
 
 class MethodConfig(Section):
-    """A way to compress: criterion × schedule × recovery."""
+    """A way to compress: criterion × schedule × recovery.
 
-    name: Name = Field(description="Short name used in results and paths.")
+    A value anywhere in it may be a search space, see `search`.
+    """
+
+    name: MethodName = Field(description="Short name used in results and paths.")
     scoring: ScoringConfig = ScoringConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     recovery: RecoveryConfig = RecoveryConfig()

@@ -83,12 +83,12 @@ def test_fractions_round_half_up() -> None:
 @pytest.mark.parametrize(
     ("target", "asked"),
     [
-        ({"layers": 4}, "layers: 4 leaves 4"),
-        ({"layers": 5}, "layers: 5 leaves 5"),
-        ({"layers": 0}, "layers: 0 leaves 0"),
-        ({"layers": -1}, "layers: -1 leaves -1"),
-        ({"fraction": 0.1}, r"fraction: 0\.1 leaves 4"),
-        ({"fraction": 0.9}, r"fraction: 0\.9 leaves 0"),
+        ({"layers": 4}, "layers=4 leaves 4"),
+        ({"layers": 5}, "layers=5 leaves 5"),
+        ({"layers": 0}, "layers=0 leaves 0"),
+        ({"layers": -1}, "layers=-1 leaves -1"),
+        ({"fraction": 0.1}, r"fraction=0\.1 leaves 4"),
+        ({"fraction": 0.9}, r"fraction=0\.9 leaves 0"),
     ],
 )
 def test_depths_that_cannot_be_are_told(target: dict[str, Any], asked: str) -> None:
@@ -177,7 +177,7 @@ SCORING, RECOVERY, PERPLEXITY = "methods.0.scoring", "methods.0.recovery", "eval
         (f"{SCORING}.max_sequences", 3, {"score"}),
         (f"{SCORING}.sequence_length", 31, {"score"}),
         (f"{SCORING}.calibration", {"builtin": "iterabre-appendix-a"}, {"score"}),
-        ("seeds", [1], {"score", "recover", "evaluate"}),
+        ("seeds", [1], {"recover", "evaluate"}),
         (f"{RECOVERY}.objective", "none", {"recover"}),
         (f"{RECOVERY}.loss", {"hidden": 0.5}, {"recover"}),
         (f"{RECOVERY}.adapter", {"rank": 4, "dropout": 0.1}, {"recover"}),
