@@ -68,7 +68,8 @@ class ModelInfo:
     `fingerprint` changes whenever the weights or the configuration change.
     `block_parameters[i]` is the size of block i. D is the width of the hidden
     state, and attention mixes `attention_width` numbers a token (H times the
-    width of a head; D where the configuration does not say).
+    width of a head). `block_widths` is the sum of the in- and output widths of
+    a block's matrices, the size of a low-rank update of rank 1.
     """
 
     spec: ModelSpec
@@ -81,6 +82,7 @@ class ModelInfo:
     hidden_size: int = 0
     attention_width: int = 0
     num_heads: int = 1
+    block_widths: int = 0
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,16 @@ class _FinishedOnly:
         )
 
 
+class _NobodyElse:
+    """Claims of a walk that only looks up."""
+
+    def take(self, kind: str, key: str) -> None:
+        """Granted."""
+
+    def give_back(self, kind: str, key: str, seconds: float) -> None:
+        """Nobody waits for it."""
+
+
 class _Lookup(StoredStages):
     """The stages that make the model what it is; those that measure or copy it need not be there."""
 
@@ -55,7 +65,7 @@ def model_at(plan: TrajectoryPlan, store: Store, iteration: int) -> ModelRef:
     """The recovered model of a finished iteration, found by walking its trajectory through the store."""
     if not 1 <= iteration <= len(plan.iterations):
         raise RequestError(f"{plan.id} has iterations 1 to {len(plan.iterations)}, not {iteration}")
-    stages = _Lookup(plan, store, _FinishedOnly(), report=lambda _activity: None)
+    stages = _Lookup(plan, store, _FinishedOnly(), lambda _activity: None, _NobodyElse())
     return run_trajectory(plan, stages, until=iteration)
 
 

@@ -299,7 +299,12 @@ def _trajectory_bytes(trajectory: TrajectoryPlan) -> int:
     return int(weights * (exports + 0.25))
 
 
+def stages_of_iteration(trajectory: TrajectoryPlan) -> int:
+    """Stages of one iteration, without the export at a target."""
+    return 5 if trajectory.also_before_recovery else 4
+
+
 def num_stages(trajectory: TrajectoryPlan) -> int:
     """Stages of a trajectory: the dense evaluation, and those of every iteration and target."""
-    each = 5 if trajectory.also_before_recovery else 4
+    each = stages_of_iteration(trajectory)
     return 1 + sum(each + iteration.is_target for iteration in trajectory.iterations)

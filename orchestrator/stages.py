@@ -8,7 +8,7 @@ name that makes writing them twice harmless.
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +25,7 @@ from actors.contracts import (
     ScoreResult,
     ScoreSpec,
 )
+from orchestrator.coordinator import Claims
 from orchestrator.ledger import Ledger, Row
 from orchestrator.plan import TrajectoryPlan, num_stages
 from orchestrator.progress import Activity, Report, StageProgress
@@ -37,6 +38,10 @@ log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 Numbers = Iterable[tuple[str, float, str, dict[str, Any]]]
 """Metric, value, unit and further ledger fields of each measured number."""
+
+
+OnIteration = Callable[[int, Mapping[str, float]], None]
+"""Called at the end of each iteration with its index and the metrics of its recovered model."""
 
 
 class Backend(Protocol):
@@ -54,8 +59,19 @@ class Backend(Protocol):
 class StoredStages:
     """The stages of one trajectory, each found in the store or computed by the backend."""
 
-    def __init__(self, plan: TrajectoryPlan, store: Store, backend: Backend, report: Report):
+    def __init__(
+        self,
+        plan: TrajectoryPlan,
+        store: Store,
+        backend: Backend,
+        report: Report,
+        claims: Claims,
+        on_iteration: OnIteration = lambda _iteration, _metrics: None,
+    ):
         self._plan = plan
+        self._claims = claims
+        self._on_iteration = on_iteration
+        self._recovered: dict[str, float] = {}
         self._store = store
         self._backend = backend
         self._ledger = Ledger(store.ledger_uri)
@@ -110,6 +126,8 @@ class StoredStages:
             lambda progress, _uri, _key: self._backend.evaluate(spec, progress),
         )
         self._write(iteration, stage, _evaluation_numbers(stage.result), phase)
+        if phase == "recovered":
+            self._recovered = {metric.name: metric.value for metric in stage.result.metrics}
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         """Write `model` as a Hugging Face directory, with its card and provenance."""
@@ -133,6 +151,10 @@ class StoredStages:
         ]
         self._write(iteration, stage, numbers)
 
+    def finish(self, iteration: IterationPlan) -> None:
+        """Tell how the iteration's model is; whoever listens may end the trajectory here."""
+        self._on_iteration(iteration.index, self._recovered)
+
     def _once(
         self,
         iteration: IterationPlan,
@@ -141,7 +163,7 @@ class StoredStages:
         result_type: type[ResultT],
         compute: Callable[[Progress, str, str], ResultT],
     ) -> StoredStage[ResultT]:
-        """The stage's result from the store, or computed now and committed."""
+        """The stage's result from the store, or computed now, by one trajectory alone, and committed."""
         inputs = self._plan.key_inputs(spec)
         key = stage_key(kind, inputs)
         self.activity = dataclasses.replace(self.activity, iteration=iteration.index, stage=kind)
@@ -149,14 +171,25 @@ class StoredStages:
         if stored := self._store.load(kind, key, result_type):
             self._count(reused=True)
             return stored
-        log.info("%s iteration %d: %s %s starts", self._plan.id, iteration.index, kind, key[:12])
-        started = time.monotonic()
-        result = compute(progress, self._store.payload_uri(kind, key, time.time_ns()), key)
-        seconds = time.monotonic() - started
+        self._claims.take(kind, key)
+        seconds = 0.0
+        try:
+            # Another trajectory may have finished it while this one waited.
+            if stored := self._store.load(kind, key, result_type):
+                self._count(reused=True)
+                return stored
+            log.info("%s iteration %d: %s %s starts", self._plan.id, iteration.index, kind, key[:12])
+            started = time.monotonic()
+            try:
+                result = compute(progress, self._store.payload_uri(kind, key, time.time_ns()), key)
+            finally:
+                seconds = time.monotonic() - started
+            stage = self._store.commit(kind, key, result, inputs, _artifact(result), seconds)
+        finally:
+            self._claims.give_back(kind, key, seconds)
         log.info(
             "%s iteration %d: %s %s took %.1f s", self._plan.id, iteration.index, kind, key[:12], seconds
         )
-        stage = self._store.commit(kind, key, result, inputs, _artifact(result), seconds)
         self._count(reused=False)
         return stage
 

@@ -26,6 +26,9 @@ class Stages(Protocol):
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         """Write `model` as a Hugging Face directory."""
 
+    def finish(self, iteration: IterationPlan) -> None:
+        """The iteration is over."""
+
 
 def run_trajectory(plan: TrajectoryPlan, stages: Stages, until: int | None = None) -> ModelRef:
     """Take one model to the deepest target, or to the end of iteration `until`; return what it has become."""
@@ -42,5 +45,6 @@ def run_trajectory(plan: TrajectoryPlan, stages: Stages, until: int | None = Non
         stages.evaluate(iteration, model, "recovered")
         if iteration.is_target:
             stages.export(iteration, model)
+        stages.finish(iteration)
 
     return model

@@ -100,6 +100,7 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
     check_dtype(spec)
     config = load_config(spec)
     model = empty_model(spec, config)
+    blocks = find_layers(model).modules
     decoder = text_config(config)
     heads = getattr(decoder, "num_attention_heads", None) or 1
     head_width = getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
@@ -110,12 +111,11 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
         num_parameters=model.num_parameters(),
         vocab_size=decoder.vocab_size,
         fingerprint=_fingerprint(spec, config),
-        block_parameters=tuple(
-            sum(weight.numel() for weight in block.parameters()) for block in find_layers(model).modules
-        ),
+        block_parameters=tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks),
         hidden_size=decoder.hidden_size,
         attention_width=heads * head_width,
         num_heads=heads,
+        block_widths=sum(sum(w.shape) for w in blocks.parameters() if w.dim() == 2) // len(blocks),
     )
 
 

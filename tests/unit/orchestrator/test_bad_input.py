@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.campaign import Capacity, check_resources
+from orchestrator.cluster import Capacity, check_resources
 from orchestrator.config import ExecutionConfig, parse_config
 from orchestrator.errors import ClusterTooSmallError
 from orchestrator.run_file import open_run

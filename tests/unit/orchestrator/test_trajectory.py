@@ -18,6 +18,7 @@ class Recording:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int, tuple[int, ...], int]] = []
+        self.finished: list[int] = []
 
     def _note(self, stage: str, iteration: IterationPlan, model: ModelRef) -> None:
         self.asked.append((stage, iteration.index, model.dropped, len(model.adapters)))
@@ -39,6 +40,9 @@ class Recording:
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         self._note("export", iteration, model)
+
+    def finish(self, iteration: IterationPlan) -> None:
+        self.finished.append(iteration.index)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,7 @@ def test_stages_in_order_with_the_model_each_gets(directory: Path) -> None:
         ("export", 2, (2, 3), 2),
     ]
     assert (final.dropped, len(final.adapters)) == ((2, 3), 2)
+    assert stages.finished == [1, 2]
 
 
 def test_export_at_every_target_and_nowhere_else(directory: Path) -> None:
