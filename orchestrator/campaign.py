@@ -21,7 +21,7 @@ from orchestrator.cluster import QUIET, check_resources, cluster, cluster_capaci
 from orchestrator.config import CampaignConfig, ExecutionConfig, SearchConfig
 from orchestrator.coordinator import AskedClaims, Coordinator, LimitReachedError
 from orchestrator.cost import machine_of
-from orchestrator.errors import IterabreError
+from orchestrator.errors import IterabreError, unknown_name
 from orchestrator.estimate import spent_before
 from orchestrator.ledger import Ledger
 from orchestrator.limits import Limits, backoff_s, devices_held, start_order
@@ -150,6 +150,7 @@ def run_trials(
 
     Trials begun again find their finished stages in the store, so Tune need not restore anything.
     """
+    os.environ.update(QUIET)
     execution = config.execution
     board = ray.remote(num_cpus=0)(Board).remote()
     price = spent_before(Ledger(store.ledger_uri).read(), limits)
@@ -162,7 +163,7 @@ def run_trials(
         board=board,
         coordinator=coordinator,
         make_backend=make_backend,
-        metric=config.search.metric,
+        metric=None if config.search.scheduler == "none" else config.search.metric,
     )
     tuner = tune.Tuner(
         tune.with_resources(trainable, TRIAL_PLACE),
@@ -199,7 +200,7 @@ def _outcome(results: tune.ResultGrid, store: Store, limit: str | None) -> Outco
             reason = f"given up by the scheduler after iteration {metrics.get('iteration')}"
             write_outcome(store, trajectory, TrajectoryOutcome("stopped", reason))
             stopped.append(trajectory)
-    return Outcome(failures, stopped, limit)
+    return Outcome(failures, tuple(stopped), limit)
 
 
 def trial_scheduler(search: SearchConfig, iterations: int) -> TrialScheduler | None:
@@ -228,7 +229,7 @@ def _trial(
     board: Any,
     coordinator: Any,
     make_backend: MakeBackend,
-    metric: str,
+    metric: str | None,
 ) -> None:
     """A Tune trial: one trajectory. What was lost is tried again; what is wrong is reported."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
@@ -238,7 +239,12 @@ def _trial(
         return ray.get(getattr(coordinator, method).remote(*arguments))
 
     def on_iteration(iteration: int, metrics: Mapping[str, float]) -> None:
-        tune.report({"iteration": iteration, "compared": metrics.get(metric)})
+        if metric is None:
+            tune.report({"iteration": iteration})
+        elif metric in metrics:
+            tune.report({"iteration": iteration, "compared": metrics[metric]})
+        else:
+            raise unknown_name("search.metric", metric, metrics)
 
     follow = partial(
         _follow, trajectory, make_backend(execution, store), store, RemoteReport(board), call, on_iteration

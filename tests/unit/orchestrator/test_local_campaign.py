@@ -121,6 +121,15 @@ def test_exported_models_open_in_plain_transformers(run: Path, place: Path, dept
     assert scores["fox/loss_nats"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
+def test_the_plan_foresees_the_keys_of_all_stages(run: Path, config: str) -> None:
+    """Before the run with stand-ins, after it with what was chosen; then there is nothing to run."""
+    fresh = json.loads(iterabre("plan", config, "--set", "storage.path=nowhere", "--json").out)["stages"]
+    assert (fresh["finished"], fresh["to_run"]) == (0, 13)
+    assert sum(1 for _ in run.glob("stages/*/*/manifest.json")) == 13 - 2  # A prune only records.
+    left = json.loads(iterabre("plan", config, "--json").out)["stages"]
+    assert (left["finished"], left["to_run"]) == (13, 0)
+
+
 def test_resume_runs_nothing_again(run: Path, config: str) -> None:
     before = _times(run)
     answer = iterabre("campaign", config, "--resume")
@@ -221,6 +230,9 @@ def test_a_failed_trajectory_is_told_and_does_not_stop_the_others(tmp_path: Path
     assert "failed: llama--explosive--seed0:" in answer.err
     assert (tmp_path / f"runs/tiny/models/{TRAJECTORY}/3-layers/config.json").is_file()
     assert not (tmp_path / "runs/tiny/models/llama--explosive--seed0").exists()
+    told = iterabre("status", tmp_path / "runs/tiny").err
+    assert "failed: llama--explosive--seed0:" in told
+    assert TRAJECTORY not in told
 
 
 def test_recovery_none_leaves_the_pruned_model(tmp_path: Path) -> None:
