@@ -136,7 +136,7 @@ def _run_in_this_process(config: CampaignConfig, plan: CampaignPlan, store: Stor
             trajectory = plan.find(trajectory_id)
             failure = _follow(trajectory, backend, store, board.post, call)
             failures |= {trajectory.id: failure} if failure else {}
-    return Outcome(failures, limit=coordinator.stopped())
+    return Outcome(failures, limit=coordinator.ended_by())
 
 
 def run_trials(
@@ -155,6 +155,9 @@ def run_trials(
     board = ray.remote(num_cpus=0)(Board).remote()
     price = spent_before(Ledger(store.ledger_uri).read(), limits)
     coordinator = ray.remote(num_cpus=0, max_restarts=-1)(Coordinator).remote(limits, price)
+    trajectories = list(_unfinished(plan, store))
+    if not trajectories:
+        return Outcome({})
     trainable = tune.with_parameters(
         _trial,
         plan=plan,
@@ -167,7 +170,7 @@ def run_trials(
     )
     tuner = tune.Tuner(
         tune.with_resources(trainable, TRIAL_PLACE),
-        param_space={"trajectory": tune.grid_search(list(_unfinished(plan, store)))},
+        param_space={"trajectory": tune.grid_search(trajectories)},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=execution.max_concurrent_trajectories,
             scheduler=trial_scheduler(config.search, max(len(t.iterations) for t in plan.trajectories)),
@@ -182,7 +185,7 @@ def run_trials(
     )
     with live_view(lambda: ray.get(board.snapshot.remote())):
         results = tuner.fit()
-    return _outcome(results, store, ray.get(coordinator.stopped.remote()))
+    return _outcome(results, store, ray.get(coordinator.ended_by.remote()))
 
 
 def _outcome(results: tune.ResultGrid, store: Store, limit: str | None) -> Outcome:

@@ -58,13 +58,15 @@ class Coordinator:
         self._clock = clock
         self._started = clock()
         self._price = price
+        self._ended_by: str | None = None
         self._failed: set[str] = set()
         self._holders: dict[str, str] = {}
         self._renewed: dict[str, float] = {}
 
     def ask(self, key: str, holder: str) -> Answer:
         """Whether `holder` may compute the stage `key`; asking again while holding it is granted again."""
-        if stop := self.stopped():
+        if stop := self._stopped():
+            self._ended_by = stop
             return Answer(False, stop)
         now = self._clock()
         current = self._holders.get(key)
@@ -88,8 +90,11 @@ class Coordinator:
         """The trajectory has failed for good."""
         self._failed.add(trajectory)
 
-    def stopped(self) -> str | None:
-        """Why no further stage may start, if so."""
+    def ended_by(self) -> str | None:
+        """The limit for which a stage was refused; None if none was."""
+        return self._ended_by
+
+    def _stopped(self) -> str | None:
         spent = Spent(len(self._failed), self._clock() - self._started, self._price)
         return limit_reached(self._limits, spent)
 

@@ -102,8 +102,7 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
     model = empty_model(spec, config)
     blocks = find_layers(model).modules
     decoder = text_config(config)
-    heads = getattr(decoder, "num_attention_heads", None) or 1
-    head_width = getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
+    hidden_size, heads = _number(decoder, "hidden_size"), _number(decoder, "num_attention_heads") or 1
     return ModelInfo(
         spec=spec,
         model_type=config.model_type,
@@ -112,11 +111,18 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
         vocab_size=decoder.vocab_size,
         fingerprint=_fingerprint(spec, config),
         block_parameters=tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks),
-        hidden_size=decoder.hidden_size,
-        attention_width=heads * head_width,
+        hidden_size=hidden_size,
+        attention_width=heads * (_number(decoder, "head_dim") or hidden_size // heads),
         num_heads=heads,
         block_widths=sum(sum(w.shape) for w in blocks.parameters() if w.dim() == 2) // len(blocks),
     )
+
+
+def _number(config: PretrainedConfig, name: str) -> int:
+    """A field of the config; 0 where the family has none or one for each layer."""
+    # Not by getattr, which fails where the layers differ.
+    value = config.to_dict().get(config.attribute_map.get(name, name))
+    return value if isinstance(value, int) else 0
 
 
 def empty_model(spec: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:

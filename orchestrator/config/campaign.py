@@ -215,11 +215,16 @@ class CampaignConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _one_model_for_a_scheduler(self) -> "CampaignConfig":
-        if self.search.scheduler != "none" and len(self.models) > 1:
+    def _what_a_scheduler_needs(self) -> "CampaignConfig":
+        if self.search.scheduler == "none":
+            return self
+        scheduler = f"search.scheduler {self.search.scheduler!r}"
+        if self.execution.backend != "ray":
+            raise ValueError(f"{scheduler} is Ray Tune's; use execution.backend ray or the scheduler none")
+        if len(self.models) > 1:
             raise ValueError(
-                f"search.scheduler {self.search.scheduler!r} compares trajectories of one model, and there "
-                f"are {len(self.models)}; use one model or the scheduler none"
+                f"{scheduler} compares trajectories of one model, and there are {len(self.models)}; "
+                "use one model or the scheduler none"
             )
         return self
 

@@ -234,12 +234,19 @@ TABLE: dict[str, tuple[Callable[[Campaign, Path], Any], tuple[str, ...]]] = {
         ("search.scheduler: ", "'none', 'asha' or 'median_stopping'"),
     ),
     "scheduler with a metric that nothing measures": (
-        lambda c, _: c.update(search={"scheduler": "asha", "metric": "wikitext2/token_perplexity"}),
+        lambda c, _: c.update(
+            search={"scheduler": "asha", "metric": "wikitext2/token_perplexity"}, execution={"backend": "ray"}
+        ),
         ("unknown search.metric 'wikitext2/token_perplexity'", "fox/"),
+    ),
+    "scheduler without Ray": (
+        lambda c, _: c.update(search={"scheduler": "median_stopping"}),
+        ("search.scheduler 'median_stopping' is Ray Tune's; use execution.backend ray",),
     ),
     "scheduler over two models": (
         lambda c, _: c.update(
             search={"scheduler": "asha", "metric": "fox/token_perplexity"},
+            execution={"backend": "ray"},
             models=[*c["models"], {**c["models"][0], "id": "two"}],
         ),
         ("search.scheduler 'asha' compares trajectories of one model, and there are 2",),

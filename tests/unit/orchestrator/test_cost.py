@@ -33,7 +33,7 @@ from orchestrator.ledger import Ledger, Row
 from orchestrator.limits import Limits
 from orchestrator.plan import build_plan
 from tests.tiny_campaign import tiny_campaign
-from tests.tiny_models import save_tiny, tiny_ids, tiny_llama
+from tests.tiny_models import save_tiny, tiny_ids, tiny_llama, tiny_model
 
 B, T = 2, 24
 RANK = 4
@@ -89,6 +89,13 @@ def test_parameters_are_those_of_the_model(info: ModelInfo) -> None:
     assert kept_parameters(info, 3) == shallow.num_parameters()
     adapted = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear"))
     assert 4 * low_rank_parameters(info, RANK) == adapted.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize(("family", "width"), [("gpt2", 32), ("gemma2", 32), ("gemma4_text", 32)])
+def test_widths_are_found_in_every_family(family: str, width: int, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    info = describe_model(ModelSpec(str(tmp_path)))
+    assert (info.hidden_size, info.attention_width, len(info.block_parameters)) == (32, width, 6)
 
 
 def test_activations_by_hand() -> None:

@@ -86,7 +86,10 @@ def test_limits_are_counted_over_all_trajectories_and_earlier_runs() -> None:
     by_failures = Coordinator(limits)
     by_failures.fail("a")
     by_failures.fail("b")
-    assert by_failures.stopped() == "2 trajectories failed (execution.max_failures: 2)"
+    # A limit that is reached when all is done ends nothing.
+    assert by_failures.ended_by() is None
+    assert by_failures.ask("key", "x").stop == "2 trajectories failed (execution.max_failures: 2)"
+    assert by_failures.ended_by() == "2 trajectories failed (execution.max_failures: 2)"
 
 
 def test_claims_wait_until_the_other_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,23 @@ def test_a_failed_trajectory_is_told_and_does_not_stop_the_others(tmp_path: Path
     assert TRAJECTORY not in told
 
 
+def test_a_limit_ends_the_campaign_and_a_higher_one_lets_it_go_on(tmp_path: Path) -> None:
+    campaign = tiny_campaign(tmp_path)
+    campaign["targets"] = [{"layers": 3}]
+    method = campaign["methods"][0]
+    explosive = {**method["recovery"], "learning_rate": 1e30, "max_grad_norm": 1e30}
+    campaign["methods"] = [{**method, "name": "explosive", "recovery": explosive}, method]
+    file = write_campaign(campaign, tmp_path / "c.yaml")
+    answer = iterabre("campaign", file, "--set", "execution.max_failures=1")
+    assert answer.exit_code == 1
+    assert "ended early: 1 trajectories failed (execution.max_failures: 1)" in answer.err
+    assert not (tmp_path / f"runs/tiny/models/{TRAJECTORY}").exists()
+    assert iterabre("campaign", file, "--resume", "--set", "execution.max_failures=2").exit_code == 1
+    assert (tmp_path / f"runs/tiny/models/{TRAJECTORY}/3-layers/config.json").is_file()
+    spent = iterabre("campaign", file, "--resume", "--set", "execution.budget=1e-9")
+    assert "is spent (execution.budget: 1e-09)" in spent.err
+
+
 def test_recovery_none_leaves_the_pruned_model(tmp_path: Path) -> None:
     campaign = tiny_campaign(tmp_path)
     campaign["targets"] = [{"layers": 2}]
