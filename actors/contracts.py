@@ -386,8 +386,24 @@ class PerplexitySpec:
 
 
 @dataclass(frozen=True)
+class ThroughputSpec:
+    """Time prefill of `context` tokens and decoding of `new_tokens` after them; medians of `repeats`."""
+
+    context: int = 512
+    new_tokens: int = 64
+    batch_size: int = 1
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
 class EvaluationSpec:
-    """Measure `model` on perplexity texts and lm-eval tasks."""
+    """Measure `model` on perplexity texts, lm-eval tasks, probes and its speed.
+
+    `probes` are names in `PROBES`; `limit` holds for them as for tasks, and
+    `max_new_tokens` bounds the texts that they have the model write. Code in them is
+    run only with `allow_code_execution`. `throughput` is measured beside the
+    unpruned model.
+    """
 
     model: ModelRef
     perplexity: tuple[PerplexitySpec, ...] = ()
@@ -397,6 +413,10 @@ class EvaluationSpec:
     num_fewshot: int | None = None
     batch_size: int = 8
     seed: int = 0
+    probes: tuple[str, ...] = ()
+    max_new_tokens: int = 128
+    allow_code_execution: bool = False
+    throughput: ThroughputSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from orchestrator import cli_plan, cli_setup
+from orchestrator import cli_plan, cli_setup, cli_sweep
 from orchestrator.config import CampaignConfig, load_config
 from orchestrator.errors import IterabreError, RequestError, WorkError
 
@@ -174,25 +174,42 @@ def prune(
 @app.command()
 def evaluate(
     model: Model,
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")],
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
+    probes: Annotated[
+        str, typer.Option(help="degeneration, arithmetic, code_failures; separated by commas.")
+    ] = "",
+    throughput: Annotated[bool, typer.Option("--throughput", help="Measure speed and memory, too.")] = False,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run code that the model writes, in a sandbox.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first so many documents.", min=1)] = None,
     include_path: Annotated[str | None, typer.Option(help="Directory with further lm-eval tasks.")] = None,
     batch_size: Annotated[int, typer.Option(help="Requests evaluated at a time.", min=1)] = 8,
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Measure a model on lm-eval tasks."""
-    from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, to_json
-    from actors.evaluation import check_tasks
+    """Measure a model on lm-eval tasks and probes."""
+    from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, ThroughputSpec, to_json
+    from actors.evaluation import check_probes, check_tasks
     from actors.evaluation import evaluate as measure
     from actors.models import device, materialize
 
-    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    if not names:
-        raise RequestError("--tasks names no task; e.g. --tasks wikitext,blimp")
+    names, probe_names = cli_sweep.names_in(tasks), cli_sweep.names_in(probes)
+    if not (names or probe_names or throughput):
+        raise RequestError("nothing to measure: give --tasks, --probes or --throughput")
     check_tasks(names, include_path)
+    check_probes(probe_names)
     ref = ModelRef(ModelSpec(model, dtype))
-    spec = EvaluationSpec(ref, tasks=names, include_path=include_path, limit=limit, batch_size=batch_size)
+    spec = EvaluationSpec(
+        ref,
+        tasks=names,
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+        probes=probe_names,
+        allow_code_execution=allow_code_execution,
+        throughput=ThroughputSpec() if throughput else None,
+    )
     loaded, tokenizer = materialize(ref)
     result = measure(loaded.to(device()), tokenizer, spec)
     if as_json:
@@ -222,12 +239,12 @@ def export(
     _print_model(output, result.num_layers, result.num_parameters)
 
 
-for setup_command in (cli_setup.init, cli_setup.doctor, cli_setup.schema):
-    app.command()(setup_command)
+for command in (cli_sweep.sweep, cli_setup.init, cli_setup.doctor, cli_setup.schema):
+    app.command()(command)
 
 
-def parse_layers(text: str) -> list[int]:
-    """`3,4` and `20-24` as layer indices.
+def parse_layers(text: str, option: str = "--drop") -> list[int]:
+    """`3,4` and `20-24` as layer indices; `option` is where they were given.
 
     Raises:
         RequestError: neither numbers nor ranges.
@@ -237,7 +254,7 @@ def parse_layers(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, re.ASCII)
         span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not span:
-            raise RequestError(f"--drop {text!r}: write layers as 3,4 or 20-24")
+            raise RequestError(f"{option} {text!r}: write layers as 3,4 or 20-24")
         layers.extend(span)
     return layers
 
@@ -296,17 +313,19 @@ def _show_outcomes(store: "Store") -> None:
 def _build_report(run: str) -> str:
     from actors.artifacts import local_path, publish
     from orchestrator.ledger import Ledger
-    from orchestrator.report.html import build_report
+    from orchestrator.report.html import Source, build_report
     from orchestrator.run_file import read_run
     from orchestrator.store import Store
 
     store = Store(run)
     stored = read_run(store) or {}
-    table = Ledger(store.ledger_uri).read()
+    source = Source(
+        Ledger(store.ledger_uri).read(), stored["config"], stored["versions"], stored.get("planned", {})
+    )
     if directory := local_path(store.report_uri):
-        return str(build_report(table, stored["config"], directory, stored["versions"]))
+        return str(build_report(source, directory))
     with tempfile.TemporaryDirectory() as scratch:
-        build_report(table, stored["config"], Path(scratch), stored["versions"])
+        build_report(source, Path(scratch))
         return publish(Path(scratch), store.report_uri).uri
 
 

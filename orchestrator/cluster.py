@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,9 @@ from typing import Any
 import ray
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
+from actors.contracts import EvaluationResult, EvaluationSpec
+from actors.evaluation.actor import evaluate_all_on_ray
+from orchestrator.candidates import EvaluateAll
 from orchestrator.config import ExecutionConfig
 from orchestrator.errors import ClusterTooSmallError
 
@@ -89,6 +92,20 @@ def cluster_capacity() -> Capacity:
         node_gpus=max(node.get("GPU", 0) for node in nodes),
         can_grow=bool(growth),
     )
+
+
+def evaluate_on_cluster(
+    address: str | None, *, actors: int, cpus: float, gpus: float, start_timeout_s: float = 600.0
+) -> EvaluateAll:
+    """Evaluates many models on actors of the cluster at `address`, or of this machine if None."""
+
+    def evaluate_all(specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
+        with cluster(address):
+            yield from evaluate_all_on_ray(
+                specs, actors=actors, cpus=cpus, gpus=gpus, start_timeout_s=start_timeout_s
+            )
+
+    return evaluate_all
 
 
 def capacity_at(address: str) -> Capacity:

@@ -22,7 +22,7 @@ from actors.contracts import (
 )
 from actors.data import describe_text
 from actors.data.text import builtin_file
-from actors.evaluation import check_tasks
+from actors.evaluation import check_probes, check_tasks
 from actors.models import describe_model
 from actors.models.merge import MERGES
 from actors.recovery import check_recovery, find_objective
@@ -176,6 +176,7 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     }
     for evaluation in evaluations.values():
         check_tasks(evaluation.tasks, evaluation.include_path)
+        check_probes(evaluation.probes)
     grid = [(model, config.method_for(model, method)) for model in config.models for method in config.methods]
     for model, method in grid:
         _check_scoring(method, evaluations[model.id].include_path)
@@ -247,7 +248,7 @@ def _check_search(search: SearchConfig, evaluations: Iterable[EvaluationSpec]) -
     if search.scheduler == "none":
         return
     for evaluation in evaluations:
-        subjects = [*(text.name for text in evaluation.perplexity), *evaluation.tasks]
+        subjects = [*(text.name for text in evaluation.perplexity), *evaluation.tasks, *evaluation.probes]
         if search.metric.partition("/")[0] not in subjects:
             raise unknown_name("search.metric", search.metric, [f"{subject}/…" for subject in subjects])
 

@@ -9,6 +9,7 @@ from actors.contracts import (
     PerplexitySpec,
     RecoverySpec,
     TextSpec,
+    ThroughputSpec,
 )
 from orchestrator.config import EvaluationConfig, MethodConfig, ModelConfig, TextConfig
 
@@ -59,4 +60,8 @@ def evaluation_spec(evaluation: EvaluationConfig, seed: int) -> EvaluationSpec:
         num_fewshot=evaluation.num_fewshot,
         batch_size=evaluation.batch_size,
         seed=seed,
+        probes=tuple(evaluation.probes),
+        max_new_tokens=evaluation.max_new_tokens,
+        allow_code_execution=evaluation.allow_code_execution,
+        throughput=ThroughputSpec(**evaluation.throughput.model_dump()) if evaluation.throughput else None,
     )

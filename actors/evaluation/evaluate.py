@@ -4,10 +4,27 @@ from importlib.metadata import version
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.contracts import EvaluationResult, EvaluationSpec, Metric, PerplexitySpec, Progress, no_progress
+from actors.contracts import (
+    EvaluationResult,
+    EvaluationSpec,
+    Metric,
+    ModelRef,
+    PerplexitySpec,
+    Progress,
+    TextSpec,
+    no_progress,
+)
 from actors.data import load_texts, tokenize_text
 from actors.evaluation.harness import check_tasks, evaluate_tasks
 from actors.evaluation.perplexity import token_perplexity
+from actors.evaluation.probes import check_probes, run_probe
+from actors.evaluation.sandbox import check_sandbox
+from actors.evaluation.throughput import check_length, throughput
+from actors.models import load_source
+
+TIMED_TEXT = TextSpec(builtin="wikitext-2-raw-test")
+LONG_TOKEN = 20
+"""The text whose first tokens throughput is measured on; tokens of it are shorter, on average."""
 
 
 def evaluate(
@@ -16,18 +33,24 @@ def evaluate(
     spec: EvaluationSpec,
     progress: Progress = no_progress,
 ) -> EvaluationResult:
-    """Measure `model` on the spec's perplexity texts, then on its lm-eval tasks.
+    """Measure `model` on the spec's perplexity texts, its lm-eval tasks, its probes, and its speed.
 
-    `spec.model` is not looked at: the caller has loaded it. The tasks run
-    together, as one call of the harness. Progress counts texts and, as one
-    unit, the tasks.
+    `spec.model` is what the caller has loaded; only throughput looks at it, for the
+    unpruned model to compare with. The tasks run together, as one call of the
+    harness. Progress counts texts, probes, throughput and, as one unit, the tasks.
 
-    Raises RequestError for a wrong task or text before the model has run,
-    WorkError if the data of a task cannot be read.
+    Raises RequestError for a wrong task, probe or text before the model has run,
+    WorkError if the data of a task cannot be read, or generated code that is to be
+    run cannot be shut in.
     """
     check_tasks(spec.tasks, spec.include_path)
+    check_probes(spec.probes)
+    if spec.allow_code_execution:
+        check_sandbox()
+    if spec.throughput is not None:
+        check_length(model, spec.throughput)
     texts = {text.name: load_texts(text.data) for text in spec.perplexity}
-    total = len(spec.perplexity) + bool(spec.tasks)
+    total = len(spec.perplexity) + bool(spec.tasks) + len(spec.probes) + (spec.throughput is not None)
     metrics: list[Metric] = []
     versions = [(name, version(name)) for name in ("torch", "transformers")]
     for done, text in enumerate(spec.perplexity):
@@ -44,12 +67,30 @@ def evaluate(
             num_fewshot=spec.num_fewshot,
             batch_size=spec.batch_size,
             seed=spec.seed,
+            allow_code_execution=spec.allow_code_execution,
         )
         metrics += task_metrics
         versions += task_versions
+    for done, name in enumerate(spec.probes, start=len(spec.perplexity) + bool(spec.tasks)):
+        progress(done, total, name)
+        metrics += run_probe(name, model, tokenizer, spec)
+    if spec.throughput is not None:
+        progress(total - 1, total, "throughput")
+        metrics += _throughput(model, tokenizer, spec)
     progress(total, total, "evaluated")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return EvaluationResult(tuple(metrics), num_parameters, tuple(versions))
+
+
+def _throughput(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
+) -> list[Metric]:
+    assert spec.throughput is not None
+    unpruned = spec.model == ModelRef(spec.model.source)
+    dense = None if unpruned else load_source(spec.model)[0].to(model.device)
+    needed = spec.throughput.batch_size * spec.throughput.context
+    beginning = "".join(load_texts(TIMED_TEXT))[: needed * LONG_TOKEN]
+    return throughput(model, dense, tokenize_text([beginning], tokenizer, needed), spec.throughput)
 
 
 def _perplexity(

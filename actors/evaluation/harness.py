@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contracts import Metric
 from actors.errors import RequestError, WorkError, unknown_name
+from actors.evaluation.code_tasks import code_task_metrics
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 """Our own tasks; `lm_eval --include_path` of this folder runs them too."""
@@ -53,6 +54,7 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    allow_code_execution: bool = False,
 ) -> tuple[list[Metric], Versions]:
     """Run lm-eval tasks on a model that is in memory, on the device where it lies.
 
@@ -60,7 +62,8 @@ def evaluate_tasks(
     `<task>/<metric>,<filter>` for a filter other than "none"; groups give their
     aggregates under their own name. The global random states are set, as
     lm-eval does: seed 0 is its own default (0 for `random`, 1234 for the rest);
-    another seed is added to all of them.
+    another seed is added to all of them. Tasks that have the model write code
+    give its failure classes, and pass@1 if `allow_code_execution`.
 
     Returns the metrics and the versions of lm-eval and of each task.
 
@@ -74,6 +77,7 @@ def evaluate_tasks(
         lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         results = lm_eval.evaluate(lm, loaded, limit=limit)
     metrics = [metric for name, values in results["results"].items() for metric in _metrics(name, values)]
+    metrics += code_task_metrics(results["samples"], execute=allow_code_execution)
     task_versions = tuple((f"task:{name}", str(v)) for name, v in sorted(results["versions"].items()))
     return metrics, (("lm_eval", version("lm_eval")), *task_versions)
 
@@ -135,8 +139,8 @@ def _task_manager(tasks: tuple[str, ...], include_path: str | None) -> TaskManag
         ]
         if unsafe:
             raise RequestError(
-                f"task {task!r} executes code that the model wrote ({', '.join(sorted(unsafe))}), "
-                "which evaluation does not do; remove it from the tasks"
+                f"task {task!r} executes code that the model wrote ({', '.join(sorted(unsafe))}), and not "
+                "in a sandbox; give a task that only collects it (metric: bypass), see docs/probes.md"
             )
     return manager
 

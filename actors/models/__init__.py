@@ -7,7 +7,7 @@ from actors.models.load import describe_model, load_model, load_tokenizer
 from actors.models.replay import LayerwisePass
 from actors.models.sharded import prune_checkpoint
 from actors.models.streaming import load_streamed, resident
-from actors.models.surgery import remove_layers
+from actors.models.surgery import remove_layers, without_layers
 
 __all__ = [
     "LayerwisePass",
@@ -27,4 +27,5 @@ __all__ = [
     "resident",
     "save_pretrained",
     "text_config",
+    "without_layers",
 ]

@@ -55,6 +55,16 @@ def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
     return model
 
 
+def without_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A model without those blocks that shares its weights with `model`, which stays as it is.
+
+    Raises RequestError as `remove_layers` does.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    view = copy.deepcopy(model, shared)
+    return remove_layers(view, layers) if layers else view
+
+
 def remaining(num_layers: int, dropped: Sequence[int]) -> list[int]:
     """Indices that stay when `dropped` go, ascending.
 

@@ -36,6 +36,7 @@ from orchestrator.config.sections import (
     Section,
     TaskConfig,
     TextConfig,
+    ThroughputConfig,
 )
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "TargetConfig",
     "TaskConfig",
     "TextConfig",
+    "ThroughputConfig",
     "TrainingConfig",
     "WorkerConfig",
     "load_config",

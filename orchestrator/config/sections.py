@@ -235,6 +235,15 @@ class PerplexityConfig(Section):
     max_tokens: int | None = Field(None, ge=2, description="Only the text's first so many tokens.")
 
 
+class ThroughputConfig(Section):
+    """Speed and memory, measured beside the unpruned model on the same machine."""
+
+    context: int = Field(512, ge=1, description="Tokens before the first generated one.")
+    new_tokens: int = Field(64, ge=2, description="Tokens generated in one run.")
+    batch_size: int = Field(1, ge=1, description="Sequences generated at a time.")
+    repeats: int = Field(5, ge=1, description="Runs of each model, after a warm-up; medians are reported.")
+
+
 class EvaluationConfig(Section):
     """What is measured, on the dense model and after every iteration."""
 
@@ -248,4 +257,10 @@ class EvaluationConfig(Section):
         None, ge=0, description="Examples in the prompt; the task's own if not given."
     )
     batch_size: int = Field(8, ge=1, description="Requests evaluated at a time.")
+    probes: list[str] = Field([], description="degeneration, arithmetic, code_failures; see docs/probes.md.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest text that a probe has the model write.")
+    allow_code_execution: bool = Field(
+        False, description="Run the code that the model writes, in a sandbox, against its tests."
+    )
+    throughput: ThroughputConfig | None = Field(None, description="Measure speed and memory, too.")
     also_before_recovery: bool = Field(True, description="Measure the pruned model before it is healed, too.")

@@ -1,10 +1,14 @@
 """One line per iteration, from the ledger: for the terminal, the report, Markdown and LaTeX."""
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Collection, Mapping, Sequence
+from csv import writer as csv_writer
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from orchestrator.report.measured import Number
 
 Line = dict[str, Any]
 
@@ -63,11 +67,30 @@ def markdown(lines: Sequence[Line]) -> str:
     return "\n".join([*head, *(f"| {' | '.join(map(show, line.values()))} |" for line in lines)]) + "\n"
 
 
-def latex(lines: Sequence[Line]) -> str:
-    """The table as a LaTeX `tabular` with booktabs rules."""
+def csv(lines: Sequence[Line]) -> str:
+    """The table with commas, numbers in full."""
+    text = io.StringIO()
+    writer = csv_writer(text, lineterminator="\n")
+    writer.writerows(
+        [list(lines[0]), *([_plain(value) for value in line.values()] for line in lines)] if lines else []
+    )
+    return text.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return getattr(value, "value", value)
+
+
+def latex(lines: Sequence[Line], best: Collection[tuple[int, str]] = ()) -> str:
+    """The table as a LaTeX `tabular` with booktabs rules; the cells (row, column) of `best` are bold."""
     if not lines:
         return ""
-    body = [" & ".join(_latex_text(show(value)) for value in line.values()) + r" \\" for line in lines]
+    body = [
+        " & ".join(_latex_cell(value, (row, name) in best) for name, value in line.items()) + r" \\"
+        for row, line in enumerate(lines)
+    ]
     head = " & ".join(map(_latex_text, lines[0])) + r" \\"
     columns = "l" + "r" * (len(lines[0]) - 1)
     start, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
@@ -80,6 +103,8 @@ def show(value: Any) -> str:
         return NOT_MEASURED
     if isinstance(value, tuple):
         return ", ".join(map(show, value))
+    if isinstance(value, Number):
+        return show(value.value)
     if isinstance(value, float):
         return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -123,6 +148,11 @@ def _columns(lines: Any) -> list[str]:
 def _pair(column: str) -> tuple[str, bool]:
     metric = column.removesuffix(" before recovery")
     return metric, metric == column
+
+
+def _latex_cell(value: Any, bold: bool) -> str:
+    text = _latex_text(show(value))
+    return rf"\textbf{{{text}}}" if bold else text
 
 
 def _latex_text(text: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.errors import RequestError
-from actors.models import remove_layers, save_pretrained
+from actors.models import remove_layers, save_pretrained, without_layers
 from tests.tiny_models import FAMILIES, blocks_of, skipped, tiny_ids, tiny_model
 
 REFUSED = ("diffllama", "gemma4_text")
@@ -149,3 +149,17 @@ def test_wrong_indices_are_refused(layers: Sequence[int], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         remove_layers(model, layers)
     assert len(blocks_of(model)) == model.config.num_hidden_layers == 6
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3_moe"])
+def test_a_model_without_layers_shares_the_weights_of_its_source(family: str) -> None:
+    source, ids = tiny_model(family), tiny_ids()
+    before = source(ids).logits
+    view = without_layers(source, [0, 2])
+    assert {p.data_ptr() for p in view.parameters()} < {p.data_ptr() for p in source.parameters()}
+    torch.testing.assert_close(view(ids).logits, remove_layers(tiny_model(family), [0, 2])(ids).logits)
+    torch.testing.assert_close(source(ids).logits, before, rtol=0, atol=0)
+    assert source.config.num_hidden_layers == 6
+    assert view.config.num_hidden_layers == 4
+    generated = view.generate(ids, max_new_tokens=4, do_sample=False)
+    assert source.generate(ids, max_new_tokens=4, do_sample=False).shape == generated.shape

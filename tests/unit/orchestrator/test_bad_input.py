@@ -484,7 +484,7 @@ def test_wrong_outputs_are_told(place: Path, output: str, message: str) -> None:
     [
         (("evaluate", "--tasks", "blimp_sample", "--dtype", "int8"), "unknown dtype 'int8'; known: float32"),
         (("evaluate", "--tasks", "blimp_sampel"), "unknown task 'blimp_sampel'"),
-        (("evaluate", "--tasks", " , "), "--tasks names no task"),
+        (("evaluate", "--tasks", " , "), "give --tasks, --probes or --throughput"),
         (("score", "--dtype", "int8"), "unknown dtype 'int8'"),
         (("score", "--criterion", "random_"), "unknown criterion 'random_'; did you mean random"),
         (("score", "--calibration", "nowhere.txt"), "cannot read the text file 'nowhere.txt'"),

@@ -10,12 +10,18 @@ DENSE_PERPLEXITY, NUM_LAYERS = 29.0, 10
 DROPPED = (7, 4, 8)
 
 
-def sample_ledger(uri: str, trajectories: tuple[str, ...] = ("smol-iterabre-s0",), seed: int = 0) -> pa.Table:
-    """Three iterations of each trajectory, one layer at a time, as the campaign writes them."""
+def sample_ledger(
+    uri: str, trajectories: tuple[str, ...] = ("smol-iterabre-s0",), seed: int = 0, method: str = "iterabre"
+) -> pa.Table:
+    """Three iterations of each trajectory, one layer at a time, as the campaign writes them.
+
+    The method of a trajectory called `MODEL--METHOD--…` is METHOD; others are of `method`.
+    """
     ledger = Ledger(uri)
     for number, trajectory in enumerate(trajectories):
-        source = {"campaign": "demo", "trajectory": trajectory, "model": "smol", "method": "iterabre"}
-        source |= {"seed": seed + number, "key": "k"}
+        names = trajectory.split("--")
+        source = {"campaign": "demo", "trajectory": trajectory, "model": "smol"}
+        source |= {"method": names[1] if len(names) > 1 else method, "seed": seed + number}
         ledger.append(f"{trajectory}-0", _evaluation(source, 0, "dense", DENSE_PERPLEXITY, 0.78))
         for iteration in range(1, len(DROPPED) + 1):
             ledger.append(f"{trajectory}-{iteration}", _iteration(source, iteration, number))
@@ -27,7 +33,8 @@ def _iteration(source: dict, iteration: int, shift: int) -> list[Row]:
     remaining = [i for i in range(NUM_LAYERS) if i not in DROPPED[: iteration - 1]]
 
     def row(stage: str, metric: str, value: float, **more: object) -> Row:
-        return Row(**source, iteration=iteration, stage=stage, metric=metric, value=value, **more)  # type: ignore[arg-type]
+        key = f"{stage}-{iteration}-{source['trajectory']}"
+        return Row(**source, iteration=iteration, stage=stage, key=key, metric=metric, value=value, **more)  # type: ignore[arg-type]
 
     score = {i: 0.9 + 0.01 * i - 0.1 * (i in (0, 9)) - 0.01 * iteration for i in remaining}
     pruned, recovered = 29.0 * 1.6**iteration + shift, 29.0 * 1.25**iteration + shift
@@ -43,6 +50,7 @@ def _iteration(source: dict, iteration: int, shift: int) -> list[Row]:
         row("recover", "seconds", 100.0, unit="s"),
         *_evaluation(source, iteration, "pruned", pruned, 0.6),
         *_evaluation(source, iteration, "recovered", recovered, 0.78 - 0.03 * iteration),
+        row("export", "layers", NUM_LAYERS - iteration),
     ]
 
 
@@ -53,12 +61,15 @@ def _evaluation(source: dict, iteration: int, phase: str, perplexity: float, acc
         "parameters": (134_515_008.0 - 3_540_096 * iteration, None),
         "seconds": (40.0, None),
     }
+    # The unpruned model is evaluated once for all.
+    key = f"evaluate-{phase}-{iteration}" + (f"-{source['trajectory']}" if iteration else "")
     return [
         Row(
             **source,
             iteration=iteration,
             stage="evaluate",
             phase=phase,
+            key=key,
             metric=metric,
             value=value,
             stderr=err,

@@ -1,0 +1,96 @@
+"""The command `sweep`: what a model loses with each of its layers."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from orchestrator.errors import RequestError
+
+out = Console()
+err = Console(stderr=True)
+
+
+def sweep(
+    model: Annotated[
+        str, typer.Option("--model", help="Hub id, directory, GGUF file, or package://PACKAGE/FILE.gguf.")
+    ],
+    probes: Annotated[
+        str, typer.Option(help="degeneration, arithmetic, code_failures; separated by commas.")
+    ] = "degeneration,arithmetic",
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
+    include_path: Annotated[str | None, typer.Option(help="Directory with further lm-eval tasks.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to remove, one at a time, e.g. 0-9,29; all if not given.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first so many prompts, problems, documents.", min=1)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest text that a probe asks for.", min=1)] = 128,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run code that the model writes, in a sandbox.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Requests evaluated at a time.", min=1)] = 8,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    output: Annotated[Path, typer.Option(help="Directory for the table and the plots.")] = Path("sweep"),
+    actors: Annotated[
+        int, typer.Option(help="Ray actors that share the models; 0 works in this process.", min=0)
+    ] = 0,
+    cpus: Annotated[float, typer.Option(help="CPUs an actor.")] = 1.0,
+    gpus: Annotated[float, typer.Option(help="GPUs an actor; may be a fraction.", min=0)] = 0.0,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join: auto, or HOST:PORT.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON for machines instead of a table.")
+    ] = False,
+) -> None:
+    """Remove every layer once and measure what is lost: a table and a plot."""
+    from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, to_json
+    from actors.evaluation import check_probes, check_tasks
+    from actors.models import describe_model
+    from actors.models.surgery import remaining
+    from orchestrator.cli import parse_layers
+    from orchestrator.report.terminal import plain_table
+    from orchestrator.sweep import run_sweep, sweep_columns, write_sweep
+
+    spec = EvaluationSpec(
+        ModelRef(ModelSpec(model, dtype)),
+        tasks=names_in(tasks),
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+        probes=names_in(probes),
+        max_new_tokens=max_new_tokens,
+        allow_code_execution=allow_code_execution,
+    )
+    if not spec.probes + spec.tasks:
+        raise RequestError("nothing to measure: give --probes or --tasks")
+    check_probes(spec.probes)
+    check_tasks(spec.tasks, include_path)
+    num_layers = describe_model(spec.model.source).num_layers
+    chosen = list(range(num_layers)) if layers is None else parse_layers(layers, "--layers")
+    for layer in chosen:
+        remaining(num_layers, (layer,))
+    evaluate_all = None
+    if actors:
+        from orchestrator.cluster import evaluate_on_cluster
+
+        evaluate_all = evaluate_on_cluster(address, actors=actors, cpus=cpus, gpus=gpus)
+    measured = run_sweep(spec, chosen, evaluate_all, _tell)
+    files = write_sweep(measured, output)
+    if as_json:
+        sys.stdout.write(json.dumps(to_json(measured), indent=2) + "\n")
+        return
+    out.print(plain_table(sweep_columns(measured), f"{model}, one layer removed"))
+    out.print("\n".join(map(str, files)), soft_wrap=True)
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """The names in a list that commas separate."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _tell(done: int, total: int, note: str = "") -> None:
+    err.print(f"{done} of {total} {note}", style="dim", highlight=False)

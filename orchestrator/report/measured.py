@@ -1,0 +1,162 @@
+"""Every model that a campaign measured, with its numbers: what comparisons and paper tables are made of."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+DENSE, PRUNED, RECOVERED = "dense", "pruned", "recovered"
+NOT_A_SCORE = ("parameters", "seconds")
+LOWER_IS_BETTER = (
+    "perplexity",
+    "loss_nats",
+    "loss",
+    "loss_over_log_vocab",
+    "repetition",
+    "self_bleu",
+    "bytes",
+)
+HIGHER_IS_BETTER = (
+    "acc",
+    "acc_norm",
+    "exact_match",
+    "f1",
+    "pass_at_1",
+    "pass@1",
+    "rouge",
+    "top1",
+    "per_second",
+    "speedup",
+)
+"""Endings of a metric's measure, or beginnings of its words, that say which way is better."""
+
+Direction = Literal["lower", "higher"]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A measured value, with its standard error if it has one and the key of the stage it comes from."""
+
+    value: float
+    stderr: float | None
+    key: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model in one state.
+
+    `phase` is dense (unpruned), pruned (before recovery) or recovered; with the
+    objective none, what is recovered is what was pruned.
+    """
+
+    trajectory: str
+    model: str
+    method: str
+    seed: int
+    iteration: int
+    phase: str
+    layers: int | None
+    parameters: int | None
+    numbers: Mapping[str, Number]
+
+
+def measured_models(ledger: pa.Table) -> list[Measured]:
+    """All measured models, in the order of trajectory, iteration and phase."""
+    depths = _depths(ledger)
+    rows = ledger.filter((pc.field("stage") == "evaluate") & pc.is_valid(pc.field("phase"))).to_pylist()
+    found: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["trajectory"], row["iteration"], row["phase"]), []).append(row)
+    order = {phase: rank for rank, phase in enumerate((DENSE, PRUNED, RECOVERED))}
+    places = sorted(found, key=lambda place: (place[0], place[1], order.get(place[2], len(order))))
+    return [_measured(found[place], depths.get(place[:2])) for place in places]
+
+
+def _measured(rows: Sequence[Mapping[str, Any]], layers: int | None) -> Measured:
+    first = rows[0]
+    parameters = next((int(row["value"]) for row in rows if row["metric"] == "parameters"), None)
+    numbers = {
+        row["metric"]: Number(row["value"], row["stderr"], row["key"])
+        for row in rows
+        if row["metric"] not in NOT_A_SCORE
+    }
+    named = {name: first[name] for name in ("trajectory", "model", "method", "seed", "iteration", "phase")}
+    return Measured(**named, layers=layers, parameters=parameters, numbers=numbers)
+
+
+def _depths(ledger: pa.Table) -> dict[tuple[str, int], int]:
+    """Layers of each trajectory's model after each iteration; the unpruned depth at iteration 0."""
+    rows = ledger.filter(pc.field("stage") == "prune").to_pylist()
+    depths = {(r["trajectory"], r["iteration"]): int(r["value"]) for r in rows if r["metric"] == "layers"}
+    dropped: dict[str, int] = {}
+    for row in rows:
+        if row["metric"] == "dropped" and row["iteration"] == 1:
+            dropped[row["trajectory"]] = dropped.get(row["trajectory"], 0) + 1
+    for trajectory, count in dropped.items():
+        if (trajectory, 1) in depths:
+            depths[trajectory, 0] = depths[trajectory, 1] + count
+    return depths
+
+
+def direction(metric: str) -> Direction | None:
+    """Which way a metric is better, None where nothing says so."""
+    measure = metric.rsplit("/", 1)[-1].split(",")[0]
+    if any(measure == name or measure.endswith(f"_{name}") for name in LOWER_IS_BETTER):
+        return "lower"
+    if any(
+        measure == name or measure.startswith(name) or measure.endswith(name) for name in HIGHER_IS_BETTER
+    ):
+        return "higher"
+    return None
+
+
+def is_speed(metric: str) -> bool:
+    """Whether the metric says how fast or how large a model is, not how good."""
+    return metric.startswith("throughput/") or metric.endswith("bytes")
+
+
+def metrics_of(models: Iterable[Measured]) -> list[str]:
+    """All metrics with a direction: perplexities first, then the rest by name."""
+    names = {name for model in models for name in model.numbers if direction(name)}
+    return sorted(names, key=lambda name: (not name.endswith("perplexity"), name))
+
+
+def outcomes(models: Iterable[Measured]) -> list[Measured]:
+    """The unpruned models and what each iteration left: all that one could take away and use."""
+    return [model for model in models if model.phase in (DENSE, RECOVERED)]
+
+
+def retention(value: float, dense: float, metric: str) -> float:
+    """Share of the unpruned model's quality that is left, 1 for all of it.
+
+    Score / unpruned score (*Limits*, Table 2); for what is better when lower, its inverse.
+    """
+    if direction(metric) == "lower":
+        value, dense = dense, value
+    return value / dense if dense else float("nan")
+
+
+def headline_metrics(models: Iterable[Any]) -> list[str]:
+    """The metrics with a direction, without those of a group's members and without repetitions.
+
+    `blimp_wh_island/acc` is a member's where there is `blimp/acc`; a loss repeats its perplexity.
+    """
+    names = metrics_of(models)
+    subjects = {name.rpartition("/")[0] for name in names}
+    return [
+        name
+        for name in names
+        if not _is_member(name.rpartition("/")[0], subjects) and not _is_repetition(name, names)
+    ]
+
+
+def _is_member(subject: str, subjects: Iterable[str]) -> bool:
+    return any(subject != group and subject.startswith(f"{group}_") for group in subjects if group)
+
+
+def _is_repetition(metric: str, names: Sequence[str]) -> bool:
+    subject, _, measure = metric.rpartition("/")
+    return "loss" in measure and f"{subject}/token_perplexity" in names

@@ -1,0 +1,59 @@
+"""Where a number comes from: the stages behind the ledger's rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+import pyarrow as pa
+
+NO_MANIFEST = ("prune",)
+"""Stages that compute nothing, so that nothing is stored of them."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, its first measurement, and all the places that use it."""
+
+    key: str
+    kind: str
+    when: datetime
+    where: str
+    seconds: float | None
+    used_by: tuple[str, ...]
+
+    @property
+    def anchor(self) -> str:
+        return f"stage-{self.key[:16]}"
+
+    @property
+    def told(self) -> str:
+        """One line for a hint."""
+        return f"{self.kind} {self.key[:12]}, {self.when:%Y-%m-%d %H:%M} UTC"
+
+    @property
+    def manifest(self) -> str | None:
+        """The manifest (settings, data hashes, versions), seen from the report's directory."""
+        return None if self.kind in NO_MANIFEST else f"../stages/{self.kind}/{self.key}/manifest.json"
+
+
+def stages_of(ledger: pa.Table) -> Mapping[str, Stage]:
+    """Every stage by its key, in the order of the ledger."""
+    columns = ["key", "stage", "trajectory", "iteration", "phase", "when", "where"]
+    rows = ledger.group_by(columns, use_threads=False).aggregate([]).to_pylist()
+    seconds = _seconds(ledger)
+    found: dict[str, Stage] = {}
+    for row in rows:
+        phase = f", {row['phase']}" if row["phase"] else ""
+        use = f"{row['trajectory']} iteration {row['iteration']}{phase}"
+        known = found.get(row["key"])
+        uses = tuple(dict.fromkeys((*known.used_by, use))) if known else (use,)
+        first = known or Stage(
+            row["key"], row["stage"], row["when"], row["where"], seconds.get(row["key"]), ()
+        )
+        found[row["key"]] = Stage(first.key, first.kind, first.when, first.where, first.seconds, uses)
+    return found
+
+
+def _seconds(ledger: pa.Table) -> dict[str, float]:
+    timed = ledger.filter(pa.compute.field("metric") == "seconds")
+    return dict(zip(timed["key"].to_pylist(), timed["value"].to_pylist(), strict=True))

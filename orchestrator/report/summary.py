@@ -1,0 +1,86 @@
+"""Sentences written from the numbers: which model to take at each size, and what each trajectory came to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.report.comparisons import Entry
+from orchestrator.report.measured import DENSE, RECOVERED, Measured, direction, headline_metrics, retention
+from orchestrator.report.tables import show
+
+MOST_METRICS = 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method to take at one size, in parts of a sentence; `rival` is None where there is none."""
+
+    size: str
+    method: str
+    numbers: tuple[str, ...]
+    rival: str | None
+
+
+def best_at_each_size(found: Sequence[Entry]) -> list[Choice]:
+    """For each source and depth, the method that keeps the most and how it compares.
+
+    The first headline metric decides: a perplexity, if one was measured.
+    """
+    choices = []
+    for model in dict.fromkeys(entry.model for entry in found):
+        own = [entry for entry in found if entry.model == model]
+        dense = next((entry for entry in own if entry.phase == DENSE), None)
+        recovered = [entry for entry in own if entry.phase == RECOVERED]
+        for depth in sorted({entry.layers for entry in recovered}, reverse=True):
+            choices.append(_at_depth([entry for entry in recovered if entry.layers == depth], dense))
+    return [choice for choice in choices if choice is not None]
+
+
+def _at_depth(rivals: Sequence[Entry], dense: Entry | None) -> Choice | None:
+    metrics = headline_metrics(rivals)
+    measured = [entry for entry in rivals if metrics and metrics[0] in entry.numbers]
+    if not measured:
+        return None
+    highest_first = direction(metrics[0]) == "higher"
+    best, *others = sorted(measured, key=lambda e: e.numbers[metrics[0]].value, reverse=highest_first)
+    numbers = [_against(best, dense, name) for name in metrics[:MOST_METRICS] if name in best.numbers]
+    rival = f"{others[0].method}, {show(others[0].numbers[metrics[0]].value)}" if others else None
+    return Choice(_size(best, dense), best.method, tuple(numbers), rival)
+
+
+def _size(entry: Entry, dense: Entry | None) -> str:
+    if dense is None:
+        return f"{entry.model} at {entry.layers} layers"
+    size = f"{entry.model} at {entry.layers} of {dense.layers} layers"
+    if entry.parameters and dense.parameters:
+        fewer = 1 - entry.parameters / dense.parameters
+        size += f" ({entry.parameters / 1e6:,.1f} M parameters, {fewer:.0%} fewer)"
+    return size
+
+
+def _against(entry: Entry, dense: Entry | None, metric: str) -> str:
+    """`metric 32.5 (×1.40 of the unpruned)`, or the share that is left of a score."""
+    value = entry.numbers[metric].value
+    if dense is None or metric not in dense.numbers:
+        return f"{metric} {show(value)}"
+    before = dense.numbers[metric].value
+    if direction(metric) == "lower":
+        return f"{metric} {show(value)} (unpruned {show(before)}, ×{value / before:.2f})"
+    return f"{metric} {show(value)} (unpruned {show(before)}, {retention(value, before, metric):.0%} kept)"
+
+
+def of_trajectory(models: Sequence[Measured]) -> str:
+    """One trajectory in a sentence, from its first to its last measured model."""
+    done = [model for model in models if model.phase in (DENSE, RECOVERED)]
+    last = done[-1] if done else None
+    if last is None or last.phase == DENSE:
+        return "Only the unpruned model has been measured so far."
+    first = done[0]
+    parts = []
+    if first.layers and last.layers:
+        parts.append(f"{first.layers} → {last.layers} layers ({1 - last.layers / first.layers:.0%} removed)")
+    if first.parameters and last.parameters:
+        parts.append(f"{first.parameters / 1e6:,.1f} M → {last.parameters / 1e6:,.1f} M parameters")
+    for metric in headline_metrics([first, last])[:MOST_METRICS]:
+        if metric in first.numbers.keys() & last.numbers:
+            parts.append(f"{metric} {show(first.numbers[metric].value)} → {show(last.numbers[metric].value)}")
+    return "; ".join(parts) + "."

@@ -1,0 +1,53 @@
+// Quality against size: draws the points of #explorer-data for the metric, axis, source and methods that are chosen.
+(() => {
+  const data = JSON.parse(document.getElementById("explorer-data").textContent);
+  const byId = (id) => document.getElementById(id);
+  const chart = byId("explorer"), metric = byId("explorer-metric"), axis = byId("explorer-axis");
+  const source = byId("explorer-source"), methods = byId("explorer-methods"), text = byId("explorer-text");
+
+  const value = (point, name) => name === "parameters" || name === "layers" ? point[name] : point.numbers[name];
+  const chosen = () => new Set([...methods.querySelectorAll("input:checked")].map((box) => box.value));
+
+  // The points that no other beats in both; `sign` is 1 where more is better, on either axis.
+  function front(points, xSign, ySign) {
+    const sorted = [...points].sort((a, b) => xSign * (b.x - a.x) || ySign * (b.y - a.y));
+    let best = -Infinity;
+    return sorted.filter((p) => ySign * p.y > best && ((best = ySign * p.y), true));
+  }
+
+  function draw() {
+    const name = metric.value, across = axis.value, shown = chosen();
+    const points = data.points
+      .filter((p) => p.model === source.value && (p.method === data.dense || shown.has(p.method)))
+      .map((p) => ({ ...p, x: value(p, across), y: value(p, name) }))
+      .filter((p) => p.x != null && p.y != null);
+    const traces = [data.dense, ...data.methods].map((method, i) => {
+      const own = points.filter((p) => p.method === method);
+      return {
+        name: method, x: own.map((p) => p.x), y: own.map((p) => p.y), mode: "markers", type: "scatter",
+        marker: { size: 11, symbol: i ? "circle" : "diamond", color: data.colours[i % data.colours.length] },
+        text: own.map((p) => `${p.method}, seed ${p.seed}<br>${p.layers} layers, ${(p.parameters / 1e6).toFixed(1)} M parameters`),
+        hovertemplate: `%{text}<br>${name} %{y:.4g}<extra></extra>`,
+      };
+    }).filter((trace) => trace.x.length);
+    const up = data.directions[name] === "higher" ? 1 : -1;
+    const best = front(points, across === "parameters" || across === "layers" ? -1 : 1, up);
+    traces.unshift({
+      name: "Pareto front", x: best.map((p) => p.x), y: best.map((p) => p.y), mode: "lines", type: "scatter",
+      line: { dash: "dot", width: 2, color: "#8c8c8c" }, hoverinfo: "skip",
+    });
+    const ys = points.map((p) => p.y).filter((y) => y > 0);
+    const wide = up < 0 && ys.length && Math.max(...ys) > 8 * Math.min(...ys);
+    Plotly.react(chart, traces, {
+      height: 440, margin: { l: 60, r: 20, t: 20, b: 50 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      hovermode: "closest", legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
+      xaxis: { title: { text: data.axes[across] || across } },
+      yaxis: { title: { text: name }, type: wide ? "log" : "linear" },
+    }, { displayModeBar: false, responsive: true });
+    text.textContent = `${points.length} models; on the front: ` +
+      best.map((p) => `${p.method} at ${p.layers} layers`).join(", ") + ".";
+  }
+
+  for (const control of [metric, axis, source, methods]) control.addEventListener("change", draw);
+  draw();
+})();
