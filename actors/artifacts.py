@@ -8,6 +8,7 @@ The endpoint of an S3-compatible store is read from `AWS_ENDPOINT_URL`.
 
 import errno
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import IO
 from pyarrow import ArrowInvalid
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
-from actors.contracts import ArtifactRef, FileRef
+from actors.contracts import ArtifactRef, FileRef, digest
 from actors.errors import RequestError, WorkError
 
 CHUNK_BYTES = 8 * 2**20
@@ -140,6 +141,27 @@ def sha256_of(stream: IO[bytes], copy_to: IO[bytes] | None = None) -> tuple[str,
         if copy_to is not None:
             copy_to.write(chunk)
     return state.hexdigest(), size_bytes
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a local file, remembered on this node by path, size and time of change."""
+    status = file.stat()
+    identity = digest([str(file.resolve()), status.st_size, status.st_mtime_ns])
+    memo = cache_dir() / "sha256" / identity
+    if memo.is_file() and len(known := json.loads(memo.read_text() or '""')) == 64:
+        return known
+    with file.open("rb") as stream:
+        value, _ = sha256_of(stream)
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    memo.write_text(json.dumps(value))
+    return value
+
+
+def place_and_date(uri: str) -> str:
+    """Hash of a file's place, size and time of change: all that is known of it without reading it."""
+    fs, path = filesystem(uri)
+    (info,) = fs.get_file_info([path])
+    return digest([uri, info.size, str(info.mtime)])
 
 
 @contextmanager

@@ -98,10 +98,11 @@ class Merge:
 class ModelRef:
     """A model on a trajectory: source model + merged and dropped layers + what recovery left.
 
-    `dropped` holds source layer indices, ascending. `merges` are done before all
-    else, in order, on the source weights; the layers that they merge are among
-    `dropped`. `weights`, left by full fine-tuning, then take the place of the
-    source's. `adapters` are applied last, in order. All name their tensors by
+    `dropped` holds source layer indices, ascending. `emptied` names sub-blocks that
+    add nothing any more, by source layer index and kind, ascending. `merges` are done
+    before all else, in order, on the source weights; the layers that they merge are
+    among `dropped`. `weights`, left by full fine-tuning or a linear bridge, then take the
+    place of the source's. `adapters` are applied last, in order. All name their tensors by
     source layer index, so that layers dropped later do not shift them.
     """
 
@@ -110,6 +111,18 @@ class ModelRef:
     adapters: tuple[ArtifactRef, ...] = ()
     merges: tuple[Merge, ...] = ()
     weights: ArtifactRef | None = None
+    emptied: tuple[tuple[int, str], ...] = ()
+
+    def pruned(self, granularity: str, source_layers: tuple[int, ...]) -> "ModelRef":
+        """The same model with whole blocks dropped (`block`), or their attention or MLP emptied."""
+        if granularity == "block":
+            return self.without(source_layers)
+        emptied = {*self.emptied, *((layer, granularity) for layer in source_layers)}
+        return replace(self, emptied=tuple(sorted(emptied)))
+
+    def candidates(self, granularity: str, num_source_layers: int) -> tuple[int, ...]:
+        """Source indices of the layers that have something of this granularity to lose."""
+        return tuple(i for i in self.kept(num_source_layers) if (i, granularity) not in self.emptied)
 
     def without(self, source_layers: tuple[int, ...]) -> "ModelRef":
         """The same model with more source layers dropped."""
@@ -127,6 +140,10 @@ class ModelRef:
         """The same layers with these full weights, into which the adapter chain has gone."""
         return replace(self, adapters=(), weights=weights)
 
+    def bridged(self, weights: ArtifactRef) -> "ModelRef":
+        """The same layers with these weights under the adapter chain."""
+        return replace(self, weights=weights)
+
     def kept(self, num_source_layers: int) -> tuple[int, ...]:
         """Source indices of the layers that remain: `map(l)` of DESIGN §6."""
         gone = set(self.dropped)
@@ -140,6 +157,7 @@ class TextSpec:
     For objectives that train on answers, a record is a conversation: either
     `messages_column` (a list of {role, content}), or `prompt_column`, with
     `input_column` added to it where that is not empty, and `response_column`.
+    `chat_template` is the tokenizer's own if None, `plain`, or a Jinja file.
     With `streaming`, records are read as they are needed and never all held.
     """
 
@@ -152,8 +170,14 @@ class TextSpec:
     input_column: str | None = None
     response_column: str | None = None
     messages_column: str | None = None
+    chat_template: str | None = None
     streaming: bool = False
     generated: ArtifactRef | None = None
+
+    @property
+    def conversations(self) -> bool:
+        """Whether records are conversations, or prompts of such, rather than running text."""
+        return any((self.prompt_column, self.messages_column, self.generated))
 
 
 @dataclass(frozen=True)
@@ -194,6 +218,7 @@ class MergeSpec:
 class ScoreSpec:
     """Score every remaining layer of `model` as a candidate for removal.
 
+    `granularity` says what of it would go: the `block`, its `attention` or its `mlp`.
     `num_remove` is how many layers will go before the next scoring, for what
     depends on it. `task` is for `task_metric`, `merge` for `laco`.
     `memory_budget_gb` (GiB) bounds the memory that hidden states take. With
@@ -216,6 +241,7 @@ class ScoreSpec:
     memory_budget_gb: float | None = None
     stream_weights: bool = False
     confidence: float | None = None
+    granularity: str = "block"
 
 
 @dataclass(frozen=True)
@@ -314,6 +340,8 @@ class RecoverySpec:
         """The model that this recovery leaves, `artifact` being what it trained."""
         if artifact is None:
             return self.model
+        if self.objective == "linear_bridge":
+            return self.model.bridged(artifact)
         return self.model.retrained(artifact) if self.adapter.kind == "full" else self.model.adapted(artifact)
 
 
@@ -322,7 +350,9 @@ class StepRecord:
     """One optimizer step of recovery. Losses are means over the whole batch.
 
     `tokens` are the tokens of the step over all workers, `peak_memory_bytes` the
-    most that any worker has held so far (on its GPU if it has one).
+    most that any worker has held so far (on its GPU if it has one). With float16,
+    `overflows` counts how often the step was computed again at a smaller loss
+    scale before `loss_scale` suited.
     """
 
     step: int
@@ -333,6 +363,8 @@ class StepRecord:
     grad_norm: float
     seconds: float
     peak_memory_bytes: int = 0
+    loss_scale: float = 1.0
+    overflows: int = 0
 
 
 @dataclass(frozen=True)
@@ -350,7 +382,7 @@ class GenerationSpec:
     """Have the unpruned `model` answer prompts (self-generated responses, *Limits* §4).
 
     `prompts` is read for its prompts only. `temperature` 0 is greedy decoding.
-    `engine` is `transformers` or `vllm`.
+    `engine` is `transformers` or `vllm`. `batch_size` changes no response but by rounding.
     """
 
     model: ModelSpec
@@ -367,12 +399,17 @@ class GenerationSpec:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """Responses as a JSONL artifact: a line a response, with `prompt`, `response`, `finished`."""
+    """Responses as an artifact of JSONL files: a line a response, in the order of the prompts.
+
+    A line has `prompt` (its messages), `response`, `finished` (it ended by itself)
+    and `tokens` (of the response). `num_tokens` counts those of all responses.
+    """
 
     artifact: ArtifactRef
     num_prompts: int
     num_responses: int
     num_tokens: int
+    num_finished: int
 
 
 @dataclass(frozen=True)
@@ -452,11 +489,15 @@ class ExportSpec:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The exported directory."""
+    """The exported directory.
+
+    `num_emptied_parameters` of its parameters are stored and add nothing.
+    """
 
     artifact: ArtifactRef
     num_layers: int
     num_parameters: int
+    num_emptied_parameters: int = 0
 
 
 def to_json(value: Any) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from actors.contracts import (
     EvaluationSpec,
     ExportResult,
     ExportSpec,
+    GenerationResult,
+    GenerationSpec,
     Progress,
     RecoveryResult,
     RecoverySpec,
@@ -20,6 +22,8 @@ from actors.contracts import (
 )
 from actors.evaluation import evaluate
 from actors.evaluation.actor import evaluate_all_on_ray, evaluate_on_ray
+from actors.generation import generate_locally
+from actors.generation.actor import generate_on_ray
 from actors.models import device, export_model, materialize
 from actors.models.actor import export_on_ray
 from actors.recovery.local import recover_locally
@@ -43,6 +47,9 @@ class LocalBackend:
             return score_by_task(spec, self._evaluate_all, progress)
         return score_locally(spec, progress)
 
+    def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult:
+        return generate_locally(spec, uri, progress)
+
     def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult:
         work_dir = local_path(self._store.train_uri(key)) or cache_dir() / "train" / key
         return recover_locally(spec, uri, work_dir, progress)
@@ -60,7 +67,7 @@ class LocalBackend:
 
 
 class RayBackend:
-    """Scoring and evaluation on actors, recovery as a Ray Train job.
+    """Scoring, generation and evaluation on actors, recovery as a Ray Train job.
 
     One class of resources is held at a time and released before the next is
     asked for, so trajectories that share a cluster never wait for each other
@@ -77,6 +84,18 @@ class RayBackend:
         pool, timeout_s = self._execution.scoring, self._execution.start_timeout_s
         return score_on_ray(
             spec,
+            actors=pool.actors,
+            cpus=pool.cpus,
+            gpus=pool.gpus,
+            start_timeout_s=timeout_s,
+            progress=progress,
+        )
+
+    def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult:
+        pool, timeout_s = self._execution.generation, self._execution.start_timeout_s
+        return generate_on_ray(
+            spec,
+            uri,
             actors=pool.actors,
             cpus=pool.cpus,
             gpus=pool.gpus,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from actors.contracts import EvaluationResult, EvaluationSpec, Progress, ScoreResult, ScoreSpec, TaskSpec
-from actors.models import describe_model
+from actors.models import BLOCK, describe_model, removable
 from actors.scoring.task import task_scores, task_value
 
 EvaluateAll = Callable[[Sequence[EvaluationSpec]], Iterable[tuple[int, EvaluationResult]]]
@@ -17,7 +17,10 @@ def score_by_task(spec: ScoreSpec, evaluate_all: EvaluateAll, progress: Progress
         RequestError: the task has no such metric, known after the first candidate.
     """
     assert spec.task is not None, "the plan gives task_metric its task"
-    layers = spec.model.kept(describe_model(spec.model.source).num_layers)
+    model = spec.model
+    layers = model.candidates(spec.granularity, describe_model(model.source).num_layers)
+    if spec.granularity == BLOCK:
+        layers = removable(model.source, model.dropped, layers)
     candidates = [_evaluation(spec, spec.task, layer) for layer in layers]
     values: dict[int, float] = {}
     for position, result in evaluate_all(candidates):
@@ -28,7 +31,7 @@ def score_by_task(spec: ScoreSpec, evaluate_all: EvaluateAll, progress: Progress
 
 def _evaluation(spec: ScoreSpec, task: TaskSpec, layer: int) -> EvaluationSpec:
     return EvaluationSpec(
-        model=spec.model.without((layer,)),
+        model=spec.model.pruned(spec.granularity, (layer,)),
         tasks=(task.name,),
         include_path=task.include_path,
         limit=task.limit,

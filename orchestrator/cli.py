@@ -51,6 +51,9 @@ Model = Annotated[
     str, typer.Option("--model", help="Hub id, directory, GGUF file, or package://PACKAGE/FILE.gguf.")
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Granularity = Annotated[
+    str, typer.Option(help="What is removed: block, or attention or mlp of single blocks, left as zeros.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
 Output = Annotated[Path, typer.Option("--output", help="Directory to write; must not exist or be empty.")]
 
@@ -122,6 +125,7 @@ def score(
     calibration: Annotated[
         str, typer.Option(help="Text file, or the name of a built-in text.")
     ] = "iterabre-appendix-a",
+    granularity: Granularity = "block",
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
@@ -132,8 +136,8 @@ def score(
     from actors.scoring import find_criterion, score_locally
 
     text = TextSpec(builtin=calibration) if calibration in BUILTIN_TEXTS else TextSpec(path=calibration)
-    spec = ScoreSpec(ModelRef(ModelSpec(model, dtype)), text, criterion)
-    find_criterion(criterion)
+    spec = ScoreSpec(ModelRef(ModelSpec(model, dtype)), text, criterion, granularity=granularity)
+    find_criterion(criterion, granularity=granularity)
     describe_text(text)
     describe_model(spec.model.source)
     result = score_locally(spec)
@@ -143,14 +147,15 @@ def score(
         for layer, value in zip(result.source_layers, result.scores, strict=True)
     ]
     if as_json:
-        _print_json({"criterion": criterion, "layers": rows})
+        _print_json({"criterion": criterion, "granularity": granularity, "layers": rows})
     else:
         columns = {
             "layer": [str(row["layer"]) for row in rows],
             "score": [f"{row['score']:.6f}" for row in rows],
             "remove": [str(row["remove"]) for row in rows],
         }
-        _print_table(columns, f"{criterion}, {result.num_sequences} sequences; remove 1 first")
+        what = criterion if granularity == "block" else f"{criterion} of {granularity}"
+        _print_table(columns, f"{what}, {result.num_sequences} sequences; remove 1 first")
 
 
 @app.command()
@@ -158,16 +163,23 @@ def prune(
     model: Model,
     drop: Annotated[str, typer.Option(help="Layers to drop, from 0, e.g. 3,4 or 20-24.")],
     output: Output,
+    granularity: Granularity = "block",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given.")
     ] = None,
 ) -> None:
-    """Write a model without some of its layers, with no recovery; models larger than memory too."""
+    """Write a model without some of its layers, with no recovery; models larger than memory too.
+
+    With attention or mlp as granularity, that part of the layers is filled with zeros: it then adds
+    nothing, and is as large as before.
+    """
     from actors.models import prune_checkpoint
 
     layers = parse_layers(drop)
     with _new_directory(output):
-        num_layers, num_parameters = prune_checkpoint(model, layers, output, dtype=dtype)
+        num_layers, num_parameters = prune_checkpoint(
+            model, layers, output, dtype=dtype, granularity=granularity
+        )
     _print_model(output, num_layers, num_parameters)
 
 

@@ -127,6 +127,7 @@ def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
     training = execution.training
     asked = {
         "scoring": (1, execution.scoring.cpus, execution.scoring.gpus),
+        "generation": (1, execution.generation.cpus, execution.generation.gpus),
         "training": (training.workers, training.cpus, training.gpus),
         "evaluation": (1, execution.evaluation.cpus, execution.evaluation.gpus),
     }

@@ -102,7 +102,7 @@ def _recover_cost(
 ) -> StageCost:
     spec: RecoverySpec = stage.spec
     info, layers, tokens = trajectory.model, stage.layers, float(trajectory.recovery_tokens)
-    if find_objective(spec.objective).build is None:
+    if not find_objective(spec.objective).heals:
         return StageCost()
     each, length = BYTES[info.spec.dtype], spec.sequence_length
     rank = None if spec.adapter.kind == "full" else spec.adapter.rank

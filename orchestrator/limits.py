@@ -54,8 +54,10 @@ def limit_reached(limits: Limits, spent: Spent) -> str | None:
 def devices_held(execution: ExecutionConfig) -> dict[str, float]:
     """Devices that a stage of each kind holds: its GPUs, or its CPUs if the campaign uses no GPU."""
     scoring, training, evaluation = execution.scoring, execution.training, execution.evaluation
+    generation = execution.generation
     held = {
         "score": (scoring.actors * scoring.gpus, scoring.actors * scoring.cpus),
+        "generate": (generation.actors * generation.gpus, generation.actors * generation.cpus),
         "recover": (training.workers * training.gpus, training.workers * training.cpus),
         "evaluate": (evaluation.gpus, evaluation.cpus),
         "export": (evaluation.gpus, evaluation.cpus),

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from actors.contracts import (
     ArtifactRef,
     EvaluationSpec,
+    GenerationSpec,
     MergeSpec,
     ModelInfo,
     ModelRef,
@@ -20,12 +21,12 @@ from actors.contracts import (
     TextSpec,
     digest,
 )
-from actors.data import describe_text
+from actors.data import chat_template, describe_text
 from actors.data.text import builtin_file
 from actors.evaluation import check_probes, check_tasks
-from actors.models import describe_model
+from actors.models import BLOCK, check_prunable, describe_model, load_tokenizer
 from actors.models.merge import MERGES
-from actors.recovery import check_recovery, find_objective
+from actors.recovery import check_data, check_recovery, find_objective
 from actors.scoring import find_criterion
 from orchestrator.config import CampaignConfig, MethodConfig, SearchConfig
 from orchestrator.errors import RequestError, unknown_name
@@ -45,7 +46,7 @@ NOT_IN_KEY = frozenset(
 )
 """Fields of a spec that change how its result is computed, but not the result."""
 
-PRECISION = ("bf16", "fp16", "data_types", "torch_autocast")
+PRECISION = ("bf16", "fp16", "optimizer")
 """The fields of a DeepSpeed JSON that do change the result."""
 
 
@@ -75,7 +76,7 @@ class TrajectoryPlan:
     def recovery_tokens(self) -> int:
         """Tokens of one recovery, at most; none where nothing is trained."""
         recovery = self.method.recovery
-        return recovery.max_tokens if find_objective(recovery.objective).build else 0
+        return recovery.max_tokens if find_objective(recovery.objective).heals else 0
 
     def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
         """What to ask of scoring for `model`, from which so many layers are to go."""
@@ -97,7 +98,18 @@ class TrajectoryPlan:
             memory_budget_gb=scoring.memory_budget_gb,
             stream_weights=scoring.stream_weights,
             confidence=scoring.confidence,
+            granularity=self.granularity,
         )
+
+    @property
+    def granularity(self) -> str:
+        """What is removed; depths and layers to drop count this."""
+        return self.method.scoring.granularity
+
+    @property
+    def unit(self) -> str:
+        """What is removed, in the plural, where a count goes before it."""
+        return "layers" if self.granularity == BLOCK else f"{self.granularity}s"
 
     def _task(self) -> TaskSpec | None:
         task = self.method.scoring.task
@@ -108,9 +120,44 @@ class TrajectoryPlan:
             **task.model_dump(), include_path=evaluation.include_path, batch_size=evaluation.batch_size
         )
 
-    def recovery_spec(self, model: ModelRef) -> RecoverySpec:
-        """What to ask of recovery for the pruned `model`."""
-        return recovery_spec(model, self.method, self.seed, self.deepspeed)
+    @property
+    def recovery_text(self) -> TextSpec:
+        """The text that recovery is configured with; for generated responses, the prompts."""
+        return text_spec(self.method.recovery.data)
+
+    def generation_spec(self) -> GenerationSpec | None:
+        """What the unpruned model has to generate before the first recovery; None if nothing."""
+        recovery = self.method.recovery
+        if find_objective(recovery.objective).trains_on != "responses":
+            return None
+        generation = recovery.generation
+        # Nothing is drawn at temperature 0, so all seeds share one stage.
+        seed = self.seed if generation.temperature else 0
+        return GenerationSpec(self.model.spec, self.recovery_text, seed=seed, **generation.model_dump())
+
+    def start_spec(self, model: ModelRef, data: TextSpec) -> RecoverySpec:
+        """What is done to `model` before its recovery, where `recovery.start` says so.
+
+        Only what it depends on is set, so that methods that differ in the rest share it.
+        """
+        recovery = self.method.recovery
+        return RecoverySpec(
+            model=model,
+            data=data,
+            objective=str(recovery.start),
+            packing=recovery.packing,
+            sequence_length=recovery.sequence_length,
+            batch_size=recovery.batch_size,
+            micro_batch_size=recovery.micro_batch_size,
+            max_tokens=recovery.max_tokens,
+            precision=recovery.precision,
+            seed=self.seed,
+        )
+
+    def recovery_spec(self, model: ModelRef, data: TextSpec | None = None) -> RecoverySpec:
+        """What to ask of recovery for the pruned `model`, on `data` if it is not the configured text."""
+        spec = recovery_spec(model, self.method, self.seed, self.deepspeed)
+        return spec if data is None else replace(spec, data=data)
 
     def evaluation_spec(self, model: ModelRef) -> EvaluationSpec:
         """What to ask of evaluation for `model`."""
@@ -122,15 +169,18 @@ class TrajectoryPlan:
         if isinstance(spec, ModelSpec):
             return self.model.fingerprint if spec == self.model.spec else self.fingerprints[spec]
         if isinstance(spec, TextSpec):
-            return self.fingerprints[spec]
+            return describe_text(spec).fingerprint if spec.generated else self.fingerprints[spec]
         if isinstance(spec, ArtifactRef):
             return spec.sha256
         if is_dataclass(spec):
             named = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in NOT_IN_KEY}
             if isinstance(spec, EvaluationSpec | TaskSpec):
                 named["include_path"] = self.tasks_fingerprint
+            if isinstance(spec, GenerationSpec):
+                del named["batch_size"]
             if isinstance(spec, RecoverySpec):
-                named["precision"] = {k: v for k, v in json.loads(spec.deepspeed).items() if k in PRECISION}
+                theirs = {k: v for k, v in json.loads(spec.deepspeed).items() if k in PRECISION}
+                named["precision"] = [spec.precision, theirs]
             return {name: self.key_inputs(value) for name, value in named.items()}
         if isinstance(spec, (list, tuple)):
             return [self.key_inputs(value) for value in spec]
@@ -180,6 +230,7 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     grid = [(model, config.method_for(model, method)) for model in config.models for method in config.methods]
     for model, method in grid:
         _check_scoring(method, evaluations[model.id].include_path)
+        check_data(method.recovery.objective, text_spec(method.recovery.data))
     infos = {model.id: describe_model(model_spec(model)) for model in config.models}
     deepspeed = _read_deepspeed(config.execution.training.deepspeed)
     methods = [method for _, method in grid]
@@ -208,11 +259,34 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     check_exclusions(config)
     if not trajectories:
         raise RequestError("`exclude` leaves nothing to run; take an entry out")
+    _check_prunable(trajectories)
     for trajectory in trajectories:
-        check_recovery(trajectory.recovery_spec(trajectory.dense), config.execution.training.workers)
+        _check_recovery(trajectory, config.execution.training.workers)
     _check_search(config.search, evaluations.values())
     sizes = {spec: TextSize(text.num_rows, _text_bytes(spec)) for spec, text in texts.items()}
     return CampaignPlan(config.name, trajectories, sizes)
+
+
+def _check_recovery(trajectory: TrajectoryPlan, workers: int) -> None:
+    """Whether the objective is known, has the data that it trains on, and the model can write it."""
+    method = trajectory.method
+    try:
+        check_recovery(trajectory.recovery_spec(trajectory.dense), workers)
+        if method.recovery.start is not None:
+            find_objective(method.recovery.start)
+        if trajectory.recovery_text.conversations:
+            chat_template(load_tokenizer(trajectory.model.spec), method.recovery.data.chat_template)
+    except RequestError as error:
+        raise RequestError(f"method {method.name!r}: {error}") from error
+
+
+def _check_prunable(trajectories: Sequence[TrajectoryPlan]) -> None:
+    """Whether each model can lose as much as its deepest target asks for, told from its config."""
+    asked = {
+        (t.model.spec, t.granularity, t.model.num_layers - t.iterations[-1].layers_left) for t in trajectories
+    }
+    for spec, granularity, count in asked:
+        check_prunable(spec, granularity, count)
 
 
 def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
@@ -229,7 +303,7 @@ def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
 def _misfit(method: MethodConfig) -> str | None:
     """What does not go with the method's criterion, in words that follow its name."""
     scoring = method.scoring
-    criterion = find_criterion(scoring.criterion, scoring.pooling)
+    criterion = find_criterion(scoring.criterion, scoring.pooling, scoring.granularity)
     if criterion.by_task and scoring.task is None:
         return "needs scoring.task"
     if scoring.task is not None and not criterion.by_task:
@@ -238,8 +312,10 @@ def _misfit(method: MethodConfig) -> str | None:
         return "has no use for scoring.merge; leave it out"
     if criterion.by_merge and method.schedule.mode != "direct":
         return "merges all layers at once; set schedule.mode: direct"
-    if criterion.by_merge and find_objective(method.recovery.objective).build is not None:
+    if criterion.by_merge and find_objective(method.recovery.objective).heals:
         return "changes weights that recovery trains on; set recovery.objective: none"
+    if scoring.granularity != BLOCK and find_objective(method.recovery.objective).heals:
+        return f"empties {scoring.granularity}, which recovery would fill again; set recovery.objective: none"
     return None
 
 
@@ -302,10 +378,15 @@ def _trajectory_bytes(trajectory: TrajectoryPlan) -> int:
 
 def stages_of_iteration(trajectory: TrajectoryPlan) -> int:
     """Stages of one iteration, without the export at a target."""
-    return 5 if trajectory.also_before_recovery else 4
+    return 4 + trajectory.also_before_recovery + (trajectory.method.recovery.start is not None)
+
+
+def stages_once(trajectory: TrajectoryPlan) -> int:
+    """Stages of a trajectory before its iterations: the dense evaluation, and generation."""
+    return 1 + (trajectory.generation_spec() is not None)
 
 
 def num_stages(trajectory: TrajectoryPlan) -> int:
-    """Stages of a trajectory: the dense evaluation, and those of every iteration and target."""
+    """Stages of a trajectory: those once, and those of every iteration and target."""
     each = stages_of_iteration(trajectory)
-    return 1 + sum(each + iteration.is_target for iteration in trajectory.iterations)
+    return stages_once(trajectory) + sum(each + iteration.is_target for iteration in trajectory.iterations)

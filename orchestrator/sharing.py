@@ -16,13 +16,17 @@ from actors.contracts import (
     ArtifactRef,
     EvaluationResult,
     FileRef,
+    GenerationResult,
     ModelRef,
     RecoveryResult,
+    RecoverySpec,
     ScoreResult,
+    TextSpec,
     digest,
 )
-from orchestrator.plan import CampaignPlan, TrajectoryPlan, stages_of_iteration
+from orchestrator.plan import CampaignPlan, TrajectoryPlan, stages_of_iteration, stages_once
 from orchestrator.schedule import IterationPlan, iterative_schedule
+from orchestrator.stages import removal_order
 from orchestrator.store import Store, stage_key
 from orchestrator.trajectory import run_trajectory
 
@@ -105,7 +109,7 @@ def _cell_by_cell(plan: TrajectoryPlan) -> int:
     total = 0
     for target in (iteration.layers_left for iteration in plan.iterations if iteration.is_target):
         iterations = 1 if direct else len(iterative_schedule(depth, [target], portion))
-        total += 1 + iterations * stages_of_iteration(plan) + 1
+        total += stages_once(plan) + iterations * stages_of_iteration(plan) + 1
     return total
 
 
@@ -116,6 +120,7 @@ class _Foreseen:
         self._plan = plan
         self._store = store
         self._scored: tuple[str, ScoreResult | None] = ("", None)
+        self._generated: tuple[str, GenerationResult | None] | None = None
         self.found: list[PlannedStage] = []
 
     def score(self, iteration: IterationPlan, model: ModelRef) -> Sequence[int]:
@@ -123,12 +128,12 @@ class _Foreseen:
         spec = self._plan.score_spec(model, iteration.layers_to_drop)
         self._scored = self._note("score", iteration, layers, spec, ScoreResult)
         result = self._scored[1]
-        return result.removal_order if result else ()
+        return removal_order(self._plan, iteration, model, result) if result else ()
 
     def prune(self, iteration: IterationPlan, model: ModelRef, source_layers: Sequence[int]) -> ModelRef:
         key, scored = self._scored
         if scored:
-            pruned = model.without(tuple(source_layers)).merged(scored.merges)
+            pruned = model.pruned(self._plan.granularity, tuple(source_layers)).merged(scored.merges)
         else:
             pruned = model.adapted(_stand_in("pruned", [key, iteration.layers_to_drop]))
         key = stage_key("prune", self._plan.key_inputs(pruned))
@@ -138,11 +143,30 @@ class _Foreseen:
         return pruned
 
     def recover(self, iteration: IterationPlan, model: ModelRef) -> ModelRef:
-        spec = self._plan.recovery_spec(model)
+        data = self._recovery_data(iteration)
+        if self._plan.method.recovery.start is not None:
+            model = self._heal(iteration, self._plan.start_spec(model, data), trains=True)
+        spec = self._plan.recovery_spec(model, data)
+        return self._heal(iteration, spec, trains=self._plan.recovery_tokens > 0)
+
+    def _recovery_data(self, iteration: IterationPlan) -> TextSpec:
+        """The responses where they are there; else the prompts in their place."""
+        spec = self._plan.generation_spec()
+        if spec is None:
+            return self._plan.recovery_text
+        if not self._generated:
+            layers = self._plan.model.num_layers
+            self._generated = self._note("generate", iteration, layers, spec, GenerationResult)
+        _, result = self._generated
+        if result is None:
+            return self._plan.recovery_text
+        return TextSpec(generated=result.artifact, chat_template=spec.prompts.chat_template)
+
+    def _heal(self, iteration: IterationPlan, spec: RecoverySpec, trains: bool) -> ModelRef:
         key, result = self._note("recover", iteration, iteration.layers_left, spec, RecoveryResult)
         if result:
             return spec.healed(result.artifact)
-        return spec.healed(_stand_in("healed", key)) if self._plan.recovery_tokens else model
+        return spec.healed(_stand_in("healed", key)) if trains else spec.model
 
     def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
         spec = self._plan.evaluation_spec(model)
@@ -151,7 +175,9 @@ class _Foreseen:
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         # Its card and provenance tell of this trajectory alone, so an export is never shared.
         inputs = [self._plan.id, self._plan.key_inputs(model), iteration.layers_left]
-        done = self._store is not None and self._store.has_export(self._plan.id, iteration.layers_left)
+        done = self._store is not None and self._store.has_export(
+            self._plan.id, iteration.layers_left, self._plan.unit
+        )
         stage = PlannedStage("export", digest(inputs), iteration.index, iteration.layers_left, model, done)
         self.found.append(stage)
 
@@ -162,6 +188,9 @@ class _Foreseen:
         self, kind: str, iteration: IterationPlan, layers: int, spec: Any, result_type: type[Any]
     ) -> tuple[str, Any]:
         key = stage_key(kind, self._plan.key_inputs(spec))
+        if kind == "recover" and self._generated and self._generated[1] is None:
+            # Trained on responses that are not there yet: named by what will generate them.
+            key = digest([key, self._generated[0]])
         result = self._store.peek(kind, key, result_type) if self._store else None
         self.found.append(PlannedStage(kind, key, iteration.index, layers, spec, result is not None))
         return key, result

@@ -18,13 +18,17 @@ from actors.contracts import (
     EvaluationSpec,
     ExportResult,
     ExportSpec,
+    GenerationResult,
+    GenerationSpec,
     ModelRef,
     Progress,
     RecoveryResult,
     RecoverySpec,
     ScoreResult,
     ScoreSpec,
+    TextSpec,
 )
+from actors.models import BLOCK, choose_removable
 from orchestrator.coordinator import Claims
 from orchestrator.ledger import Ledger, Row
 from orchestrator.plan import TrajectoryPlan, num_stages
@@ -48,6 +52,8 @@ class Backend(Protocol):
     """Where a stage that is not in the store is computed."""
 
     def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult: ...
+
+    def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult: ...
 
     def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult: ...
 
@@ -76,6 +82,7 @@ class StoredStages:
         self._backend = backend
         self._ledger = Ledger(store.ledger_uri)
         self._report = report
+        self._responses: ArtifactRef | None = None
         self.activity = Activity(plan.id, 0, len(plan.iterations), "starting", stages_total=num_stages(plan))
 
     def score(self, iteration: IterationPlan, model: ModelRef) -> Sequence[int]:
@@ -89,12 +96,12 @@ class StoredStages:
             lambda progress, _uri, _key: self._backend.score(spec, progress),
         )
         self._write(iteration, stage, _score_numbers(stage.result))
-        return stage.result.removal_order
+        return removal_order(self._plan, iteration, model, stage.result)
 
     def prune(self, iteration: IterationPlan, model: ModelRef, source_layers: Sequence[int]) -> ModelRef:
         """`model` without those layers; nothing is computed, the choice is recorded."""
         scored = self._stored_scores(iteration, model)
-        pruned = model.without(tuple(source_layers)).merged(scored.merges)
+        pruned = model.pruned(self._plan.granularity, tuple(source_layers)).merged(scored.merges)
         scores = dict(zip(scored.source_layers, scored.scores, strict=True))
         numbers = [("dropped", scores[layer], "", {"layer": layer}) for layer in source_layers]
         key = stage_key("prune", self._plan.key_inputs(pruned))
@@ -103,8 +110,30 @@ class StoredStages:
         return pruned
 
     def recover(self, iteration: IterationPlan, model: ModelRef) -> ModelRef:
-        """`model`, healed."""
-        spec = self._plan.recovery_spec(model)
+        """`model`, healed: by what its recovery starts with, if anything, then by its objective."""
+        data = self._recovery_data(iteration)
+        if self._plan.method.recovery.start is not None:
+            model = self._heal(iteration, self._plan.start_spec(model, data), "start")
+        return self._heal(iteration, self._plan.recovery_spec(model, data))
+
+    def _recovery_data(self, iteration: IterationPlan) -> TextSpec:
+        """What recovery trains on; the unpruned model's responses are generated before the first."""
+        spec = self._plan.generation_spec()
+        if spec is None:
+            return self._plan.recovery_text
+        if self._responses is None:
+            stage = self._once(
+                iteration,
+                "generate",
+                spec,
+                GenerationResult,
+                lambda progress, uri, _key: self._backend.generate(spec, uri, progress),
+            )
+            self._write(iteration, stage, _generation_numbers(stage.result))
+            self._responses = stage.artifact
+        return TextSpec(generated=self._responses, chat_template=spec.prompts.chat_template)
+
+    def _heal(self, iteration: IterationPlan, spec: RecoverySpec, phase: str | None = None) -> ModelRef:
         stage = self._once(
             iteration,
             "recover",
@@ -112,7 +141,7 @@ class StoredStages:
             RecoveryResult,
             lambda progress, uri, key: self._backend.recover(spec, uri, key, progress),
         )
-        self._write(iteration, stage, _recovery_numbers(stage.result))
+        self._write(iteration, stage, _recovery_numbers(stage.result), phase)
         return spec.healed(stage.artifact)
 
     def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
@@ -137,7 +166,7 @@ class StoredStages:
             card=model_card(self._plan, iteration, model, rows),
             provenance=provenance(self._plan, iteration, model, rows),
         )
-        uri = self._store.models_uri(self._plan.id, iteration.layers_left)
+        uri = self._store.models_uri(self._plan.id, iteration.layers_left, self._plan.unit)
         stage = self._once(
             iteration,
             "export",
@@ -145,10 +174,12 @@ class StoredStages:
             ExportResult,
             lambda _progress, _uri, _key: self._backend.export(spec, uri),
         )
-        numbers: Numbers = [
+        numbers: list[tuple[str, float, str, dict[str, Any]]] = [
             ("parameters", stage.result.num_parameters, "", {}),
             ("layers", stage.result.num_layers, "", {}),
         ]
+        if emptied := stage.result.num_emptied_parameters:
+            numbers.append(("parameters_in_use", stage.result.num_parameters - emptied, "", {}))
         self._write(iteration, stage, numbers)
 
     def finish(self, iteration: IterationPlan) -> None:
@@ -243,6 +274,24 @@ class StoredStages:
         self._ledger.append(part, rows)
 
 
+def removal_order(
+    plan: TrajectoryPlan, iteration: IterationPlan, model: ModelRef, scored: ScoreResult
+) -> Sequence[int]:
+    """The removal order, with layers in front that the model's config lets go together."""
+    order = scored.removal_order
+    if plan.granularity != BLOCK or scored.merges:
+        return order
+    count = iteration.layers_to_drop
+    chosen = choose_removable(model.source, model.dropped, order, count)
+    if chosen != order[:count]:
+        log.warning(
+            "%s iteration %d: the config of the model cannot be without layers %s, which score best; "
+            "layers %s go, the best that it can be without",
+            plan.id, iteration.index, list(order[:count]), list(chosen),
+        )  # fmt: skip
+    return (*chosen, *(layer for layer in order if layer not in chosen))
+
+
 def _score_numbers(result: ScoreResult) -> Numbers:
     for layer, score in zip(result.source_layers, result.scores, strict=True):
         yield "score", score, "", {"layer": layer}
@@ -250,6 +299,13 @@ def _score_numbers(result: ScoreResult) -> Numbers:
     if result.layer_forwards_saved:
         yield "layer_forwards_saved", result.layer_forwards_saved, "", {}
     yield "sequences", result.num_sequences, "", {}
+    yield "tokens", result.num_tokens, "tokens", {}
+
+
+def _generation_numbers(result: GenerationResult) -> Numbers:
+    yield "prompts", result.num_prompts, "", {}
+    yield "responses", result.num_responses, "", {}
+    yield "responses_finished", result.num_finished, "", {}
     yield "tokens", result.num_tokens, "tokens", {}
 
 
@@ -276,5 +332,5 @@ def _evaluation_numbers(result: EvaluationResult) -> Numbers:
 
 
 def _artifact(result: Any) -> ArtifactRef | None:
-    """What a stage published: recovery's adapter, export's directory; some stages only measure."""
+    """What a stage published: responses, an adapter, an exported directory; some stages only measure."""
     return getattr(result, "artifact", None)

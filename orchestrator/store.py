@@ -48,7 +48,14 @@ from orchestrator.errors import CorruptStageError
 
 log = logging.getLogger(__name__)
 
-STAGE_VERSION: Mapping[str, int] = {"score": 1, "prune": 1, "recover": 1, "evaluate": 1, "export": 1}
+STAGE_VERSION: Mapping[str, int] = {
+    "score": 1,
+    "prune": 1,
+    "generate": 1,
+    "recover": 1,
+    "evaluate": 1,
+    "export": 1,
+}
 """Raise a kind's number when its results change meaning: old ones are then computed anew."""
 
 FORMAT = 1
@@ -146,9 +153,9 @@ class Store:
         """Checkpoints of the training behind the recovery stage `key`."""
         return join(self.uri, "train", safe_name(key))
 
-    def models_uri(self, trajectory: str, num_layers: int) -> str:
-        """The exported checkpoint of a trajectory at a depth of `num_layers`."""
-        return join(self.uri, "models", safe_name(trajectory), f"{num_layers}-layers")
+    def models_uri(self, trajectory: str, num_left: int, unit: str = "layers") -> str:
+        """The exported checkpoint of a trajectory with so many layers, or sub-blocks, left."""
+        return join(self.uri, "models", safe_name(trajectory), f"{num_left}-{unit}")
 
     @property
     def outcomes_uri(self) -> str:
@@ -240,9 +247,9 @@ class Store:
         except ValueError:
             return None
 
-    def has_export(self, trajectory: str, num_layers: int) -> bool:
+    def has_export(self, trajectory: str, count: int, unit: str = "layers") -> bool:
         """Whether a checkpoint of that trajectory and depth was written."""
-        return read_bytes(join(self.models_uri(trajectory, num_layers), "config.json")) is not None
+        return read_bytes(join(self.models_uri(trajectory, count, unit), "config.json")) is not None
 
     def check_writable(self, needed_bytes: int = 0) -> None:
         """Write and delete a small file; on a local disk, also check the free space.

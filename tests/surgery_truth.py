@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.errors import RequestError
-from actors.models import remove_layers, save_pretrained
+from actors.models import empty_sub_blocks, remove_layers, save_pretrained
 from tests.decoder_zoo import NOT_TINY, NUM_LAYERS, decoder_types, tiny_decoder
 from tests.tiny_models import tiny_ids
 
@@ -31,6 +31,29 @@ NO_CACHE = {
     "xlstm": "transformers' own cache has the wrong shape",
 }
 """Families whose cached forward cannot be compared token by token, and why."""
+
+EMPTIED = {"attention": (0, 3), "mlp": (2, 5)}
+"""Layers whose sub-block of each kind is emptied."""
+
+BRANCHES = {
+    "attention": (
+        "self_attn", "self_attention", "attn", "attention", "self_att", "multi_head_attention", "linear_attn",
+        "mamba", "conv", "temporal_block", "mlstm_layer", "norm_attn_norm.attn", "attention.output.dense",
+    ),
+    "mlp": (
+        "mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "shared_mlp", "fc2", "output.dense",
+    ),
+}  # fmt: skip
+"""The modules whose output a block adds to the residual stream, where families have them."""
+
+ADDS_ITSELF = {
+    ("bloom", "attention"): 1,
+    ("bloom", "mlp"): 1,
+    ("cpmant", "attention"): 0,
+    ("cpmant", "mlp"): 0,
+    ("mpt", "mlp"): 1,
+}
+"""Modules that add their argument of this position to what they give, rather than leave it to the block."""
 
 TWO_STREAMS = ("XLNetLayer", "ZayaDecoderLayer")
 """Blocks that receive and hand on two tensors."""
@@ -47,8 +70,13 @@ end, and several at once ({drops} of {layers}), and all layers of one kind where
 - **refused**: all of them are.
 - **not built**: no tiny model of it could be built or run, so that nothing is known.
 
-| model type | outcome | note |
-|---|---|---|
+Under *sub-blocks* is what of a block can go alone (`granularity: attention` or `mlp`): its parameters are
+stored as zeros, so that it adds nothing. What is listed was tried ({emptied}) and gives, loaded by plain
+transformers, the logits and tokens of the source model with that branch's output set to zero. No file becomes
+smaller. Where a block is a single sub-block (`nemotron_h`, Mamba), removing blocks is the way.
+
+| model type | outcome | sub-blocks | note |
+|---|---|---|---|
 """
 
 
@@ -59,9 +87,10 @@ class Outcome:
     model_type: str
     verdict: str
     note: str = ""
+    sub_blocks: str = ""
 
     def __str__(self) -> str:
-        return f"| {self.model_type} | {self.verdict} | {self.note} |"
+        return f"| {self.model_type} | {self.verdict} | {self.sub_blocks} | {self.note} |"
 
 
 @dataclass(frozen=True)
@@ -172,7 +201,7 @@ def judge(model_type: str) -> Outcome:
     shown = notes[:1] if verdict == "refused" else notes
     if model_type in NO_CACHE:
         shown.append(f"without cache: {NO_CACHE[model_type]}")
-    return Outcome(model_type, verdict, "; ".join(shown))
+    return Outcome(model_type, verdict, "; ".join(shown), _judge_sub_blocks(source, model_type))
 
 
 def _listed(model: PreTrainedModel) -> bool:
@@ -192,13 +221,64 @@ def _judge_drop(source: PreTrainedModel, model_type: str, drop: tuple[int, ...])
     skipping = copy.deepcopy(source)
     with _skipped(blocks_of(skipping), drop):
         want = behaviour(skipping, model_type)
+    _check_saved(pruned, want, model_type, f"without {drop}")
+    return None
+
+
+def _check_saved(pruned: PreTrainedModel, want: Behaviour, model_type: str, how: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         save_pretrained(pruned, directory)
         reloaded, loading = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-    assert not loading["missing_keys"], (model_type, drop, loading["missing_keys"])
+    assert not loading["missing_keys"], (model_type, how, loading["missing_keys"])
     for name, model in {"in memory": pruned, "reloaded": reloaded.eval()}.items():
         difference = behaviour(model, model_type).differs_from(want)
-        assert difference is None, f"{model_type} without {drop}, {name}: {difference}"
+        assert difference is None, f"{model_type} {how}, {name}: {difference}"
+
+
+@contextmanager
+def branch_off(block: nn.Module, kind: str, model_type: str) -> Iterator[None]:
+    """Compute as if the block's attention or MLP gave zeros; nothing is known of its weights."""
+    own = ADDS_ITSELF.get((model_type, kind))
+
+    def give_nothing(_module: nn.Module, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, (tuple, list)) else output
+        nothing = torch.zeros_like(first) if own is None else args[own]
+        return (nothing, *output[1:]) if isinstance(output, (tuple, list)) else nothing
+
+    ends = {path: module for path, module in block.named_modules() if path in BRANCHES[kind]}
+    modules = [ends[path] for path in ends if not any(other.startswith(f"{path}.") for other in ends)]
+    assert modules, f"{model_type} has no {kind} by a known name"
+    hooks = [module.register_forward_hook(give_nothing) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _judge_sub_blocks(source: PreTrainedModel, model_type: str) -> str:
+    """The kinds of sub-block that can be emptied, or why none can."""
+    refusals = {kind: _judge_emptied(source, model_type, kind) for kind in EMPTIED}
+    possible = ", ".join(kind for kind, refusal in refusals.items() if refusal is None)
+    own_name = f"model type {model_type!r}: "
+    reason = next((refusal for refusal in refusals.values() if refusal), "").removeprefix(own_name)
+    return possible or f"none: {_one_line(reason.partition(', so that')[0].partition('; remove')[0])}"
+
+
+def _judge_emptied(source: PreTrainedModel, model_type: str, kind: str) -> str | None:
+    """Why the sub-blocks cannot be emptied; None if emptying them is right."""
+    emptied, layers = copy.deepcopy(source), EMPTIED[kind]
+    try:
+        empty_sub_blocks(emptied, kind, layers)
+    except RequestError as refusal:
+        return str(refusal)
+    hooked = copy.deepcopy(source)
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(branch_off(blocks_of(hooked)[layer], kind, model_type))
+        want = behaviour(hooked, model_type)
+    assert (want.logits - behaviour(source, model_type).logits).abs().max() > 1e-3, (model_type, kind)
+    _check_saved(emptied, want, model_type, f"with {kind} of {layers} empty")
     return None
 
 
@@ -214,7 +294,10 @@ def table(outcomes: Iterable[Outcome]) -> str:
     rows = list(outcomes)
     tally = Counter(row.verdict for row in rows)
     drops = ", ".join(str(list(drop)) for drop in DROPS)
-    header = HEADER.format(count=len(rows), version=__version__, drops=drops, layers=NUM_LAYERS)
+    emptied = ", ".join(f"{kind} of {list(layers)}" for kind, layers in EMPTIED.items())
+    header = HEADER.format(
+        count=len(rows), version=__version__, drops=drops, layers=NUM_LAYERS, emptied=emptied
+    )
     total = ", ".join(f"{number} {verdict}" for verdict, number in tally.most_common())
     lines = "\n".join(map(str, rows))
     return f"{header}{lines}\n\n{total}.\n"

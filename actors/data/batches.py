@@ -20,6 +20,8 @@ class TokenBatch:
         targets_BT: 1 for tokens that are to be predicted, 0 for prompts, padding
             and first tokens of documents; None when every token but the first is.
         position_ids_BT: positions within each document; None when a sequence is one document.
+            Attention is then to be confined to documents, which transformers derives from
+            the positions if it is given no attention mask; `mask_BT` only says what losses count.
         denominator: what sums over tokens are divided by; None for the number of
             tokens in this batch. With the tokens of a whole step, divided by its number of
             micro-batches, the mean over micro-batches is the mean over the step's tokens.
@@ -47,7 +49,15 @@ class TrainingData(Protocol):
         """Those sequences, as one batch."""
 
     def num_tokens(self, chosen_B: LongTensor) -> int:
-        """Tokens of those sequences that the loss is a mean over."""
+        """Tokens of those sequences that the loss is a mean over: all, or those of answers."""
+
+    @property
+    def lengths_S(self) -> Tensor:
+        """Tokens of each sequence that the model reads; padding is not among them."""
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id that occurs."""
 
 
 @dataclass(frozen=True)
@@ -64,3 +74,11 @@ class BlockData:
 
     def num_tokens(self, chosen_B: LongTensor) -> int:
         return self.blocks_ST[chosen_B].numel()
+
+    @property
+    def lengths_S(self) -> Tensor:
+        return torch.full((len(self),), self.blocks_ST.shape[1])
+
+    @property
+    def largest_id(self) -> int:
+        return int(self.blocks_ST.max())

@@ -3,13 +3,18 @@
 Shape letters: S sequences of a data set, B sequences of one optimizer step, T tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
 
+from actors.contracts import digest
 from actors.errors import RequestError
+
+DOCUMENTS_AT_A_TIME = 256
+"""Documents that the tokenizer is handed at once: it works on several cores."""
 
 
 def tokenize_text(
@@ -55,6 +60,23 @@ def pack_blocks(
             "give more text or a smaller sequence_length"
         )
     return ids[: num_blocks * sequence_length].view(num_blocks, sequence_length)
+
+
+def tokenize_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of each document by itself, without special tokens, as they are taken.
+
+    As in `tokenize_text`, a document that does not end its line is followed by a newline.
+    """
+    remaining = iter(texts)
+    while chunk := list(islice(remaining, DOCUMENTS_AT_A_TIME)):
+        whole = [text if text.endswith("\n") else text + "\n" for text in chunk]
+        yield from tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes whenever the same text could give other tokens, or the same conversation another text."""
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else type(tokenizer).__name__
+    return digest([backend, tokenizer.get_vocab(), tokenizer.chat_template])
 
 
 def calibration_sequences(

@@ -1,13 +1,26 @@
-"""Placing work on a Ray cluster: what scoring, evaluation and export have in common."""
+"""Placing work on a Ray cluster: what scoring, generation, evaluation and export have in common."""
 
-from typing import Any
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from actors.contracts import ExportResult, ExportSpec
 from actors.errors import IterabreError, WorkError
 from actors.models.export import export_model
+
+log = logging.getLogger(__name__)
+
+ShareT = TypeVar("ShareT")
+
+RETRY_S = 0.5
+"""Pause before an actor that does not answer is asked again."""
 
 
 def placement(cpus: float, gpus: float) -> dict[str, Any]:
@@ -41,6 +54,58 @@ def result_of(reference: ray.ObjectRef) -> Any:
         if isinstance(error.cause, IterabreError):
             raise error.cause from None
         raise
+
+
+@contextmanager
+def pool_of(actors: int, start: Callable[[], ActorHandle]) -> Iterator[list[ActorHandle]]:
+    """So many actors, all gone afterwards, so that the next stage can have their place."""
+    pool = [start() for _ in range(actors)]
+    try:
+        yield pool
+    finally:
+        for actor in pool:
+            ray.kill(actor)
+
+
+def share_out(pool: list[ActorHandle], shares: Sequence[ShareT], what: str) -> Iterator[tuple[ShareT, Any]]:
+    """Give every actor a share as soon as it is free, until all are done; each with what `work` said to it.
+
+    The actors have `ready()` and `work(share)`. A share whose actor is lost goes to another.
+
+    Raises:
+        WorkError: all actors were lost for good.
+    """
+    todo = deque(shares)
+    idle: list[ActorHandle] = []
+    pending: dict[Any, tuple[ActorHandle, ShareT | None]] = {
+        actor.ready.remote(): (actor, None) for actor in pool
+    }
+    left = len(shares)
+    while left:
+        while idle and todo:
+            actor, share = idle.pop(), todo.popleft()
+            pending[actor.work.remote(share)] = (actor, share)
+        if not pending:
+            raise WorkError(f"all {len(pool)} {what} actors were lost; see the run's logs, then use --resume")
+        (done,), _ = ray.wait(list(pending), num_returns=1)
+        actor, given = pending.pop(done)
+        try:
+            answer = result_of(done)
+        except RayActorError as error:
+            # Only the lost share is run again. An actor that may come back is asked; a dead one is forgotten.
+            if given:
+                log.warning("a %s actor was lost (%s); its share goes to another", what, error)
+                todo.append(given)
+            if isinstance(error, ActorUnavailableError):
+                # Its process is gone and Ray has not noticed yet: asked at once, it would say the same.
+                time.sleep(RETRY_S)
+            if given or isinstance(error, ActorUnavailableError):
+                pending[actor.ready.remote()] = (actor, None)
+            continue
+        idle.append(actor)
+        if given:
+            left -= 1
+            yield given, answer
 
 
 def export_on_ray(spec: ExportSpec, uri: str, *, cpus: float, gpus: float) -> ExportResult:

@@ -2,13 +2,14 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from actors.artifacts import fetch
 from actors.contracts import ArtifactRef
@@ -30,6 +31,11 @@ class Deltas:
     scale: float
     transposed: bool
 
+    @property
+    def rank(self) -> int:
+        """The largest r."""
+        return max((len(a) for a, _ in self.factors.values()), default=0)
+
     def add_to(self, weight: Tensor, block: int, name: str) -> None:
         """Add the update of this block's weight, if it has one, in place."""
         if (block, name) not in self.factors:
@@ -37,6 +43,21 @@ class Deltas:
         a, b = (factor.to(weight.device) for factor in self.factors[block, name])
         delta = self.scale * (b @ a)
         weight += (delta.T if self.transposed else delta).to(weight.dtype)
+
+
+def join_deltas(chain: Sequence[Deltas]) -> Deltas:
+    """The chain's updates as one: s₁ B₁ A₁ + s₂ B₂ A₂ = [s₁ B₁, s₂ B₂] [A₁; A₂].
+
+    All weights get the same rank, the sum of the chain's; zeros stand where an adapter has none.
+    """
+    joined = {}
+    for place in sorted({place for deltas in chain for place in deltas.factors}):
+        present = [(deltas.scale, *deltas.factors[place]) for deltas in chain if place in deltas.factors]
+        a = torch.cat([a for _, a, _ in present])
+        b = torch.cat([scale * b for scale, _, b in present], dim=1)
+        missing = sum(deltas.rank for deltas in chain) - len(a)
+        joined[place] = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
+    return Deltas(joined, 1.0, any(deltas.transposed for deltas in chain))
 
 
 def read_deltas(adapter: ArtifactRef, layers_path: str, kept: tuple[int, ...]) -> Deltas:
@@ -58,7 +79,7 @@ def read_deltas(adapter: ArtifactRef, layers_path: str, kept: tuple[int, ...]) -
         if match is None or config.use_dora or config.rank_pattern or config.alpha_pattern:
             raise RequestError(
                 f"adapter {adapter.uri!r} is more than plain LoRA on the layers ({name}): "
-                "its model cannot be streamed; set scoring.stream_weights to false"
+                "its model can neither be streamed (set scoring.stream_weights to false) nor trained on"
             )
         layer, weight, factor = int(match[1]), f"{match[2]}.weight", match[3]
         if layer in kept:

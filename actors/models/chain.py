@@ -1,11 +1,11 @@
-"""From a `ModelRef` to a model: source weights, adapters folded in, layers dropped.
+"""From a `ModelRef` to a model: source weights or those in their place, layers dropped, adapters folded in.
 
 Adapters are ordinary PEFT LoRA directories whose tensors are named by *source*
 layer index, so each also opens on the unpruned model with plain PEFT.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -18,7 +18,9 @@ from actors.contracts import ArtifactRef, ModelRef
 from actors.models.families import depth, find_layers
 from actors.models.load import load_model
 from actors.models.merge import merge_blocks
+from actors.models.subblocks import SUB_BLOCKS, empty_sub_blocks
 from actors.models.surgery import remove_layers
+from actors.models.weights import put_weights
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -44,11 +46,21 @@ def prune_to(model: PreTrainedModel, ref: ModelRef) -> PreTrainedModel:
     """Turn the loaded source model into the one `ref` describes, in place."""
     kept = ref.kept(depth(model.config))
     merge_blocks(model, ref.merges)
+    if ref.weights is not None:
+        put_weights(model, ref.weights)
     if ref.dropped:
         remove_layers(model, ref.dropped)
     for adapter in ref.adapters:
         model = merge_adapter(model, adapter, kept)
+    for kind in SUB_BLOCKS:
+        if layers := emptied_layers(ref, kind, kept):
+            empty_sub_blocks(model, kind, layers)
     return model
+
+
+def emptied_layers(ref: ModelRef, kind: str, kept: Sequence[int]) -> list[int]:
+    """Positions among the source layers `kept` of those whose sub-block of that kind is emptied."""
+    return [position for position, source in enumerate(kept) if (source, kind) in ref.emptied]
 
 
 def merge_adapter(model: PreTrainedModel, adapter: ArtifactRef, kept: tuple[int, ...]) -> PreTrainedModel:

@@ -6,10 +6,11 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.artifacts import publish
-from actors.contracts import ExportResult, ExportSpec
-from actors.models.chain import materialize
-from actors.models.families import depth
+from actors.contracts import ExportResult, ExportSpec, ModelRef
+from actors.models.chain import emptied_layers, materialize
+from actors.models.families import depth, find_layers
 from actors.models.load import drop_quantization
+from actors.models.subblocks import SUB_BLOCKS, sub_block_weights
 
 
 def save_pretrained(
@@ -31,4 +32,17 @@ def export_model(spec: ExportSpec, uri: str) -> ExportResult:
         (directory / "README.md").write_text(spec.card, encoding="utf-8")
         (directory / "iterabre.json").write_text(spec.provenance, encoding="utf-8")
         artifact = publish(directory, uri)
-    return ExportResult(artifact, depth(model.config), model.num_parameters())
+    num_layers = depth(model.config)
+    return ExportResult(artifact, num_layers, model.num_parameters(), _num_emptied(spec.model, model))
+
+
+def _num_emptied(ref: ModelRef, model: PreTrainedModel) -> int:
+    """Parameters of the emptied sub-blocks."""
+    blocks = find_layers(model).modules
+    kept = ref.kept(len(blocks) + len(ref.dropped))
+    emptied = (
+        sub_block_weights(blocks[layer], kind).values()
+        for kind in SUB_BLOCKS
+        for layer in emptied_layers(ref, kind, kept)
+    )
+    return sum(parameter.numel() for weights in emptied for parameter in weights)

@@ -1,8 +1,6 @@
 """Finding, describing and loading source models: hub id, directory, GGUF file or package file."""
 
-import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import tempfile
@@ -10,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
@@ -21,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from actors.artifacts import cache_dir
+from actors.artifacts import cache_dir, file_sha256
 from actors.contracts import ModelInfo, ModelSpec, digest
 from actors.errors import RequestError
 from actors.models.families import depth, find_layers, text_config
@@ -126,14 +125,17 @@ def _number(config: PretrainedConfig, name: str) -> int:
 
 
 def empty_model(spec: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: its modules and shapes, no weights."""
+    """The model with its parameters on the meta device: modules, shapes and computed buffers, no weights."""
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     except ValueError as error:
         raise RequestError(
             f"model {spec.path!r} ({config.model_type}) is no causal language model"
         ) from error
+    # Each parameter was moved by itself, so that tied ones are no longer one.
+    model.tie_weights()
+    return model
 
 
 def snapshot(spec: ModelSpec) -> Path:
@@ -224,7 +226,7 @@ def _converted(gguf: Path) -> Path:
     """The directory with the GGUF file's weights as float32 safetensors."""
     if not gguf.is_file():
         raise RequestError(f"GGUF file {str(gguf)!r} does not exist")
-    target = cache_dir() / "gguf" / _file_sha256(gguf)
+    target = cache_dir() / "gguf" / file_sha256(gguf)
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -263,18 +265,4 @@ def _fingerprint(spec: ModelSpec, config: PretrainedConfig) -> str:
         commit = getattr(config, "_commit_hash", None) or spec.revision
         return digest(["hub", spec.path, commit, spec.dtype])
     files = sorted(file for file in source.iterdir() if file.suffix in MODEL_FILES)
-    return digest(["files", [(file.name, _file_sha256(file)) for file in files], spec.dtype])
-
-
-def _file_sha256(file: Path) -> str:
-    """SHA-256 of a file, remembered by path, size and time of change."""
-    status = file.stat()
-    identity = digest([str(file.resolve()), status.st_size, status.st_mtime_ns])
-    memo = cache_dir() / "sha256" / identity
-    if memo.is_file() and len(known := json.loads(memo.read_text() or '""')) == 64:
-        return known
-    with file.open("rb") as stream:
-        value = hashlib.file_digest(stream, "sha256").hexdigest()
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    memo.write_text(json.dumps(value))
-    return value
+    return digest(["files", [(file.name, file_sha256(file)) for file in files], spec.dtype])

@@ -16,9 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actors.errors import RequestError
 from actors.models.families import find_layers
 
 StandIn = Callable[[int, Tensor], Tensor]
+
+_NOT_CARRIED = object()
+"""Stands for what a block returns beside the hidden states, which the walk does not carry on."""
 
 
 class LayerwisePass:
@@ -29,20 +33,32 @@ class LayerwisePass:
         input_ids_BT: token ids; every row as long as the others, no padding
             unless `attention_mask_BT` says where.
         attention_mask_BT: 1 for tokens, 0 for padding.
+        position_ids_BT: positions within each document where rows hold several;
+            no token then sees another document. The family must go by them: see
+            `recovery.documents`.
 
     Attributes:
         hidden_BTD: what the first block receives (embeddings, scaled or with
             positions added as the family does).
         config: the model's configuration.
+
+    Raises:
+        RequestError: the family's blocks hand more on to the next one than the hidden states.
     """
 
-    def __init__(self, model: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor | None = None,
+        position_ids_BT: Tensor | None = None,
+    ):
         layers = find_layers(model)
         self.config = model.config
-        self._model, self._backbone, self._blocks = model, layers.parent, layers.modules
-        self._inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
+        self._model, self._backbone, self._blocks = model, _backbone_of(model), layers.modules
+        self._inputs = {"input_ids": input_ids_BT, **_whom_to_see(attention_mask_BT, position_ids_BT)}
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._items = _items_returned(self._backbone, self._blocks[0], input_ids_BT[:1, :1])
+        self._beside = _returned_beside(self._backbone, self._blocks[0], input_ids_BT[:1, :1])
         self.hidden_BTD = self._capture()
 
     def block(self, index: int, hidden_BTD: Tensor) -> Tensor:
@@ -94,6 +110,15 @@ class LayerwisePass:
             for block in self._blocks:
                 del block.forward
 
+    def _check_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(value is _NOT_CARRIED for value in (*args, *kwargs.values())):
+            block = type(self._blocks[0]).__name__
+            raise RequestError(
+                f"model type {self.config.model_type!r}: a block ({block}) goes on with more than the hidden "
+                "states of the one before it, so that blocks cannot be run one by one; score by deepest, "
+                "reverse, random, magnitude_l1, magnitude_l2 or task_metric"
+            )
+
     def _stand_in(self, index: int, compute: StandIn, capture: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if args:
@@ -101,11 +126,37 @@ class LayerwisePass:
             else:
                 hidden = kwargs.pop("hidden_states")
             if capture:
+                self._check_alone(args, kwargs)
                 self._calls.append((args, kwargs))
             output = compute(index, hidden)
-            return (output, *[None] * (self._items - 1)) if self._items else output
+            if self._beside is None:
+                return output
+            return (output, *(_NOT_CARRIED if capture and something else None for something in self._beside))
 
         return forward
+
+
+def _whom_to_see(mask_BT: Tensor | None, position_ids_BT: Tensor | None) -> dict[str, Tensor | None]:
+    """What tells the family which tokens see which.
+
+    transformers keeps documents apart by their positions only where no mask is
+    given, so padding becomes documents of one token each.
+    """
+    if position_ids_BT is None:
+        return {"attention_mask": mask_BT}
+    if mask_BT is not None:
+        position_ids_BT = position_ids_BT * mask_BT.to(position_ids_BT.dtype)
+    return {"attention_mask": None, "position_ids": position_ids_BT}
+
+
+def _backbone_of(model: PreTrainedModel) -> nn.Module:
+    """The innermost module around the blocks whose forward takes token ids: BERT keeps an encoder inside."""
+    path = find_layers(model).path
+    while path := path.rpartition(".")[0]:
+        module = model.get_submodule(path)
+        if "input_ids" in signature(module.forward).parameters:
+            return module
+    return model
 
 
 def _hidden_of(output: Any) -> Tensor:
@@ -116,20 +167,23 @@ class _SeenEnoughError(Exception):
     """Ends a forward pass early."""
 
 
-_ITEMS_RETURNED: dict[type[nn.Module], int] = {}
-"""What `_items_returned` found for each class of block, so that it looks once a process."""
+_RETURNED_BESIDE: dict[type[nn.Module], tuple[bool, ...] | None] = {}
+"""What `_returned_beside` found for each class of block, so that it looks once a process."""
 
 
-def _items_returned(backbone: nn.Module, block: nn.Module, input_ids_BT: Tensor) -> int:
-    """Length of the tuple that this family's loop expects from a block, 0 if it expects a tensor.
+def _returned_beside(backbone: nn.Module, block: nn.Module, input_ids_BT: Tensor) -> tuple[bool, ...] | None:
+    """What this family's loop expects from a block after the hidden states: whether each item is something.
+
+    None if it expects a tensor rather than a tuple.
 
     Seen from one block on one token, the first time that a class of block is met.
     """
-    if type(block) in _ITEMS_RETURNED:
-        return _ITEMS_RETURNED[type(block)]
+    if type(block) in _RETURNED_BESIDE:
+        return _RETURNED_BESIDE[type(block)]
 
     def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        _ITEMS_RETURNED[type(block)] = len(output) if isinstance(output, (tuple, list)) else 0
+        is_tuple = isinstance(output, (tuple, list))
+        _RETURNED_BESIDE[type(block)] = tuple(item is not None for item in output[1:]) if is_tuple else None
         raise _SeenEnoughError
 
     hook = block.register_forward_hook(look)
@@ -142,4 +196,4 @@ def _items_returned(backbone: nn.Module, block: nn.Module, input_ids_BT: Tensor)
         pass
     finally:
         hook.remove()
-    return _ITEMS_RETURNED[type(block)]
+    return _RETURNED_BESIDE[type(block)]

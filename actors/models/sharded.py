@@ -6,13 +6,15 @@ header and a copy of the bytes that stay. No more than one tensor is in memory.
 """
 
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from actors.contracts import ModelSpec
@@ -27,6 +29,14 @@ from actors.models.load import (
     load_model,
     load_tokenizer,
     snapshot,
+)
+from actors.models.subblocks import (
+    BLOCK,
+    check_emptiable,
+    check_granularity,
+    empty_sub_blocks,
+    sub_block_paths,
+    sub_block_weights,
 )
 from actors.models.surgery import remaining, remove_layers
 
@@ -50,25 +60,33 @@ class Stored:
 
 
 def prune_checkpoint(
-    source: str, layers: Sequence[int], output: str | Path, *, dtype: str | None = None
+    source: str,
+    layers: Sequence[int],
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    granularity: str = BLOCK,
 ) -> tuple[int, int]:
-    """Write the checkpoint `source` without some of its blocks, in little memory.
+    """Write the checkpoint `source` without some of its blocks, or with sub-blocks empty, in little memory.
 
-    What is written is what `remove_layers` and `save_pretrained` would write;
-    everything is checked on a model without weights first.
+    What is written is what `remove_layers` (or `empty_sub_blocks`) and
+    `save_pretrained` would write; everything is checked on a model without weights
+    first.
 
     Args:
         source: as for `load_model`. GGUF files are converted first, hub ids downloaded.
         layers: indices of the blocks to drop, 0..N-1.
         output: an empty or new directory.
+        granularity: `block`, or `attention` or `mlp` to fill only that part of the blocks with zeros.
         dtype: convert floating-point weights to `float32`, `bfloat16` or `float16`; as stored if not given.
 
     Returns:
         Number of blocks left, number of parameters left.
 
     Raises:
-        RequestError: as `load_model` and `remove_layers`.
+        RequestError: as `load_model`, `remove_layers` and `empty_sub_blocks`.
     """
+    check_granularity(granularity)
     spec = ModelSpec(source, dtype or "float32")
     check_dtype(spec)
     directory, config = snapshot(spec), load_config(spec)
@@ -77,27 +95,63 @@ def prune_checkpoint(
     kept = remaining(num_layers, layers)
     block_list = find_layers(model)
     in_place = type(model.config) is type(config) and not _tied_across_layers(model, block_list.path)
-    remove_layers(model, layers)
+    if granularity == BLOCK:
+        remove_layers(model, layers)
+    else:
+        check_emptiable(model, granularity)
+        kept = list(range(num_layers))
     if not in_place:
-        return _prune_in_memory(spec, layers, output)
+        return _prune_in_memory(spec, layers, output, granularity)
     if hasattr(config, "quantization_config"):
         raise RequestError(
             f"model {source!r} is quantised (config field 'quantization_config'), by layer names that "
             "pruning would change; prune the unquantised model"
         )
-    prefix = _layers_prefix(_tensor_names(directory), block_list.path, num_layers)
+    tensors = [tensor for file in shard_files(directory) for tensor in read_header(file)]
+    prefix = _layers_prefix([tensor.name for tensor in tensors], block_list.path, num_layers)
+    zeros: set[str] | None = set()
+    if granularity != BLOCK:
+        zeros = _sub_block_tensors(block_list.modules, granularity, layers, prefix, tensors)
+    if zeros is None:
+        return _prune_in_memory(spec, layers, output, granularity)
     renumbered = {old: new for new, old in enumerate(kept)}
     Path(output).mkdir(parents=True, exist_ok=True)
     written = DTYPES[dtype] if dtype else None
-    _write_shards(directory, Path(output), prefix, renumbered, written)
+    _write_shards(directory, Path(output), prefix, renumbered, written, zeros)
     _write_descriptions(spec, model, directory, Path(output), written)
     return depth(model.config), model.num_parameters()
 
 
-def _prune_in_memory(spec: ModelSpec, layers: Sequence[int], output: str | Path) -> tuple[int, int]:
-    """For files that are no image of the model: a decoder among others, weights shared by layers."""
+def _sub_block_tensors(
+    blocks: nn.ModuleList, kind: str, layers: Sequence[int], prefix: str, tensors: Sequence[Stored]
+) -> set[str] | None:
+    """Names in the files of the sub-blocks' parameters; None if the files name them otherwise than the model.
+
+    Files may hold experts one by one that the model holds together: what counts is
+    that all stored under a sub-block's modules, but for buffers, is as much as its parameters.
+    """
+    found: set[str] = set()
+    for layer in layers:
+        paths = tuple(f"{prefix}{layer}.{path}." for path in sub_block_paths(blocks[layer], kind))
+        buffers = {f"{prefix}{layer}.{name}" for name, _ in blocks[layer].named_buffers()}
+        stored = [t for t in tensors if t.name.startswith(paths) and t.name not in buffers]
+        held = sum(parameter.numel() for parameter in sub_block_weights(blocks[layer], kind).values())
+        if sum(math.prod(tensor.shape) for tensor in stored) != held:
+            return None
+        found |= {tensor.name for tensor in stored}
+    return found
+
+
+def _prune_in_memory(
+    spec: ModelSpec, layers: Sequence[int], output: str | Path, granularity: str
+) -> tuple[int, int]:
+    """For files that are no image of the model: a decoder among others, weights shared or named otherwise."""
     model, tokenizer = load_model(spec.path, dtype=spec.dtype)
-    save_pretrained(remove_layers(model, layers), output, tokenizer=tokenizer)
+    if granularity == BLOCK:
+        remove_layers(model, layers)
+    else:
+        empty_sub_blocks(model, granularity, layers)
+    save_pretrained(model, output, tokenizer=tokenizer)
     return depth(model.config), model.num_parameters()
 
 
@@ -148,10 +202,6 @@ def read_header(file: Path) -> list[Stored]:
     return sorted(tensors, key=lambda tensor: tensor.start)
 
 
-def _tensor_names(directory: Path) -> list[str]:
-    return [tensor.name for file in shard_files(directory) for tensor in read_header(file)]
-
-
 def _layers_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
     """What stands before a layer's index in the file; older files leave out the model's own prefix.
 
@@ -183,7 +233,12 @@ def _renamed(name: str, prefix: str, renumbered: Mapping[int, int]) -> str | Non
 
 
 def _write_shards(
-    directory: Path, output: Path, prefix: str, renumbered: Mapping[int, int], dtype: torch.dtype | None
+    directory: Path,
+    output: Path,
+    prefix: str,
+    renumbered: Mapping[int, int],
+    dtype: torch.dtype | None,
+    zeros: Collection[str],
 ) -> None:
     shards = []
     for file in shard_files(directory):
@@ -197,7 +252,7 @@ def _write_shards(
     total_size = 0
     for number, (file, kept) in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        total_size += _write_shard(file, output / name, kept, dtype)
+        total_size += _write_shard(file, output / name, kept, dtype, zeros)
         weight_map |= {new: name for new, _ in kept}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
@@ -205,9 +260,13 @@ def _write_shards(
 
 
 def _write_shard(
-    source: Path, target: Path, kept: Sequence[tuple[str, Stored]], dtype: torch.dtype | None
+    source: Path,
+    target: Path,
+    kept: Sequence[tuple[str, Stored]],
+    dtype: torch.dtype | None,
+    zeros: Collection[str],
 ) -> int:
-    """Write the tensors `kept` of one file under their new names; returns their bytes."""
+    """Write the tensors `kept` of one file under their new names, zeros for `zeros`; returns their bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in kept:
@@ -223,8 +282,17 @@ def _write_shard(
     with source.open("rb") as read, target.open("wb") as write:
         write.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in kept:
-            _copy(tensor, read, write, dtype)
+            if tensor.name in zeros:
+                _write_zeros(_size_bytes(tensor, dtype), write)
+            else:
+                _copy(tensor, read, write, dtype)
     return at
+
+
+def _write_zeros(size: int, write: BinaryIO) -> None:
+    """So many zero bytes, which are zeros in every floating-point type."""
+    for start in range(0, size, COPY_BYTES):
+        write.write(bytes(min(COPY_BYTES, size - start)))
 
 
 def _written_dtype(tensor: Stored, dtype: torch.dtype | None) -> str:

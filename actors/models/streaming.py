@@ -6,7 +6,7 @@ whatever the operating system would keep of the file.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,11 +18,13 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from actors.artifacts import fetch
 from actors.contracts import ModelRef, ModelSpec
 from actors.errors import RequestError
 from actors.models.adapter_deltas import Deltas, read_deltas
 from actors.models.families import depth, find_layers
 from actors.models.load import DTYPES, load_config, resolve
+from actors.models.subblocks import SUB_BLOCKS, check_emptiable, sub_block_weights
 from actors.models.surgery import remove_layers
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -80,9 +82,10 @@ class LayerStream:
         weights: Sequence[Mapping[str, StoredTensor]],
         deltas: Sequence[Deltas],
         device: torch.device,
+        emptied: Sequence[Collection[str]],
     ):
         self._blocks = find_layers(model).modules
-        self._weights, self._deltas = weights, deltas
+        self._weights, self._deltas, self._emptied = weights, deltas, emptied
         self._device, self._dtype = device, model.dtype
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-stream")
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
@@ -107,6 +110,9 @@ class LayerStream:
     def _read(self, index: int) -> dict[str, Tensor]:
         tensors = {}
         for name, stored in self._weights[index].items():
+            if name in self._emptied[index]:
+                tensors[name] = torch.zeros(stored.shape, dtype=self._dtype, device=self._device)
+                continue
             tensor = stored.read().to(self._device, self._dtype)
             self.bytes_read += stored.num_bytes
             for deltas in self._deltas:
@@ -135,6 +141,8 @@ def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:
         raise RequestError("a model with merged layers cannot be streamed; turn scoring.stream_weights off")
     spec = ref.source
     stored = stored_tensors(_directory(spec))
+    if ref.weights is not None:
+        stored |= stored_tensors(fetch(ref.weights))
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             load_config(spec), dtype=DTYPES[spec.dtype], trust_remote_code=spec.trust_remote_code
@@ -147,8 +155,24 @@ def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:
         remove_layers(model, ref.dropped)
     _move(model, device)
     deltas = [read_deltas(adapter, path, kept) for adapter in ref.adapters]
-    model.layer_stream = LayerStream(model, weights, deltas, device)
+    emptied = _emptied(model, ref, kept)
+    model.layer_stream = LayerStream(model, weights, deltas, device, emptied)
     return model
+
+
+def _emptied(model: PreTrainedModel, ref: ModelRef, kept: Sequence[int]) -> list[set[str]]:
+    """Names of the weights of each block that are to be zeros."""
+    for kind in {kind for _, kind in ref.emptied}:
+        check_emptiable(model, kind)
+    return [
+        {
+            name
+            for kind in SUB_BLOCKS
+            if (source, kind) in ref.emptied
+            for name in sub_block_weights(block, kind)
+        }
+        for source, block in zip(kept, find_layers(model).modules, strict=True)
+    ]
 
 
 def _directory(spec: ModelSpec) -> Path:

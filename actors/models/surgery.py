@@ -43,16 +43,27 @@ def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
         RequestError: an index out of range or repeated, no block left, or a
             family whose config cannot express the result (names the field).
     """
+    kept = check_removal(model, layers)
     block_list = find_layers(model)
     blocks = list(block_list.modules)
-    kept = remaining(len(blocks), layers)
-    config = pruned_config(model.config, kept)
-    _check_rebuilds(model, config, kept)
     for new_index, old_index in enumerate(kept):
         _renumber(blocks[old_index], old_index, new_index)
     setattr(block_list.parent, block_list.attribute, nn.ModuleList(blocks[i] for i in kept))
     _adopt(model, kept)
     return model
+
+
+def check_removal(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
+    """Whether `remove_layers` would do it; the indices that stay. Changes nothing.
+
+    A model without weights (`empty_model`) will do.
+
+    Raises:
+        RequestError: as `remove_layers`.
+    """
+    kept = remaining(len(find_layers(model).modules), layers)
+    _check_rebuilds(model, pruned_config(model.config, kept), kept)
+    return kept
 
 
 def without_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
@@ -91,7 +102,7 @@ def pruned_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedCo
     check_layers_apart(text_config(config), kept)
     pruned = copy.deepcopy(config)
     _shrink(text_config(pruned), kept)
-    _check_reads_back(pruned, kept_fields(text_config(config), kept))
+    check_reads_back(pruned, kept_fields(text_config(config), kept))
     _check_cache(text_config(config), text_config(pruned))
     return pruned
 
@@ -118,19 +129,24 @@ def _set_field(config: PretrainedConfig, name: str, value: Any) -> None:
         ) from error
 
 
-def _read_back(config: PretrainedConfig) -> PretrainedConfig:
+def read_back(config: PretrainedConfig) -> PretrainedConfig:
     """`config` as it comes back from its file: some families compute or force fields when they read it."""
     return type(config).from_dict(copy.deepcopy(config.to_diff_dict()))
 
 
-def _check_reads_back(config: PretrainedConfig, fields: dict[str, Any]) -> None:
+def check_reads_back(config: PretrainedConfig, fields: dict[str, Any]) -> None:
+    """Whether transformers opens a model of this config again and reads these fields as they are.
+
+    Raises:
+        RequestError: it does not.
+    """
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(config, "auto_map"):
         raise RequestError(
             f"config field model_type={config.model_type!r}: transformers saves such a model but does not "
             "open it again as a causal language model; it cannot be pruned"
         )
     try:
-        read = text_config(_read_back(config))
+        read = text_config(read_back(config))
     except (ValueError, StrictDataclassError) as error:
         raise RequestError(
             f"model type {config.model_type!r}: transformers refuses the pruned config "
@@ -168,10 +184,10 @@ def _check_rebuilds(model: PreTrainedModel, config: PretrainedConfig, kept: Sequ
     block (per-layer embeddings).
     """
     with torch.device("meta"):
-        rebuilt = type(model)(_read_back(config))
+        rebuilt = type(model)(read_back(config))
     blocks, rebuilt_blocks = find_layers(model).modules, find_layers(rebuilt).modules
     for new_index, old_index in enumerate(kept):
-        change = _first_change(_traits(blocks[old_index]), _traits(rebuilt_blocks[new_index]))
+        change = _first_change(traits(blocks[old_index]), traits(rebuilt_blocks[new_index]))
         if change:
             raise RequestError(
                 f"model type {config.model_type!r}: its config cannot say that layer {old_index} becomes "
@@ -192,7 +208,7 @@ def _check_buffers(blocks: nn.ModuleList, kept: Sequence[int], config: Pretraine
     for index, block in enumerate(blocks):
         moved = index in kept and kept.index(index) != index
         for name, buffer in _unsaved_buffers(block):
-            first = alike.setdefault((name, *sorted(_traits(block))), buffer)
+            first = alike.setdefault((name, *sorted(traits(block))), buffer)
             if first.device.type != "meta" and not torch.equal(first, buffer) and moved:
                 raise RequestError(
                     f"model type {config.model_type!r}: {name!r} of layer {index} is computed from the "
@@ -229,7 +245,7 @@ def _shapes_outside_blocks(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
             yield f"{name}:shape", tuple(parameter.shape)
 
 
-def _traits(block: nn.Module) -> Iterator[tuple[str, Any]]:
+def traits(block: nn.Module) -> Iterator[tuple[str, Any]]:
     """Names and values that tell one block from another, leaving out weights and its own index."""
     for path, module in block.named_modules():
         yield f"{path}:class", type(module).__name__

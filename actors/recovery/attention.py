@@ -1,7 +1,6 @@
 """Reading attention matrices while single blocks run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +11,8 @@ from actors.errors import RequestError
 from actors.models import find_layers
 
 REMEDY = "set the weight of the loss term 'attention' to 0 (recovery.loss.attention)"
+DEFAULT_IMPLEMENTATIONS = (None, "eager", "sdpa")
+"""What transformers chooses by itself; anything else was asked for."""
 
 
 class AttentionTap:
@@ -23,38 +24,53 @@ class AttentionTap:
         model: a decoder language model of N blocks.
 
     Raises:
-        RequestError: the family, or one of its layers, has no attention matrix.
+        RequestError: the family, or one of its layers, has no attention matrix, or
+            the model was loaded for a kernel of its own choice.
     """
 
     def __init__(self, model: PreTrainedModel):
         self._model_type = model.config.model_type
         recorder = _recorder(model)
-        model.set_attn_implementation("eager")
+        _switch_to_eager(model)
         self._index = recorder.index
         self._modules = [
             _attention_of(block, recorder, layer, self._model_type)
             for layer, block in enumerate(find_layers(model).modules)
         ]
-        self._caught: Tensor | None = None
 
-    @contextmanager
-    def watching(self, layer: int) -> Iterator[None]:
-        """Keep the attention matrix that block `layer` forms meanwhile."""
-        hook = self._modules[layer].register_forward_hook(self._catch)
+    def read(self, layer: int, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """What `run` gives, and the attention matrix [B, H, T, T] that block `layer` forms meanwhile.
+
+        Raises:
+            RequestError: it formed none.
+        """
+        caught: list[Tensor] = []
+
+        def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, tuple) and isinstance(output[self._index], Tensor):
+                caught.append(output[self._index])
+
+        hook = self._modules[layer].register_forward_hook(catch)
         try:
-            yield
+            result = run()
         finally:
             hook.remove()
-
-    def take(self) -> Tensor:
-        """The matrix caught last [B, H, T, T]; it is handed over, not kept."""
-        caught, self._caught = self._caught, None
-        if caught is None:
+        if not caught:
             raise RequestError(f"model type {self._model_type!r} returns no attention matrix; {REMEDY}")
-        return caught
+        return result, caught.pop()
 
-    def _catch(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        self._caught = output[self._index] if isinstance(output, tuple) else None
+
+def _switch_to_eager(model: PreTrainedModel) -> None:
+    """Have attention matrices formed, unless someone asked for a kernel that forms none."""
+    chosen = model.config._attn_implementation
+    if chosen not in DEFAULT_IMPLEMENTATIONS:
+        raise RequestError(
+            f"the model is loaded with attention implementation {chosen!r}, which forms no attention matrix; "
+            f"take that choice back, or {REMEDY}"
+        )
+    model.set_attn_implementation("eager")
+    if model.config._attn_implementation != "eager":
+        raise RequestError(f"model type {model.config.model_type!r} has no eager attention; {REMEDY}")
 
 
 def _recorder(model: PreTrainedModel) -> OutputRecorder:

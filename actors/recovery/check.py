@@ -1,10 +1,12 @@
 """Refusing a recovery that could not run, before anything starts."""
 
 from actors.contracts import RecoverySpec
-from actors.errors import RequestError, unknown_name
-from actors.recovery.adapters import ADAPTER_KINDS
-from actors.recovery.engine import deepspeed_config
-from actors.recovery.objectives import find_objective
+from actors.errors import RequestError
+from actors.recovery.adapters import check_adapter
+from actors.recovery.deepspeed_config import deepspeed_config, precision_of
+from actors.recovery.feed import check_data
+from actors.recovery.objectives import Objective, find_objective
+from actors.recovery.pair import check_teacher
 from actors.recovery.schedule import lr_at
 
 
@@ -15,22 +17,33 @@ def check_recovery(spec: RecoverySpec, workers: int) -> None:
         RequestError: an unknown objective, adapter kind or schedule, batch sizes
             that do not divide, a DeepSpeed JSON that contradicts them, or no loss.
     """
-    if find_objective(spec.objective).build is None:
+    objective = find_objective(spec.objective)
+    if not objective.heals:
         return
     if spec.model.merges:
         raise RequestError(
             f"recovery {spec.objective!r} trains adapters on the source model's own weights and cannot heal "
             "merged layers; use recovery.objective: none with the criterion laco"
         )
-    if spec.adapter.kind not in ADAPTER_KINDS:
-        raise unknown_name("adapter kind", spec.adapter.kind, ADAPTER_KINDS)
-    if not any((spec.loss.hidden, spec.loss.attention, spec.loss.logits)):
-        raise RequestError("recovery.loss: every term has weight 0; give at least one a weight")
+    check_data(spec.objective, spec.data)
+    check_teacher(spec, objective.has_teacher)
+    if objective.build is not None:
+        _check_training(spec, workers, objective)
+
+
+def _check_training(spec: RecoverySpec, workers: int, objective: Objective) -> None:
+    check_adapter(spec)
+    if objective.weights and not any(getattr(spec.loss, name) for name in objective.weights):
+        raise RequestError(
+            f"recovery.loss: {', '.join(objective.weights)} all have weight 0, and {spec.objective!r} has no "
+            "other terms; give one of them a weight"
+        )
     per_step = spec.batch_size * spec.sequence_length
     if spec.max_tokens < per_step:
         raise RequestError(
             f"recovery.max_tokens {spec.max_tokens} is less than one batch of {spec.batch_size} x "
             f"{spec.sequence_length} = {per_step} tokens; raise it or make the batch smaller"
         )
+    precision_of(spec)
     deepspeed_config(spec, workers)
     lr_at(0, 1, spec.learning_rate, spec.lr_schedule)

@@ -1,118 +1,88 @@
-"""Lockstep distillation: teacher and student side by side on one copy of the weights.
+"""Distillation of hidden states, attention matrices and logits, teacher and student in lockstep.
 
 IteRABRe §3.2, with map(l) as corrected in DESIGN §6:
 L = Σ_l [ MSE(H_T^{map(l)}, H_S^l) + MSE(A_T^{map(l)}, A_S^l) ] + MSE(z_T, z_S).
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actors.contracts import LossSpec
 from actors.data import TokenBatch
 from actors.errors import RequestError
-from actors.models import LayerwisePass, find_layers
-from actors.recovery.adapters import lora_layers, switched_off
-from actors.recovery.attention import AttentionTap
-from actors.recovery.head import OutputHead
-from actors.recovery.losses import attention_mse, hidden_mse, logit_mse, logit_mse_from_hidden
+from actors.recovery.counting import distilled
+from actors.recovery.head import OutputHead, common_gram
+from actors.recovery.lockstep import Lockstep, check_comparable
+from actors.recovery.logit_losses import find_logit_loss
+from actors.recovery.losses import Counted, attention_mse, hidden_mse, logit_distance, logit_mse_from_hidden
 from actors.recovery.pair import Pair
+from actors.recovery.student import Terms
 
-Terms = dict[str, Tensor]
+LAYER_TERMS = ("hidden", "attention")
 
 
-class LockstepDistiller(nn.Module):
-    """The unpruned model as its own teacher.
-
-    The teacher is all N layers with adapters off; the student is the kept layers
-    with adapters on. Both advance through the same modules, source layer by
-    source layer, so the frozen weights exist once and only one teacher hidden
-    state and attention matrix is alive at a time.
+class LockstepDistiller(Lockstep):
+    """The student learns from the teacher's layers and logits.
 
     Args:
-        pair: student and teacher in one model.
-        weights: weight of each loss term; a term of weight 0 is not computed.
+        pair: student and teacher, in one model or in two.
+        loss: weight of each term; a term of weight 0 is not computed.
+        gradient_checkpointing: see `Student`.
 
     Raises:
-        RequestError: no term has a weight, or the family has no attention
-            matrices although the attention term is on.
+        RequestError: no term has a weight, the family has no attention matrices
+            although the attention term is on, or the two cannot be compared.
     """
 
-    def __init__(self, pair: Pair, weights: LossSpec):
-        super().__init__()
-        self.pair = pair
-        self._model = pair.student
-        self._kept = frozenset(pair.student_layers)
-        self._weights = {"hidden": weights.hidden, "attention": weights.attention, "logits": weights.logits}
-        if not any(self._weights.values()):
+    def __init__(self, pair: Pair, loss: LossSpec, gradient_checkpointing: bool = False):
+        weights = {"hidden": loss.hidden, "attention": loss.attention, "logits": loss.logits}
+        if not any(weights.values()):
             raise RequestError("every loss term of the distillation has weight 0; give one of them a weight")
-        blocks = find_layers(self._model).modules
-        self._lora = [lora_layers(block) for block in blocks]
-        self._tap = AttentionTap(self._model) if weights.attention else None
-        self._head = OutputHead(self._model)
-        self.register_buffer("_gram_DD", self._head.gram() if weights.logits else None, persistent=False)
-
-    def train(self, mode: bool = True) -> "LockstepDistiller":
-        """Only the adapters' own dropout follows the mode: the shared weights serve the teacher too."""
-        super().train(False)
-        self.training = mode
-        for layer in (layer for block in self._lora for layer in block):
-            layer.lora_dropout.train(mode)
-        return self
+        check_comparable(pair, loss)
+        super().__init__(pair, gradient_checkpointing, attention=bool(loss.attention))
+        self._weights = weights
+        self._distance = find_logit_loss(loss.logit_loss, loss.temperature)
+        self._heads = OutputHead(pair.student), OutputHead(pair.teacher or pair.student)
+        by_gram = loss.logits and loss.logit_loss == "mse"
+        self._gram_DD = common_gram(*self._heads) if by_gram else None
+        # Without a map, nothing of the teacher is looked at on the way.
+        self._map = pair.teacher_layers or (-1,) * len(pair.student_layers)
 
     def forward(self, batch: TokenBatch) -> Terms:
         """Loss terms of one batch, and their weighted sum as `loss`.
 
         Returns:
-            Scalars: `hidden` and `attention` are sums over the student's layers
-            of means (see `losses`), `logits` is a mean; only terms with a weight.
+            Scalars: `hidden` and `attention` are sums over the student's layers,
+            `logits` is one value, each as `losses` and `logit_losses` define it;
+            only terms with a weight.
         """
-        mask_BT = batch.mask_BT
-        way = LayerwisePass(self._model, batch.input_ids_BT, mask_BT)
-        student_BTD, teacher_BTD, terms = self._advance(way, mask_BT)
+        counted = distilled(batch)
+        student_way, teacher_way = self.ways(batch)
+        student_BTD, teacher_BTD = student_way.hidden_BTD, teacher_way.hidden_BTD.detach()
+        terms = {
+            name: torch.zeros((), device=student_BTD.device) for name in LAYER_TERMS if self._weights[name]
+        }
+        done = 0
+        for student_layer, teacher_layer in zip(self.pair.student_layers, self._map, strict=True):
+            teacher_BTD, teacher_BHTT = self.teach(teacher_way, range(done, teacher_layer + 1), teacher_BTD)
+            student_BTD, student_BHTT = self.block(student_way, student_layer, student_BTD)
+            done = teacher_layer + 1
+            if "hidden" in terms:
+                terms["hidden"] = terms["hidden"] + hidden_mse(student_BTD, teacher_BTD, counted)
+            if "attention" in terms:
+                distance = attention_mse(student_BHTT, teacher_BHTT, counted, batch.mask_BT)
+                terms["attention"] = terms["attention"] + distance
+            # Neither matrix may outlive its layer.
+            del teacher_BHTT, student_BHTT
         if self._weights["logits"]:
+            teacher_BTD, _ = self.teach(teacher_way, range(done, self._teacher_depth), teacher_BTD)
             with torch.no_grad():
-                teacher_BTD = way.finish(teacher_BTD)
-            terms["logits"] = self._logit_term(way.finish(student_BTD), teacher_BTD, mask_BT)
+                teacher_BTD = teacher_way.finish(teacher_BTD)
+            terms["logits"] = self._logit_term(student_way.finish(student_BTD), teacher_BTD, counted)
         terms["loss"] = sum((self._weights[name] * value for name, value in terms.items()), torch.tensor(0.0))
         return terms
 
-    def student_hidden(self, input_ids_BT: Tensor) -> Tensor:
-        """The student's last hidden state after the final norm [B, T, D]."""
-        way = LayerwisePass(self._model, input_ids_BT)
-        hidden_BTD = way.hidden_BTD
-        for layer in sorted(self._kept):
-            hidden_BTD = way.block(layer, hidden_BTD)
-        return way.finish(hidden_BTD)
-
-    def _advance(self, way: LayerwisePass, mask_BT: Tensor | None) -> tuple[Tensor, Tensor, Terms]:
-        """Run both through all layers; their last hidden states and the terms summed on the way."""
-        student_BTD = teacher_BTD = way.hidden_BTD
-        terms: Terms = {name: torch.zeros((), device=student_BTD.device) for name in self._layer_terms}
-        for layer in range(len(self._lora)):
-            with torch.no_grad(), switched_off(self._lora[layer]), self._watching(layer):
-                teacher_BTD = way.block(layer, teacher_BTD)
-            if layer not in self._kept:
-                continue
-            teacher_BHTT = self._tap.take() if self._tap else None
-            with self._watching(layer):
-                student_BTD = way.block(layer, student_BTD)
-            if "hidden" in terms:
-                terms["hidden"] = terms["hidden"] + hidden_mse(student_BTD, teacher_BTD, mask_BT)
-            if self._tap:
-                distance = attention_mse(self._tap.take(), teacher_BHTT, mask_BT)
-                terms["attention"] = terms["attention"] + distance
-        return student_BTD, teacher_BTD, terms
-
-    @property
-    def _layer_terms(self) -> list[str]:
-        return [name for name in ("hidden", "attention") if self._weights[name]]
-
-    def _watching(self, layer: int) -> AbstractContextManager[None]:
-        return self._tap.watching(layer) if self._tap else nullcontext()
-
-    def _logit_term(self, student_BTD: Tensor, teacher_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    def _logit_term(self, student_BTD: Tensor, teacher_BTD: Tensor, counted: Counted) -> Tensor:
         if self._gram_DD is None:
-            return logit_mse(student_BTD, teacher_BTD, self._head, mask_BT)
-        return logit_mse_from_hidden(student_BTD.float() - teacher_BTD.float(), self._gram_DD, mask_BT)
+            return logit_distance(student_BTD, teacher_BTD, self._heads, self._distance, counted)
+        return logit_mse_from_hidden(student_BTD, teacher_BTD, self._gram_DD, counted)

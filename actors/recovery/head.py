@@ -30,11 +30,17 @@ class OutputHead:
     """Callable: hidden states after the final norm [.., D] → logits [.., V].
 
     Args:
-        model: a causal language model with a frozen head.
+        model: a causal language model.
+
+    Attributes:
+        frozen: whether nothing between hidden states and logits is trained.
     """
 
     def __init__(self, model: PreTrainedModel):
         self._model = model
+        below = {id(parameter) for parameter in model.base_model.parameters()}
+        above = [parameter for parameter in model.parameters() if id(parameter) not in below]
+        self.frozen = not any(p.requires_grad for p in (*above, *model.get_output_embeddings().parameters()))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         hidden_BTD = hidden if hidden.dim() == 3 else hidden[None]
@@ -51,12 +57,12 @@ class OutputHead:
             del backbone.forward
         return logits_BTV if hidden.dim() == 3 else logits_BTV[0]
 
-    def gram(self) -> Tensor | None:
-        """G of DESIGN §6 where the logits are exactly W h with W frozen, else None."""
+    def matrix(self) -> Tensor | None:
+        """W [V, D] where the logits are exactly W h with W frozen, else None."""
         layer = self._model.get_output_embeddings()
-        if not is_plain_head(layer) or not self._is_product(layer.weight):
+        if not self.frozen or not is_plain_head(layer) or not self._is_product(layer.weight):
             return None
-        return gram_matrix(layer.weight)
+        return layer.weight
 
     @torch.no_grad()
     def _is_product(self, weight_VD: Tensor) -> bool:
@@ -68,6 +74,14 @@ class OutputHead:
         hidden_1D = (PROBE_LOGIT * longest_D / longest_D.square().sum())[None].to(weight_VD.dtype)
         logits, product = self(hidden_1D).float(), hidden_1D.float() @ weight_VD.float().T
         return bool((logits - product).abs().max() < PROBE_TOLERANCE * PROBE_LOGIT)
+
+
+def common_gram(student: OutputHead, teacher: OutputHead) -> Tensor | None:
+    """G of DESIGN §6 where both heads are the same frozen matrix and nothing else, else None."""
+    ours, theirs = student.matrix(), teacher.matrix()
+    if ours is None or theirs is None or ours.shape != theirs.shape or not torch.equal(ours, theirs):
+        return None
+    return gram_matrix(ours)
 
 
 def is_plain_head(layer: nn.Module | None) -> bool:

@@ -1,17 +1,15 @@
 """Recovery in this process alone, with checkpoints in a local directory."""
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 from actors.contracts import Progress, RecoveryResult, RecoverySpec, digest, no_progress, to_json
+from actors.recovery.checkpoint import CheckpointDirectory
+from actors.recovery.deepspeed_config import settings_fingerprint
 from actors.recovery.engine import single_process_group
-from actors.recovery.train_loop import Workplace, Write, train
-
-KEPT_CHECKPOINTS = 2
+from actors.recovery.train_loop import MicroBatchError, train
+from actors.recovery.workplace import Workplace
 
 
 def recover_locally(
@@ -28,47 +26,32 @@ def recover_locally(
     Raises:
         RequestError, WorkError: as `train_loop.train`.
     """
-    checkpoints = CheckpointDirectory(Path(work_dir) / f"recovery-{digest(to_json(spec))[:16]}")
+    checkpoints = CheckpointDirectory(Path(work_dir) / f"recovery-{_fingerprint(spec)[:16]}")
     workplace = Workplace(
         rank=0,
         world_size=1,
         adapter_uri=adapter_uri,
+        note_uri=str(checkpoints.path / "micro_batch_size"),
         save_checkpoint=checkpoints.save,
-        open_checkpoint=checkpoints.open_last,
+        checkpoints=checkpoints.newest_first,
         progress=progress,
     )
     with single_process_group():
-        result = train(spec, workplace)
+        result = _train(spec, workplace)
     checkpoints.remove()
     return result
 
 
-class CheckpointDirectory:
-    """Checkpoints of one process: each whole or absent, only the last few kept."""
+def _fingerprint(spec: RecoverySpec) -> str:
+    """Hash of what a checkpoint's content depends on: not how often it is written or how the work is cut."""
+    sources = to_json(replace(spec, micro_batch_size=1, checkpoint_steps=1, deepspeed=""))
+    return digest([settings_fingerprint(spec), sources])
 
-    def __init__(self, path: Path):
-        self._path = path
 
-    def save(self, steps_done: int, write: Write) -> None:
-        self._path.mkdir(parents=True, exist_ok=True)
-        target = self._path / f"step_{steps_done:06d}"
-        scratch = Path(tempfile.mkdtemp(dir=self._path, prefix=".writing-"))
+def _train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
+    """Train from the last checkpoint for as long as a smaller micro-batch may still fit."""
+    while True:
         try:
-            write(scratch)
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(scratch, target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        for old in self._all()[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
-
-    @contextmanager
-    def open_last(self) -> Iterator[Path | None]:
-        """The newest checkpoint, or None."""
-        yield next(reversed(self._all()), None)
-
-    def remove(self) -> None:
-        shutil.rmtree(self._path, ignore_errors=True)
-
-    def _all(self) -> list[Path]:
-        return sorted(self._path.glob("step_*"))
+            return train(spec, workplace)
+        except MicroBatchError as error:
+            logging.getLogger(__name__).warning("%s", error)

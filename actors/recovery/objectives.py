@@ -2,34 +2,99 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from actors.contracts import RecoverySpec
+from actors.data import TrainingData
 from actors.errors import unknown_name
+from actors.recovery.bridge import Solution, solve_bridges
+from actors.recovery.causal import CausalLM
 from actors.recovery.distillation import LockstepDistiller
+from actors.recovery.documents import check_documents_apart
+from actors.recovery.healing import AuxiliaryHealing
 from actors.recovery.pair import Pair
+from actors.recovery.student import Student
 
 BuildModule = Callable[[Pair, RecoverySpec], nn.Module]
 """Gives the module to train: forward(batch: TokenBatch) → dict of scalar terms, their weighted sum
 under `loss`, each the sum over the batch's tokens divided by `batch.denominator`."""
 
 
+Solve = Callable[[RecoverySpec, TrainingData], Solution]
+"""Gives tensors in the place of the model's own, found in closed form."""
+
+
 @dataclass(frozen=True)
 class Objective:
-    """`build` is None where nothing is trained."""
+    """`build` gives what is trained, `solve` what is found in closed form; both None where nothing is done.
+
+    `weights` names what of `LossSpec` weighs its terms. `trains_on` is running `text`,
+    the `answers` of conversations, `responses` that the unpruned model gives to prompts
+    before, or `anything`. `has_teacher` if the student is compared with another model.
+    """
 
     build: BuildModule | None
     paper: str
+    weights: tuple[str, ...] = ()
+    trains_on: Literal["text", "answers", "responses", "anything"] = "text"
+    has_teacher: bool = False
+    solve: Solve | None = None
+
+    @property
+    def heals(self) -> bool:
+        """Whether anything is done to the pruned model."""
+        return self.build is not None or self.solve is not None
 
 
 def build_lockstep(pair: Pair, spec: RecoverySpec) -> nn.Module:
-    """Knowledge distillation from the unpruned model."""
-    return LockstepDistiller(pair, spec.loss)
+    """Knowledge distillation from the unpruned model, or from the teacher that is named."""
+    return _packed(LockstepDistiller(pair, spec.loss, spec.gradient_checkpointing), spec)
+
+
+def build_causal_lm(pair: Pair, spec: RecoverySpec) -> nn.Module:
+    """Next-token prediction on the targets of the data."""
+    return _packed(CausalLM(pair, spec.gradient_checkpointing), spec)
+
+
+def build_auxiliary_healing(pair: Pair, spec: RecoverySpec) -> nn.Module:
+    """Next-token prediction and the mismatch at the cuts; without its weight, the former alone."""
+    if not spec.loss.auxiliary:
+        return build_causal_lm(pair, spec)
+    return _packed(AuxiliaryHealing(pair, spec.loss.auxiliary, spec.gradient_checkpointing), spec)
+
+
+def _packed(module: Student, spec: RecoverySpec) -> Student:
+    """The module, once its models are known to keep documents apart, where rows hold several."""
+    if spec.packing == "documents":
+        check_documents_apart(module.pair.student)
+        if module.pair.teacher is not None:
+            check_documents_apart(module.pair.teacher)
+    return module
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "kd": Objective(build_lockstep, "IteRABRe §3.2"),
+    "kd": Objective(
+        build_lockstep, "IteRABRe §3.2", weights=("hidden", "attention", "logits"), has_teacher=True
+    ),
+    "healing": Objective(build_causal_lm, "Gromov et al. (arXiv 2403.17887) §3.2, App. A.1"),
+    "healing_aux": Objective(
+        build_auxiliary_healing, "Gromov et al. (arXiv 2403.17887) §5, Eq. 8", has_teacher=True
+    ),
+    "sft": Objective(
+        build_causal_lm,
+        "Limits of Layer Pruning §2: fine-tuning on the data set's answers",
+        trains_on="answers",
+    ),
+    "sgr": Objective(
+        build_causal_lm,
+        "Limits of Layer Pruning §2: fine-tuning on the unpruned model's answers",
+        trains_on="responses",
+    ),
+    "linear_bridge": Objective(
+        None, "ReplaceMe (arXiv 2505.02819) §2.2", trains_on="anything", solve=solve_bridges
+    ),
     "none": Objective(None, "pruning without recovery, the control of every paper"),
 }
 

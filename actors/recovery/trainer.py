@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,11 +12,13 @@ from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from actors.artifacts import explained, join
 from actors.contracts import Progress, RecoveryResult, RecoverySpec, no_progress
 from actors.errors import IterabreError, RequestError, WorkError
-from actors.recovery.train_loop import DivergenceError, Workplace, Write, train
+from actors.recovery.checkpoint import KEPT_CHECKPOINTS
+from actors.recovery.train_loop import DivergenceError, train
+from actors.recovery.workplace import Workplace, Write
 
-KEPT_CHECKPOINTS = 2
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
@@ -24,6 +26,7 @@ START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 class _Job:
     spec: RecoverySpec
     adapter_uri: str
+    note_uri: str
     progress: Progress
 
 
@@ -44,7 +47,8 @@ def recover_on_ray(
 
     The loss curve is that of `recover_locally`, whatever the number of workers.
     Dead workers are replaced and training goes on from the last checkpoint, as
-    it does if the caller died and calls again with the same `name` and `workers`.
+    it does if the caller died and calls again with the same `name`, be it with
+    another number of workers.
 
     Args:
         spec: what to train.
@@ -55,43 +59,57 @@ def recover_on_ray(
             what each one reserves.
         start_timeout_s: how long to wait for the workers' resources, each time
             that they are asked for.
-        max_failures: how many failures of workers, and of starting them, are survived.
+        max_failures: how many failures of workers, and of starting them, are survived;
+            a machine that is taken away after a warning (spot) does not count.
         progress_handle: a picklable `Progress`; called in the worker of rank 0.
 
     Raises:
         RequestError: the request was wrong; found by the workers, not tried again.
         WorkError: training failed; names the cause, not the actor that died of it.
     """
+    note_uri = join(storage_path, name, "micro_batch_size")
+    job = _Job(spec, adapter_uri, note_uri, progress_handle or no_progress)
+    scaling = ScalingConfig(
+        num_workers=workers,
+        use_gpu=gpus_per_worker > 0,
+        resources_per_worker=_resources(cpus_per_worker, gpus_per_worker),
+    )
+    with _start_timeout(start_timeout_s):
+        return _fit(job, scaling, _run_config(name, storage_path, max_failures))
+
+
+def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryResult:
+    """Run the job to its end; failures are raised as what caused them."""
     trainer = TorchTrainer(
-        _work,
-        train_loop_config={"job": _Job(spec, adapter_uri, progress_handle or no_progress)},
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=gpus_per_worker > 0,
-            resources_per_worker=_resources(cpus_per_worker, gpus_per_worker),
-        ),
-        run_config=RunConfig(
-            # ZeRO's checkpoints fit one number of workers; with another, training starts again.
-            name=f"{name}-{workers}w",
-            storage_path=storage_path,
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
+        _work, train_loop_config={"job": job}, scaling_config=scaling, run_config=run_config
     )
     try:
-        with _start_timeout(start_timeout_s):
-            outcome = trainer.fit().return_value
+        outcome = trainer.fit().return_value
     except ray_train.WorkerGroupError as error:
-        raise _worker_failure(name, error) from error
+        raise _worker_failure(run_config.name, error) from error
     except ray_train.TrainingFailedError as error:
         raise WorkError(
-            f"recovery {name!r} could not run on {workers} workers of {cpus_per_worker} CPUs and "
-            f"{gpus_per_worker} GPUs: {_last_line(error)}"
+            f"recovery {run_config.name!r} could not run on {scaling.num_workers} workers of "
+            f"{scaling.resources_per_worker}: {_last_line(error)}"
         ) from error
     if isinstance(outcome, IterabreError):
         raise outcome
     return outcome
+
+
+def _run_config(name: str, storage_path: str, max_failures: int) -> RunConfig:
+    return RunConfig(
+        name=name,
+        storage_path=storage_path,
+        failure_config=FailureConfig(
+            max_failures=max_failures,
+            controller_failure_limit=max_failures,
+            # Losing a machine that was announced to go is no failure; as many as come are survived.
+            max_preemption_failures=-1,
+        ),
+        checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+        logging_config=LoggingConfig(log_level="WARNING"),
+    )
 
 
 def _work(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
@@ -101,9 +119,11 @@ def _work(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         adapter_uri=job.adapter_uri,
+        note_uri=job.note_uri,
         save_checkpoint=_report_checkpoint,
-        open_checkpoint=_open_checkpoint,
+        checkpoints=_newest_first,
         progress=job.progress,
+        leaving=_leaving,
     )
     try:
         return train(job.spec, workplace)
@@ -115,21 +135,29 @@ def _report_checkpoint(steps_done: int, write: Write) -> None:
     """Every worker writes its share; Ray joins the shares and commits when all are there."""
     with TemporaryDirectory(prefix="iterabre-checkpoint-") as scratch:
         write(Path(scratch))
-        ray_train.report(
-            {"steps_done": steps_done},
-            checkpoint=ray_train.Checkpoint.from_directory(scratch),
-            checkpoint_dir_name=f"step_{steps_done:06d}",
-        )
+        with explained(ray_train.get_context().get_experiment_name(), "store a checkpoint of recovery"):
+            ray_train.report(
+                {"steps_done": steps_done},
+                checkpoint=ray_train.Checkpoint.from_directory(scratch),
+                checkpoint_dir_name=f"step_{steps_done:06d}",
+            )
+
+
+def _newest_first() -> Iterator[AbstractContextManager[Path]]:
+    """What Ray has committed: checkpoints that every worker's share of has arrived."""
+    reported = ray_train.get_all_reported_checkpoints()
+    return (_opened(each.checkpoint) for each in reversed(reported))
 
 
 @contextmanager
-def _open_checkpoint() -> Iterator[Path | None]:
-    checkpoint = ray_train.get_checkpoint()
-    if checkpoint is None:
-        yield None
-        return
+def _opened(checkpoint: ray_train.Checkpoint) -> Iterator[Path]:
     with checkpoint.as_directory() as directory:
         yield Path(directory)
+
+
+def _leaving() -> bool:
+    """Whether the machine of one of the workers is about to be taken away; the workers agree."""
+    return ray_train.get_preemption_info() is not None
 
 
 def _resources(cpus: float, gpus: float) -> dict[str, float]:

@@ -1,80 +1,19 @@
-"""What makes a layer worth removing: one function and one row of `CRITERIA` each.
-
-Every measure returns one row of scores for each calibration sequence it is given,
-[S, N]; a layer's score is the mean over sequences, so any split of the sequences
-over processes gives the same scores.
-"""
+"""What makes a layer worth removing: one row of `CRITERIA` each, its function in `measures`."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
-from transformers import PreTrainedModel
 
 from actors.errors import RequestError, unknown_name
-from actors.models import LayerwisePass, depth
-from actors.scoring.angular import run_distances
-from actors.scoring.likelihood import negative_log_likelihoods
+from actors.models import BLOCK, check_granularity
+from actors.scoring import measures
+from actors.scoring.measures import Measure
 from actors.scoring.pooling import POOLING
-from actors.scoring.wavefront import (
-    UNPRUNED,
-    Outcome,
-    Tally,
-    Wave,
-    last_hiddens,
-    layer_forwards,
-    wavefront,
-    waves,
-)
-from actors.scoring.weights import first_order_taylor, weight_norms
+from actors.scoring.wavefront import layer_forwards
 
 TIE_TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a criterion may look at.
-
-    Attributes:
-        sequences: token ids [T] of each calibration sequence; lengths differ.
-        reference: the model whose output is to be kept (None: the scored model).
-        pooling: how a sequence's tokens become one similarity, see `POOLING`.
-        seed: for criteria that draw.
-        num_remove: layers that will go together, for criteria that choose a run of them.
-        candidates: the layers to score, ascending (None: all); for criteria that score `by_candidate`.
-        memory_budget: bytes that hidden states may take (None: as is usual on the device).
-        tally: where criteria that score `by_candidate` count their layer-forwards.
-    """
-
-    sequences: Sequence[Tensor]
-    reference: PreTrainedModel | None = None
-    pooling: str = "flatten"
-    seed: int = 0
-    num_remove: int = 1
-    candidates: Sequence[int] | None = None
-    memory_budget: int | None = None
-    tally: Tally = field(default_factory=Tally)
-
-    def waves(self, model: PreTrainedModel) -> list[Wave]:
-        """The sequences and candidates in portions that keep the memory budget."""
-        return waves(model, self.sequences, self.candidates, self.memory_budget)
-
-    def outcomes(self, model: PreTrainedModel, wave: Wave, *, keep_unpruned: bool) -> Iterator[Outcome]:
-        """The candidates of `wave` after the last block; see `wavefront`."""
-        return wavefront(model, self.sequences, wave, keep_unpruned=keep_unpruned, tally=self.tally)
-
-    def no_rows(self, model: PreTrainedModel) -> Tensor:
-        """Rows for every sequence and layer, nothing scored yet: [S, N] of NaN, float64."""
-        return torch.full((len(self.sequences), depth(model.config)), torch.nan, dtype=torch.float64)
-
-    def asked(self, rows_SN: Tensor) -> Tensor:
-        """The columns of the layers to score. [S, C]"""
-        return rows_SN if self.candidates is None else rows_SN[:, list(self.candidates)]
-
-
-Measure = Callable[[PreTrainedModel, Calibration], Tensor]
 
 
 def _alike(_num_tokens: int) -> float:
@@ -90,7 +29,7 @@ class Criterion:
     """A row of `CRITERIA`.
 
     Attributes:
-        measure: gives [S, N] scores (or [1, N] where sequences do not matter).
+        measure: gives [S, N] scores (or [1, N] where sequences do not matter); what was not asked for is NaN.
         highest_first: remove the layer of the highest score first, else the lowest.
         uses_sequences: whether the scores depend on calibration text.
         forwards: layer-forwards spent on S sequences by a model of N layers.
@@ -101,8 +40,9 @@ class Criterion:
         joint: the sequences' rows cannot be computed apart (a measure gives the same row for each).
         by_task: there is nothing to measure here, an lm-eval task decides (`actors.scoring.task`).
         by_merge: layers are merged, all at once, rather than dropped (`actors.scoring.merge`).
-        by_candidate: scores any part of the candidates by itself, [S, C] for the `candidates`
-            of the calibration, and can walk over a model whose weights are streamed.
+        by_candidate: scores the `candidates` of the calibration alone, any part of them by itself,
+            and can walk over a model whose weights are streamed.
+        blocks_only: has no meaning for attention or MLP alone.
         seeded: the scores depend on the seed.
         weight: how much a sequence of T tokens counts in a layer's score.
         link: from the weighted mean of a layer's rows to its score.
@@ -119,6 +59,7 @@ class Criterion:
     by_task: bool = False
     by_merge: bool = False
     by_candidate: bool = False
+    blocks_only: bool = False
     seeded: bool = False
     weight: Callable[[int], float] = _alike
     link: Callable[[Tensor], Tensor] = _as_it_is
@@ -133,119 +74,8 @@ class Criterion:
         return self.link(mean_C)
 
 
-@torch.no_grad()
-def hidden_cosine(model: PreTrainedModel, calibration: Calibration) -> Tensor:
-    """Cosine of the last hidden states of the reference and the model without layer i. [S, C]"""
-    pool, own = POOLING[calibration.pooling], calibration.reference is None
-    rows = calibration.no_rows(model)
-    for wave in calibration.waves(model):
-        references = _reference_hidden(calibration, wave.positions)
-        for outcome in calibration.outcomes(model, wave, keep_unpruned=own):
-            hidden_CGTD = outcome.last_hidden().float()
-            if outcome.streams[0] == UNPRUNED:
-                references |= zip(outcome.positions, hidden_CGTD[0].clone(), strict=True)
-            first = outcome.streams.count(UNPRUNED)
-            layers = list(outcome.streams[first:])
-            for g, position in enumerate(outcome.positions):
-                rows[position, layers] = pool(references[position], hidden_CGTD[first:, g]).double().cpu()
-    return calibration.asked(rows)
-
-
-def _reference_hidden(calibration: Calibration, positions: Sequence[int]) -> dict[int, Tensor]:
-    """The last hidden state [T, D] of another reference at each of the sequences; empty if there is none."""
-    if calibration.reference is None:
-        return {}
-    sequences = [calibration.sequences[i] for i in positions]
-    hidden = last_hiddens(
-        calibration.reference, sequences, budget=calibration.memory_budget, tally=calibration.tally
-    )
-    return {position: h.float() for position, h in zip(positions, hidden, strict=True)}
-
-
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, calibration: Calibration) -> Tensor:
-    """Mean negative log-likelihood of the tokens 2..T under the model without layer i, in nats. [S, C]
-
-    Their mean over tokens becomes the perplexity (`Criterion.link`). A sequence
-    of one token predicts nothing: its row is 0 and weighs nothing.
-    """
-    rows = calibration.no_rows(model)
-    for wave in calibration.waves(model):
-        for outcome in calibration.outcomes(model, wave, keep_unpruned=False):
-            nats_CG = negative_log_likelihoods(outcome, calibration.sequences, calibration.memory_budget)
-            for g, position in enumerate(outcome.positions):
-                rows[position, list(outcome.streams)] = nats_CG[:, g].cpu()
-    return calibration.asked(rows)
-
-
 def _predicted(num_tokens: int) -> float:
     return num_tokens - 1
-
-
-@torch.no_grad()
-def block_influence(model: PreTrainedModel, calibration: Calibration) -> Tensor:
-    """1 − mean over tokens of the cosine between a block's input and its output. [S, N]"""
-    rows = []
-    for sequence in calibration.sequences:
-        walk = LayerwisePass(model, sequence[None])
-        entering, row = walk.hidden_BTD, []
-        for index in range(depth(model.config)):
-            leaving = walk.block(index, entering)
-            row.append(1 - cosine_similarity(entering.float(), leaving.float(), dim=-1).mean())
-            entering = leaving
-        rows.append(torch.stack(row))
-    return torch.stack(rows)
-
-
-def angular_block(model: PreTrainedModel, calibration: Calibration) -> Tensor:
-    """Angular distance at the last token between the input of block i and that of block i + n. [S, N]"""
-    return run_distances(model, calibration.sequences, calibration.num_remove)
-
-
-def magnitude_l1(model: PreTrainedModel, _calibration: Calibration) -> Tensor:
-    """Sum of the absolute values of a block's weight matrices. [1, N]"""
-    return weight_norms(model, 1)[None]
-
-
-def magnitude_l2(model: PreTrainedModel, _calibration: Calibration) -> Tensor:
-    """Sum of the Frobenius norms of a block's weight matrices. [1, N]"""
-    return weight_norms(model, 2)[None]
-
-
-def taylor(model: PreTrainedModel, calibration: Calibration) -> Tensor:
-    """First-order change of the mean loss if a block's weights were zero, weight by weight. [S, N]"""
-    return first_order_taylor(model, calibration.sequences).expand(len(calibration.sequences), -1)
-
-
-def task_metric(_model: PreTrainedModel, _calibration: Calibration) -> Tensor:
-    """Refuses: whole models are evaluated by the evaluation room, which the orchestrator asks for it."""
-    raise RequestError(
-        "task_metric evaluates whole models on an lm-eval task and so runs in a campaign only; "
-        "name it as methods[].scoring.criterion with scoring.task"
-    )
-
-
-def laco(_model: PreTrainedModel, _calibration: Calibration) -> Tensor:
-    """Refuses: merges are tried one upon another, so that layers have no scores of their own."""
-    raise RequestError("laco merges layers and does not score them; call actors.scoring.merge.laco_compress")
-
-
-def deepest(model: PreTrainedModel, _calibration: Calibration) -> Tensor:
-    """Depth, with the last block kept to the end. [1, N]"""
-    scores = torch.arange(depth(model.config), dtype=torch.float32)
-    scores[-1] = -1
-    return scores[None]
-
-
-def reverse(model: PreTrainedModel, _calibration: Calibration) -> Tensor:
-    """Depth: from the tail. [1, N]"""
-    return torch.arange(depth(model.config), dtype=torch.float32)[None]
-
-
-def random(model: PreTrainedModel, calibration: Calibration) -> Tensor:
-    """Uniform draws by seed. [1, N]"""
-    generator = torch.Generator().manual_seed(calibration.seed)
-    return torch.rand(1, depth(model.config), generator=generator)
 
 
 def _one_pass(num_layers: int, num_sequences: int) -> int:
@@ -262,7 +92,7 @@ def _there_and_back(num_layers: int, num_sequences: int) -> int:
 
 CRITERIA: dict[str, Criterion] = {
     "hidden_cosine": Criterion(
-        hidden_cosine,
+        measures.hidden_cosine,
         True,
         True,
         layer_forwards,
@@ -271,7 +101,7 @@ CRITERIA: dict[str, Criterion] = {
         by_candidate=True,
     ),
     "perplexity": Criterion(
-        perplexity,
+        measures.perplexity,
         False,
         True,
         layer_forwards,
@@ -282,7 +112,7 @@ CRITERIA: dict[str, Criterion] = {
         link=torch.exp,
     ),
     "block_influence": Criterion(
-        block_influence,
+        measures.block_influence,
         False,
         True,
         _one_pass,
@@ -290,16 +120,17 @@ CRITERIA: dict[str, Criterion] = {
         "1 − mean_t cos(x_i,t, x_i+1,t)",
     ),
     "angular_block": Criterion(
-        angular_block,
+        measures.angular_block,
         False,
         True,
         _one_pass,
         "The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887) §3.2, Eq. 6 and 7",
         "arccos(cos(x_i,T, x_i+n,T)) / π for the run of n blocks from i on",
         chooses_run=True,
+        blocks_only=True,
     ),
     "deepest": Criterion(
-        deepest,
+        measures.deepest,
         True,
         False,
         _no_pass,
@@ -307,7 +138,7 @@ CRITERIA: dict[str, Criterion] = {
         "i, the last block kept to the end",
     ),
     "reverse": Criterion(
-        reverse,
+        measures.reverse,
         True,
         False,
         _no_pass,
@@ -316,7 +147,7 @@ CRITERIA: dict[str, Criterion] = {
         "i",
     ),
     "taylor": Criterion(
-        taylor,
+        measures.taylor,
         False,
         True,
         _there_and_back,
@@ -325,7 +156,7 @@ CRITERIA: dict[str, Criterion] = {
         joint=True,
     ),
     "magnitude_l1": Criterion(
-        magnitude_l1,
+        measures.magnitude_l1,
         False,
         False,
         _no_pass,
@@ -333,7 +164,7 @@ CRITERIA: dict[str, Criterion] = {
         "Σ_k ‖W_k‖₁, entrywise",
     ),
     "magnitude_l2": Criterion(
-        magnitude_l2,
+        measures.magnitude_l2,
         False,
         False,
         _no_pass,
@@ -341,7 +172,7 @@ CRITERIA: dict[str, Criterion] = {
         "Σ_k ‖W_k‖₂, entrywise (Frobenius)",
     ),
     "task_metric": Criterion(
-        task_metric,
+        measures.task_metric,
         True,
         False,
         _no_pass,
@@ -351,7 +182,7 @@ CRITERIA: dict[str, Criterion] = {
         seeded=True,
     ),
     "laco": Criterion(
-        laco,
+        measures.laco,
         True,
         True,
         _no_pass,
@@ -359,9 +190,10 @@ CRITERIA: dict[str, Criterion] = {
         "merges i+1..i+m into i: θ_i + Σ_k (θ_i+k − θ_i), kept while mean_d cos(h(M_ref)_d, h(merged)_d) > T",
         chooses_run=True,
         by_merge=True,
+        blocks_only=True,
     ),
     "random": Criterion(
-        random,
+        measures.random,
         True,
         False,
         _no_pass,
@@ -372,16 +204,23 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def find_criterion(name: str, pooling: str = "flatten") -> Criterion:
+def find_criterion(name: str, pooling: str = "flatten", granularity: str = BLOCK) -> Criterion:
     """The criterion of that name.
 
     Raises:
-        RequestError: an unknown criterion or pooling, with the nearest names.
+        RequestError: an unknown criterion, pooling or granularity, with the nearest names,
+            or a criterion of whole blocks for something else.
     """
     if name not in CRITERIA:
         raise unknown_name("criterion", name, CRITERIA)
     if pooling not in POOLING:
         raise unknown_name("pooling", pooling, POOLING)
+    check_granularity(granularity)
+    if granularity != BLOCK and CRITERIA[name].blocks_only:
+        raise RequestError(
+            f"criterion {name!r} chooses whole blocks and has no meaning for {granularity} alone; "
+            "set granularity: block or take another criterion"
+        )
     return CRITERIA[name]
 
 

@@ -12,10 +12,20 @@ from transformers import PreTrainedModel
 from actors.contracts import ModelRef, Progress, ScoreResult, ScoreSpec, no_progress
 from actors.data import calibration_sequences, load_texts
 from actors.errors import RequestError
-from actors.models import depth, device, load_source, load_streamed, load_tokenizer, materialize
+from actors.models import (
+    BLOCK,
+    check_sub_blocks,
+    depth,
+    device,
+    load_source,
+    load_streamed,
+    load_tokenizer,
+    materialize,
+)
 from actors.models.load import load_config
 from actors.scoring.budget import GIB
-from actors.scoring.criteria import Calibration, find_criterion, removal_order
+from actors.scoring.criteria import find_criterion, removal_order
+from actors.scoring.measures import Calibration
 from actors.scoring.merge import merge_result
 from actors.scoring.race import ROUND, contenders
 from actors.scoring.wavefront import Tally
@@ -37,8 +47,9 @@ def score_layers(
     seed: int = 0,
     num_remove: int = 1,
     memory_budget: int | None = None,
+    granularity: str = BLOCK,
 ) -> list[float]:
-    """Score every block of `model` as a candidate for removal.
+    """Score every block of `model`, or its attention or MLP, as a candidate for removal.
 
     Args:
         model: a decoder language model of N blocks, in eval mode.
@@ -48,12 +59,23 @@ def score_layers(
         pooling: for `hidden_cosine`: `flatten`, `token_mean` or `last_token`.
         num_remove: for `angular_block`: how many blocks go together.
         memory_budget: bytes that hidden states may take, beside the weights.
+        granularity: what is removed: `block`, `attention` or `mlp`.
 
     Returns:
         One float a block, in the order of the blocks.
     """
-    chosen = find_criterion(criterion, pooling)
-    calibration = Calibration(sequences, reference, pooling, seed, num_remove, memory_budget=memory_budget)
+    chosen = find_criterion(criterion, pooling, granularity)
+    if granularity != BLOCK:
+        check_sub_blocks(model, granularity)
+    calibration = Calibration(
+        sequences,
+        reference,
+        pooling,
+        seed,
+        num_remove,
+        memory_budget=memory_budget,
+        granularity=granularity,
+    )
     rows = chosen.measure(model, calibration)
     if not chosen.uses_sequences:
         return rows[0].tolist()
@@ -89,7 +111,7 @@ class Scorer:
 
     def __init__(self, spec: ScoreSpec):
         self.spec = spec
-        self.criterion = find_criterion(spec.criterion, spec.pooling)
+        self.criterion = find_criterion(spec.criterion, spec.pooling, spec.granularity)
         for name in ("stream_weights", "confidence"):
             if getattr(spec, name) and not self.criterion.by_candidate:
                 raise RequestError(f"scoring.{name} does not go with criterion {spec.criterion!r}")
@@ -97,8 +119,12 @@ class Scorer:
     @cached_property
     def _model(self) -> PreTrainedModel:
         if self.spec.stream_weights:
-            return load_streamed(self.spec.model, device())
-        return materialize(self.spec.model)[0].to(device())
+            model = load_streamed(self.spec.model, device())
+        else:
+            model = materialize(self.spec.model)[0].to(device())
+        if self.spec.granularity != BLOCK:
+            check_sub_blocks(model, self.spec.granularity)
+        return model
 
     @cached_property
     def _reference(self) -> PreTrainedModel | None:
@@ -120,9 +146,21 @@ class Scorer:
         return calibration_sequences(texts, tokenizer, self.spec.sequence_length, self.spec.max_sequences)
 
     @cached_property
+    def source_layers(self) -> tuple[int, ...]:
+        """Source layer index of each layer of the scored model."""
+        return self.spec.model.kept(depth(load_config(self.spec.model.source)))
+
+    @property
     def num_layers(self) -> int:
         """Layers of the scored model."""
-        return len(self.spec.model.kept(depth(load_config(self.spec.model.source))))
+        return len(self.source_layers)
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """Layers of the scored model that still have what would be removed."""
+        model, granularity = self.spec.model, self.spec.granularity
+        left = model.candidates(granularity, self.num_layers + len(model.dropped))
+        return tuple(i for i, source in enumerate(self.source_layers) if source in left)
 
     def rounds(self) -> list[list[int]]:
         """Positions of the sequences, in the portions after which candidates may be given up."""
@@ -147,7 +185,7 @@ class Scorer:
         sequences whose scores hang together stay in one share.
         """
         positions = range(max(1, len(self.sequences))) if positions is None else positions
-        chosen = tuple(range(self.num_layers) if candidates is None else candidates)
+        chosen = self.candidates if candidates is None else tuple(candidates)
         count = 1 if self.criterion.joint else min(count, len(positions))
         if self.sequences:
             positions = sorted(positions, key=lambda i: (-len(self.sequences[i]), i))
@@ -173,11 +211,11 @@ class Scorer:
             candidates=share.candidates,
             memory_budget=budget,
             tally=tally,
+            granularity=spec.granularity,
         )
-        rows = self.criterion.measure(model, calibration).double()
-        if not self.criterion.by_candidate:
-            tally.layer_forwards = self.criterion.forwards(depth(model.config), len(sequences))
-        return ShareScores(rows.tolist(), tally.layer_forwards)
+        rows = self.criterion.measure(model, calibration).double()[:, list(share.candidates)]
+        passed = tally.layer_forwards or self.criterion.forwards(depth(model.config), len(sequences))
+        return ShareScores(rows.tolist(), passed)
 
 
 class ScoreTable:
@@ -191,7 +229,7 @@ class ScoreTable:
         if scorer.sequences:
             self._weights = scorer.criterion.weights([len(sequence) for sequence in scorer.sequences])
         self._layer_forwards = 0
-        self.candidates = tuple(range(scorer.num_layers))
+        self.candidates = scorer.candidates
 
     @property
     def num_sequences(self) -> int:
@@ -222,16 +260,16 @@ class ScoreTable:
     def result(self) -> ScoreResult:
         """The scores; a layer that was given up has that of the sequences it saw, and comes last."""
         scorer, criterion = self._scorer, self._scorer.criterion
-        scores = [self._score(layer) for layer in range(scorer.num_layers)]
-        kept = scorer.spec.model.kept(scorer.num_layers + len(scorer.spec.model.dropped))
+        scores = [self._score(layer) for layer in scorer.candidates]
+        scored = [scorer.source_layers[layer] for layer in scorer.candidates]
         run = scorer.spec.num_remove if criterion.chooses_run else 1
         order = removal_order(scores, criterion.highest_first, run)
-        order.sort(key=lambda layer: layer not in self.candidates)
+        order.sort(key=lambda i: scorer.candidates[i] not in self.candidates)
         sequences = scorer.sequences
         return ScoreResult(
-            source_layers=kept,
+            source_layers=tuple(scored),
             scores=tuple(scores),
-            removal_order=tuple(kept[i] for i in order),
+            removal_order=tuple(scored[i] for i in order),
             num_sequences=len(sequences),
             num_tokens=sum(len(sequence) for sequence in sequences),
             layer_forwards=self._layer_forwards,
@@ -243,11 +281,14 @@ class ScoreTable:
         return self._scorer.criterion.combine(self._rows[known, layer, None], self._weights[known]).item()
 
     def _saved(self) -> int:
-        """What the unknown cells would have taken: N − 1 − i blocks for candidate i, N for a new sequence."""
-        num_layers = self._rows.shape[1]
-        after = torch.arange(num_layers - 1, -1, -1)
+        """What the unknown cells would have taken: the blocks after candidate i, N for a new sequence.
+
+        A candidate that is without a sub-block only passes its own block, too.
+        """
+        scorer, num_layers = self._scorer, self._rows.shape[1]
+        passed = torch.arange(num_layers - 1, -1, -1) + (scorer.spec.granularity != BLOCK)
         unseen = int((~self._known.any(1)).sum())
-        return int((~self._known * after).sum()) + unseen * num_layers
+        return int((~self._known * passed)[:, list(scorer.candidates)].sum()) + unseen * num_layers
 
 
 def conduct(

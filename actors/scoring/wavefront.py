@@ -3,7 +3,8 @@
 At layer j the batch holds the unpruned stream and one stream for every candidate
 i < j, which left it when its layer was skipped. Candidate j joins after layer j
 with the unpruned *input* of layer j. A candidate's shared prefix is therefore
-never computed again: N(N+1)/2 layer-forwards instead of N².
+never computed again: N(N+1)/2 layer-forwards instead of N². A candidate that is
+without its attention or MLP only passes layer j, too: N more.
 
 Sequences of one length share a batch and nothing is padded. All of them pass a
 layer before the next layer begins, so that its weights are read once.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.models import LayerwisePass, depth, resident
+from actors.models import BLOCK, LayerwisePass, depth, find_layers, resident, without_sub_block
 from actors.scoring.budget import Group, Wave, costs_of, default_budget, plan_waves
 
 UNPRUNED = -1
@@ -59,10 +60,16 @@ class _Streams:
     """The streams of one group of sequences; they live in one buffer and advance in place."""
 
     def __init__(
-        self, model: PreTrainedModel, ids_GT: Tensor, group: Group, candidates: Sequence[int], keep: bool
+        self,
+        model: PreTrainedModel,
+        ids_GT: Tensor,
+        group: Group,
+        candidates: Sequence[int],
+        keep: bool,
+        granularity: str,
     ):
         self._model, self._ids_GT, self._group = model, ids_GT, group
-        self._candidates = candidates
+        self._candidates, self._granularity = candidates, granularity
         self._unpruned_until = depth(model.config) if keep else max(candidates, default=0)
         self._at_once = max(1, group.rows // len(group.positions))
         self._walks: dict[int, LayerwisePass] = {}
@@ -74,12 +81,21 @@ class _Streams:
         """Take every stream that is under way through block `index`."""
         active = 1 + bisect_left(self._candidates, index)
         if index in self._candidates:
-            self._hidden_SGTD[active] = self._hidden_SGTD[0]
+            self._hidden_SGTD[active] = self._without(index, tally)
         first = 0 if index < self._unpruned_until else 1
         for start, stop in self._chunks(first, active):
             rows_BTD = self._hidden_SGTD[start:stop].flatten(0, 1)
             rows_BTD.copy_(self._walk(stop - start).block(index, rows_BTD))
             tally.layer_forwards += len(rows_BTD)
+
+    def _without(self, index: int, tally: Tally) -> Tensor:
+        """What the candidate `index` has after its layer. [G, T, D]"""
+        received_GTD = self._hidden_SGTD[0]
+        if self._granularity == BLOCK:
+            return received_GTD
+        tally.layer_forwards += len(received_GTD)
+        with without_sub_block(find_layers(self._model).modules[index], self._granularity):
+            return self._walk(1).block(index, received_GTD)
 
     def outcomes(self) -> Iterator[Outcome]:
         """The streams after the last block, the unpruned one first if it was kept."""
@@ -106,7 +122,13 @@ class _Streams:
 
 @torch.no_grad()
 def wavefront(
-    model: PreTrainedModel, sequences: Sequence[Tensor], wave: Wave, *, keep_unpruned: bool, tally: Tally
+    model: PreTrainedModel,
+    sequences: Sequence[Tensor],
+    wave: Wave,
+    *,
+    keep_unpruned: bool,
+    tally: Tally,
+    granularity: str = BLOCK,
 ) -> Iterator[Outcome]:
     """Walk the unpruned model and its candidates over the sequences of one wave.
 
@@ -115,6 +137,7 @@ def wavefront(
         sequences: token ids [T] of every sequence that the wave's positions refer to.
         wave: which sequences and which candidates (ascending).
         keep_unpruned: take the unpruned stream to the end and yield it, before the group's candidates.
+        granularity: what each candidate is without: its block, or the block's attention or MLP.
     """
     under_way: list[_Streams] = []
     for index in range(depth(model.config)):
@@ -122,7 +145,14 @@ def wavefront(
             if index == 0:
                 # The first walk over a family looks into its first block, so the block must be there.
                 under_way = [
-                    _Streams(model, _stacked(model, sequences, group), group, wave.candidates, keep_unpruned)
+                    _Streams(
+                        model,
+                        _stacked(model, sequences, group),
+                        group,
+                        wave.candidates,
+                        keep_unpruned,
+                        granularity,
+                    )
                     for group in wave.groups
                 ]
             for streams in under_way:

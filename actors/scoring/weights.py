@@ -1,7 +1,7 @@
-"""What a block's weights alone, or with their gradients, say of its importance.
+"""What the weights of a block or sub-block say of its importance, alone or with their gradients.
 
-A block's weights are its matrices (attention and MLP projections, experts); norms
-and biases are left out.
+Weights are the matrices (attention and MLP projections, experts); norms and biases
+are left out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,19 +13,20 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from actors.errors import RequestError
-from actors.models import LayerwisePass, find_layers
+from actors.models import BLOCK, LayerwisePass, find_layers, sub_block_weights
 
 
-def matrices(block: nn.Module) -> list[nn.Parameter]:
-    """The block's weight matrices."""
-    return [parameter for parameter in block.parameters() if parameter.dim() >= 2]
+def matrices(block: nn.Module, granularity: str = BLOCK) -> list[nn.Parameter]:
+    """The weight matrices of the block, or of its attention or MLP."""
+    weights = block.parameters() if granularity == BLOCK else sub_block_weights(block, granularity).values()
+    return [parameter for parameter in weights if parameter.dim() >= 2]
 
 
 @torch.no_grad()
-def weight_norms(model: PreTrainedModel, order: int) -> Tensor:
+def weight_norms(model: PreTrainedModel, order: int, granularity: str = BLOCK) -> Tensor:
     """Σ_k ‖W_k‖_p over the matrices of each block, entrywise norms of order p. [N]"""
     blocks = find_layers(model).modules
-    norms = [sum(_norm(weight, order) for weight in matrices(block)) for block in blocks]
+    norms = [sum(_norm(weight, order) for weight in matrices(block, granularity)) for block in blocks]
     return torch.tensor(norms, dtype=torch.float64)
 
 
@@ -33,7 +34,9 @@ def _norm(weight: Tensor, order: int) -> float:
     return torch.linalg.vector_norm(weight, ord=order, dtype=torch.float32).item()
 
 
-def first_order_taylor(model: PreTrainedModel, sequences: Sequence[Tensor]) -> Tensor:
+def first_order_taylor(
+    model: PreTrainedModel, sequences: Sequence[Tensor], granularity: str = BLOCK
+) -> Tensor:
     """Σ_k Σ_ij |W_k,ij · ∂L/∂W_k,ij| of each block, L the mean loss of the sequences in nats. [N]
 
     Backpropagation goes block by block: forward once without a graph, keeping what
@@ -59,7 +62,7 @@ def first_order_taylor(model: PreTrainedModel, sequences: Sequence[Tensor]) -> T
     ]
     scores = torch.zeros(len(blocks), dtype=torch.float64)
     for index in reversed(range(len(blocks))):
-        weights = matrices(blocks[index])
+        weights = matrices(blocks[index], granularity)
         gradients = [torch.zeros_like(weight) for weight in weights]
         for i, walk in enumerate(walks):
             hidden = received[i].pop()

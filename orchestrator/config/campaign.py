@@ -108,7 +108,7 @@ class SearchConfig(Section):
 class PoolConfig(Section):
     """Actors that share a stage's work, and what each holds."""
 
-    actors: int = Field(2, ge=1, description="Actors that share the calibration sequences.")
+    actors: int = Field(2, ge=1, description="Actors that share the calibration sequences, or the prompts.")
     cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
     gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
 
@@ -135,6 +135,7 @@ class ExecutionConfig(Section):
 
     backend: Literal["ray", "local"] = Field("ray", description="On Ray, or all in this process.")
     scoring: PoolConfig = PoolConfig()
+    generation: PoolConfig = PoolConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: WorkerConfig = WorkerConfig()
     max_concurrent_trajectories: int = Field(1, ge=1, description="Trajectories that run at a time.")

@@ -66,7 +66,10 @@ class TextConfig(Section):
     messages_column: str | None = Field(
         None, description="Column with whole conversations: lists of {role, content}."
     )
-    streaming: bool = Field(False, description="Read records as they are needed; for data larger than disk.")
+    chat_template: str | None = Field(
+        None, description="How conversations are written: the tokenizer's way, plain, or a Jinja file."
+    )
+    streaming: bool = Field(False, description="Read records as they are needed; for large data.")
 
     @model_validator(mode="after")
     def _one_source(self) -> "TextConfig":
@@ -102,6 +105,9 @@ class ScoringConfig(Section):
     """How the next layer to remove is chosen."""
 
     criterion: str = Field("hidden_cosine", description="A name in the table of criteria.")
+    granularity: Literal["block", "attention", "mlp"] = Field(
+        "block", description="What is removed: whole blocks, or the attention or the MLP of single blocks."
+    )
     reference: Literal["source", "current"] = Field(
         "source", description="Model whose last hidden state is kept: the unpruned or the current one."
     )
@@ -174,6 +180,12 @@ class GenerationConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="Share of probability that is sampled from.")
     batch_size: int = Field(8, ge=1, description="Prompts answered at a time.")
     engine: Literal["transformers", "vllm"] = Field("transformers", description="What generates.")
+
+    @model_validator(mode="after")
+    def _draws_differ(self) -> "GenerationConfig":
+        if self.responses_per_prompt > 1 and self.temperature == 0:
+            raise ValueError("several responses_per_prompt would all be the same at temperature 0; raise it")
+        return self
 
 
 class RecoveryConfig(Section):

@@ -12,6 +12,12 @@ from orchestrator.store import installed_versions
 
 LedgerRow = Mapping[str, Any]
 
+EMPTIED = (
+    "An emptied sub-block is stored as zeros and adds nothing: the model computes what one without it would, "
+    "but in plain transformers it takes as much memory and time as before."
+)
+"""What a user of a model with emptied sub-blocks must know."""
+
 
 def scores_of(rows: Iterable[LedgerRow], trajectory: str, iteration: int, phase: str) -> dict[str, float]:
     """What was measured of one model: metric name to value."""
@@ -34,8 +40,11 @@ def provenance(
         "source_layers": plan.model.num_layers,
         "layers": iteration.layers_left,
         "dropped_source_layers": list(model.dropped),
+        "granularity": plan.granularity,
+        "emptied_sub_blocks": [list(sub_block) for sub_block in model.emptied],
         "merges": [asdict(merge) for merge in model.merges],
         "adapters_sha256": [adapter.sha256 for adapter in model.adapters],
+        "weights_sha256": model.weights and model.weights.sha256,
         "campaign": plan.campaign,
         "trajectory": plan.id,
         "iteration": iteration.index,
@@ -76,8 +85,8 @@ def model_card(
     after = scores_of(rows, plan.id, iteration.index, "recovered")
     tokens = recovery_tokens(rows, plan.id, iteration.index)
     source = plan.model.spec.path
-    how = "merging" if model.merges else "removing"
     table = [f"| {name} | {before.get(name, float('nan')):.4g} | {after[name]:.4g} |" for name in after]
+    unit = plan.unit
     base_model = [f"base_model: {source}"] if _is_hub_id(source) else []
     lines = [
         "---",
@@ -87,14 +96,15 @@ def model_card(
         "tags: [depth-pruning, iterabre]",
         "---",
         "",
-        f"# {plan.model_id}, {iteration.layers_left} of {plan.model.num_layers} layers",
+        f"# {plan.model_id}, {iteration.layers_left} of {plan.model.num_layers} {unit}",
         "",
-        f"Made from `{source}` by {how} transformer blocks {list(model.dropped)} (counted from 0) "
+        f"Made from `{source}` by {_how(model)} (counted from 0) "
         f"with the method `{plan.method.name}` (criterion `{plan.method.scoring.criterion}`, "
         f"recovery `{plan.method.recovery.objective}` on {tokens:,} tokens). "
         "The licence of the source model applies.",
         "",
-        f"| measure | source, {plan.model.num_layers} layers | this model |",
+        *([EMPTIED, ""] if model.emptied else []),
+        f"| measure | source, {plan.model.num_layers} {unit} | this model |",
         "|---|---|---|",
         *table,
         "",
@@ -109,6 +119,15 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _how(model: ModelRef) -> str:
+    """What was done to the source's blocks, in words."""
+    if model.emptied:
+        kinds = sorted({kind for _, kind in model.emptied})
+        parts = (f"the {kind} of blocks {[i for i, k in model.emptied if k == kind]}" for kind in kinds)
+        return f"emptying {' and '.join(parts)}"
+    return f"{'merging' if model.merges else 'removing'} transformer blocks {list(model.dropped)}"
 
 
 def _is_hub_id(path: str) -> bool:

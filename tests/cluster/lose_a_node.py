@@ -21,9 +21,9 @@ from actors.scoring.score import Share, ShareScores
 class SlowActor(ScoreActor):
     """Takes its time, so that a share is under way on each node when one is lost."""
 
-    def score(self, share: Share) -> ShareScores:
+    def work(self, share: Share) -> ShareScores:
         time.sleep(2)
-        return super().score(share)
+        return super().work(share)
 
 
 def main() -> None:

@@ -50,11 +50,11 @@ def recorder(log: Path, die: Callable[[Share, int], bool]) -> type[ScoreActor]:
     """A score actor that writes down each share it begins, and kills its own process where `die` says so."""
 
     class Recorder(ScoreActor):
-        def score(self, share: Share) -> ShareScores:
+        def work(self, share: Share) -> ShareScores:
             with log.open("a") as file:
                 file.write(f"{share.positions}\n")
             begun = len(log.read_text().splitlines())
-            answer = super().score(share)
+            answer = super().work(share)
             if die(share, begun):
                 os.kill(os.getpid(), signal.SIGKILL)
             return answer

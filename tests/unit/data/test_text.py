@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from actors.contracts import TextSpec
-from actors.data import BUILTIN_TEXTS, builtin_file, describe_text, load_texts
+from actors.data import BUILTIN_TEXTS, builtin_file, describe_text, documents, load_texts, open_records
 from actors.errors import RequestError
 
 ROWS = ["one\n", "", 'two, with "quotes"\nand a second line', "drei – vier"]
@@ -129,3 +130,124 @@ def test_a_hub_data_set_out_of_reach_is_a_wrong_request(monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RequestError, match=r"no-such-owner/no-such-data.*split 'train'.*local file"):
         describe_text(TextSpec(path="no-such-owner/no-such-data"))
+
+
+SUFFIXES = [".txt", ".jsonl", ".csv", ".parquet"]
+
+
+def write_text(path: Path) -> str:
+    if path.suffix != ".txt":
+        return write_table(path)
+    path.write_bytes("first\r\n\n a\u2028b\x0cc \nlast".encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_streamed_file_gives_the_same_rows(tmp_path: Path, suffix: str, scheme: str) -> None:
+    spec = TextSpec(path=scheme + write_text(tmp_path / f"rows{suffix}"))
+    assert load_texts(replace(spec, streaming=True)) == load_texts(spec)
+    whole, streamed = describe_text(spec), describe_text(replace(spec, streaming=True))
+    assert streamed.fingerprint != whole.fingerprint
+    assert streamed.num_rows is None
+
+
+def test_streams_read_no_more_than_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' * 100_000 + "{bad}\n")
+    records = open_records(TextSpec(path=str(tmp_path / "a.jsonl"), streaming=True))
+    assert [next(records)["text"] for _ in range(99_000)] == ["good"] * 99_000
+    with pytest.raises(RequestError, match=r"a\.jsonl.*not a valid \.jsonl"):
+        list(records)
+
+
+def test_a_streamed_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    def fingerprint(name: str, text: str) -> str:
+        (tmp_path / name).write_text(json.dumps({"text": text}) + "\n")
+        return describe_text(TextSpec(path=str(tmp_path / name), streaming=True)).fingerprint
+
+    assert fingerprint("a.jsonl", "x") == fingerprint("b.jsonl", "x")
+    assert fingerprint("a.jsonl", "zz") != fingerprint("b.jsonl", "x")
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that `datasets` loads as it does a data set of the hub: three shards of Parquet."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    directory = tmp_path / "set" / "data"
+    directory.mkdir(parents=True)
+    for shard in range(3):
+        rows = [{"text": f"document {shard}-{i}"} for i in range(4)]
+        pa.parquet.write_table(pa.Table.from_pylist(rows), directory / f"train-0000{shard}-of-00003.parquet")
+    return directory.parent
+
+
+def test_a_data_set_is_streamed_shard_by_shard_in_an_order_of_the_seed(shards: Path) -> None:
+    spec = TextSpec(path=str(shards), streaming=True)
+    whole = load_texts(replace(spec, streaming=False))
+    orders = [[r["text"] for r in open_records(spec, seed)] for seed in (0, 0, 1, 2, 3)]
+    assert orders[0] == orders[1]
+    assert len({tuple(order) for order in orders}) > 1
+    for order in orders:
+        assert sorted(order) == sorted(whole)
+        assert [order[i : i + 4] == sorted(order[i : i + 4]) for i in (0, 4, 8)] == [True] * 3
+    before = describe_text(spec).fingerprint
+    assert describe_text(spec).fingerprint == before
+    assert describe_text(replace(spec, split="train[:50%]", streaming=False)).num_rows == 6
+    pa.parquet.write_table(
+        pa.Table.from_pylist([{"text": "new"}]), shards / "data" / "train-00001-of-00003.parquet"
+    )
+    assert describe_text(spec).fingerprint != before
+
+
+def test_documents_are_rows_or_begin_at_headings() -> None:
+    rows = ["before\n", " = One = \n", " text \n", "", " = = Part = = \n", " more \n", " = Two = \n", "end\n"]
+    assert list(documents(rows)) == ["before\n", "".join(rows[1:6]), "".join(rows[6:])]
+    assert list(documents(["a", " ", "b\nc", "line\n", "line\n", "d"])) == ["a", "b\nc", "line\nline\n", "d"]
+    assert len(list(documents(load_texts(TextSpec(builtin="wikitext-2-raw-validation"))))) == 60
+    lines = ["x" * 1023 + "\n"] * 4096
+    assert "".join(documents(lines)) == "".join(lines)
+    assert max(map(len, documents(lines))) < 1.01 * 2**20
+
+
+CONVERSATION_CASES = [
+    (
+        {"prompt_column": "q", "response_column": "b"},
+        r"no column 'b' \(response_column\); its columns are: q, a",
+    ),
+    ({"prompt_column": "p"}, r"no column 'p' \(prompt_column\)"),
+    ({"prompt_column": "q", "input_column": "i"}, r"no column 'i' \(input_column\)"),
+    ({"messages_column": "m"}, r"no column 'm' \(messages_column\)"),
+    ({"messages_column": "q"}, "row 0 of column 'q' is no list of messages"),
+    ({"prompt_column": "q", "response_column": "a"}, "row 1 of column 'a' is not text but NoneType"),
+]
+
+
+@pytest.mark.parametrize(("columns", "message"), CONVERSATION_CASES)
+def test_wrong_columns_of_conversations_are_told(
+    tmp_path: Path, columns: dict[str, str], message: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": "x", "a": "y"}\n{"q": "x", "a": null}\n')
+    with pytest.raises(RequestError, match=message):
+        describe_text(TextSpec(path=str(tmp_path / "a.jsonl"), **columns))
+
+
+def test_the_fingerprint_of_conversations_follows_columns_and_template(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": "x", "a": "y", "b": "z"}\n')
+    (tmp_path / "t.jinja").write_text("one")
+
+    def fingerprint(**changes: str) -> str:
+        spec = TextSpec(path=str(tmp_path / "a.jsonl"), prompt_column="q", response_column="a")
+        return describe_text(replace(spec, **changes)).fingerprint
+
+    own = str(tmp_path / "t.jinja")
+    seen = [fingerprint(), fingerprint(response_column="b"), fingerprint(chat_template="plain")]
+    seen.append(fingerprint(chat_template=own))
+    (tmp_path / "t.jinja").write_text("two")
+    seen.append(fingerprint(chat_template=own))
+    assert len(set(seen)) == 5
+
+
+def test_a_json_file_cannot_be_streamed(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "rows.json")
+    with pytest.raises(RequestError, match=r"cannot be streamed.*\.jsonl"):
+        describe_text(TextSpec(path=path, streaming=True))

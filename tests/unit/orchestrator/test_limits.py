@@ -28,7 +28,9 @@ def test_a_stage_costs_its_devices() -> None:
         {"scoring": {"actors": 4, "gpus": 0.5}, "training": {"workers": 2, "gpus": 1.0}}
     )
     limits = Limits(price_per_hour=3.0, devices=devices_held(execution))
-    assert limits.devices == {"score": 2.0, "recover": 2.0, "evaluate": 0.0, "export": 0.0}
+    assert limits.devices == {
+        "score": 2.0, "generate": 0.0, "recover": 2.0, "evaluate": 0.0, "export": 0.0,
+    }  # fmt: skip
     assert limits.price("recover", 1800) == 3.0
     assert limits.price("prune", 1800) == 0
     on_cpus = ExecutionConfig.model_validate({"training": {"workers": 3, "cpus": 2.0}})

@@ -1,65 +1,212 @@
-"""Losses against their plain definitions."""
+"""Losses against their plain definitions, loop by loop."""
+
+import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, mse_loss
 
-from actors.recovery.losses import attention_mse, gram_matrix, hidden_mse, logit_mse, logit_mse_from_hidden
+from actors.errors import RequestError
+from actors.recovery.logit_losses import LOGIT_LOSSES, find_logit_loss
+from actors.recovery.losses import (
+    EVERY_TOKEN,
+    Counted,
+    attention_mse,
+    causal_lm,
+    gram_matrix,
+    hidden_mse,
+    logit_distance,
+    logit_mse_from_hidden,
+)
 
-B, T, D, H, V = 2, 5, 8, 3, 37
-
-
-@pytest.fixture
-def hidden() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Student and teacher hidden states [B, T, D] and a head [V, D]."""
-    torch.manual_seed(0)
-    return torch.randn(B, T, D, requires_grad=True), torch.randn(B, T, D), torch.randn(V, D)
-
-
-def mask() -> torch.Tensor:
-    """The second sequence ends after three tokens."""
-    return torch.tensor([[1] * T, [1, 1, 1, 0, 0]])
-
-
-def test_hidden_mse_is_the_mean_over_tokens_and_features(hidden: tuple) -> None:
-    student, teacher, _ = hidden
-    torch.testing.assert_close(hidden_mse(student, teacher), torch.nn.functional.mse_loss(student, teacher))
+B, T, D, H, V = 4, 5, 8, 3, 37
+LENGTHS = (5, 3, 1, 4)
+"""Real tokens of each sequence: micro-batches that count unequal numbers of tokens."""
 
 
-def test_padding_does_not_count(hidden: tuple) -> None:
-    student, teacher, head = hidden
-    real = mask().bool()
-    want = torch.nn.functional.mse_loss(student[real], teacher[real])
-    torch.testing.assert_close(hidden_mse(student, teacher, mask()), want)
-    want = torch.nn.functional.mse_loss(student[real] @ head.T, teacher[real] @ head.T)
-    gram = gram_matrix(head)
-    torch.testing.assert_close(logit_mse_from_hidden(student - teacher, gram, mask()), want)
+class LinearHead:
+    """z = W h, W frozen or trained."""
+
+    def __init__(self, weight_VD: Tensor):
+        self.weight_VD = weight_VD
+        self.frozen = not weight_VD.requires_grad
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.weight_VD.T
+
+
+class Tensors:
+    """Hidden states, a head and attention matrices of student and teacher, and next ids."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.student_BTD = torch.randn(B, T, D, generator=generator).requires_grad_()
+        self.teacher_BTD = torch.randn(B, T, D, generator=generator)
+        self.head_VD = torch.randn(V, D, generator=generator)
+        self.student_BHTT = torch.rand(B, H, T, T, generator=generator).requires_grad_()
+        self.teacher_BHTT = torch.rand(B, H, T, T, generator=generator)
+        self.next_BT = torch.randint(0, V, (B, T), generator=generator)
+
+
+Term = Callable[[Tensors, slice, Counted], Tensor]
+
+
+def _logits(name: str, temperature: float = 1.0) -> Term:
+    def term(t: Tensors, rows: slice, counted: Counted) -> Tensor:
+        head = LinearHead(t.head_VD)
+        distance = find_logit_loss(name, temperature)
+        return logit_distance(t.student_BTD[rows], t.teacher_BTD[rows], (head, head), distance, counted, 3)
+
+    return term
+
+
+TERMS: dict[str, Term] = {
+    "hidden": lambda t, rows, counted: hidden_mse(t.student_BTD[rows], t.teacher_BTD[rows], counted),
+    "attention": lambda t, rows, counted: attention_mse(
+        t.student_BHTT[rows], t.teacher_BHTT[rows], counted, mask()[rows]
+    ),
+    "gram": lambda t, rows, counted: logit_mse_from_hidden(
+        t.student_BTD[rows], t.teacher_BTD[rows], gram_matrix(t.head_VD), counted
+    ),
+    "causal_lm": lambda t, rows, counted: causal_lm(
+        t.student_BTD[rows], t.next_BT[rows], LinearHead(t.head_VD), counted, chunk_tokens=3
+    ),
+    **{name: _logits(name, temperature=2.0) for name in LOGIT_LOSSES},
+}
+
+
+def mask() -> Tensor:
+    """1 for tokens, 0 for padding [B, T]."""
+    return (torch.arange(T)[None] < torch.tensor(LENGTHS)[:, None]).float()
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_micro_batches_add_up_to_the_batch(name: str, size: int) -> None:
+    whole, cut = Tensors(), Tensors()
+    want = TERMS[name](whole, slice(None), Counted(mask()))
+    want.backward()
+    micro = B // size
+    share = float(mask().sum()) / micro
+    got = torch.zeros(())
+    for start in range(0, B, size):
+        rows = slice(start, start + size)
+        loss = TERMS[name](cut, rows, Counted(mask()[rows], share)) / micro
+        loss.backward()
+        got = got + loss.detach()
+    torch.testing.assert_close(got, want.detach(), rtol=1e-6, atol=0)
+    for mine, theirs in ((cut.student_BTD, whole.student_BTD), (cut.student_BHTT, whole.student_BHTT)):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_padding_neither_counts_nor_gets_a_gradient(name: str) -> None:
+    t, other = Tensors(), Tensors()
+    padding = mask() == 0
+    with torch.no_grad():
+        other.student_BTD[padding] += 100
+        other.teacher_BTD[padding] -= 100
+        for matrices in (other.student_BHTT, other.teacher_BHTT):
+            matrices += 100 * torch.rand(B, H, T, T) * (padding[:, None, None] | padding[:, None, :, None])
+    value = TERMS[name](t, slice(None), Counted(mask()))
+    torch.testing.assert_close(TERMS[name](other, slice(None), Counted(mask())), value)
+    value.backward()
+    if t.student_BTD.grad is not None:
+        assert not t.student_BTD.grad[padding].any()
+        assert t.student_BTD.grad[~padding].any()
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_no_token_at_all_is_a_loss_of_zero(name: str) -> None:
+    t = Tensors()
+    value = TERMS[name](t, slice(None), Counted(torch.zeros(B, T)))
+    value.backward()
+    assert float(value.detach()) == 0.0
+
+
+def test_hidden_mse_is_the_mean_over_tokens_and_features() -> None:
+    t = Tensors()
     torch.testing.assert_close(
-        logit_mse(student, teacher, lambda h: h @ head.T, mask(), chunk_tokens=3), want
+        hidden_mse(t.student_BTD, t.teacher_BTD), mse_loss(t.student_BTD, t.teacher_BTD)
     )
+    real = mask().bool()
+    want = mse_loss(t.student_BTD[real], t.teacher_BTD[real])
+    torch.testing.assert_close(hidden_mse(t.student_BTD, t.teacher_BTD, Counted(mask())), want)
 
 
-def test_attention_mse_counts_only_pairs_of_real_tokens() -> None:
-    torch.manual_seed(1)
-    student, teacher = torch.rand(B, H, T, T), torch.rand(B, H, T, T)
-    torch.testing.assert_close(attention_mse(student, teacher), ((student - teacher) ** 2).mean())
-    pairs = [
-        ((student[b, h, q, k] - teacher[b, h, q, k]) ** 2)
-        for b in range(B)
-        for h in range(H)
-        for q in range(T)
-        for k in range(T)
-        if mask()[b, q] and mask()[b, k]
-    ]
-    torch.testing.assert_close(attention_mse(student, teacher, mask()), torch.stack(pairs).mean())
+def test_attention_mse_is_the_mean_over_queries_of_the_mean_over_heads_and_real_keys() -> None:
+    t = Tensors()
+    squares = (t.student_BHTT - t.teacher_BHTT).detach() ** 2
+    torch.testing.assert_close(attention_mse(t.student_BHTT, t.teacher_BHTT).detach(), squares.mean())
+    of_queries = [squares[b, :, q, : LENGTHS[b]].mean() for b in range(B) for q in range(LENGTHS[b])]
+    got = attention_mse(t.student_BHTT, t.teacher_BHTT, Counted(mask()), mask())
+    torch.testing.assert_close(got.detach(), torch.stack(of_queries).mean())
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 256])
-def test_both_ways_to_the_logit_mse_agree_in_value_and_gradient(hidden: tuple, chunk_tokens: int) -> None:
-    student, teacher, head = hidden
-    want = torch.nn.functional.mse_loss(student @ head.T, teacher @ head.T)
-    (want_gradient,) = torch.autograd.grad(want, student)
-    through_gram = logit_mse_from_hidden(student - teacher, gram_matrix(head))
-    chunked = logit_mse(student, teacher, lambda h: h @ head.T, chunk_tokens=chunk_tokens)
-    for got in (through_gram, chunked):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
-        torch.testing.assert_close(torch.autograd.grad(got, student)[0], want_gradient, rtol=1e-5, atol=1e-7)
+def _plain_logit_loss(name: str, z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
+    """One token's value, by probabilities and sums."""
+    p_s, p_t = (torch.exp(z / temperature) / torch.exp(z / temperature).sum() for z in (z_s, z_t))
+    middle = (p_s + p_t) / 2
+    kl = lambda p, q: (p * torch.log(p / q)).sum()  # noqa: E731
+    scale = temperature**2
+    return {
+        "mse": ((z_s - z_t) ** 2).sum() / V,
+        "forward_kl": scale * kl(p_t, p_s),
+        "reverse_kl": scale * kl(p_s, p_t),
+        "jsd": scale * (kl(p_t, middle) + kl(p_s, middle)) / 2,
+        "cross_entropy": -scale * (p_t * torch.log(p_s)).sum(),
+    }[name]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("name", LOGIT_LOSSES)
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 256])
+def test_logit_losses_and_their_gradients(name: str, temperature: float, chunk_tokens: int) -> None:
+    t = Tensors()
+    z_s, z_t = (hidden @ t.head_VD.T for hidden in (t.student_BTD, t.teacher_BTD))
+    tokens = [(b, q) for b in range(B) for q in range(LENGTHS[b])]
+    want = torch.stack([_plain_logit_loss(name, z_s[i], z_t[i], temperature) for i in tokens]).mean()
+    (want_gradient,) = torch.autograd.grad(want, t.student_BTD)
+    head, distance = LinearHead(t.head_VD), find_logit_loss(name, temperature)
+    got = logit_distance(t.student_BTD, t.teacher_BTD, (head, head), distance, Counted(mask()), chunk_tokens)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    (gradient,) = torch.autograd.grad(3 * got, t.student_BTD)
+    torch.testing.assert_close(gradient, 3 * want_gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("counted", [EVERY_TOKEN, Counted(mask()), Counted(mask(), 7.0)])
+def test_the_gram_matrix_gives_the_logit_mse(counted: Counted) -> None:
+    t, head = Tensors(), LinearHead(Tensors().head_VD)
+    through_logits = logit_distance(
+        t.student_BTD, t.teacher_BTD, (head, head), find_logit_loss("mse", 1.0), counted
+    )
+    through_gram = logit_mse_from_hidden(t.student_BTD, t.teacher_BTD, gram_matrix(t.head_VD), counted)
+    torch.testing.assert_close(through_gram, through_logits, rtol=1e-5, atol=0)
+    want, got = (torch.autograd.grad(loss, t.student_BTD)[0] for loss in (through_logits, through_gram))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_causal_lm_is_the_mean_cross_entropy_with_a_frozen_and_a_trained_head(trained: bool) -> None:
+    t = Tensors()
+    weight_VD = t.head_VD.requires_grad_(trained)
+    inputs = [t.student_BTD, weight_VD] if trained else [t.student_BTD]
+    real = mask().bool()
+    want = cross_entropy(t.student_BTD[real] @ weight_VD.T, t.next_BT[real])
+    got = causal_lm(t.student_BTD, t.next_BT, LinearHead(weight_VD), Counted(mask()), chunk_tokens=3)
+    torch.testing.assert_close(got, want)
+    pairs = zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True)
+    for gradient, want_gradient in pairs:
+        torch.testing.assert_close(gradient, want_gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_a_wrong_name_or_temperature_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"'forward'.*forward_kl"):
+        find_logit_loss("forward", 1.0)
+    for temperature in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(RequestError, match="temperature"):
+            find_logit_loss("jsd", temperature)

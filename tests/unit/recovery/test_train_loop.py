@@ -1,10 +1,7 @@
 """The training loop: the curve is the same on one worker, on two, and after an interruption."""
 
 import json
-import os
-import pickle
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import distributed as dist
-from torch import multiprocessing
 
 from actors.artifacts import fetch
-from actors.contracts import LossSpec, RecoveryResult, RecoverySpec, TextSpec, no_progress
+from actors.contracts import (
+    AdapterSpec,
+    LossSpec,
+    ModelRef,
+    ModelSpec,
+    RecoveryResult,
+    RecoverySpec,
+    TextSpec,
+)
 from actors.errors import RequestError
+from actors.recovery import check_recovery
+from actors.recovery.deepspeed_config import deepspeed_config, optimizer_settings, zero_stage
 from actors.recovery.local import recover_locally
-from actors.recovery.train_loop import DivergenceError, Workplace, train
+from actors.recovery.train_loop import DivergenceError, train
+from tests.gloo_group import group_workplace, run_group
+from tests.tiny_models import save_tiny
 
 ZERO2 = json.dumps({"zero_optimization": {"stage": 2}})
 
@@ -75,36 +83,15 @@ def test_zero_2_trains_the_same(tiny_spec: RecoverySpec, undisturbed: RecoveryRe
     )
 
 
-def _one_of_two(rank: int, specs: dict[str, RecoverySpec], directory: Path) -> None:
-    """Worker `rank` of a plain gloo group of two; rank 0 leaves its results as files."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    store = dist.FileStore(str(directory / "rendezvous"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    for name, spec in specs.items():
-        workplace = Workplace(
-            rank=rank,
-            world_size=2,
-            adapter_uri=str(directory / f"{name}-adapter"),
-            save_checkpoint=lambda step, write, name=name: write(directory / f"{name}-{step}"),
-            open_checkpoint=nullcontext,
-            progress=no_progress,
-        )
-        result = train(spec, workplace)
-        if rank == 0:
-            (directory / f"{name}.pickle").write_bytes(pickle.dumps(result))
-    only_here_wrong = replace(spec, data=TextSpec(path="nowhere.txt")) if rank == 1 else spec
+def _one_is_wrong(rank: int, world_size: int, spec: RecoverySpec, directory: Path) -> None:
+    wrong = replace(spec, data=TextSpec(path="nowhere.txt")) if rank == 1 else spec
     with pytest.raises(RequestError, match=r"nowhere\.txt"):
-        train(only_here_wrong, workplace)
-    dist.destroy_process_group()
+        train(wrong, group_workplace(rank, world_size, directory))
 
 
-def test_two_workers_train_what_one_trains_and_fail_together(
-    tiny_spec: RecoverySpec, undisturbed: RecoveryResult, tmp_path: Path
-) -> None:
-    specs = {"zero0": tiny_spec, "zero2": replace(tiny_spec, deepspeed=ZERO2)}
-    multiprocessing.spawn(_one_of_two, (specs, tmp_path), nprocs=2)
-    for name in specs:
-        _assert_same(pickle.loads((tmp_path / f"{name}.pickle").read_bytes()), undisturbed)
+def test_an_error_of_one_worker_is_raised_by_all(tiny_spec: RecoverySpec, tmp_path: Path) -> None:
+    run_group(2, tmp_path / "group", _one_is_wrong, tiny_spec, tmp_path)
+    assert not (tmp_path / "adapter").exists()
 
 
 class _Interrupted(Exception):
@@ -158,6 +145,9 @@ def test_none_trains_nothing(tiny_spec: RecoverySpec, tmp_path: Path) -> None:
     assert result == RecoveryResult(artifact=None, steps=(), tokens=0, trainable_parameters=0)
 
 
+_NVME = '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}'
+
+
 def _bad_requests() -> Iterator[tuple[dict[str, object], str]]:
     yield {"objective": "kdd"}, "kdd"
     yield {"batch_size": 5, "micro_batch_size": 2}, r"batch_size 5 .*micro_batch_size 2 x 1 workers = 2"
@@ -167,7 +157,29 @@ def _bad_requests() -> Iterator[tuple[dict[str, object], str]]:
     yield {"deepspeed": "{"}, "JSON"
     yield {"deepspeed": "[]"}, "object"
     yield {"deepspeed": '{"train_batch_size": 7}'}, "train_batch_size.*batch_size"
-    yield {"deepspeed": '{"zero_optimization": {"stage": 3}}'}, "stage"
+    yield {"deepspeed": '{"train_micro_batch_size_per_gpu": 3}'}, "train_micro_batch_size.* is 3.*give 1"
+    yield {"deepspeed": '{"gradient_accumulation_steps": 3}'}, "gradient_accumulation_steps.* is 3.*give 4"
+    yield {"deepspeed": '{"gradient_clipping": 9}'}, "gradient_clipping.*max_grad_norm"
+    yield {"deepspeed": '{"optimizer": {"type": "Lamb"}}'}, r"optimizer\.type.*'Lamb'.*AdamW"
+    yield {"deepspeed": '{"optimizer": {"params": {"lr": 0.5}}}'}, r"optimizer\.params\.lr.*0\.5.*0\.01"
+    yield {"deepspeed": '{"optimizer": {"params": {"amsgrad": true}}}'}, "amsgrad"
+    yield {"deepspeed": '{"scheduler": {"type": "OneCycle"}}'}, "scheduler.*lr_schedule"
+    yield {"deepspeed": '{"bf16": {"enabled": true}}'}, r"bf16\.enabled.*precision"
+    yield {"precision": "bfloat16", "deepspeed": '{"fp16": {"enabled": true}}'}, r"fp16\.enabled.*precision"
+    yield {"deepspeed": '{"torch_autocast": {"enabled": true}}'}, "torch_autocast"
+    yield {"deepspeed": '{"zero_optimization": {"stage": 4}}'}, "stage.*4"
+    yield {"deepspeed": '{"zero_optimization": 2}'}, "zero_optimization.*object"
+    yield (
+        {"deepspeed": '{"zero_optimization": {"offload_param": {"device": "cpu"}}}'},
+        "offload_param.*stage 3",
+    )
+    yield {"deepspeed": _NVME}, "offload_optimizer.*nvme"
+    yield {"precision": "float8"}, "float8"
+    yield (
+        {"sequence_length": 4000, "max_tokens": 10**6},
+        "2189 tokens, fewer than one sequence of 4000; give more text",
+    )
+    yield {"adapter": AdapterSpec(targets=("wq",))}, "'wq' names no linear layer.*q_proj"
     yield {"loss": LossSpec(0, 0, 0)}, "weight"
     yield {"data": TextSpec(path="nowhere.txt")}, "nowhere.txt"
 
@@ -179,13 +191,35 @@ def test_a_wrong_request_is_refused_and_leaves_no_group_behind(
     with pytest.raises(RequestError, match=message):
         recover_locally(replace(tiny_spec, **changes), str(tmp_path / "a"), tmp_path)
     assert not dist.is_initialized()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_names_tokens_without_embedding_is_refused(
+    tiny_spec: RecoverySpec, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path / "model", vocab_size=280)
+    spec = replace(tiny_spec, model=ModelRef(ModelSpec(str(tmp_path / "model")), dropped=(2,)))
+    with pytest.raises(RequestError, match=r"tokenizer has 3\d\d tokens, but .*only 280 rows"):
+        recover_locally(spec, str(tmp_path / "a"), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 def test_fields_given_as_auto_are_filled_in(tiny_spec: RecoverySpec) -> None:
-    from actors.recovery.engine import deepspeed_config
-
     user = {"train_batch_size": "auto", "optimizer": "auto", "zero_optimization": {"stage": 1}}
     config = deepspeed_config(replace(tiny_spec, deepspeed=json.dumps(user)), world_size=2)
     assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (4, 2)
-    assert config["optimizer"]["params"]["lr"] == tiny_spec.learning_rate
     assert config["zero_optimization"] == {"stage": 1}
+
+
+def test_every_shipped_deepspeed_file_goes_with_recovery(tiny_spec: RecoverySpec) -> None:
+    files = sorted(Path(__file__).parents[3].glob("configs/deepspeed/*.json"))
+    assert len(files) == 5
+    for file in files:
+        spec = replace(tiny_spec, deepspeed=file.read_text(), precision="bfloat16")
+        check_recovery(spec, workers=2)
+        assert zero_stage(spec) == int(file.stem.removeprefix("zero")[0])
+
+
+def test_what_the_json_says_of_the_optimizer_is_kept(tiny_spec: RecoverySpec) -> None:
+    user = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.8, 0.9], "torch_adam": True}}}
+    assert optimizer_settings(replace(tiny_spec, deepspeed=json.dumps(user))) == {"betas": [0.8, 0.9]}

@@ -1,0 +1,217 @@
+"""Conversations: from records to token ids, of which only those of answers are to be learnt.
+
+A conversation is rendered by a chat template. What is learnt of an answer is its
+text and the mark that ends the turn: by the template's own `{% generation %}`
+block if it has one, else the text by which the rendering grows with the answer.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from actors.contracts import TextSpec
+from actors.data.files import Record
+from actors.data.packing import Sequence
+from actors.data.text import PLAIN, chat_template_text, open_records
+from actors.errors import RequestError
+
+log = logging.getLogger(__name__)
+
+Message = dict[str, str]
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""For models that were never taught a chat format: `User: …` and `Assistant: …`, ended by the EOS token."""
+
+GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, of which the first `num_given` are not to be learnt.
+
+    `finished` is False for a last answer that was cut off: its turn has no end.
+    """
+
+    messages: tuple[Message, ...]
+    num_given: int = 0
+    finished: bool = True
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> str:
+    """The Jinja text of the chat template that `TextSpec.chat_template` chooses.
+
+    Raises:
+        RequestError: the tokenizer has none, or the file cannot be read.
+    """
+    if choice == PLAIN:
+        return PLAIN_TEMPLATE
+    if choice is not None:
+        return str(chat_template_text(choice))
+    if not isinstance(tokenizer.chat_template, str):
+        raise RequestError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, so it cannot write "
+            f"conversations; set data.chat_template to {PLAIN!r} or to a Jinja file, or take a chat model"
+        )
+    return tokenizer.chat_template
+
+
+def read_prompts(spec: TextSpec, limit: int | None = None) -> list[tuple[Message, ...]]:
+    """The prompts of a text, in order: conversations without their last answers. Blank ones are left out."""
+    prompts: list[tuple[Message, ...]] = []
+    for record in open_records(spec):
+        messages = _conversation(record, spec).messages
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if messages and messages[-1]["content"].strip():
+            prompts.append(messages)
+        if len(prompts) == limit:
+            break
+    if not prompts:
+        raise RequestError(f"{spec.path!r} holds no prompt that is not blank")
+    return prompts
+
+
+def conversation_sequences(
+    spec: TextSpec, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int = 0
+) -> Iterator[Sequence]:
+    """A sequence of at most `sequence_length` tokens for each conversation, in order.
+
+    What is longer is cut at its end. Conversations of which no token of an
+    answer is left, because it is blank or cut off, are skipped; the log counts them.
+
+    Raises:
+        RequestError: no chat template, or one that cannot write a conversation; none is left.
+    """
+    template = chat_template(tokenizer, spec.chat_template)
+    kept = skipped = 0
+    for record in open_records(spec, seed):
+        sequence = encode(_conversation(record, spec), tokenizer, template, sequence_length)
+        if sequence is None:
+            skipped += 1
+            continue
+        kept += 1
+        yield sequence
+    if skipped:
+        log.warning("%d of %d conversations skipped: no answer within the length", skipped, kept + skipped)
+    if not kept:
+        raise RequestError(
+            f"none of the {skipped} conversations has an answer within {sequence_length} tokens; "
+            "raise recovery.sequence_length or look at the column of the answers"
+        )
+
+
+def encode(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: str, sequence_length: int
+) -> Sequence | None:
+    """Token ids with targets; None if nothing is left to be learnt within `sequence_length` tokens."""
+    messages = list(conversation.messages)
+    answers = [
+        i
+        for i in range(conversation.num_given, len(messages))
+        if messages[i]["role"] == "assistant" and messages[i]["content"].strip()
+    ]
+    if not answers:
+        return None
+    if GENERATION_BLOCK.search(template) and conversation.num_given <= 1 and conversation.finished:
+        ids, targets = _by_block(messages, tokenizer, template)
+    else:
+        ids, targets = _by_growth(conversation, answers, tokenizer, template)
+    targets[:1] = 0  # nothing comes before the first token that could predict it
+    if not targets[:sequence_length].any():
+        return None
+    return Sequence(ids[:sequence_length], targets=targets[:sequence_length])
+
+
+def render(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    add_generation_prompt: bool = False,
+    **options: Any,
+) -> Any:
+    """The messages as the template writes them: text, or what `options` of transformers ask for.
+
+    Raises:
+        RequestError: the template refuses them, as some do with system messages.
+    """
+    options = {"tokenize": False, **options}
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=add_generation_prompt, **options
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise RequestError(
+            f"the chat template of {tokenizer.name_or_path!r} cannot write the messages ({roles}): {error}"
+        ) from error
+
+
+def _by_block(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, template: str
+) -> tuple[np.ndarray, np.ndarray]:
+    encoded = render(
+        messages, tokenizer, template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"], dtype=np.uint8)
+
+
+def _by_growth(
+    conversation: Conversation, answers: list[int], tokenizer: PreTrainedTokenizerBase, template: str
+) -> tuple[np.ndarray, np.ndarray]:
+    messages = list(conversation.messages)
+    text = render(messages, tokenizer, template)
+    spans = [_grown(messages, i, text, tokenizer, template) for i in answers]
+    if not conversation.finished:
+        start, _ = spans[-1]
+        content = messages[-1]["content"].strip()
+        end = text.index(content, start) + len(content)
+        text, spans[-1] = text[:end], (start, end)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts, ends = np.array(encoded["offset_mapping"]).T
+    targets = np.zeros(len(starts), dtype=np.uint8)
+    for start, end in spans:
+        targets[(starts >= start) & (ends <= end) & (ends > starts)] = 1
+    return np.array(encoded["input_ids"]), targets
+
+
+def _grown(
+    messages: list[Message], answer: int, text: str, tokenizer: PreTrainedTokenizerBase, template: str
+) -> tuple[int, int]:
+    """Where in `text` the message number `answer` stands, with its end of turn."""
+    before = render(messages[:answer], tokenizer, template, add_generation_prompt=True)
+    after = render(messages[: answer + 1], tokenizer, template)
+    if not (text.startswith(after) and after.startswith(before)):
+        raise RequestError(
+            f"the chat template of {tokenizer.name_or_path!r} changes earlier turns when one is added, so "
+            "answers cannot be told from prompts; give data.chat_template one with a {% generation %} block"
+        )
+    return len(before), len(after.rstrip())
+
+
+def _conversation(record: Record, spec: TextSpec) -> Conversation:
+    if spec.generated is not None:
+        prompt = tuple(record["prompt"])
+        answer = {"role": "assistant", "content": record["response"]}
+        return Conversation((*prompt, answer), num_given=len(prompt), finished=record["finished"])
+    if spec.messages_column is not None:
+        return Conversation(tuple(_message(message) for message in record[spec.messages_column]))
+    prompt_text, more = record[str(spec.prompt_column)], record.get(spec.input_column or "")
+    question = _message({"role": "user", "content": f"{prompt_text}\n\n{more}" if more else prompt_text})
+    if spec.response_column is None:
+        return Conversation((question,), num_given=1)
+    answer = {"role": "assistant", "content": record[spec.response_column]}
+    return Conversation((question, answer), num_given=1)
+
+
+def _message(message: Message) -> Message:
+    return {"role": message["role"], "content": message["content"]}

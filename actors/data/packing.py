@@ -1,0 +1,223 @@
+"""From documents and conversations to the sequences that a training run draws from.
+
+Shape letters: S sequences of a data set, B sequences of a batch, T tokens of a sequence.
+"""
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import LongTensor, Tensor
+
+from actors.data.batches import TokenBatch
+
+T = TypeVar("T")
+
+PADDING = 0
+"""Token id of padding. Any will do: no token attends to it, and no loss counts it."""
+
+TYPES = {"ids": np.int32, "starts": np.uint8, "targets": np.uint8}
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence.
+
+    Attributes:
+        ids: token ids [T].
+        starts: 1 where a document begins [T]; None if the sequence is one.
+        targets: 1 for tokens that are to be learnt [T]; None for all but those that begin a document.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray | None = None
+    targets: np.ndarray | None = None
+
+
+def cut_into_blocks(documents: Iterable[list[int]], sequence_length: int, apart: bool) -> Iterator[Sequence]:
+    """Fill blocks of `sequence_length` tokens with one document after another.
+
+    A document that does not fit goes on in the next block. What is left at the
+    end and fills no block is dropped. If `apart`, the blocks say where documents
+    begin, so that no token need see another document.
+    """
+    ids: list[int] = []
+    starts: list[int] = []
+    for document in documents:
+        ids += document
+        starts += [1, *[0] * (len(document) - 1)] if document else []
+        full = len(ids) // sequence_length * sequence_length
+        for at in range(0, full, sequence_length):
+            starts[at] = 1
+            block = slice(at, at + sequence_length)
+            yield Sequence(np.array(ids[block]), np.array(starts[block]) if apart else None)
+        del ids[:full], starts[:full]
+
+
+def pack_whole(sequences: Iterable[Sequence], sequence_length: int) -> Iterator[Sequence]:
+    """Put as many sequences into one as fit into `sequence_length` tokens, in order; none is cut."""
+    waiting: list[Sequence] = []
+    for sequence in sequences:
+        if waiting and sum(len(s.ids) for s in waiting) + len(sequence.ids) > sequence_length:
+            yield _side_by_side(waiting)
+            waiting = []
+        waiting.append(sequence)
+    if waiting:
+        yield _side_by_side(waiting)
+
+
+def shuffled(items: Iterable[T], seed: int, buffer_size: int) -> Iterator[T]:
+    """The items in an order drawn from `seed`, `buffer_size` of them in memory at a time."""
+    draw = random.Random(seed)
+    buffer: list[T] = []
+    for item in items:
+        buffer.append(item)
+        if len(buffer) > buffer_size:
+            place = draw.randrange(len(buffer))
+            buffer[place], buffer[-1] = buffer[-1], buffer[place]
+            yield buffer.pop()
+    draw.shuffle(buffer)
+    yield from buffer
+
+
+def _side_by_side(sequences: list[Sequence]) -> Sequence:
+    starts = [np.arange(len(sequence.ids)) == 0 for sequence in sequences]
+    return Sequence(
+        np.concatenate([sequence.ids for sequence in sequences]),
+        np.concatenate(starts),
+        np.concatenate([sequence.targets for sequence in sequences]),
+    )
+
+
+def up_to(sequences: Iterable[Sequence], max_tokens: int) -> Iterator[Sequence]:
+    """The first sequences, together at most `max_tokens` tokens."""
+    for sequence in sequences:
+        max_tokens -= len(sequence.ids)
+        if max_tokens < 0:
+            return
+        yield sequence
+
+
+class PackedData:
+    """Sequences of any length end to end, in memory or in mapped files; a `TrainingData`.
+
+    Batches are padded on the right to their longest sequence.
+
+    Args:
+        columns: `ids` [sum of T] and, where the sequences have them, `starts` and `targets` alike.
+        bounds: S + 1 positions; sequence s is from `bounds[s]` to `bounds[s + 1]`.
+    """
+
+    def __init__(self, columns: Mapping[str, np.ndarray], bounds: np.ndarray):
+        self._columns = columns
+        self._bounds = bounds
+        self._counted = torch.from_numpy(np.diff(bounds))
+        if "targets" in columns:
+            self._counted = torch.from_numpy(np.add.reduceat(columns["targets"], bounds[:-1], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    @property
+    def lengths_S(self) -> Tensor:
+        return torch.from_numpy(np.diff(self._bounds))
+
+    @property
+    def largest_id(self) -> int:
+        return int(self._columns["ids"].max())
+
+    def num_tokens(self, chosen_B: LongTensor) -> int:
+        return int(self._counted[chosen_B].sum())
+
+    def batch(self, chosen_B: LongTensor) -> TokenBatch:
+        lengths_B = self.lengths_S[chosen_B]
+        mask_BT = (torch.arange(int(lengths_B.max())) < lengths_B[:, None]).long()
+        starts_BT = self._gather("starts", chosen_B, mask_BT)
+        targets_BT = self._gather("targets", chosen_B, mask_BT)
+        if targets_BT is None and starts_BT is not None:
+            targets_BT = mask_BT * (1 - starts_BT)
+        return TokenBatch(
+            input_ids_BT=self._gather("ids", chosen_B, mask_BT),
+            mask_BT=None if mask_BT.all() else mask_BT,
+            targets_BT=targets_BT,
+            position_ids_BT=None if starts_BT is None else _positions(starts_BT, mask_BT),
+        )
+
+    def _gather(self, name: str, chosen_B: LongTensor, mask_BT: Tensor) -> Tensor | None:
+        if name not in self._columns:
+            return None
+        gathered = torch.full_like(mask_BT, PADDING)
+        flat = [self._columns[name][self._bounds[s] : self._bounds[s + 1]] for s in chosen_B.tolist()]
+        gathered[mask_BT.bool()] = torch.from_numpy(np.concatenate(flat).astype(np.int64))
+        return gathered
+
+
+def _positions(starts_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Distance of each token from the start of its document; 0 for padding, each of which stands alone."""
+    index_T = torch.arange(starts_BT.shape[1])
+    return (index_T - (index_T * starts_BT).cummax(dim=1).values) * mask_BT
+
+
+def collect(sequences: Iterable[Sequence]) -> PackedData:
+    """The sequences, in memory. All have the same attributes."""
+    held = list(sequences)
+    columns = {
+        name: np.concatenate([getattr(sequence, name) for sequence in held]).astype(kind)
+        for name, kind in TYPES.items()
+        if held and getattr(held[0], name) is not None
+    }
+    return PackedData(columns, _bounds([len(sequence.ids) for sequence in held]))
+
+
+def spool(make: Callable[[], Iterable[Sequence]], directory: Path) -> PackedData:
+    """The sequences, in files under `directory` that are mapped rather than read.
+
+    If the directory is there it is used as it is, and nothing is made anew. It
+    appears whole or not at all.
+    """
+    if not directory.is_dir():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".writing-"))
+        try:
+            _write(make(), scratch)
+            os.rename(scratch, directory)
+        except OSError:
+            # Another process of this node wrote the same meanwhile: its directory is as good.
+            if not directory.is_dir():
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    lengths = np.load(directory / "lengths.npy")
+    columns = {
+        name: np.memmap(directory / name, dtype=kind, mode="r")
+        for name, kind in TYPES.items()
+        if (directory / name).is_file()
+    }
+    return PackedData(columns, _bounds(lengths))
+
+
+def _write(sequences: Iterable[Sequence], directory: Path) -> None:
+    lengths: list[int] = []
+    with ExitStack() as stack:
+        files = {}
+        for sequence in sequences:
+            lengths.append(len(sequence.ids))
+            for name, kind in TYPES.items():
+                if (column := getattr(sequence, name)) is None:
+                    continue
+                if name not in files:
+                    files[name] = stack.enter_context((directory / name).open("wb"))
+                files[name].write(column.astype(kind).tobytes())
+    np.save(directory / "lengths.npy", np.array(lengths, dtype=np.int64))
+
+
+def _bounds(lengths: list[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -1,0 +1,35 @@
+"""What generates: one row an engine."""
+
+from collections.abc import Callable
+
+from actors.contracts import GenerationResult, GenerationSpec, Progress, no_progress
+from actors.errors import unknown_name
+from actors.generation.generate import TransformersEngine
+from actors.generation.responses import Engine, conduct
+from actors.generation.vllm_engine import VllmEngine
+
+ENGINES: dict[str, Callable[[GenerationSpec], Engine]] = {
+    "transformers": TransformersEngine,
+    "vllm": VllmEngine,
+}
+
+
+def open_engine(spec: GenerationSpec) -> Engine:
+    """The engine that `spec` names, with its model loaded.
+
+    Raises:
+        RequestError: there is none of that name, or it is not installed.
+    """
+    if spec.engine not in ENGINES:
+        raise unknown_name("generation engine", spec.engine, ENGINES)
+    return ENGINES[spec.engine](spec)
+
+
+def generate_locally(spec: GenerationSpec, uri: str, progress: Progress = no_progress) -> GenerationResult:
+    """Answer all prompts in this process and publish the responses at `uri`.
+
+    Raises:
+        RequestError: no prompts, no chat template, or no such engine.
+    """
+    engine = open_engine(spec)
+    return conduct(spec, lambda shares: ((share, engine.answer(share)) for share in shares), uri, progress)

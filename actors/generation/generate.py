@@ -1,0 +1,162 @@
+"""Responses of the unpruned model to prompts (*Limits of Layer Pruning* §4: self-generated responses).
+
+Shape letters: B sequences of a batch, T tokens, V vocabulary.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from actors.contracts import GenerationSpec, ModelRef, digest
+from actors.data import chat_template, render
+from actors.generation.responses import Prompt, Response, Share
+from actors.models import device, materialize, text_config
+
+log = logging.getLogger(__name__)
+
+PADDING = 0
+
+
+class TransformersEngine:
+    """The model in this process."""
+
+    def __init__(self, spec: GenerationSpec):
+        self._spec = spec
+        model, self._tokenizer = materialize(ModelRef(spec.model))
+        self._model = model.to(device())
+
+    def answer(self, share: Share) -> list[Response]:
+        return generate_responses(self._model, self._tokenizer, share.prompts, self._spec, share.first)
+
+
+def generate_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    spec: GenerationSpec,
+    first: int = 0,
+) -> list[Response]:
+    """Have `model` answer each prompt `spec.responses_per_prompt` times; in the order of the prompts.
+
+    What is drawn depends on `spec.seed`, the prompt's number (`first` is that of
+    the first) and the response's, never on the batch that a prompt is in. Logits
+    do differ with the batch in their last bits, so a response can part from
+    another batch's where two tokens are as good as equally likely.
+
+    Prompts that leave no room for `max_new_tokens` in the model's context are left
+    out, and the log counts them.
+
+    Raises:
+        RequestError: no chat template, or one that cannot write a prompt.
+    """
+    template = chat_template(tokenizer, spec.prompts.chat_template)
+    texts = [render(list(prompt), tokenizer, template, add_generation_prompt=True) for prompt in prompts]
+    ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    room = _context(model) - spec.max_new_tokens
+    jobs = [
+        (i, k) for i in range(len(prompts)) for k in range(spec.responses_per_prompt) if len(ids[i]) <= room
+    ]
+    if left_out := sum(len(prompt_ids) > room for prompt_ids in ids):
+        log.warning("%d of %d prompts left out: longer than %d tokens", left_out, len(prompts), room)
+    # Prompts of like length share a batch, so that little of it is padding.
+    by_length = sorted(jobs, key=lambda job: (-len(ids[job[0]]), job))
+    answers: dict[tuple[int, int], Response] = {}
+    for at in range(0, len(by_length), spec.batch_size):
+        batch = by_length[at : at + spec.batch_size]
+        seeds = [_seed(spec.seed, first + i, k) for i, k in batch]
+        completed = _complete(model, tokenizer, [ids[i] for i, _ in batch], seeds, spec)
+        for (i, k), new_ids in zip(batch, completed, strict=True):
+            answers[i, k] = _response(prompts[i], new_ids, model, tokenizer)
+    return [answers[job] for job in jobs]
+
+
+def _complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    seeds: list[int],
+    spec: GenerationSpec,
+) -> list[list[int]]:
+    """The new token ids of each sequence, up to and with the one that ends it."""
+    longest = max(map(len, prompts))
+    ids_BT = torch.tensor([[PADDING] * (longest - len(ids)) + ids for ids in prompts], device=model.device)
+    mask_BT = torch.tensor(
+        [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device
+    )
+    ends = end_tokens(model, tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=spec.max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=PADDING,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        use_cache=True,
+    )
+    with torch.no_grad():
+        out_BT = model.generate(
+            ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=_draws(spec, seeds)
+        )
+    return [_until_end(row, ends) for row in out_BT[:, longest:].tolist()]
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a response: those of the model's generation configuration and the tokenizer's."""
+    known = model.generation_config.eos_token_id
+    listed = known if isinstance(known, list) else [known]
+    return sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})
+
+
+def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+    end = next((position for position, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: end + 1]
+
+
+def _response(
+    prompt: Prompt, ids: list[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Response:
+    finished = ids[-1] in end_tokens(model, tokenizer)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return Response(prompt, text.strip(), finished, len(ids))
+
+
+def _draws(spec: GenerationSpec, seeds: list[int]) -> LogitsProcessorList:
+    """What turns the likeliest token into a drawn one."""
+    if spec.temperature == 0:
+        return LogitsProcessorList()
+    nucleus = [TopPLogitsWarper(spec.top_p)] if spec.top_p < 1 else []
+    return LogitsProcessorList([TemperatureLogitsWarper(spec.temperature), *nucleus, GumbelDraw(seeds)])
+
+
+class GumbelDraw(LogitsProcessor):
+    """Adds Gumbel noise: the largest sum is a draw from the softmax of the logits.
+
+    Each sequence has a generator of its own, so its draws know nothing of the batch.
+    """
+
+    def __init__(self, seeds: list[int]):
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniform_BV = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self._generators])
+        noise_BV = -torch.log(-torch.log(uniform_BV.clamp(min=torch.finfo(torch.float32).tiny)))
+        return scores + noise_BV.to(scores.device)
+
+
+def _seed(seed: int, prompt: int, response: int) -> int:
+    return int(digest([seed, prompt, response])[:15], 16)
+
+
+def _context(model: PreTrainedModel) -> int:
+    return getattr(text_config(model.config), "max_position_embeddings", None) or 2**31

@@ -1,0 +1,62 @@
+"""Full weights that recovery left: safetensors, each tensor under the name that it has in the source model.
+
+Only tensors that differ from the source's are stored, so that layers dropped
+later shift nothing, and a change of a few weights takes little room.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from actors.artifacts import fetch
+from actors.contracts import ArtifactRef
+from actors.errors import WorkError
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def save_weights(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Write tensors, by source name, as one safetensors file or as several with an index."""
+    directory.mkdir(parents=True, exist_ok=True)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    save_torch_state_dict(whole, directory, max_shard_size=MAX_SHARD_SIZE)
+
+
+def weight_shapes(weights: ArtifactRef) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the stored tensors; reads no tensor."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(fetch(weights).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    return shapes
+
+
+def read_weights(weights: ArtifactRef) -> dict[str, Tensor]:
+    """Every stored tensor by its source name."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(fetch(weights).glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+@torch.no_grad()
+def put_weights(model: PreTrainedModel, weights: ArtifactRef) -> None:
+    """Put the stored tensors in the place of the unpruned model's own, in its type.
+
+    Raises:
+        WorkError: the model has no tensor of such a name and shape.
+    """
+    own: dict[str, nn.Parameter] = dict(model.named_parameters())
+    for name, tensor in read_weights(weights).items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise WorkError(
+                f"weights {weights.uri!r} do not belong to {model.name_or_path!r}: it has no {name!r} "
+                f"of shape {tuple(tensor.shape)}"
+            )
+        own[name].copy_(tensor)

@@ -1,0 +1,145 @@
+"""What a recovery is fed: its text or conversations as sequences, and the order in which steps take them.
+
+Shape letters: S sequences of a data set, B sequences of one optimizer step.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import LongTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from actors.artifacts import cache_dir
+from actors.contracts import RecoverySpec, TextSpec, digest
+from actors.data import (
+    BlockData,
+    Sequence,
+    TrainingData,
+    batch_order,
+    collect,
+    conversation_sequences,
+    cut_into_blocks,
+    describe_text,
+    documents,
+    load_texts,
+    open_records,
+    pack_blocks,
+    pack_whole,
+    shuffled,
+    spool,
+    tokenize_documents,
+    tokenizer_fingerprint,
+    up_to,
+)
+from actors.errors import RequestError
+from actors.recovery.objectives import find_objective
+
+SHUFFLE_BUFFER = 1000
+"""Documents or conversations of a stream that are in memory at a time, to be drawn from."""
+
+
+def training_data(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+    """The sequences of `spec.data`, the same on every worker.
+
+    Running text fills blocks of `sequence_length` tokens; a conversation is a
+    sequence by itself or, with `packing: documents`, shares one with others.
+    With `streaming`, the first `max_tokens` tokens of the stream, shuffled by
+    `spec.seed`, are kept tokenised on this node's disk, so that any step can be
+    fed, in the first run and after it was resumed, without reading the stream again.
+
+    Raises:
+        RequestError: data that cannot be read, too little of it, or no chat template.
+    """
+    text = spec.data
+    data: TrainingData
+    if text.streaming:
+        key = digest(
+            [
+                describe_text(text).fingerprint,
+                tokenizer_fingerprint(tokenizer),
+                *(spec.packing, spec.sequence_length, spec.max_tokens, spec.seed),
+            ]
+        )
+        data = spool(
+            lambda: up_to(_sequences(spec, tokenizer), spec.max_tokens), cache_dir() / "tokens" / key
+        )
+    elif text.conversations or spec.packing == "documents":
+        data = collect(_sequences(spec, tokenizer))
+    else:
+        data = BlockData(pack_blocks(load_texts(text), tokenizer, spec.sequence_length))
+    _check_amount(spec, data)
+    return data
+
+
+def training_order(spec: RecoverySpec, data: TrainingData, seed: int) -> LongTensor:
+    """Which sequences each step takes: LongTensor [steps, B].
+
+    As many whole steps as `max_tokens` holds, counting every token that the model
+    reads, in every epoch. What step s takes depends on s and `seed` alone.
+
+    Raises:
+        RequestError: `max_tokens` does not hold one step.
+    """
+    lengths_S = data.lengths_S
+    epochs = spec.max_tokens // int(lengths_S.sum()) + 1
+    order_SB = batch_order(len(data), spec.batch_size, epochs * len(data) // spec.batch_size + 1, seed)
+    read_so_far = lengths_S[order_SB].sum(dim=1).cumsum(dim=0)
+    num_steps = int(torch.searchsorted(read_so_far, spec.max_tokens, right=True))
+    if num_steps == 0:
+        raise RequestError(
+            f"recovery.max_tokens {spec.max_tokens} is less than one step of {int(read_so_far[0])} tokens; "
+            "raise it or make the batch smaller"
+        )
+    return order_SB[:num_steps]
+
+
+def check_vocabulary(data: TrainingData, model: PreTrainedModel) -> None:
+    """Whether the model has an embedding for every token id of the data.
+
+    Raises:
+        RequestError: it has not.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if data.largest_id >= rows:
+        raise RequestError(
+            f"the tokenizer of {model.name_or_path!r} gives the token id {data.largest_id}, but the model's "
+            f"embedding has {rows} rows; use the tokenizer that belongs to the model"
+        )
+
+
+def check_data(objective: str, text: TextSpec) -> None:
+    """Whether the data has what the objective trains on.
+
+    Raises:
+        RequestError: columns that are missing or have no use; names them.
+    """
+    wanted = find_objective(objective).trains_on
+    answers = text.messages_column or (text.prompt_column and text.response_column) or text.generated
+    where = f"recovery.data for the objective {objective!r}"
+    if wanted == "text" and text.conversations:
+        raise RequestError(f"{where}: it trains on running text (text_column); leave out all other columns")
+    if wanted == "answers" and not answers:
+        raise RequestError(f"{where} needs prompt_column and response_column, or messages_column")
+    if wanted == "responses" and not text.conversations:
+        raise RequestError(f"{where} needs the prompts to respond to: prompt_column or messages_column")
+
+
+def _sequences(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence]:
+    text, length, apart = spec.data, spec.sequence_length, spec.packing == "documents"
+    if text.conversations:
+        conversations = conversation_sequences(text, tokenizer, length, spec.seed)
+        if text.streaming:
+            conversations = shuffled(conversations, spec.seed, SHUFFLE_BUFFER)
+        return pack_whole(conversations, length) if apart else conversations
+    texts = documents(record[text.text_column] for record in open_records(text, spec.seed))
+    if text.streaming:
+        texts = shuffled(texts, spec.seed, SHUFFLE_BUFFER)
+    return cut_into_blocks(tokenize_documents(texts, tokenizer), length, apart)
+
+
+def _check_amount(spec: RecoverySpec, data: TrainingData) -> None:
+    if len(data) < spec.batch_size:
+        raise RequestError(
+            f"the recovery data gives {len(data)} sequences of {spec.sequence_length} tokens, fewer than "
+            f"one batch of {spec.batch_size}; give more text or make batch_size or sequence_length smaller"
+        )

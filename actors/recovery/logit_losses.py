@@ -1,0 +1,89 @@
+"""How far a student's logits are from a teacher's: one row a variant.
+
+Each function takes logits of student and teacher [N, V] in fp32 and the
+temperature τ, and gives a value per token [N]. The divergences are those of
+p = softmax(z / τ), times τ²: gradients shrink by τ², and the factor keeps the
+weight of the term the same for every τ (Hinton et al., arXiv 1503.02531, §2).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, logaddexp
+
+from actors.errors import RequestError, unknown_name
+
+LogitLoss = Callable[[Tensor, Tensor], Tensor]
+"""(student_NV, teacher_NV) → values of the tokens [N]."""
+
+
+@dataclass(frozen=True)
+class LogitVariant:
+    """`loss`: (student_NV, teacher_NV, temperature) → [N]."""
+
+    loss: Callable[[Tensor, Tensor, float], Tensor]
+    paper: str
+
+
+def mse(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
+    """Mean over V of the squared difference; the temperature has no part in it."""
+    return (student_NV - teacher_NV).square().mean(-1)
+
+
+def forward_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
+    """τ² KL(p_T ‖ p_S), a sum over V."""
+    student, teacher = _log_probabilities(student_NV, teacher_NV, temperature)
+    return temperature**2 * _kl(teacher, student)
+
+
+def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
+    """τ² KL(p_S ‖ p_T), a sum over V."""
+    student, teacher = _log_probabilities(student_NV, teacher_NV, temperature)
+    return temperature**2 * _kl(student, teacher)
+
+
+def jsd(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
+    """τ² [KL(p_T ‖ m) + KL(p_S ‖ m)] / 2 with m = (p_T + p_S) / 2, a sum over V."""
+    student, teacher = _log_probabilities(student_NV, teacher_NV, temperature)
+    # m is where the sum is least, so no gradient goes through it; taking none also rounds less.
+    middle = logaddexp(student.detach(), teacher) - math.log(2)
+    return temperature**2 * (_kl(teacher, middle) + _kl(student, middle)) / 2
+
+
+def cross_entropy(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
+    """−τ² Σ_V p_T log p_S: the forward KL and the teacher's own entropy."""
+    student, teacher = _log_probabilities(student_NV, teacher_NV, temperature)
+    return -(temperature**2) * (teacher.exp() * student).sum(-1)
+
+
+LOGIT_LOSSES: dict[str, LogitVariant] = {
+    "mse": LogitVariant(mse, "IteRABRe §3.2"),
+    "forward_kl": LogitVariant(forward_kl, "Minitron (arXiv 2407.14679) §2.3"),
+    "reverse_kl": LogitVariant(reverse_kl, "MiniLLM (arXiv 2306.08543) §2.1"),
+    "jsd": LogitVariant(jsd, "GKD (arXiv 2306.13649) §2, with β = 1/2"),
+    "cross_entropy": LogitVariant(cross_entropy, "Hinton et al. (arXiv 1503.02531) §2"),
+}
+
+
+def find_logit_loss(name: str, temperature: float) -> LogitLoss:
+    """The row of that name at that temperature.
+
+    Raises:
+        RequestError: there is none, or the temperature is not above 0.
+    """
+    if name not in LOGIT_LOSSES:
+        raise unknown_name("logit loss", name, LOGIT_LOSSES)
+    if not 0 < temperature < math.inf:
+        raise RequestError(f"recovery.loss.temperature must be above 0, not {temperature}")
+    loss = LOGIT_LOSSES[name].loss
+    return lambda student_NV, teacher_NV: loss(student_NV, teacher_NV, temperature)
+
+
+def _log_probabilities(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return (student_NV / temperature).log_softmax(-1), (teacher_NV / temperature).log_softmax(-1)
+
+
+def _kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:
+    """KL(p ‖ q) of log-probabilities, a sum over V."""
+    return (p_NV.exp() * (p_NV - q_NV)).sum(-1)

@@ -1,0 +1,44 @@
+"""Where a worker trains: what the training loop needs to know of the world around it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.artifacts import read_bytes, write_bytes
+from actors.contracts import Progress
+
+Write = Callable[[Path], None]
+"""Writes this worker's share of a checkpoint into an empty directory."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a worker trains: who it is among how many, and where things go.
+
+    Attributes:
+        rank, world_size: a process group of that size must exist.
+        adapter_uri: where rank 0 publishes what was trained.
+        note_uri: a file that outlives the worker and keeps the micro-batch size that fits.
+        save_checkpoint: (steps done, write); called by every worker at once.
+        checkpoints: the whole checkpoints' directories, newest first.
+        progress: told after every step, on rank 0.
+        leaving: whether a worker's machine is about to go; called by every worker after every step.
+    """
+
+    rank: int
+    world_size: int
+    adapter_uri: str
+    note_uri: str
+    save_checkpoint: Callable[[int, Write], None]
+    checkpoints: Callable[[], Iterator[AbstractContextManager[Path]]]
+    progress: Progress
+    leaving: Callable[[], bool] = lambda: False
+
+    def noted_micro_batch(self) -> int | None:
+        """The micro-batch size that an earlier try fell back to."""
+        noted = read_bytes(self.note_uri)
+        return int(noted) if noted else None
+
+    def note_micro_batch(self, size: int) -> None:
+        write_bytes(self.note_uri, str(size).encode())
