@@ -66,6 +66,10 @@ class ModelInfo:
     """What is known of a source model without loading its weights.
 
     `fingerprint` changes whenever the weights or the configuration change.
+    `block_parameters[i]` is the size of block i. D is the width of the hidden
+    state, and attention mixes `attention_width` numbers a token (H times the
+    width of a head). `block_widths` is the sum of the in- and output widths of
+    a block's matrices, the size of a low-rank update of rank 1.
     """
 
     spec: ModelSpec
@@ -74,6 +78,11 @@ class ModelInfo:
     num_parameters: int
     vocab_size: int
     fingerprint: str
+    block_parameters: tuple[int, ...] = ()
+    hidden_size: int = 0
+    attention_width: int = 0
+    num_heads: int = 1
+    block_widths: int = 0
 
 
 @dataclass(frozen=True)

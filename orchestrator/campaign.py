@@ -4,28 +4,42 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import ray
 from ray import tune
-from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray.exceptions import RayError
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 
-from actors.contracts import EvaluationResult, EvaluationSpec
 from actors.evaluation import check_task_data
-from actors.evaluation.actor import evaluate_all_on_ray
 from orchestrator.backends import BACKENDS
-from orchestrator.candidates import EvaluateAll
-from orchestrator.config import CampaignConfig, ExecutionConfig
-from orchestrator.errors import ClusterTooSmallError, IterabreError
+from orchestrator.cluster import (
+    QUIET,
+    check_resources,
+    cluster,
+    cluster_capacity,
+    has_room_for_both,
+    workers_output_to,
+)
+from orchestrator.config import CampaignConfig, ExecutionConfig, SearchConfig
+from orchestrator.coordinator import AskedClaims, Coordinator, LimitReachedError
+from orchestrator.cost import machine_of
+from orchestrator.errors import IterabreError, unknown_name
+from orchestrator.estimate import spent_before
+from orchestrator.ledger import Ledger
+from orchestrator.limits import Limits, backoff_s, devices_held, start_order
+from orchestrator.outcomes import TrajectoryOutcome, read_outcomes, write_outcome
 from orchestrator.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.progress import Board, RemoteReport, Report, live_view
 from orchestrator.run_file import check_run, open_run
-from orchestrator.stages import StoredStages
+from orchestrator.run_lock import check_unlocked, locked
+from orchestrator.sharing import remaining_stages
+from orchestrator.stages import Backend, OnIteration, StoredStages
 from orchestrator.store import Store
 from orchestrator.trajectory import run_trajectory
 
@@ -36,26 +50,24 @@ TRIAL_PLACE = tune.PlacementGroupFactory([{HEAD: 0.001}])
 """A trial only waits for its stages: it takes no CPU, and lives on the head, never a spot machine."""
 
 LOST_TRIAL_RETRIES = 3
+"""How often a lost trial, or a trajectory that lost the machine of a stage, is tried again."""
+
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
-QUIET = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TQDM_DISABLE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
+MakeBackend = Callable[[ExecutionConfig, Store], Backend]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a campaign ended: the reason of every trajectory that failed."""
+    """How a campaign ended.
+
+    `failures` has the reason of every trajectory that failed, `stopped` the trajectories that
+    the scheduler gave up, `limit` the limit that ended the campaign early.
+    """
 
     failures: Mapping[str, str]
+    stopped: Sequence[str] = ()
+    limit: str | None = None
 
 
 def run_campaign(
@@ -71,47 +83,113 @@ def run_campaign(
         address: a Ray cluster to join; RAY_ADDRESS or a cluster of this machine's own if None.
 
     Raises:
-        RequestError: `store` cannot be written or holds another run, or data of a task are missing.
+        RequestError: `store` cannot be written, holds another run, or is in use; data of a task are missing.
         ClusterTooSmallError: the cluster can never give what `config.execution` asks for.
     """
     execution = config.execution
     check_run(store, config.model_dump(mode="json"), resume)
-    evaluation = plan.trajectories[0].evaluation
-    check_task_data(evaluation.tasks, evaluation.include_path, evaluation.num_fewshot)
+    limits = limits_of(config)
+    check_unlocked(store)
+    for evaluation in {trajectory.evaluation for trajectory in plan.trajectories}:
+        check_task_data(evaluation.tasks, evaluation.include_path, evaluation.num_fewshot)
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":
-        with _run_log(store, config), _stopping_on_sigterm():
-            return _run_in_this_process(execution, plan, store)
-    with _cluster(address):
+        with _run_log(store, config), locked(store), _stopping_on_sigterm():
+            return _run_in_this_process(config, plan, store, limits)
+    with cluster(address):
         capacity = cluster_capacity()
         check_resources(execution, capacity)
         overlap = execution.overlap_evaluation and has_room_for_both(execution, capacity)
         workers_log = store.logs_dir / "workers.log"
-        with _run_log(store, config), _workers_output_to(workers_log), _stopping_on_sigterm():
-            return _run_trials(execution, plan, store, overlap)
+        with (
+            _run_log(store, config),
+            locked(store),
+            workers_output_to(workers_log),
+            _stopping_on_sigterm(),
+        ):
+            return run_trials(config, plan, store, limits, overlap=overlap)
 
 
-def _run_in_this_process(execution: ExecutionConfig, plan: CampaignPlan, store: Store) -> Outcome:
+def limits_of(config: CampaignConfig) -> Limits:
+    """The campaign's limits, with what a device costs.
+
+    Raises:
+        RequestError: `cost.machine` is no known machine.
+    """
+    execution = config.execution
+    return Limits(
+        max_failures=execution.max_failures,
+        time_limit_s=execution.time_limit_s,
+        budget=execution.budget,
+        price_per_hour=machine_of(config.cost, config.cost.machine).price_per_hour,
+        devices=devices_held(execution),
+    )
+
+
+def _unfinished(plan: CampaignPlan, store: Store) -> Sequence[str]:
+    """Trajectories to run, a nearly done one first; not those that a scheduler gave up in an earlier run."""
+    given_up = {name for name, outcome in read_outcomes(store).items() if outcome.state == "stopped"}
+    going = [trajectory for trajectory in plan.trajectories if trajectory.id not in given_up]
+    return start_order({trajectory.id: remaining_stages(trajectory, store) for trajectory in going})
+
+
+def _run_in_this_process(config: CampaignConfig, plan: CampaignPlan, store: Store, limits: Limits) -> Outcome:
     board = Board()
+    coordinator = Coordinator(limits, spent_before(Ledger(store.ledger_uri).read(), limits))
     failures: dict[str, str] = {}
+
+    def call(method: str, *arguments: Any) -> Any:
+        return getattr(coordinator, method)(*arguments)
+
+    backend = BACKENDS["local"](config.execution, store)
     with live_view(board.snapshot):
-        for trajectory in plan.trajectories:
-            failure = _follow(trajectory, execution, store, board.post)
+        for trajectory_id in _unfinished(plan, store):
+            trajectory = plan.find(trajectory_id)
+            failure = _follow(trajectory, backend, store, board.post, call)
             failures |= {trajectory.id: failure} if failure else {}
-    return Outcome(failures)
+    return Outcome(failures, limit=coordinator.ended_by())
 
 
-def _run_trials(execution: ExecutionConfig, plan: CampaignPlan, store: Store, overlap: bool) -> Outcome:
-    """Trials begun again find their finished stages in the store, so Tune need not restore anything."""
+def run_trials(
+    config: CampaignConfig,
+    plan: CampaignPlan,
+    store: Store,
+    limits: Limits,
+    make_backend: MakeBackend = BACKENDS["ray"],
+    overlap: bool = False,
+) -> Outcome:
+    """Run the trajectories as trials of Ray Tune, on the connected cluster.
+
+    Trials begun again find their finished stages in the store, so Tune need not restore anything.
+    """
+    os.environ.update(QUIET)
+    execution = config.execution
     board = ray.remote(num_cpus=0)(Board).remote()
+    price = spent_before(Ledger(store.ledger_uri).read(), limits)
+    coordinator = ray.remote(num_cpus=0, max_restarts=-1)(Coordinator).remote(limits, price)
+    trajectories = list(_unfinished(plan, store))
+    if not trajectories:
+        return Outcome({})
     trainable = tune.with_parameters(
-        _trial, plan=plan, execution=execution, store=store, board=board, overlap=overlap
+        _trial,
+        plan=plan,
+        execution=execution,
+        store=store,
+        board=board,
+        overlap=overlap,
+        coordinator=coordinator,
+        make_backend=make_backend,
+        metric=None if config.search.scheduler == "none" else config.search.metric,
     )
     tuner = tune.Tuner(
         tune.with_resources(trainable, TRIAL_PLACE),
-        param_space={"trajectory": tune.grid_search([trajectory.id for trajectory in plan.trajectories])},
-        tune_config=tune.TuneConfig(max_concurrent_trials=execution.max_concurrent_trajectories),
+        param_space={"trajectory": tune.grid_search(trajectories)},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=execution.max_concurrent_trajectories,
+            scheduler=trial_scheduler(config.search, max(len(t.iterations) for t in plan.trajectories)),
+            reuse_actors=True,
+        ),
         run_config=tune.RunConfig(
             name=f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
             storage_path=store.tune_uri,
@@ -121,11 +199,43 @@ def _run_trials(execution: ExecutionConfig, plan: CampaignPlan, store: Store, ov
     )
     with live_view(lambda: ray.get(board.snapshot.remote())):
         results = tuner.fit()
+    return _outcome(results, store, ray.get(coordinator.ended_by.remote()))
+
+
+def _outcome(results: tune.ResultGrid, store: Store, limit: str | None) -> Outcome:
+    """What became of the trials; those that ended without a word of their own were given up or lost."""
     failures: dict[str, str] = {}
+    stopped: list[str] = []
     for result in results:
-        reason = _last_line(result.error) if result.error else (result.metrics or {}).get("failure")
-        failures |= {result.config["trajectory"]: reason} if reason else {}
-    return Outcome(failures)
+        trajectory, metrics = result.config["trajectory"], result.metrics or {}
+        if result.error:
+            failures[trajectory] = _last_line(result.error)
+            write_outcome(store, trajectory, TrajectoryOutcome("failed", failures[trajectory]))
+        elif metrics.get("failure"):
+            failures[trajectory] = metrics["failure"]
+        elif not metrics.get("ended"):
+            reason = f"given up by the scheduler after iteration {metrics.get('iteration')}"
+            write_outcome(store, trajectory, TrajectoryOutcome("stopped", reason))
+            stopped.append(trajectory)
+    return Outcome(failures, tuple(stopped), limit)
+
+
+def trial_scheduler(search: SearchConfig, iterations: int) -> TrialScheduler | None:
+    """Ray Tune's scheduler for `search`; None lets every trajectory run to its end."""
+    compared: dict[str, Any] = {"time_attr": "iteration", "metric": "compared", "mode": search.mode}
+    grace = min(search.grace_iterations, iterations)
+    if search.scheduler == "asha":
+        return ASHAScheduler(
+            **compared,
+            grace_period=grace,
+            # Beyond the last iteration: a trajectory that gets there is done anyway.
+            max_t=iterations + 1,
+            reduction_factor=search.reduction_factor,
+            stop_last_trials=False,
+        )
+    if search.scheduler == "median_stopping":
+        return MedianStoppingRule(**compared, grace_period=grace)
+    return None
 
 
 def _trial(
@@ -135,12 +245,47 @@ def _trial(
     store: Store,
     board: Any,
     overlap: bool,
+    coordinator: Any,
+    make_backend: MakeBackend,
+    metric: str | None,
 ) -> None:
-    """A Tune trial: one trajectory. Lost machines raise and are retried; wrong requests are reported."""
+    """A Tune trial: one trajectory. What was lost is tried again; what is wrong is reported."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     trajectory = plan.find(parameters["trajectory"])
-    failure = _follow(trajectory, execution, store, RemoteReport(board), overlap)
-    tune.report({"failure": failure or ""})
+
+    def call(method: str, *arguments: Any) -> Any:
+        return ray.get(getattr(coordinator, method).remote(*arguments))
+
+    def on_iteration(iteration: int, metrics: Mapping[str, float]) -> None:
+        assert metric is not None, "nobody listens without a metric"
+        if metric not in metrics:
+            raise unknown_name("search.metric", metric, metrics)
+        tune.report({"iteration": iteration, "compared": metrics[metric]})
+
+    follow = partial(
+        _follow,
+        trajectory,
+        make_backend(execution, store),
+        store,
+        RemoteReport(board),
+        call,
+        on_iteration if metric else None,
+        overlap,
+    )
+    failure = _despite_losses(follow)
+    tune.report({"failure": failure or "", "ended": True})
+
+
+def _despite_losses(follow: Callable[[], str | None]) -> str | None:
+    """Follow a trajectory, again after a growing pause when a process or machine of a stage was lost."""
+    for attempt in range(LOST_TRIAL_RETRIES):
+        try:
+            return follow()
+        except RayError as lost:
+            pause_s = backoff_s(attempt)
+            log.warning("something was lost (%s); trying again in %.0f s", _last_line(lost), pause_s)
+            time.sleep(pause_s)
+    return follow()
 
 
 def _last_line(error: BaseException) -> str:
@@ -150,38 +295,30 @@ def _last_line(error: BaseException) -> str:
 
 def _follow(
     trajectory: TrajectoryPlan,
-    execution: ExecutionConfig,
+    backend: Backend,
     store: Store,
     report: Report,
+    call: Callable[..., Any],
+    on_iteration: OnIteration | None = None,
     overlap: bool = False,
 ) -> str | None:
     """Run one trajectory; the reason if it failed in a way that trying again cannot mend."""
-    backend = BACKENDS[execution.backend](execution, store)
-    stages = StoredStages(trajectory, store, backend, report, overlap)
+    stages = StoredStages(trajectory, store, backend, report, AskedClaims(call), on_iteration, overlap)
     try:
         run_trajectory(trajectory, stages)
+    except LimitReachedError as limit:
+        log.warning("%s ends at iteration %d: %s", trajectory.id, stages.activity.iteration, limit)
+        report(replace(stages.activity, stage="ended early", finished=True))
+        return None
     except IterabreError as error:
         log.error("%s failed: %s", trajectory.id, error)
         report(replace(stages.activity, stage="failed", finished=True))
+        write_outcome(store, trajectory.id, TrajectoryOutcome("failed", str(error)))
+        call("fail", trajectory.id)
         return str(error)
     report(replace(stages.activity, finished=True))
+    write_outcome(store, trajectory.id, TrajectoryOutcome("done"))
     return None
-
-
-@contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
-    # "local" rather than None: Ray would else join, or wait for, a node that `ray start` once left here.
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    ray.init(
-        address=address,
-        include_dashboard=False if address == "local" else None,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": QUIET},
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager
@@ -213,110 +350,3 @@ def _stopping_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _workers_output_to(file: Path) -> Iterator[None]:
-    """Send what workers print to `file` instead of this terminal."""
-
-    def write(data: Mapping[str, Any]) -> None:
-        if data.get("pid") == "autoscaler":
-            return
-        name = data.get("actor_name") or data.get("task_name") or "worker"
-        who = f"{name} pid={data.get('pid')} {data.get('ip')}"
-        stream.writelines(f"({who}) {line}\n" for line in data.get("lines", []) if line.strip())
-        stream.flush()
-
-    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
-    with file.open("a", encoding="utf-8") as stream:
-        global_worker_stdstream_dispatcher.add_handler("iterabre_log", write)
-        try:
-            yield
-        finally:
-            global_worker_stdstream_dispatcher.remove_handler("iterabre_log")
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What a cluster has or can grow to: in all, and on its largest node."""
-
-    cpus: float
-    gpus: float
-    node_cpus: float
-    node_gpus: float
-    can_grow: bool = False
-
-
-def cluster_capacity() -> Capacity:
-    """The capacity of the connected cluster, as far as its autoscaler tells."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    growth = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return Capacity(
-        cpus=max(growth.get("CPU", 0), sum(node.get("CPU", 0) for node in nodes)),
-        gpus=max(growth.get("GPU", 0), sum(node.get("GPU", 0) for node in nodes)),
-        node_cpus=max(node.get("CPU", 0) for node in nodes),
-        node_gpus=max(node.get("GPU", 0) for node in nodes),
-        can_grow=bool(growth),
-    )
-
-
-def evaluate_on_cluster(
-    address: str | None, *, actors: int, cpus: float, gpus: float, start_timeout_s: float = 600.0
-) -> EvaluateAll:
-    """Evaluates many models on actors of the cluster at `address`, or of this machine if None."""
-
-    def evaluate_all(specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
-        with _cluster(address):
-            yield from evaluate_all_on_ray(
-                specs, actors=actors, cpus=cpus, gpus=gpus, start_timeout_s=start_timeout_s
-            )
-
-    return evaluate_all
-
-
-def capacity_at(address: str) -> Capacity:
-    """The capacity of the cluster at `address`.
-
-    Raises:
-        ConnectionError: none answers there.
-    """
-    with _cluster(address):
-        return cluster_capacity()
-
-
-def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
-    """Refuse what the cluster can never give, rather than wait for it for ever.
-
-    Raises:
-        ClusterTooSmallError: says what is needed, and what there is.
-    """
-    training = execution.training
-    asked = {
-        "scoring": (1, execution.scoring.cpus, execution.scoring.gpus),
-        "generation": (1, execution.generation.cpus, execution.generation.gpus),
-        "training": (training.workers, training.cpus, training.gpus),
-        "evaluation": (1, execution.evaluation.cpus, execution.evaluation.gpus),
-    }
-    for section, (count, cpus, gpus) in asked.items():
-        for kind, each, in_all, on_node in (
-            ("CPU", cpus, capacity.cpus, capacity.node_cpus),
-            ("GPU", gpus, capacity.gpus, capacity.node_gpus),
-        ):
-            if count * each > in_all or (each > on_node and not capacity.can_grow):
-                raise ClusterTooSmallError(
-                    f"execution.{section} needs {count * each:g} {kind} ({count} x {each:g}), but the "
-                    f"cluster has {in_all:g} {kind}, {on_node:g} on its largest node; "
-                    f"lower execution.{section} or use a larger cluster"
-                )
-
-
-def has_room_for_both(execution: ExecutionConfig, capacity: Capacity) -> bool:
-    """Whether every trajectory can be evaluated while its next iteration is scored and trained.
-
-    Otherwise what is asked for later would wait for an evaluation to end, up to its time-out.
-    """
-    evaluation, scoring, training = execution.evaluation, execution.scoring, execution.training
-    cpus = evaluation.actors * evaluation.cpus + max(scoring.cpus, training.workers * training.cpus)
-    gpus = evaluation.actors * evaluation.gpus + max(scoring.gpus, training.workers * training.gpus)
-    at_a_time = execution.max_concurrent_trajectories
-    return at_a_time * cpus <= capacity.cpus and at_a_time * gpus <= capacity.gpus

@@ -11,14 +11,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from orchestrator import cli_setup, cli_sweep
+from orchestrator import cli_plan, cli_setup, cli_sweep
 from orchestrator.config import CampaignConfig, load_config
 from orchestrator.errors import IterabreError, RequestError, WorkError
+
+if TYPE_CHECKING:
+    from orchestrator.store import Store
 
 app = typer.Typer(
     help="Make language models smaller: remove whole layers, heal each removal, repeat. On Ray.",
@@ -55,24 +58,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines inst
 Output = Annotated[Path, typer.Option("--output", help="Directory to write; must not exist or be empty.")]
 
 
-@app.command()
-def plan(config: Config, set_: Set = None, as_json: Json = False) -> None:
-    """Show what a campaign would run; checks everything and starts nothing."""
-    from orchestrator.plan import build_plan, plan_summary
-
-    rows = plan_summary(build_plan(load_config(config, set_)))
-    if as_json:
-        _print_json(rows)
-        return
-    columns = {
-        "trajectory": [row["trajectory"] for row in rows],
-        "layers": [f"{row['layers']} → {', '.join(map(str, row['targets']))}" for row in rows],
-        "iterations": [str(row["iterations"]) for row in rows],
-        "stages": [str(row["stages"]) for row in rows],
-        "recovery\ntokens": [f"{row['recovery_tokens']:,}" for row in rows],
-        "recovery\nFLOPs": [f"{row['recovery_flops']:.2e}" for row in rows],
-    }
-    _print_table(columns, "What would run")
+app.command()(cli_plan.plan)
 
 
 @app.command()
@@ -109,16 +95,21 @@ def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
     out.print(
         f"\nModels   {store.uri}/models\nReport   {report_file}\nLedger   {store.ledger_uri}", soft_wrap=True
     )
-    for trajectory, reason in outcome.failures.items():
-        err.print(f"failed: {trajectory}: {reason}", style="red", markup=False, soft_wrap=True)
+    _show_outcomes(store)
+    if outcome.limit:
+        raise WorkError(f"ended early: {outcome.limit}; finished stages are kept, --resume continues")
     if outcome.failures:
         raise typer.Exit(1)
 
 
 @app.command()
 def status(run: Run, as_json: Json = False) -> None:
-    """Show the numbers a run has so far, from its ledger."""
+    """Show the numbers a run has so far, from its ledger, and what became of its trajectories."""
+    from orchestrator.store import Store
+
     _show_results(_existing_run(run), as_json)
+    if not as_json:
+        _show_outcomes(Store(run))
 
 
 @app.command()
@@ -323,6 +314,16 @@ def _show_results(run: str, as_json: bool = False) -> None:
         out.print(results_table(own, out.width))
     if not lines:
         err.print("No stage is finished yet.")
+
+
+def _show_outcomes(store: "Store") -> None:
+    """Name the trajectories that failed or were given up, with the reason."""
+    from orchestrator.outcomes import read_outcomes
+
+    for trajectory, outcome in read_outcomes(store).items():
+        if outcome.state != "done":
+            line = f"{outcome.state}: {trajectory}: {outcome.reason}"
+            err.print(line, style="red", markup=False, soft_wrap=True)
 
 
 def _build_report(run: str) -> str:

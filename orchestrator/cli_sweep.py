@@ -75,7 +75,7 @@ def sweep(
         remaining(num_layers, (layer,))
     evaluate_all = None
     if actors:
-        from orchestrator.campaign import evaluate_on_cluster
+        from orchestrator.cluster import evaluate_on_cluster
 
         evaluate_all = evaluate_on_cluster(address, actors=actors, cpus=cpus, gpus=gpus)
     measured = run_sweep(spec, chosen, evaluate_all, _tell)

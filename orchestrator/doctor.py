@@ -126,7 +126,7 @@ def check_cluster(place: Place) -> Iterator[Finding]:
     if place.address is None:
         yield Finding("Ray cluster", "note", "none asked for", "name one with --address auto or HOST:PORT")
         return
-    from orchestrator.campaign import capacity_at
+    from orchestrator.cluster import capacity_at
 
     try:
         _knock(place.address)

@@ -11,6 +11,10 @@ class RunExistsError(RequestError):
     """The output directory holds another run, or the same run with other settings."""
 
 
+class RunInUseError(RequestError):
+    """Another driver has the run open."""
+
+
 class ClusterTooSmallError(RequestError):
     """The cluster can never give what the configuration asks for."""
 
@@ -26,6 +30,7 @@ __all__ = [
     "IterabreError",
     "RequestError",
     "RunExistsError",
+    "RunInUseError",
     "WorkError",
     "unknown_name",
 ]

@@ -8,9 +8,10 @@ from actors.models import export_model
 from orchestrator.config import parse_config
 from orchestrator.errors import RequestError, unknown_name
 from orchestrator.ledger import Ledger
-from orchestrator.plan import IterationPlan, TrajectoryPlan, build_plan
+from orchestrator.plan import TrajectoryPlan, build_plan
 from orchestrator.report.card import model_card, provenance
 from orchestrator.run_file import read_run
+from orchestrator.schedule import IterationPlan
 from orchestrator.stages import StoredStages
 from orchestrator.store import Store
 from orchestrator.trajectory import run_trajectory
@@ -23,6 +24,16 @@ class _FinishedOnly:
         raise RequestError(
             f"that iteration's {stage} stage is not finished; continue the run with --resume first"
         )
+
+
+class _NobodyElse:
+    """Claims of a walk that only looks up."""
+
+    def take(self, kind: str, key: str) -> None:
+        """Granted."""
+
+    def give_back(self, kind: str, key: str, seconds: float) -> None:
+        """Nobody waits for it."""
 
 
 class _Lookup(StoredStages):
@@ -54,7 +65,7 @@ def model_at(plan: TrajectoryPlan, store: Store, iteration: int) -> ModelRef:
     """The recovered model of a finished iteration, found by walking its trajectory through the store."""
     if not 1 <= iteration <= len(plan.iterations):
         raise RequestError(f"{plan.id} has iterations 1 to {len(plan.iterations)}, not {iteration}")
-    stages = _Lookup(plan, store, _FinishedOnly(), report=lambda _activity: None)
+    stages = _Lookup(plan, store, _FinishedOnly(), lambda _activity: None, _NobodyElse())
     return run_trajectory(plan, stages, until=iteration)
 
 

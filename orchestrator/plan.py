@@ -2,38 +2,37 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from actors.contracts import (
-    AdapterSpec,
     ArtifactRef,
     EvaluationSpec,
     GenerationSpec,
-    LossSpec,
     MergeSpec,
     ModelInfo,
     ModelRef,
     ModelSpec,
-    PerplexitySpec,
     RecoverySpec,
     ScoreSpec,
     TaskSpec,
     TextSpec,
-    ThroughputSpec,
     digest,
 )
 from actors.data import chat_template, describe_text
-from actors.evaluation import check_probes, check_tasks, suite_tasks
+from actors.data.text import builtin_file
+from actors.evaluation import check_probes, check_tasks
 from actors.models import BLOCK, check_prunable, describe_model, load_tokenizer
 from actors.models.merge import MERGES
 from actors.recovery import check_data, check_recovery, find_objective
 from actors.scoring import find_criterion
-from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig, TargetConfig, TextConfig
+from orchestrator.config import CampaignConfig, MethodConfig, SearchConfig
 from orchestrator.errors import RequestError, unknown_name
+from orchestrator.grid import check_exclusions, trajectories_of
+from orchestrator.schedule import IterationPlan
+from orchestrator.specs import evaluation_spec, model_spec, recovery_spec, text_spec
 
 NOT_IN_KEY = frozenset(
     {
@@ -49,16 +48,6 @@ NOT_IN_KEY = frozenset(
 
 PRECISION = ("bf16", "fp16", "optimizer")
 """The fields of a DeepSpeed JSON that do change the result."""
-
-
-@dataclass(frozen=True)
-class IterationPlan:
-    """One round of score, prune, recover, evaluate."""
-
-    index: int
-    layers_to_drop: int
-    layers_left: int
-    is_target: bool
 
 
 @dataclass(frozen=True)
@@ -92,7 +81,7 @@ class TrajectoryPlan:
     def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
         """What to ask of scoring for `model`, from which so many layers are to go."""
         scoring = self.method.scoring
-        chooses_run = find_criterion(scoring.criterion).chooses_run
+        criterion = find_criterion(scoring.criterion)
         return ScoreSpec(
             model=model,
             calibration=text_spec(scoring.calibration),
@@ -101,9 +90,9 @@ class TrajectoryPlan:
             pooling=scoring.pooling,
             max_sequences=scoring.max_sequences,
             sequence_length=scoring.sequence_length,
-            seed=self.seed,
-            # Left out where it does not matter, so that all portions share one stage.
-            num_remove=layers_to_drop if chooses_run or scoring.confidence else 1,
+            # Seed and portion are left out where they do not matter, so that all share one stage.
+            seed=self.seed if criterion.seeded or scoring.confidence else 0,
+            num_remove=layers_to_drop if criterion.chooses_run or scoring.confidence else 1,
             task=self._task(),
             merge=MergeSpec(**scoring.merge.model_dump()) if scoring.merge else None,
             memory_budget_gb=scoring.memory_budget_gb,
@@ -200,11 +189,20 @@ class TrajectoryPlan:
 
 
 @dataclass(frozen=True)
+class TextSize:
+    """How long a text is, where that is known before it is read into tokens."""
+
+    num_rows: int | None
+    num_bytes: int | None
+
+
+@dataclass(frozen=True)
 class CampaignPlan:
     """Everything a campaign will do."""
 
     name: str
     trajectories: tuple[TrajectoryPlan, ...]
+    text_sizes: Mapping[TextSpec, TextSize] = field(default_factory=dict)
 
     def needed_bytes(self) -> int:
         """Disk space of the exported models and the adapters, roughly."""
@@ -224,18 +222,22 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
         RequestError: a model, text, task, criterion, objective or target that
             cannot be had, with the place in the config.
     """
-    evaluation = _evaluation(config)
-    check_tasks(evaluation.tasks, evaluation.include_path)
-    check_probes(evaluation.probes)
-    for method in config.methods:
-        _check_scoring(method, evaluation.include_path)
+    evaluations = {
+        model.id: evaluation_spec(config.evaluation_for(model), min(config.seeds)) for model in config.models
+    }
+    for evaluation in evaluations.values():
+        check_tasks(evaluation.tasks, evaluation.include_path)
+        check_probes(evaluation.probes)
+    grid = [(model, config.method_for(model, method)) for model in config.models for method in config.methods]
+    for model, method in grid:
+        _check_scoring(method, evaluations[model.id].include_path)
         check_data(method.recovery.objective, text_spec(method.recovery.data))
     infos = {model.id: describe_model(model_spec(model)) for model in config.models}
     deepspeed = _read_deepspeed(config.execution.training.deepspeed)
-    fingerprints: dict[TextSpec | ModelSpec, str] = {
-        text: describe_text(text).fingerprint for text in _texts(config, evaluation)
-    }
-    fingerprints |= {teacher: describe_model(teacher).fingerprint for teacher in _teachers(config)}
+    methods = [method for _, method in grid]
+    texts = {text: describe_text(text) for text in _texts(methods, evaluations.values())}
+    fingerprints: dict[TextSpec | ModelSpec, str] = {spec: text.fingerprint for spec, text in texts.items()}
+    fingerprints |= {teacher: describe_model(teacher).fingerprint for teacher in _teachers(methods)}
     trajectories = tuple(
         TrajectoryPlan(
             id=trajectory_id,
@@ -245,21 +247,25 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
             method=method,
             seed=seed,
             iterations=iterations,
-            evaluation=evaluation,
-            also_before_recovery=config.evaluation.also_before_recovery,
+            evaluation=evaluations[model.id],
+            also_before_recovery=config.evaluation_for(model).also_before_recovery,
             deepspeed=deepspeed,
             fingerprints=fingerprints,
-            tasks_fingerprint=_folder_fingerprint(evaluation.include_path),
+            tasks_fingerprint=_folder_fingerprint(evaluations[model.id].include_path),
         )
-        for model in config.models
-        for method in config.methods
+        for model, method in grid
         for seed in config.seeds
-        for trajectory_id, iterations in _trajectories(config, model, method, seed, infos[model.id])
+        for trajectory_id, iterations in trajectories_of(config, model, method, seed, infos[model.id])
     )
+    check_exclusions(config)
+    if not trajectories:
+        raise RequestError("`exclude` leaves nothing to run; take an entry out")
     _check_prunable(trajectories)
     for trajectory in trajectories:
         _check_recovery(trajectory, config.execution.training.workers)
-    return CampaignPlan(config.name, trajectories)
+    _check_search(config.search, evaluations.values())
+    sizes = {spec: TextSize(text.num_rows, _text_bytes(spec)) for spec, text in texts.items()}
+    return CampaignPlan(config.name, trajectories, sizes)
 
 
 def _check_recovery(trajectory: TrajectoryPlan, workers: int) -> None:
@@ -314,118 +320,32 @@ def _misfit(method: MethodConfig) -> str | None:
     return None
 
 
-def _trajectories(
-    config: CampaignConfig, model: ModelConfig, method: MethodConfig, seed: int, info: ModelInfo
-) -> Iterator[tuple[str, tuple[IterationPlan, ...]]]:
-    """One trajectory through all targets, or, if all layers go at once, one for each target."""
-    base = f"{model.id}--{method.name}--seed{seed}"
-    depths = sorted({target_depth(target, info) for target in config.targets}, reverse=True)
-    if method.schedule.mode == "direct":
-        for depth in depths:
-            yield f"{base}--{depth}L", (IterationPlan(1, info.num_layers - depth, depth, True),)
-    else:
-        yield base, iterative_schedule(info.num_layers, depths, method.schedule.layers_per_iteration)
+def _check_search(search: SearchConfig, evaluations: Iterable[EvaluationSpec]) -> None:
+    """Whether the scheduler's metric is of a text or task that every evaluation measures."""
+    if search.scheduler == "none":
+        return
+    for evaluation in evaluations:
+        subjects = [*(text.name for text in evaluation.perplexity), *evaluation.tasks, *evaluation.probes]
+        if search.metric.partition("/")[0] not in subjects:
+            raise unknown_name("search.metric", search.metric, [f"{subject}/…" for subject in subjects])
 
 
-def iterative_schedule(num_layers: int, depths: list[int], portion: int) -> tuple[IterationPlan, ...]:
-    """Portions of layers from `num_layers` down to the smallest of `depths`, halting at each of them."""
-    iterations: list[IterationPlan] = []
-    left = num_layers
-    for depth in depths:
-        while left > depth:
-            drop = min(portion, left - depth)
-            left -= drop
-            iterations.append(IterationPlan(len(iterations) + 1, drop, left, left == depth))
-    return tuple(iterations)
+def _teachers(methods: Iterable[MethodConfig]) -> set[ModelSpec]:
+    return {model_spec(m.recovery.teacher) for m in methods if m.recovery.teacher is not None}
 
 
-def target_depth(target: TargetConfig, info: ModelInfo) -> int:
-    """Layers that remain at a target.
-
-    Raises:
-        RequestError: not between 1 and one less than the model's depth.
-    """
-    if target.layers is not None:
-        depth, asked = target.layers, f"layers: {target.layers}"
-    else:
-        share = target.fraction or 0.0
-        # Halves round up: Python's round() would take 2.5 layers as 2.
-        depth, asked = info.num_layers - math.floor(share * info.num_layers + 0.5), f"fraction: {share}"
-    if not 1 <= depth < info.num_layers:
-        raise RequestError(
-            f"target {asked} leaves {depth} of the {info.num_layers} layers of {info.spec.path!r}; "
-            f"it must leave between 1 and {info.num_layers - 1}"
-        )
-    return depth
-
-
-def model_spec(model: ModelConfig) -> ModelSpec:
-    """The model's spec, from its section of the campaign file."""
-    return ModelSpec(model.path, model.dtype, model.revision, model.trust_remote_code)
-
-
-def text_spec(text: TextConfig) -> TextSpec:
-    """The text's spec, from its section of the campaign file."""
-    return TextSpec(**text.model_dump())
-
-
-def recovery_spec(model: ModelRef, method: MethodConfig, seed: int, deepspeed: str = "{}") -> RecoverySpec:
-    """The recovery's spec, from its section of the campaign file."""
-    recovery = method.recovery
-    given = {
-        name: value
-        for name, value in recovery.model_dump().items()
-        if name not in {"data", "loss", "adapter", "start", "generation", "teacher", "teacher_layers"}
-    }
-    adapter = recovery.adapter.model_dump()
-    targets = adapter.pop("targets")
-    return RecoverySpec(
-        model=model,
-        data=text_spec(recovery.data),
-        loss=LossSpec(**recovery.loss.model_dump()),
-        adapter=AdapterSpec(**adapter, targets=targets if isinstance(targets, str) else tuple(targets)),
-        teacher=None if recovery.teacher is None else model_spec(recovery.teacher),
-        teacher_layers=None if recovery.teacher_layers is None else tuple(recovery.teacher_layers),
-        seed=seed,
-        deepspeed=deepspeed,
-        **given,
-    )
-
-
-def _evaluation(config: CampaignConfig) -> EvaluationSpec:
-    evaluation = config.evaluation
-    members = suite_tasks(evaluation.suites, evaluation.task_suffix)
-    return EvaluationSpec(
-        model=ModelRef(ModelSpec("")),
-        perplexity=tuple(
-            PerplexitySpec(p.name, text_spec(p.data), p.context, p.max_tokens) for p in evaluation.perplexity
-        ),
-        tasks=tuple(dict.fromkeys((*members, *evaluation.tasks))),
-        suites=tuple(evaluation.suites),
-        task_suffix=evaluation.task_suffix,
-        include_path=evaluation.include_path,
-        limit=evaluation.limit,
-        num_fewshot=evaluation.num_fewshot,
-        max_length=evaluation.max_length,
-        batch_size=None if evaluation.batch_size == "auto" else evaluation.batch_size,
-        seed=min(config.seeds),
-        probes=tuple(evaluation.probes),
-        max_new_tokens=evaluation.max_new_tokens,
-        allow_code_execution=evaluation.allow_code_execution,
-        throughput=ThroughputSpec(**evaluation.throughput.model_dump()) if evaluation.throughput else None,
-    )
-
-
-def _teachers(config: CampaignConfig) -> set[ModelSpec]:
-    return {model_spec(m.recovery.teacher) for m in config.methods if m.recovery.teacher is not None}
-
-
-def _texts(config: CampaignConfig, evaluation: EvaluationSpec) -> set[TextSpec]:
-    texts = {perplexity.data for perplexity in evaluation.perplexity}
-    for method in config.methods:
+def _texts(methods: Iterable[MethodConfig], evaluations: Iterable[EvaluationSpec]) -> set[TextSpec]:
+    texts = {perplexity.data for evaluation in evaluations for perplexity in evaluation.perplexity}
+    for method in methods:
         texts.add(text_spec(method.scoring.calibration))
         texts.add(text_spec(method.recovery.data))
     return texts
+
+
+def _text_bytes(text: TextSpec) -> int | None:
+    """Size of a text that lies in a file of this machine."""
+    file = builtin_file(text.builtin) if text.builtin else Path(text.path or "").expanduser()
+    return file.stat().st_size if file.is_file() else None
 
 
 def _folder_fingerprint(path: str | None) -> str | None:
@@ -457,40 +377,17 @@ def _trajectory_bytes(trajectory: TrajectoryPlan) -> int:
     return int(weights * (exports + 0.25))
 
 
-def plan_summary(plan: CampaignPlan) -> list[dict[str, Any]]:
-    """One JSON-able row a trajectory: what would run and how much arithmetic it is."""
-    return [
-        {
-            "trajectory": t.id,
-            "model": t.model.spec.path,
-            "layers": t.model.num_layers,
-            "targets": [i.layers_left for i in t.iterations if i.is_target],
-            "iterations": len(t.iterations),
-            "stages": num_stages(t),
-            "recovery_tokens": t.recovery_tokens * len(t.iterations),
-            "recovery_flops": recovery_flops(t),
-            "recovery": {k: v for k, v in asdict(t.recovery_spec(t.dense)).items() if k == "objective"},
-        }
-        for t in plan.trajectories
-    ]
+def stages_of_iteration(trajectory: TrajectoryPlan) -> int:
+    """Stages of one iteration, without the export at a target."""
+    return 4 + trajectory.also_before_recovery + (trajectory.method.recovery.start is not None)
+
+
+def stages_once(trajectory: TrajectoryPlan) -> int:
+    """Stages of a trajectory before its iterations: the dense evaluation, and generation."""
+    return 1 + (trajectory.generation_spec() is not None)
 
 
 def num_stages(trajectory: TrajectoryPlan) -> int:
-    """Stages of a trajectory: the dense evaluation, generation, and those of every iteration and target."""
-    recovery = trajectory.method.recovery
-    each = 4 + trajectory.also_before_recovery + (recovery.start is not None)
-    once = 1 + (trajectory.generation_spec() is not None)
-    return once + sum(each + iteration.is_target for iteration in trajectory.iterations)
-
-
-def recovery_flops(trajectory: TrajectoryPlan) -> float:
-    """Floating-point operations of all recoveries, by the usual count.
-
-    2 a parameter and token for the teacher's forward pass, and 2 + 4 for the
-    student's forward and backward pass, of which a frozen base saves a third.
-    """
-    info, total = trajectory.model, 0.0
-    for iteration in trajectory.iterations:
-        student = info.num_parameters * iteration.layers_left / info.num_layers
-        total += trajectory.recovery_tokens * (2 * info.num_parameters + 4 * student)
-    return total
+    """Stages of a trajectory: those once, and those of every iteration and target."""
+    each = stages_of_iteration(trajectory)
+    return stages_once(trajectory) + sum(each + iteration.is_target for iteration in trajectory.iterations)

@@ -1,5 +1,6 @@
 """The reference page of the campaign file, from the config models: `python -m orchestrator.reference`."""
 
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -53,8 +54,7 @@ def _type_name(field: FieldInfo) -> str:
     text = (
         annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
     )
-    text = text.replace("typing.", "").replace("orchestrator.config.", "")
-    return text.replace("|", "\\|")
+    return re.sub(r"\b(typing|orchestrator\.config\.\w+)\.", "", text).replace("|", "\\|")
 
 
 def _default(field: FieldInfo, nested: type[Section] | None) -> str:

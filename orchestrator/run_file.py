@@ -12,7 +12,7 @@ from orchestrator.store import Store, installed_versions
 
 FORMAT = 1
 
-NOT_COMPARED_ON_RESUME = ("execution", "storage")
+NOT_COMPARED_ON_RESUME = ("execution", "storage", "cost")
 """Sections that say where and how fast a campaign runs, not what it computes."""
 
 

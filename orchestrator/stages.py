@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
@@ -35,10 +35,12 @@ from actors.contracts import (
 )
 from actors.errors import WorkError
 from actors.models import BLOCK, choose_removable
+from orchestrator.coordinator import Claims
 from orchestrator.ledger import Ledger, Row
-from orchestrator.plan import IterationPlan, TrajectoryPlan, num_stages
+from orchestrator.plan import TrajectoryPlan, num_stages
 from orchestrator.progress import Activity, Report, StageProgress
 from orchestrator.report.card import model_card, provenance
+from orchestrator.schedule import IterationPlan
 from orchestrator.store import Store, StoredStage, stage_key
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,10 @@ log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 Numbers = Iterable[tuple[str, float, str, dict[str, Any]]]
 """Metric, value, unit and further ledger fields of each measured number."""
+
+
+OnIteration = Callable[[int, Mapping[str, float]], None]
+"""Called at the end of each iteration with its index and the metrics of its recovered model."""
 
 
 class Backend(Protocol):
@@ -66,13 +72,25 @@ class StoredStages:
     """The stages of one trajectory, each found in the store or computed by the backend.
 
     Args:
+        claims: keeps other trajectories from computing the same stage meanwhile.
+        on_iteration: told what an iteration's model came to; may end the trajectory.
         overlap: evaluate in the background of what follows, one model at a time.
     """
 
     def __init__(
-        self, plan: TrajectoryPlan, store: Store, backend: Backend, report: Report, overlap: bool = False
+        self,
+        plan: TrajectoryPlan,
+        store: Store,
+        backend: Backend,
+        report: Report,
+        claims: Claims,
+        on_iteration: OnIteration | None = None,
+        overlap: bool = False,
     ):
         self._plan = plan
+        self._claims = claims
+        self._on_iteration = on_iteration
+        self._recovered: dict[str, float] = {}
         self._store = store
         self._backend = backend
         self._ledger = Ledger(store.ledger_uri)
@@ -94,24 +112,7 @@ class StoredStages:
             lambda progress, _uri, _key: self._backend.score(spec, progress),
         )
         self._write(iteration, stage, _score_numbers(stage.result))
-        return self._expressible_first(iteration, model, stage.result)
-
-    def _expressible_first(
-        self, iteration: IterationPlan, model: ModelRef, scored: ScoreResult
-    ) -> Sequence[int]:
-        """The removal order, with layers in front that the model's config lets go together."""
-        order = scored.removal_order
-        if self._plan.granularity != BLOCK or scored.merges:
-            return order
-        count = iteration.layers_to_drop
-        chosen = choose_removable(model.source, model.dropped, order, count)
-        if chosen != order[:count]:
-            log.warning(
-                "%s iteration %d: the config of the model cannot be without layers %s, which score best; "
-                "layers %s go, the best that it can be without",
-                self._plan.id, iteration.index, list(order[:count]), list(chosen),
-            )  # fmt: skip
-        return (*chosen, *(layer for layer in order if layer not in chosen))
+        return removal_order(self._plan, iteration, model, stage.result)
 
     def prune(self, iteration: IterationPlan, model: ModelRef, source_layers: Sequence[int]) -> ModelRef:
         """`model` without those layers; nothing is computed, the choice is recorded."""
@@ -181,18 +182,17 @@ class StoredStages:
                 measure()
 
     def _evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
-        stage = self._evaluation(iteration, model)
-        self._write(iteration, stage, _evaluation_numbers(stage.result), phase)
-
-    def _evaluation(self, iteration: IterationPlan, model: ModelRef) -> StoredStage[EvaluationResult]:
         spec = self._plan.evaluation_spec(model)
-        return self._once(
+        stage = self._once(
             iteration,
             "evaluate",
             spec,
             EvaluationResult,
             lambda progress, _uri, _key: self._backend.evaluate(spec, progress),
         )
+        self._write(iteration, stage, _evaluation_numbers(stage.result), phase)
+        if phase == "recovered":
+            self._recovered = {metric.name: metric.value for metric in stage.result.metrics}
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         """Write `model` as a Hugging Face directory, with its card and provenance."""
@@ -219,6 +219,12 @@ class StoredStages:
             numbers.append(("parameters_in_use", stage.result.num_parameters - emptied, "", {}))
         self._write(iteration, stage, numbers)
 
+    def finish(self, iteration: IterationPlan) -> None:
+        """Tell how the iteration's model is; whoever listens may end the trajectory here."""
+        if self._on_iteration is not None:
+            self.wait()
+            self._on_iteration(iteration.index, self._recovered)
+
     def _once(
         self,
         iteration: IterationPlan,
@@ -227,7 +233,7 @@ class StoredStages:
         result_type: type[ResultT],
         compute: Callable[[Progress, str, str], ResultT],
     ) -> StoredStage[ResultT]:
-        """The stage's result from the store, or computed now and committed."""
+        """The stage's result from the store, or computed now, by one trajectory alone, and committed."""
         inputs = self._plan.key_inputs(spec)
         key = stage_key(kind, inputs)
         progress: Progress = no_progress
@@ -237,14 +243,25 @@ class StoredStages:
         if stored := self._store.load(kind, key, result_type):
             self._count(reused=True)
             return stored
-        log.info("%s iteration %d: %s %s starts", self._plan.id, iteration.index, kind, key[:12])
-        started = time.monotonic()
-        result = compute(progress, self._store.payload_uri(kind, key, time.time_ns()), key)
-        seconds = time.monotonic() - started
+        self._claims.take(kind, key)
+        seconds = 0.0
+        try:
+            # Another trajectory may have finished it while this one waited.
+            if stored := self._store.load(kind, key, result_type):
+                self._count(reused=True)
+                return stored
+            log.info("%s iteration %d: %s %s starts", self._plan.id, iteration.index, kind, key[:12])
+            started = time.monotonic()
+            try:
+                result = compute(progress, self._store.payload_uri(kind, key, time.time_ns()), key)
+            finally:
+                seconds = time.monotonic() - started
+            stage = self._store.commit(kind, key, result, inputs, _artifact(result), seconds)
+        finally:
+            self._claims.give_back(kind, key, seconds)
         log.info(
             "%s iteration %d: %s %s took %.1f s", self._plan.id, iteration.index, kind, key[:12], seconds
         )
-        stage = self._store.commit(kind, key, result, inputs, _artifact(result), seconds)
         self._count(reused=False)
         return stage
 
@@ -297,6 +314,24 @@ class StoredStages:
             common |= {"when": datetime.fromisoformat(created_at), "where": host}
         rows = [Row(**common, metric=m, value=float(v), unit=u, **more) for m, v, u, more in numbers]
         self._ledger.append(part, rows)
+
+
+def removal_order(
+    plan: TrajectoryPlan, iteration: IterationPlan, model: ModelRef, scored: ScoreResult
+) -> Sequence[int]:
+    """The removal order, with layers in front that the model's config lets go together."""
+    order = scored.removal_order
+    if plan.granularity != BLOCK or scored.merges:
+        return order
+    count = iteration.layers_to_drop
+    chosen = choose_removable(model.source, model.dropped, order, count)
+    if chosen != order[:count]:
+        log.warning(
+            "%s iteration %d: the config of the model cannot be without layers %s, which score best; "
+            "layers %s go, the best that it can be without",
+            plan.id, iteration.index, list(order[:count]), list(chosen),
+        )  # fmt: skip
+    return (*chosen, *(layer for layer in order if layer not in chosen))
 
 
 def _score_numbers(result: ScoreResult) -> Numbers:

@@ -4,6 +4,8 @@
         campaign.json                   the configuration the run was started with
         stages/<kind>/<key>/            payload-<attempt>/, result.json, then manifest.json
         stages/set-aside/               results that did not match their manifest
+        trajectories/<id>.json          how a trajectory ended
+        driver.lock                     who has the run open
         ledger/  models/  train/  tune/  report/  logs/
 
 A stage's key is a hash of everything its result depends on, so a result found
@@ -155,6 +157,20 @@ class Store:
         """The exported checkpoint of a trajectory with so many layers, or sub-blocks, left."""
         return join(self.uri, "models", safe_name(trajectory), f"{num_left}-{unit}")
 
+    @property
+    def outcomes_uri(self) -> str:
+        """Directory of the trajectories' outcomes."""
+        return join(self.uri, "trajectories")
+
+    def outcome_uri(self, trajectory: str) -> str:
+        """How a trajectory ended, as JSON."""
+        return join(self.outcomes_uri, safe_name(trajectory) + ".json")
+
+    @property
+    def lock_uri(self) -> str:
+        """The driver that has the run open, as JSON."""
+        return join(self.uri, "driver.lock")
+
     def stage_uri(self, kind: str, key: str) -> str:
         """Directory of one stage."""
         return join(self.uri, "stages", safe_name(kind), safe_name(key))
@@ -219,6 +235,21 @@ class Store:
             aside = self._set_aside(kind, key)
             log.warning("stage %s %s is damaged (%s); set aside in %s and run again", kind, key, error, aside)
             return None
+
+    def peek(self, kind: str, key: str, result_type: type[ResultT]) -> ResultT | None:
+        """The result of a stage that looks committed; neither checks its payload nor changes anything."""
+        home = self.stage_uri(kind, key)
+        if read_bytes(join(home, "manifest.json")) is None:
+            return None
+        content = read_bytes(join(home, "result.json"))
+        try:
+            return TypeAdapter(result_type).validate_python(self._located(json.loads(content or b"")))
+        except ValueError:
+            return None
+
+    def has_export(self, trajectory: str, count: int, unit: str = "layers") -> bool:
+        """Whether a checkpoint of that trajectory and depth was written."""
+        return read_bytes(join(self.models_uri(trajectory, count, unit), "config.json")) is not None
 
     def check_writable(self, needed_bytes: int = 0) -> None:
         """Write and delete a small file; on a local disk, also check the free space.

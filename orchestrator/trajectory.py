@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from actors.contracts import ModelRef
-from orchestrator.plan import IterationPlan, TrajectoryPlan
+from orchestrator.plan import TrajectoryPlan
+from orchestrator.schedule import IterationPlan
 
 
 class Stages(Protocol):
@@ -31,6 +32,9 @@ class Stages(Protocol):
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         """Write `model` as a Hugging Face directory."""
 
+    def finish(self, iteration: IterationPlan) -> None:
+        """The iteration is over."""
+
 
 def run_trajectory(plan: TrajectoryPlan, stages: Stages, until: int | None = None) -> ModelRef:
     """Take one model to the deepest target, or to the end of iteration `until`; return what it has become."""
@@ -47,6 +51,7 @@ def run_trajectory(plan: TrajectoryPlan, stages: Stages, until: int | None = Non
         stages.evaluate(iteration, model, "recovered")
         if iteration.is_target:
             stages.export(iteration, model)
+        stages.finish(iteration)
 
     stages.wait()
     return model

@@ -23,7 +23,7 @@ from transformers import (
 from actors.artifacts import cache_dir, file_sha256
 from actors.contracts import ModelInfo, ModelSpec, digest
 from actors.errors import RequestError
-from actors.models.families import depth, text_config
+from actors.models.families import depth, find_layers, text_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGE_SCHEME = "package://"
@@ -99,14 +99,29 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
     check_dtype(spec)
     config = load_config(spec)
     model = empty_model(spec, config)
+    blocks = find_layers(model).modules
+    decoder = text_config(config)
+    hidden_size, heads = _number(decoder, "hidden_size"), _number(decoder, "num_attention_heads") or 1
     return ModelInfo(
         spec=spec,
         model_type=config.model_type,
         num_layers=depth(config),
         num_parameters=model.num_parameters(),
-        vocab_size=text_config(config).vocab_size,
+        vocab_size=decoder.vocab_size,
         fingerprint=_fingerprint(spec, config),
+        block_parameters=tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks),
+        hidden_size=hidden_size,
+        attention_width=heads * (_number(decoder, "head_dim") or hidden_size // heads),
+        num_heads=heads,
+        block_widths=sum(sum(w.shape) for w in blocks.parameters() if w.dim() == 2) // len(blocks),
     )
+
+
+def _number(config: PretrainedConfig, name: str) -> int:
+    """A field of the config; 0 where the family has none or one for each layer."""
+    # Not by getattr, which fails where the layers differ.
+    value = config.to_dict().get(config.attribute_map.get(name, name))
+    return value if isinstance(value, int) else 0
 
 
 def empty_model(spec: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:

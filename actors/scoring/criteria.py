@@ -43,6 +43,7 @@ class Criterion:
         by_candidate: scores the `candidates` of the calibration alone, any part of them by itself,
             and can walk over a model whose weights are streamed.
         blocks_only: has no meaning for attention or MLP alone.
+        seeded: the scores depend on the seed.
         weight: how much a sequence of T tokens counts in a layer's score.
         link: from the weighted mean of a layer's rows to its score.
     """
@@ -59,6 +60,7 @@ class Criterion:
     by_merge: bool = False
     by_candidate: bool = False
     blocks_only: bool = False
+    seeded: bool = False
     weight: Callable[[int], float] = _alike
     link: Callable[[Tensor], Tensor] = _as_it_is
 
@@ -177,6 +179,7 @@ CRITERIA: dict[str, Criterion] = {
         "On the Limits of Layer Pruning (arXiv 2602.01997), Algorithm 1, “Iterative”",
         "metric of an lm-eval task on M without i",
         by_task=True,
+        seeded=True,
     ),
     "laco": Criterion(
         measures.laco,
@@ -196,6 +199,7 @@ CRITERIA: dict[str, Criterion] = {
         _no_pass,
         "seeded draw, the baseline of every comparison",
         "uniform in 0..1",
+        seeded=True,
     ),
 }
 

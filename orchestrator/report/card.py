@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from actors.contracts import ModelRef, TextSpec
-from orchestrator.plan import IterationPlan, TrajectoryPlan
+from orchestrator.plan import TrajectoryPlan
+from orchestrator.schedule import IterationPlan
 from orchestrator.store import installed_versions
 
 LedgerRow = Mapping[str, Any]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.campaign import Capacity, check_resources
+from orchestrator.cluster import Capacity, check_resources
 from orchestrator.config import ExecutionConfig, parse_config
 from orchestrator.errors import ClusterTooSmallError
 from orchestrator.run_file import open_run
@@ -85,15 +85,15 @@ TABLE: dict[str, tuple[Callable[[Campaign, Path], Any], tuple[str, ...]]] = {
     "campaign name that leads out": (lambda c, _: c.update(name="../x"), ("name: '../x' is no name",)),
     "target as deep as the model": (
         lambda c, _: c.update(targets=[{"layers": NUM_LAYERS}]),
-        ("target layers: 4 leaves 4 of the 4 layers", "between 1 and 3"),
+        ("target layers=4 leaves 4 of the 4 layers", "between 1 and 3"),
     ),
     "target below 1": (
         lambda c, _: c.update(targets=[{"layers": 0}]),
-        ("target layers: 0 leaves 0 of the 4 layers", "between 1 and 3"),
+        ("target layers=0 leaves 0 of the 4 layers", "between 1 and 3"),
     ),
     "target of no layer": (
         lambda c, _: c.update(targets=[{"fraction": 0.05}]),
-        ("target fraction: 0.05 leaves 4 of the 4 layers",),
+        ("target fraction=0.05 leaves 4 of the 4 layers",),
     ),
     "model that does not exist": (
         lambda c, place: c["models"][0].update(path=f"{place}/nowhere"),
@@ -168,6 +168,104 @@ TABLE: dict[str, tuple[Callable[[Campaign, Path], Any], tuple[str, ...]]] = {
         lambda c, _: c["execution"].update(training={"deepspeed": "no.json"}),
         ("execution.training.deepspeed: 'no.json' cannot be read: No such file",),
     ),
+    "two measures of one target": (
+        lambda c, _: c.update(targets=[{"layers": 2, "parameters": 1.0e9}]),
+        ("targets.0: give exactly one of `layers`, `fraction`, `parameters` and `parameter_fraction`",),
+    ),
+    "target of fewer parameters than the embedding has": (
+        lambda c, _: c.update(targets=[{"parameters": 10}]),
+        ("target parameters=10 leaves 0 of the 4 layers", "between 1 and 3"),
+    ),
+    "target of more parameters than the model has": (
+        lambda c, _: c.update(targets=[{"parameters": 1.0e9}]),
+        ("target parameters=1e+09 leaves 4 of the 4 layers",),
+    ),
+    "parameter share of all": (
+        lambda c, _: c.update(targets=[{"parameter_fraction": 1.0}]),
+        ("targets.0.parameter_fraction: ", "less than 1"),
+    ),
+    "exclusion that says nothing": (
+        lambda c, _: c.update(exclude=[{}]),
+        ("exclude.0: give at least one of `model`, `method`, `seed` and `target`",),
+    ),
+    "exclusion of what is not there": (
+        lambda c, _: c.update(exclude=[{"method": "iterabr"}]),
+        ("exclude.0 (method: iterabr) matches no combination of llama, iterabre, layers=3, layers=2",),
+    ),
+    "exclusion of everything": (
+        lambda c, _: c.update(exclude=[{"model": "*"}]),
+        ("`exclude` leaves nothing to run",),
+    ),
+    "override of an unknown field": (
+        lambda c, _: c["models"][0].update(overrides={"recovery": {"adapter": {"rnak": 4}}}),
+        ("models.0.overrides.recovery.adapter.rnak: unknown key",),
+    ),
+    "override of a wrong value": (
+        lambda c, _: c["models"][0].update(overrides={"evaluation": {"batch_size": 0}}),
+        ("models.0.overrides.evaluation.batch_size: ", "greater than or equal to 1 (got 0)"),
+    ),
+    "override with an unknown criterion": (
+        lambda c, _: c["models"][0].update(overrides={"scoring": {"criterion": "tailor"}}),
+        ("unknown criterion 'tailor'; did you mean taylor?",),
+    ),
+    "space of nothing": (
+        lambda c, _: _method(c)["recovery"].update(learning_rate={"grid": []}),
+        ("methods.0.recovery.learning_rate: write the space as {grid: [..., ...]} (got [])",),
+    ),
+    "space with bounds the wrong way round": (
+        lambda c, _: _method(c)["recovery"].update(learning_rate={"uniform": [2, 1]}),
+        ("methods.0.recovery.learning_rate: uniform takes two numbers, the lower first (got [2, 1])",),
+    ),
+    "logarithmic space from zero": (
+        lambda c, _: _method(c)["recovery"].update(learning_rate={"loguniform": [0, 1]}),
+        ("methods.0.recovery.learning_rate: loguniform takes numbers above 0",),
+    ),
+    "space with a value that is wrong": (
+        lambda c, _: _method(c)["recovery"].update(batch_size={"grid": [2, 0]}),
+        ("methods.0.recovery.batch_size: ", "greater than or equal to 1 (got 0)"),
+    ),
+    "space of an unknown kind": (
+        lambda c, _: _method(c)["recovery"].update(learning_rate={"lognormal": [0, 1]}),
+        ("methods.0.recovery.learning_rate: ", "valid number"),
+    ),
+    "no samples": (lambda c, _: c.update(search={"samples": 0}), ("search.samples: ", "(got 0)")),
+    "unknown scheduler": (
+        lambda c, _: c.update(search={"scheduler": "pbt"}),
+        ("search.scheduler: ", "'none', 'asha' or 'median_stopping'"),
+    ),
+    "scheduler with a metric that nothing measures": (
+        lambda c, _: c.update(
+            search={"scheduler": "asha", "metric": "wikitext2/token_perplexity"}, execution={"backend": "ray"}
+        ),
+        ("unknown search.metric 'wikitext2/token_perplexity'", "fox/"),
+    ),
+    "scheduler without Ray": (
+        lambda c, _: c.update(search={"scheduler": "median_stopping"}),
+        ("search.scheduler 'median_stopping' is Ray Tune's; use execution.backend ray",),
+    ),
+    "scheduler over two models": (
+        lambda c, _: c.update(
+            search={"scheduler": "asha", "metric": "fox/token_perplexity"},
+            execution={"backend": "ray"},
+            models=[*c["models"], {**c["models"][0], "id": "two"}],
+        ),
+        ("search.scheduler 'asha' compares trajectories of one model, and there are 2",),
+    ),
+    "unknown machine": (
+        lambda c, _: c.update(cost={"machine": "A100"}),
+        ("unknown machine 'A100'; did you mean A100-80G",),
+    ),
+    "machine that is not described": (
+        lambda c, _: c.update(cost={"machine": "mine", "machines": {"mine": {"price_per_hour": 1.0}}}),
+        ("cost.machines.mine is no known machine and lacks bf16_tflops, fp32_tflops, memory_gb",),
+    ),
+    "utilisation above 1": (lambda c, _: c.update(cost={"utilisation": 1.5}), ("cost.utilisation: ",)),
+    "no failures allowed": (
+        lambda c, _: c["execution"].update(max_failures=0),
+        ("execution.max_failures: ", "greater than or equal to 1 (got 0)"),
+    ),
+    "no time": (lambda c, _: c["execution"].update(time_limit_s=0.0), ("execution.time_limit_s: ",)),
+    "negative budget": (lambda c, _: c["execution"].update(budget=-1.0), ("execution.budget: ",)),
     "storage of an unknown kind": (
         lambda c, _: c["storage"].update(path="ftp://host/runs"),
         ("cannot use 'ftp://host/runs",),
@@ -212,6 +310,27 @@ def test_missing_file_and_wrong_override_are_refused(place: Path, tmp_path: Path
     _refused(iterabre("plan", tmp_path), "cannot be read: Is a directory")
     file = write_campaign(tiny_campaign(place), tmp_path / "c.yaml")
     _refused(iterabre("plan", file, "--set", "name"), "--set 'name': write it as path.to.field=value")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--machine", "8xA1000"), "unknown machine 'A1000'; did you mean A10"),
+        (
+            ("--machine", "0xA100-80G"),
+            "--machine '0xA100-80G': write it as 8xH100-80G, with at least",
+        ),
+        (("--calibrate", "nowhere"), "--calibrate needs one --machine"),
+        (("--calibrate", "nowhere", "--machine", "CPU-core"), "--calibrate 'nowhere' holds no run"),
+    ],
+)
+def test_wrong_options_of_plan_are_told(
+    place: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    file = write_campaign(tiny_campaign(place), tmp_path / "c.yaml")
+    before = _tree(place)
+    _refused(iterabre("plan", file, *options), message)
+    assert _tree(place) == before
 
 
 def test_compress_takes_one_model_and_one_method(place: Path, tmp_path: Path) -> None:

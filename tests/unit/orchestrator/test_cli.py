@@ -27,7 +27,9 @@ def test_json_is_all_that_a_machine_is_given(place: Path) -> None:
     """In a process of its own, where libraries are imported for the first time."""
     command = [sys.executable, "-m", "orchestrator.cli", "plan", str(place / "campaign.yaml"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    (row,) = json.loads(done.stdout)
+    plan = json.loads(done.stdout)
+    (row,) = plan["trajectories"]
+    assert (plan["stages"]["distinct"], plan["stages"]["to_run"]) == (13, 13)
     assert (row["trajectory"], row["targets"]) == ("llama--iterabre--seed0", [3, 2])
     assert done.stderr == ""
 
@@ -37,6 +39,7 @@ def test_plan_shows_trajectories_and_starts_nothing(place: Path) -> None:
     assert answer.exit_code == 0
     assert "llama--iterabre--seed0" in answer.out
     assert "4 → 1" in answer.out
+    assert max(map(len, answer.out.splitlines())) <= 80
     assert not (place / "runs").exists()
 
 

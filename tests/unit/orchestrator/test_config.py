@@ -75,7 +75,7 @@ def test_the_demo_is_shipped() -> None:
         ("methods", [{"name": "x"}] * 2, r"method name 'x' stands there twice"),
         ("seeds", [1, 1], r"seed '1' stands there twice"),
         ("seeds", [-1], r"seeds: a seed lies between 0 and 2147483647"),
-        ("targets", [{"layers": 3, "fraction": 0.5}], r"exactly one of `layers` and `fraction`"),
+        ("targets", [{"layers": 3, "fraction": 0.5}], r"exactly one of `layers`, `fraction`, `par"),
         ("targets", [{"fraction": 1.0}], r"fraction: .*less than 1"),
         (
             "methods",

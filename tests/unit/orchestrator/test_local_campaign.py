@@ -85,7 +85,7 @@ def test_the_report_holds_config_and_versions(run: Path) -> None:
     assert TRAJECTORY in page
     assert "max_tokens: 96" in page
     assert torch.__version__.split("+")[0] in page
-    assert (run / "report/iterations.md").read_text().count("\n") == 2 + 3
+    assert len(list((run / "report/tables").glob("iterations-*.md"))) == 1
 
 
 def test_the_ledger_holds_every_stage_once(run: Path) -> None:
@@ -119,6 +119,15 @@ def test_exported_models_open_in_plain_transformers(run: Path, place: Path, dept
     losses = [model(window, labels=window).loss.item() for window in ids.split(32, dim=1)]
     scores = provenance["scores"]
     assert scores["fox/loss_nats"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_the_plan_foresees_the_keys_of_all_stages(run: Path, config: str) -> None:
+    """Before the run with stand-ins, after it with what was chosen; then there is nothing to run."""
+    fresh = json.loads(iterabre("plan", config, "--set", "storage.path=nowhere", "--json").out)["stages"]
+    assert (fresh["finished"], fresh["to_run"]) == (0, 13)
+    assert sum(1 for _ in run.glob("stages/*/*/manifest.json")) == 13 - 2  # A prune only records.
+    left = json.loads(iterabre("plan", config, "--json").out)["stages"]
+    assert (left["finished"], left["to_run"]) == (13, 0)
 
 
 def test_resume_runs_nothing_again(run: Path, config: str) -> None:
@@ -221,6 +230,26 @@ def test_a_failed_trajectory_is_told_and_does_not_stop_the_others(tmp_path: Path
     assert "failed: llama--explosive--seed0:" in answer.err
     assert (tmp_path / f"runs/tiny/models/{TRAJECTORY}/3-layers/config.json").is_file()
     assert not (tmp_path / "runs/tiny/models/llama--explosive--seed0").exists()
+    told = iterabre("status", tmp_path / "runs/tiny").err
+    assert "failed: llama--explosive--seed0:" in told
+    assert TRAJECTORY not in told
+
+
+def test_a_limit_ends_the_campaign_and_a_higher_one_lets_it_go_on(tmp_path: Path) -> None:
+    campaign = tiny_campaign(tmp_path)
+    campaign["targets"] = [{"layers": 3}]
+    method = campaign["methods"][0]
+    explosive = {**method["recovery"], "learning_rate": 1e30, "max_grad_norm": 1e30}
+    campaign["methods"] = [{**method, "name": "explosive", "recovery": explosive}, method]
+    file = write_campaign(campaign, tmp_path / "c.yaml")
+    answer = iterabre("campaign", file, "--set", "execution.max_failures=1")
+    assert answer.exit_code == 1
+    assert "ended early: 1 trajectories failed (execution.max_failures: 1)" in answer.err
+    assert not (tmp_path / f"runs/tiny/models/{TRAJECTORY}").exists()
+    assert iterabre("campaign", file, "--resume", "--set", "execution.max_failures=2").exit_code == 1
+    assert (tmp_path / f"runs/tiny/models/{TRAJECTORY}/3-layers/config.json").is_file()
+    spent = iterabre("campaign", file, "--resume", "--set", "execution.budget=1e-9")
+    assert "is spent (execution.budget: 1e-09)" in spent.err
 
 
 def test_recovery_none_leaves_the_pruned_model(tmp_path: Path) -> None:

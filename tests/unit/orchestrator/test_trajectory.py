@@ -7,7 +7,8 @@ import pytest
 
 from actors.contracts import ArtifactRef, FileRef, ModelRef
 from orchestrator.config import parse_config
-from orchestrator.plan import IterationPlan, TrajectoryPlan, build_plan
+from orchestrator.plan import TrajectoryPlan, build_plan
+from orchestrator.schedule import IterationPlan
 from orchestrator.trajectory import run_trajectory
 from tests.tiny_campaign import tiny_campaign
 
@@ -17,6 +18,7 @@ class Recording:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int, tuple[int, ...], int]] = []
+        self.finished: list[int] = []
 
     def _note(self, stage: str, iteration: IterationPlan, model: ModelRef) -> None:
         self.asked.append((stage, iteration.index, model.dropped, len(model.adapters)))
@@ -41,6 +43,9 @@ class Recording:
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         self._note("export", iteration, model)
+
+    def finish(self, iteration: IterationPlan) -> None:
+        self.finished.append(iteration.index)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,7 @@ def test_stages_in_order_with_the_model_each_gets(directory: Path) -> None:
     ]
     assert stages.waited_after == len(stages.asked)
     assert (final.dropped, len(final.adapters)) == ((2, 3), 2)
+    assert stages.finished == [1, 2]
 
 
 def test_export_at_every_target_and_nowhere_else(directory: Path) -> None:

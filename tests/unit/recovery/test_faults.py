@@ -226,7 +226,9 @@ def _make_tight(monkeypatch: pytest.MonkeyPatch, room: int, in_backward: bool = 
     def build(pair: Pair, spec: RecoverySpec) -> nn.Module:
         return _Tight(build_lockstep(pair, spec), room, in_backward)
 
-    monkeypatch.setitem(objectives.OBJECTIVES, "kd", Objective(build, "a GPU that is too small", has_teacher=True))
+    monkeypatch.setitem(
+        objectives.OBJECTIVES, "kd", Objective(build, "a GPU that is too small", has_teacher=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,9 @@ def test_memory_that_does_not_suffice_for_one_sequence_ends_with_the_remedy(
 
 def _second_is_tight(rank: int, world: int, spec: RecoverySpec, out: Path) -> None:
     room = 1 if rank == 1 else 99
-    OBJECTIVES["kd"] = Objective(lambda pair, spec: _Tight(build_lockstep(pair, spec), room, True), "", has_teacher=True)
+    OBJECTIVES["kd"] = Objective(
+        lambda pair, spec: _Tight(build_lockstep(pair, spec), room, True), "", has_teacher=True
+    )
     try:
         train_all(rank, world, [(spec, out)])
     except MicroBatchError:

@@ -14,8 +14,6 @@ from actors.artifacts import fetch
 from actors.contracts import (
     AdapterSpec,
     LossSpec,
-    ModelRef,
-    ModelSpec,
     RecoveryResult,
     RecoverySpec,
     TextSpec,
@@ -26,7 +24,6 @@ from actors.recovery.deepspeed_config import deepspeed_config, optimizer_setting
 from actors.recovery.local import recover_locally
 from actors.recovery.train_loop import DivergenceError, train
 from tests.gloo_group import group_workplace, run_group
-from tests.tiny_models import save_tiny
 
 ZERO2 = json.dumps({"zero_optimization": {"stage": 2}})
 

@@ -1,27 +1,13 @@
-"""The campaign file: pydantic models of the YAML, and how it is read.
-
-Imports neither torch nor ray, so that a wrong file is refused in well under a second.
-Whether the named models, data, criteria and tasks exist is `orchestrator.plan`'s matter.
-"""
+"""Sections of the campaign file that say what is computed: models, methods, evaluation."""
 
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-
-from orchestrator.errors import ConfigError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
+METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}")
+"""Methods made from search spaces are called name--field=value."""
 
 
 def _safe_name(value: object) -> object:
@@ -31,7 +17,16 @@ def _safe_name(value: object) -> object:
     return value
 
 
+def _safe_method_name(value: object) -> object:
+    if isinstance(value, str) and not METHOD_NAME.fullmatch(value):
+        raise ValueError(
+            f"{value!r} is no name of a method: letters, digits, '.', '_', '-', '=' and '+' only, at most 100"
+        )
+    return value
+
+
 Name = Annotated[str, BeforeValidator(_safe_name)]
+MethodName = Annotated[str, BeforeValidator(_safe_method_name)]
 
 
 class Section(BaseModel):
@@ -232,25 +227,15 @@ class RecoveryConfig(Section):
 
 
 class MethodConfig(Section):
-    """A way to compress: criterion × schedule × recovery."""
+    """A way to compress: criterion × schedule × recovery.
 
-    name: Name = Field(description="Short name used in results and paths.")
+    A value anywhere in it may be a search space, see `search`.
+    """
+
+    name: MethodName = Field(description="Short name used in results and paths.")
     scoring: ScoringConfig = ScoringConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     recovery: RecoveryConfig = RecoveryConfig()
-
-
-class TargetConfig(Section):
-    """A depth to stop at: exactly one of `layers` and `fraction`."""
-
-    layers: int | None = Field(None, description="Layers to keep.")
-    fraction: float | None = Field(None, gt=0, lt=1, description="Share of the layers to remove.")
-
-    @model_validator(mode="after")
-    def _one_measure(self) -> "TargetConfig":
-        if (self.layers is None) == (self.fraction is None):
-            raise ValueError("give exactly one of `layers` and `fraction`")
-        return self
 
 
 class PerplexityConfig(Section):
@@ -302,185 +287,3 @@ class EvaluationConfig(Section):
     )
     throughput: ThroughputConfig | None = Field(None, description="Measure speed and memory, too.")
     also_before_recovery: bool = Field(True, description="Measure the pruned model before it is healed, too.")
-
-
-class PoolConfig(Section):
-    """Actors that share a stage's work, and what each holds."""
-
-    actors: int = Field(2, ge=1, description="Actors that share the calibration sequences, or the prompts.")
-    cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
-    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
-
-
-class WorkerConfig(Section):
-    """Actors that share an evaluation's requests, and what each holds; an export holds as much as one."""
-
-    actors: int = Field(1, ge=1, description="Actors that share the requests of the tasks.")
-    cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
-    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
-
-
-class TrainingConfig(Section):
-    """The workers of one recovery; they start together or not at all."""
-
-    workers: int = Field(1, ge=1, description="Workers that share a batch.")
-    cpus: float = Field(1.0, gt=0, description="CPUs a worker.")
-    gpus: float = Field(0.0, ge=0, description="GPUs a worker.")
-    deepspeed: str | None = Field(None, description="DeepSpeed JSON file, merged into ours.")
-    max_failures: int = Field(3, ge=0, description="Lost workers before the recovery is given up.")
-
-
-class ExecutionConfig(Section):
-    """Where and how wide the work runs. Nothing here changes a result."""
-
-    backend: Literal["ray", "local"] = Field("ray", description="On Ray, or all in this process.")
-    scoring: PoolConfig = PoolConfig()
-    generation: PoolConfig = PoolConfig()
-    training: TrainingConfig = TrainingConfig()
-    evaluation: WorkerConfig = WorkerConfig()
-    overlap_evaluation: bool = Field(
-        True,
-        description="Evaluate while the next iteration is scored and trained, if there is room for both.",
-    )
-    max_concurrent_trajectories: int = Field(1, ge=1, description="Trajectories that run at a time.")
-    start_timeout_s: float = Field(
-        600.0, gt=0, description="Longest wait for the cluster to give what a stage asks for."
-    )
-
-
-class StorageConfig(Section):
-    """Where runs are kept."""
-
-    path: str = Field("runs", min_length=1, description="Local directory, NFS, s3:// or gs://.")
-
-
-class CampaignConfig(Section):
-    """One campaign: models × methods × seeds, with stops at the targets."""
-
-    name: Name = Field(description="Name of the run; its directory under storage.path.")
-    models: list[ModelConfig] = Field(min_length=1)
-    methods: list[MethodConfig] = Field(min_length=1)
-    targets: list[TargetConfig] = Field(min_length=1)
-    seeds: list[int] = Field([0], min_length=1, description="Every model and method runs once a seed.")
-    evaluation: EvaluationConfig = EvaluationConfig()
-    execution: ExecutionConfig = ExecutionConfig()
-    storage: StorageConfig = StorageConfig()
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds_in_range(cls, seeds: list[int]) -> list[int]:
-        if any(not 0 <= seed < 2**31 for seed in seeds):
-            raise ValueError("a seed lies between 0 and 2147483647")
-        return seeds
-
-    @model_validator(mode="after")
-    def _unique_names(self) -> "CampaignConfig":
-        for kind, names in (
-            ("model id", [m.id for m in self.models]),
-            ("method name", [m.name for m in self.methods]),
-            ("seed", [str(s) for s in self.seeds]),
-            ("evaluation.perplexity name", [p.name for p in self.evaluation.perplexity]),
-        ):
-            twice = {name for name in names if names.count(name) > 1}
-            if twice:
-                raise ValueError(f"{kind} {sorted(twice)[0]!r} stands there twice")
-        return self
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that also reads `1e-4` as the number it looks like, and refuses a key that stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = [key for key, _ in node.value if keys.count(key.value) > 1]
-        if twice:
-            problem = f"the key {twice[1].value!r} stands there twice"
-            raise yaml.constructor.ConstructorError(None, None, problem, twice[1].start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-)
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> CampaignConfig:
-    """Read a campaign file and apply `--set a.b=c` overrides.
-
-    Raises:
-        ConfigError: no such file, no YAML, an unknown key or a wrong value; names the place.
-    """
-    file = Path(path)
-    try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(
-            f"config file {str(path)!r} must hold a mapping with the keys name, models, methods…"
-        )
-    for override in overrides or []:
-        _apply(raw, override)
-    return parse_config(raw, str(path))
-
-
-def parse_config(raw: dict[str, Any], where: str) -> CampaignConfig:
-    """Check an already read campaign file.
-
-    Raises:
-        ConfigError: every wrong field on a line of its own.
-    """
-    try:
-        return CampaignConfig.model_validate(raw)
-    except ValidationError as error:
-        lines = [f"  {_dotted(e['loc'])}: {_plain(e)}" for e in error.errors()]
-        raise ConfigError("\n".join([f"{where} is not a valid campaign file:", *lines])) from error
-
-
-def _plain(error: Any) -> str:
-    if error["type"] == "extra_forbidden":
-        return "unknown key; see docs/configuration.md for the known ones"
-    message = error["msg"].removeprefix("Value error, ")
-    return message if error["type"] == "missing" else f"{message} (got {error['input']!r})"
-
-
-def _dotted(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location) or "(top level)"
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    """Set one field, e.g. `methods.0.recovery.learning_rate=1e-4`; the value is YAML."""
-    path, separator, text = override.partition("=")
-    if not separator or not path:
-        raise ConfigError(f"--set {override!r}: write it as path.to.field=value")
-    *parents, last = path.split(".")
-    place: Any = raw
-    for part in parents:
-        place = _step_into(place, part, override)
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: {text!r} is no YAML value") from error
-    if isinstance(place, list):
-        place[_position(place, last, override)] = value
-    else:
-        place[last] = value
-
-
-def _step_into(place: Any, part: str, override: str) -> Any:
-    if isinstance(place, list):
-        position = _position(place, part, override)
-        inner = place[position]
-    else:
-        inner = place.setdefault(part, {})
-    if not isinstance(inner, (dict, list)):
-        raise ConfigError(f"--set {override!r}: {part!r} holds a value, not a section")
-    return inner
-
-
-def _position(place: list[Any], part: str, override: str) -> int:
-    if not part.isdecimal() or int(part) >= len(place):
-        raise ConfigError(f"--set {override!r}: {part!r} is no position in a list of {len(place)}, from 0")
-    return int(part)

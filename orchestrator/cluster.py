@@ -1,0 +1,156 @@
+"""The Ray cluster that a campaign runs on: connection, capacity, what its workers print."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+from actors.contracts import EvaluationResult, EvaluationSpec
+from actors.evaluation.actor import evaluate_all_on_ray
+from orchestrator.candidates import EvaluateAll
+from orchestrator.config import ExecutionConfig
+from orchestrator.errors import ClusterTooSmallError
+
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # A trial's last report says how it ended and compares nothing.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """A connection to the cluster at `address`, or to one of this process's own."""
+    # "local" rather than None: Ray would else join, or wait for, a node that `ray start` once left here.
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    ray.init(
+        address=address,
+        include_dashboard=False if address == "local" else None,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": QUIET},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def workers_output_to(file: Path) -> Iterator[None]:
+    """Send what workers print to `file` instead of this terminal."""
+
+    def write(data: Mapping[str, Any]) -> None:
+        if data.get("pid") == "autoscaler":
+            return
+        name = data.get("actor_name") or data.get("task_name") or "worker"
+        who = f"{name} pid={data.get('pid')} {data.get('ip')}"
+        stream.writelines(f"({who}) {line}\n" for line in data.get("lines", []) if line.strip())
+        stream.flush()
+
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    with file.open("a", encoding="utf-8") as stream:
+        global_worker_stdstream_dispatcher.add_handler("iterabre_log", write)
+        try:
+            yield
+        finally:
+            global_worker_stdstream_dispatcher.remove_handler("iterabre_log")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a cluster has or can grow to: in all, and on its largest node."""
+
+    cpus: float
+    gpus: float
+    node_cpus: float
+    node_gpus: float
+    can_grow: bool = False
+
+
+def cluster_capacity() -> Capacity:
+    """The capacity of the connected cluster, as far as its autoscaler tells."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    growth = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return Capacity(
+        cpus=max(growth.get("CPU", 0), sum(node.get("CPU", 0) for node in nodes)),
+        gpus=max(growth.get("GPU", 0), sum(node.get("GPU", 0) for node in nodes)),
+        node_cpus=max(node.get("CPU", 0) for node in nodes),
+        node_gpus=max(node.get("GPU", 0) for node in nodes),
+        can_grow=bool(growth),
+    )
+
+
+def evaluate_on_cluster(
+    address: str | None, *, actors: int, cpus: float, gpus: float, start_timeout_s: float = 600.0
+) -> EvaluateAll:
+    """Evaluates many models on actors of the cluster at `address`, or of this machine if None."""
+
+    def evaluate_all(specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
+        with cluster(address):
+            yield from evaluate_all_on_ray(
+                specs, actors=actors, cpus=cpus, gpus=gpus, start_timeout_s=start_timeout_s
+            )
+
+    return evaluate_all
+
+
+def capacity_at(address: str) -> Capacity:
+    """The capacity of the cluster at `address`.
+
+    Raises:
+        ConnectionError: none answers there.
+    """
+    with cluster(address):
+        return cluster_capacity()
+
+
+def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
+    """Refuse what the cluster can never give, rather than wait for it for ever.
+
+    Raises:
+        ClusterTooSmallError: says what is needed, and what there is.
+    """
+    training = execution.training
+    asked = {
+        "scoring": (1, execution.scoring.cpus, execution.scoring.gpus),
+        "generation": (1, execution.generation.cpus, execution.generation.gpus),
+        "training": (training.workers, training.cpus, training.gpus),
+        "evaluation": (1, execution.evaluation.cpus, execution.evaluation.gpus),
+    }
+    for section, (count, cpus, gpus) in asked.items():
+        for kind, each, in_all, on_node in (
+            ("CPU", cpus, capacity.cpus, capacity.node_cpus),
+            ("GPU", gpus, capacity.gpus, capacity.node_gpus),
+        ):
+            if count * each > in_all or (each > on_node and not capacity.can_grow):
+                raise ClusterTooSmallError(
+                    f"execution.{section} needs {count * each:g} {kind} ({count} x {each:g}), but the "
+                    f"cluster has {in_all:g} {kind}, {on_node:g} on its largest node; "
+                    f"lower execution.{section} or use a larger cluster"
+                )
+
+
+def has_room_for_both(execution: ExecutionConfig, capacity: Capacity) -> bool:
+    """Whether every trajectory can be evaluated while its next iteration is scored and trained.
+
+    Otherwise what is asked for later would wait for an evaluation to end, up to its time-out.
+    """
+    evaluation, scoring, training = execution.evaluation, execution.scoring, execution.training
+    cpus = evaluation.actors * evaluation.cpus + max(scoring.cpus, training.workers * training.cpus)
+    gpus = evaluation.actors * evaluation.gpus + max(scoring.gpus, training.workers * training.gpus)
+    at_a_time = execution.max_concurrent_trajectories
+    return at_a_time * cpus <= capacity.cpus and at_a_time * gpus <= capacity.gpus

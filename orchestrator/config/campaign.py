@@ -1,0 +1,264 @@
+"""The campaign file as a whole: its grid, and where and how wide it runs."""
+
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, field_validator, model_validator
+
+from orchestrator.config.sections import EvaluationConfig, MethodConfig, ModelConfig, Name, Section
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class OverridesConfig(Section):
+    """What is different for one model: fields that replace those of every method, or of `evaluation`.
+
+    Sections are merged field by field, texts are replaced as a whole.
+    """
+
+    scoring: dict[str, Any] = Field({}, description="Fields of `methods.scoring`.")
+    schedule: dict[str, Any] = Field({}, description="Fields of `methods.schedule`.")
+    recovery: dict[str, Any] = Field({}, description="Fields of `methods.recovery`.")
+    evaluation: dict[str, Any] = Field({}, description="Fields of `evaluation`.")
+
+
+class SourceModelConfig(ModelConfig):
+    """A source model of the grid."""
+
+    overrides: OverridesConfig = OverridesConfig()
+
+
+class TargetConfig(Section):
+    """A depth to stop at: exactly one of `layers`, `fraction`, `parameters` and `parameter_fraction`."""
+
+    layers: int | None = Field(None, description="Layers to keep.")
+    fraction: float | None = Field(None, gt=0, lt=1, description="Share of the layers to remove.")
+    parameters: float | None = Field(
+        None, gt=0, description="Most parameters that may remain, whichever layers go; e.g. 1.0e9."
+    )
+    parameter_fraction: float | None = Field(
+        None, gt=0, lt=1, description="Least share of the parameters to remove, whichever layers go."
+    )
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> "TargetConfig":
+        if len(self._given()) != 1:
+            raise ValueError(
+                "give exactly one of `layers`, `fraction`, `parameters` and `parameter_fraction`"
+            )
+        return self
+
+    def _given(self) -> list[tuple[str, float]]:
+        return [(name, value) for name, value in self if value is not None]
+
+    @property
+    def name(self) -> str:
+        """How the target is written in `exclude` and in messages, e.g. `fraction=0.25`."""
+        ((measure, value),) = self._given()
+        return f"{measure}={value:g}"
+
+
+class ExcludeConfig(Section):
+    """Combinations that do not run: those that match all fields given here.
+
+    `*` and `?` stand for any characters and any one character.
+    """
+
+    model: str | None = Field(None, description="Model id.")
+    method: str | None = Field(None, description="Method name, e.g. `taylor*`.")
+    seed: int | None = Field(None, description="Seed.")
+    target: str | None = Field(None, description="Target as written: `layers=15`, `fraction=0.25`, …")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "ExcludeConfig":
+        if all(value is None for _, value in self):
+            raise ValueError("give at least one of `model`, `method`, `seed` and `target`")
+        return self
+
+    def matches(self, model: str, method: str, seed: int, target: str) -> bool:
+        """Whether that combination is excluded by this entry."""
+        patterns = ((self.model, model), (self.method, method), (self.target, target))
+        return self.seed in (None, seed) and all(
+            pattern is None or fnmatchcase(name, pattern) for pattern, name in patterns
+        )
+
+
+class SearchConfig(Section):
+    """How search spaces in methods are sampled, and which trajectories are given up early.
+
+    In a method, any value may be `{grid: [a, b]}`, `{choice: [a, b]}`, `{uniform: [low, high]}`
+    or `{loguniform: [low, high]}`.
+    """
+
+    samples: int = Field(
+        1, ge=1, le=10_000, description="Draws of a method's spaces, for each point of its grids."
+    )
+    seed: int = Field(0, ge=0, description="Decides what is drawn.")
+    scheduler: Literal["none", "asha", "median_stopping"] = Field(
+        "none", description="Ray Tune's rule that stops trajectories between iterations."
+    )
+    metric: str = Field(
+        "wikitext2/token_perplexity", description="What the scheduler compares, after recovery."
+    )
+    mode: Literal["min", "max"] = Field("min", description="Which values of the metric are good.")
+    grace_iterations: int = Field(1, ge=1, description="Iterations that every trajectory may run.")
+    reduction_factor: int = Field(3, ge=2, description="For asha: one in so many goes on.")
+
+
+class PoolConfig(Section):
+    """Actors that share a stage's work, and what each holds."""
+
+    actors: int = Field(2, ge=1, description="Actors that share the calibration sequences, or the prompts.")
+    cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
+    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
+
+
+class WorkerConfig(Section):
+    """Actors that share an evaluation's requests, and what each holds; an export holds as much as one."""
+
+    actors: int = Field(1, ge=1, description="Actors that share the requests of the tasks.")
+    cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
+    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
+
+
+class TrainingConfig(Section):
+    """The workers of one recovery; they start together or not at all."""
+
+    workers: int = Field(1, ge=1, description="Workers that share a batch.")
+    cpus: float = Field(1.0, gt=0, description="CPUs a worker.")
+    gpus: float = Field(0.0, ge=0, description="GPUs a worker.")
+    deepspeed: str | None = Field(None, description="DeepSpeed JSON file, merged into ours.")
+    max_failures: int = Field(3, ge=0, description="Lost workers before the recovery is given up.")
+
+
+class ExecutionConfig(Section):
+    """Where and how wide the work runs. Nothing here changes a result."""
+
+    backend: Literal["ray", "local"] = Field("ray", description="On Ray, or all in this process.")
+    scoring: PoolConfig = PoolConfig()
+    generation: PoolConfig = PoolConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: WorkerConfig = WorkerConfig()
+    overlap_evaluation: bool = Field(
+        True,
+        description="Evaluate while the next iteration is scored and trained, if there is room for both.",
+    )
+    max_concurrent_trajectories: int = Field(1, ge=1, description="Trajectories that run at a time.")
+    start_timeout_s: float = Field(
+        600.0, gt=0, description="Longest wait for the cluster to give what a stage asks for."
+    )
+    max_failures: int | None = Field(
+        None, ge=1, description="Failed trajectories after which no further stage starts."
+    )
+    time_limit_s: float | None = Field(
+        None, gt=0, description="Seconds after which no further stage starts; counted from every start."
+    )
+    budget: float | None = Field(
+        None,
+        gt=0,
+        description="Price, by the table of `cost`, after which no further stage starts; of the whole run.",
+    )
+
+
+class StorageConfig(Section):
+    """Where runs are kept."""
+
+    path: str = Field("runs", min_length=1, description="Local directory, NFS, s3:// or gs://.")
+
+
+class MachineConfig(Section):
+    """What a machine type does and costs, each device of it; what is not given is as in the table."""
+
+    bf16_tflops: float | None = Field(None, gt=0, description="Peak 10¹² FLOP/s in 16 bits.")
+    fp32_tflops: float | None = Field(None, gt=0, description="Peak 10¹² FLOP/s in 32 bits.")
+    memory_gb: float | None = Field(None, gt=0, description="GB of memory.")
+    price_per_hour: float | None = Field(None, ge=0, description="Price of an hour.")
+
+
+class CostConfig(Section):
+    """Assumptions behind the costs that `iterabre plan` shows. Nothing here changes a result."""
+
+    machine: str = Field("A100-80G", description="Machine type that `execution.budget` is counted for.")
+    machines: dict[str, MachineConfig] = Field({}, description="Changes of the table of machines.")
+    utilisation: float = Field(
+        0.35, gt=0, le=1, description="Share of the peak that the work reaches; see also --calibrate."
+    )
+
+
+class CampaignConfig(Section):
+    """One campaign: models × methods × seeds, with stops at the targets."""
+
+    name: Name = Field(description="Name of the run; its directory under storage.path.")
+    models: list[SourceModelConfig] = Field(min_length=1)
+    methods: list[MethodConfig] = Field(min_length=1)
+    targets: list[TargetConfig] = Field(min_length=1)
+    seeds: list[int] = Field([0], min_length=1, description="Every model and method runs once a seed.")
+    exclude: list[ExcludeConfig] = Field([])
+    search: SearchConfig = SearchConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    storage: StorageConfig = StorageConfig()
+    cost: CostConfig = CostConfig()
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_in_range(cls, seeds: list[int]) -> list[int]:
+        if any(not 0 <= seed < 2**31 for seed in seeds):
+            raise ValueError("a seed lies between 0 and 2147483647")
+        return seeds
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> "CampaignConfig":
+        for kind, names in (
+            ("model id", [m.id for m in self.models]),
+            ("method name", [m.name for m in self.methods]),
+            ("seed", [str(s) for s in self.seeds]),
+            ("evaluation.perplexity name", [p.name for p in self.evaluation.perplexity]),
+        ):
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                raise ValueError(f"{kind} {sorted(twice)[0]!r} stands there twice")
+        return self
+
+    @model_validator(mode="after")
+    def _what_a_scheduler_needs(self) -> "CampaignConfig":
+        if self.search.scheduler == "none":
+            return self
+        scheduler = f"search.scheduler {self.search.scheduler!r}"
+        if self.execution.backend != "ray":
+            raise ValueError(f"{scheduler} is Ray Tune's; use execution.backend ray or the scheduler none")
+        if len(self.models) > 1:
+            raise ValueError(
+                f"{scheduler} compares trajectories of one model, and there are {len(self.models)}; "
+                "use one model or the scheduler none"
+            )
+        return self
+
+    def method_for(self, model: SourceModelConfig, method: MethodConfig) -> MethodConfig:
+        """`method` with the model's overrides.
+
+        Raises:
+            ValidationError: an override is not what the method's section takes.
+        """
+        changes = model.overrides.model_dump(exclude={"evaluation"})
+        return _overridden(method, changes) if any(changes.values()) else method
+
+    def evaluation_for(self, model: SourceModelConfig) -> EvaluationConfig:
+        """`evaluation` with the model's overrides.
+
+        Raises:
+            ValidationError: an override is not what the section takes.
+        """
+        changes = model.overrides.evaluation
+        return _overridden(self.evaluation, changes) if changes else self.evaluation
+
+
+def _overridden(section: SectionT, changes: dict[str, Any]) -> SectionT:
+    return type(section).model_validate(_merged(section.model_dump(exclude_unset=True), changes))
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """Mappings field by field, but a text, which has one source, as a whole."""
+    if not isinstance(old, dict) or not isinstance(new, dict) or {"builtin", "path"} & new.keys():
+        return new
+    return {**old, **{name: _merged(old.get(name), value) for name, value in new.items()}}

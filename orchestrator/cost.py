@@ -1,0 +1,163 @@
+"""What stages cost: arithmetic, memory, time and price. Pure; every assumption stands in this file.
+
+T tokens, S tokens a sequence, D hidden, V vocabulary, W width of attention (heads × head width).
+Only matrix products are counted, a multiplication and an addition as two operations,
+attention as the full S × S square. Times are estimates for a plan, not promises:
+`iterabre plan --calibrate RUN` scales them by what an earlier run has measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from actors.contracts import ModelInfo
+from orchestrator.config import CostConfig
+from orchestrator.errors import RequestError, unknown_name
+
+TFLOP = 1e12
+GB = 1e9
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device type: peak of dense matrix products, memory, and the price of an hour."""
+
+    name: str
+    bf16_tflops: float
+    fp32_tflops: float
+    memory_gb: float
+    price_per_hour: float
+
+
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        Machine("H100-80G", 989.0, 67.0, 80.0, 4.00),
+        Machine("A100-80G", 312.0, 19.5, 80.0, 2.50),
+        Machine("L40S-48G", 362.0, 91.6, 48.0, 1.80),
+        Machine("A10G-24G", 70.0, 31.2, 24.0, 1.00),
+        Machine("CPU-core", 0.05, 0.05, 8.0, 0.04),
+    )
+}
+"""Assumptions of November 2026: peaks as their makers state them, prices (USD) as a round guess at
+on-demand clouds. `cost.machines` in the campaign file replaces them."""
+
+LOAD_GB_PER_S = 1.0
+"""Assumption: how fast weights come from storage to a device."""
+
+START_S: Mapping[str, float] = {"score": 15.0, "recover": 45.0, "evaluate": 15.0, "export": 5.0}
+"""Assumption: seconds until the processes of a stage work, without the loading of weights."""
+
+ADAM_BYTES = 16
+"""A trained parameter: weight, gradient and two moments, 4 bytes each."""
+
+ACTIVATION_BYTES = 34
+"""Bytes a token, layer and D that blocks keep for the backward pass, 16 bits (Korthikanti 2022, eq. 1)."""
+
+ATTENTION_BYTES = 5
+"""Bytes a head and pair of tokens, of the same equation."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage takes: operations in all, bytes of weights to load, peak bytes of one worker."""
+
+    flops: float = 0.0
+    load_bytes: float = 0.0
+    memory_bytes: float = 0.0
+
+
+def kept_parameters(info: ModelInfo, layers: int) -> float:
+    """Parameters of the model at so many layers, its blocks counted as alike."""
+    return info.num_parameters - sum(info.block_parameters) * (1 - layers / info.num_layers)
+
+
+def block_flops(info: ModelInfo, tokens: float, length: float) -> float:
+    """One block's forward pass over `tokens` in sequences of `length`: 2·P·T, and 4·W·S·T for attention."""
+    parameters = sum(info.block_parameters) / info.num_layers
+    return tokens * (2 * parameters + 4 * info.attention_width * length)
+
+
+def head_flops(info: ModelInfo, tokens: float) -> float:
+    """The output head's forward pass: 2·D·V·T."""
+    return tokens * 2 * info.hidden_size * info.vocab_size
+
+
+def low_rank_parameters(info: ModelInfo, rank: int) -> float:
+    """Parameters of a low-rank update of all matrices of a block."""
+    return rank * info.block_widths
+
+
+def training_block_flops(info: ModelInfo, tokens: float, length: float, rank: int | None) -> float:
+    """One block's forward and backward pass; with `rank`, its own weights are frozen.
+
+    The backward pass of a frozen matrix costs as much as the forward pass (its input's
+    gradient), that of a trained one twice as much, and attention's twice as much.
+    """
+    forward = block_flops(info, tokens, length)
+    attention = tokens * 4 * info.attention_width * length
+    if rank is None:
+        return 3 * forward
+    return 2 * forward + attention + 6 * tokens * low_rank_parameters(info, rank)
+
+
+def activation_bytes(info: ModelInfo, tokens: float, length: float, bytes_each: int) -> float:
+    """What one block keeps of `tokens` for its backward pass."""
+    scale = bytes_each / 2
+    return scale * tokens * (ACTIVATION_BYTES * info.hidden_size + ATTENTION_BYTES * info.num_heads * length)
+
+
+def seconds(
+    cost: StageCost, kind: str, machine: Machine, devices: float, dtype: str, utilisation: float
+) -> float:
+    """How long a stage takes on so many devices."""
+    peak = machine.fp32_tflops if dtype == "float32" else machine.bf16_tflops
+    start = START_S.get(kind, 0.0)
+    return (
+        start + cost.load_bytes / (LOAD_GB_PER_S * GB) + cost.flops / (peak * TFLOP * utilisation * devices)
+    )
+
+
+def calibration(
+    measured: Mapping[tuple[str, str], float], predicted: Mapping[tuple[str, str], float]
+) -> dict[str, float]:
+    """Measured time over predicted time of each kind of stage, from the stages (kind, key) that both have."""
+    both = measured.keys() & predicted.keys()
+    kinds = {kind for kind, _ in both}
+    totals = {
+        kind: [sum(times[stage] for stage in both if stage[0] == kind) for times in (measured, predicted)]
+        for kind in kinds
+    }
+    return {kind: took / expected for kind, (took, expected) in sorted(totals.items()) if expected > 0}
+
+
+def machine_of(cost: CostConfig, name: str) -> Machine:
+    """The machine of that name, as the campaign file changes it.
+
+    Raises:
+        RequestError: no such machine, or a new one that is not described in full.
+    """
+    changes = cost.machines.get(name)
+    given = {} if changes is None else changes.model_dump(exclude_none=True)
+    if name in MACHINES:
+        return replace(MACHINES[name], **given)
+    if changes is None:
+        raise unknown_name("machine", name, {*MACHINES, *cost.machines})
+    missing = type(changes).model_fields.keys() - given.keys()
+    if missing:
+        raise RequestError(f"cost.machines.{name} is no known machine and lacks {', '.join(sorted(missing))}")
+    return Machine(name, **given)
+
+
+def parse_machine(text: str, cost: CostConfig) -> tuple[int, Machine]:
+    """`8xH100-80G` as a number of devices and their type; a bare type is one device.
+
+    Raises:
+        RequestError: not written so, or no such machine.
+    """
+    count, separator, name = text.partition("x")
+    if not separator or not count.isdecimal():
+        return 1, machine_of(cost, text)
+    if int(count) < 1:
+        raise RequestError(f"--machine {text!r}: write it as 8xH100-80G, with at least one device")
+    return int(count), machine_of(cost, name)

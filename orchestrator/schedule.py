@@ -1,0 +1,66 @@
+"""To what depths a model is taken, and in what portions."""
+
+import math
+from dataclasses import dataclass
+
+from actors.contracts import ModelInfo
+from orchestrator.config import TargetConfig
+from orchestrator.errors import RequestError
+
+
+@dataclass(frozen=True)
+class IterationPlan:
+    """One round of score, prune, recover, evaluate."""
+
+    index: int
+    layers_to_drop: int
+    layers_left: int
+    is_target: bool
+
+
+def iterative_schedule(num_layers: int, depths: list[int], portion: int) -> tuple[IterationPlan, ...]:
+    """Portions of layers from `num_layers` down to the smallest of `depths`, halting at each of them."""
+    iterations: list[IterationPlan] = []
+    left = num_layers
+    for depth in depths:
+        while left > depth:
+            drop = min(portion, left - depth)
+            left -= drop
+            iterations.append(IterationPlan(len(iterations) + 1, drop, left, left == depth))
+    return tuple(iterations)
+
+
+def target_depth(target: TargetConfig, info: ModelInfo) -> int:
+    """Layers that remain at a target.
+
+    Raises:
+        RequestError: not between 1 and one less than the model's depth.
+    """
+    if target.layers is not None:
+        depth = target.layers
+    elif target.fraction is not None:
+        # Halves round up: Python's round() would take 2.5 layers as 2.
+        depth = info.num_layers - math.floor(target.fraction * info.num_layers + 0.5)
+    elif target.parameters is not None:
+        depth = _depth_within(target.parameters, info)
+    else:
+        depth = _depth_within((1 - (target.parameter_fraction or 0.0)) * info.num_parameters, info)
+    if not 1 <= depth < info.num_layers:
+        raise RequestError(
+            f"target {target.name} leaves {depth} of the {info.num_layers} layers of {info.spec.path!r}; "
+            f"it must leave between 1 and {info.num_layers - 1}"
+        )
+    return depth
+
+
+def _depth_within(parameters: float, info: ModelInfo) -> int:
+    """Most layers that, whichever they are, make a model of at most so many parameters; 0 if none do.
+
+    Blocks may differ in size, and which ones go is not known yet: the smallest are counted as gone.
+    """
+    left = info.num_parameters
+    for removed, size in enumerate([0, *sorted(info.block_parameters)]):
+        left -= size
+        if left <= parameters:
+            return info.num_layers - removed
+    return 0

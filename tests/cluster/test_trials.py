@@ -1,0 +1,120 @@
+"""Trials of one campaign side by side: single flight, early stopping, limits. Stages only sleep."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pytest
+import ray
+
+from orchestrator.campaign import Outcome, limits_of, run_trials
+from orchestrator.config import CampaignConfig, parse_config
+from orchestrator.coordinator import LEASE_S, AskedClaims, Coordinator
+from orchestrator.ledger import Ledger
+from orchestrator.limits import Limits
+from orchestrator.outcomes import read_outcomes
+from orchestrator.plan import build_plan
+from orchestrator.store import Store
+from tests.simulated import Simulation
+from tests.tiny_campaign import tiny_campaign
+
+SECONDS = {"score": 1.5, "recover": 0.1, "evaluate": 0.1, "export": 0.0}
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("trials")
+    tiny_campaign(directory)
+    return directory
+
+
+def _run(place: Path, tmp_path: Path, change: Change) -> tuple[Outcome, CampaignConfig, Store]:
+    campaign = tiny_campaign(place)
+    campaign["execution"] |= {"backend": "ray", "max_concurrent_trajectories": 3}
+    campaign["storage"]["path"] = str(tmp_path / "runs")
+    change(campaign)
+    config = parse_config(campaign, "campaign.yaml")
+    store = Store.of_campaign(config.storage.path, config.name)
+    notes = tmp_path / "notes"
+    notes.mkdir(exist_ok=True)
+    outcome = run_trials(
+        config, build_plan(config), store, limits_of(config), make_backend=Simulation(SECONDS, notes)
+    )
+    return outcome, config, store
+
+
+def _computed(tmp_path: Path, kind: str) -> int:
+    return len(list((tmp_path / "notes").glob(f"{kind}-*.txt")))
+
+
+def _rates(*rates: float, **search: Any) -> Change:
+    def change(campaign: dict[str, Any]) -> None:
+        campaign["methods"][0]["recovery"]["learning_rate"] = {"grid": list(rates)}
+        campaign["search"] = search
+
+    return change
+
+
+def test_a_stage_that_three_trials_need_is_computed_once(
+    ray_two_cpus: None, place: Path, tmp_path: Path
+) -> None:
+    outcome, config, store = _run(place, tmp_path, _rates(0.1, 0.2, 0.3))
+    assert outcome == Outcome({})
+    # Shared: the dense model, the first scores, and the evaluation of the first choice.
+    assert _computed(tmp_path, "score") == 1 + 3
+    assert _computed(tmp_path, "evaluate") == 2 + 3 * 3
+    assert _computed(tmp_path, "recover") == 3 * 2
+    table = Ledger(store.ledger_uri).read()
+    scored = table.filter(pc.and_(pc.equal(table["stage"], "score"), pc.equal(table["metric"], "seconds")))
+    assert scored.num_rows == 3 * 2
+    assert len(set(scored["key"].to_pylist())) == 4
+    assert {name: o.state for name, o in read_outcomes(store).items()} == {
+        f"llama--{method.name}--seed0": "done" for method in config.methods
+    }
+
+
+@pytest.mark.long
+def test_asha_gives_up_the_worst_between_iterations(ray_two_cpus: None, place: Path, tmp_path: Path) -> None:
+    change = _rates(0.1, 0.2, 0.9, scheduler="asha", metric="fox/token_perplexity", reduction_factor=2)
+
+    def one_at_a_time(campaign: dict[str, Any]) -> None:
+        change(campaign)
+        campaign["execution"]["max_concurrent_trajectories"] = 1
+
+    outcome, _, store = _run(place, tmp_path, one_at_a_time)
+    worst = "llama--iterabre--learning_rate=0.9--seed0"
+    assert not outcome.failures
+    assert worst in outcome.stopped
+    assert read_outcomes(store)[worst].reason == "given up by the scheduler after iteration 1"
+    assert read_outcomes(store)["llama--iterabre--learning_rate=0.1--seed0"].state == "done"
+    # Its first target was reached before it was given up, and it is not taken up again.
+    assert (Path(store.uri) / f"models/{worst}/3-layers/config.json").is_file()
+    computed = _computed(tmp_path, "recover")
+    _run(place, tmp_path, one_at_a_time)
+    assert _computed(tmp_path, "recover") == computed
+
+
+class Asking:
+    """A process that claims a stage and then does nothing; its claim is kept alive by a thread."""
+
+    def take(self, coordinator: Any) -> bool:
+        claims = AskedClaims(lambda method, *args: ray.get(getattr(coordinator, method).remote(*args)))
+        claims.take("score", "key")
+        return True
+
+
+@pytest.mark.long
+def test_a_killed_holders_claim_is_taken_over(ray_two_cpus: None) -> None:
+    coordinator = ray.remote(num_cpus=0)(Coordinator).remote(Limits())
+    asking = ray.remote(num_cpus=0)(Asking)
+    first, second = asking.remote(), asking.remote()
+    assert ray.get(first.take.remote(coordinator))
+    waiting = second.take.remote(coordinator)
+    # As long as the first lives, the second waits, longer than a lease.
+    assert ray.wait([waiting], timeout=LEASE_S + 5) == ([], [waiting])
+    ray.kill(first)
+    assert ray.get(waiting, timeout=2 * LEASE_S)
+    ray.kill(second)
+    ray.kill(coordinator)
