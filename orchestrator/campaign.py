@@ -95,7 +95,7 @@ def run_campaign(
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":
-        with _run_log(store, config), locked(store), _stopping_on_sigterm():
+        with _run_log(store, config, plan), locked(store), _stopping_on_sigterm():
             return _run_in_this_process(config, plan, store, limits)
     with cluster(address):
         capacity = cluster_capacity()
@@ -103,7 +103,7 @@ def run_campaign(
         overlap = execution.overlap_evaluation and has_room_for_both(execution, capacity)
         workers_log = store.logs_dir / "workers.log"
         with (
-            _run_log(store, config),
+            _run_log(store, config, plan),
             locked(store),
             workers_output_to(workers_log),
             _stopping_on_sigterm(),
@@ -322,9 +322,10 @@ def _follow(
 
 
 @contextmanager
-def _run_log(store: Store, config: CampaignConfig) -> Iterator[None]:
+def _run_log(store: Store, config: CampaignConfig, plan: CampaignPlan) -> Iterator[None]:
     """Open the run and keep this process's log in it."""
-    open_run(store, config.model_dump(mode="json"), resume=True)
+    planned = {trajectory.id: len(trajectory.iterations) for trajectory in plan.trajectories}
+    open_run(store, config.model_dump(mode="json"), resume=True, planned=planned)
     store.logs_dir.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(store.logs_dir / "driver.log")
     handler.setFormatter(logging.Formatter(LOG_FORMAT))

@@ -329,14 +329,20 @@ def _show_outcomes(store: "Store") -> None:
 def _build_report(run: str) -> str:
     from actors.artifacts import local_path, publish
     from orchestrator.ledger import Ledger
+    from orchestrator.outcomes import read_outcomes
     from orchestrator.report.html import Source, build_report
     from orchestrator.run_file import read_run
     from orchestrator.store import Store
 
     store = Store(run)
     stored = read_run(store) or {}
+    failed = {name: end.reason for name, end in read_outcomes(store).items() if end.state == "failed"}
     source = Source(
-        Ledger(store.ledger_uri).read(), stored["config"], stored["versions"], stored.get("planned", {})
+        Ledger(store.ledger_uri).read(),
+        stored["config"],
+        stored["versions"],
+        stored.get("planned", {}),
+        failed,
     )
     if directory := local_path(store.report_uri):
         return str(build_report(source, directory))

@@ -100,23 +100,26 @@ class Coordinator:
 
 
 class AskedClaims:
-    """The claims of one trajectory, on a coordinator reached through `call(method, *arguments)`."""
+    """The claims of one trajectory, on a coordinator reached through `call(method, *arguments)`.
+
+    It may hold several at a time: an evaluation in the background, and what goes on meanwhile.
+    """
 
     def __init__(self, call: Callable[..., Any]):
         self._call = call
         self._holder = uuid.uuid4().hex
-        self._given_back = threading.Event()
+        self._held: dict[str, threading.Event] = {}
 
     def take(self, kind: str, key: str) -> None:
         while not (answer := self._call("ask", key, self._holder)).granted:
             if answer.stop:
                 raise LimitReachedError(f"{answer.stop}; --resume continues")
             time.sleep(ASK_AGAIN_S)
-        self._given_back = threading.Event()
-        threading.Thread(target=self._renew, args=(self._given_back,), daemon=True).start()
+        self._held[key] = threading.Event()
+        threading.Thread(target=self._renew, args=(self._held[key],), daemon=True).start()
 
     def give_back(self, kind: str, key: str, seconds: float) -> None:
-        self._given_back.set()
+        self._held.pop(key).set()
         self._call("give_back", kind, key, self._holder, seconds)
 
     def _renew(self, given_back: threading.Event) -> None:

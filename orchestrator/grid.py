@@ -23,7 +23,17 @@ def trajectories_of(
         for depth in depths:
             yield f"{base}--{depth}L", (IterationPlan(1, info.num_layers - depth, depth, True),)
     elif depths:
-        yield base, iterative_schedule(info.num_layers, depths, method.schedule.layers_per_iteration)
+        schedule = method.schedule
+        yield (
+            base,
+            iterative_schedule(
+                info.num_layers,
+                depths,
+                schedule.layers_per_iteration,
+                schedule.recover_at,
+                config.evaluation.at,
+            ),
+        )
 
 
 def check_exclusions(config: CampaignConfig) -> None:

@@ -377,9 +377,11 @@ def _trajectory_bytes(trajectory: TrajectoryPlan) -> int:
     return int(weights * (exports + 0.25))
 
 
-def stages_of_iteration(trajectory: TrajectoryPlan) -> int:
-    """Stages of one iteration, without the export at a target."""
-    return 4 + trajectory.also_before_recovery + (trajectory.method.recovery.start is not None)
+def stages_of_iteration(trajectory: TrajectoryPlan, iteration: IterationPlan) -> int:
+    """Stages of one iteration: scoring and pruning, and what else it has."""
+    evaluations = iteration.is_measured * (1 + trajectory.also_before_recovery)
+    recoveries = iteration.recovers * (1 + (trajectory.method.recovery.start is not None))
+    return 2 + recoveries + evaluations + iteration.is_target
 
 
 def stages_once(trajectory: TrajectoryPlan) -> int:
@@ -388,6 +390,6 @@ def stages_once(trajectory: TrajectoryPlan) -> int:
 
 
 def num_stages(trajectory: TrajectoryPlan) -> int:
-    """Stages of a trajectory: those once, and those of every iteration and target."""
-    each = stages_of_iteration(trajectory)
-    return stages_once(trajectory) + sum(each + iteration.is_target for iteration in trajectory.iterations)
+    """Stages of a trajectory: those once, and those of every iteration."""
+    each = (stages_of_iteration(trajectory, iteration) for iteration in trajectory.iterations)
+    return stages_once(trajectory) + sum(each)

@@ -1,6 +1,7 @@
 """The file that makes a directory a run: the configuration it was started with."""
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,11 +17,16 @@ NOT_COMPARED_ON_RESUME = ("execution", "storage", "cost")
 """Sections that say where and how fast a campaign runs, not what it computes."""
 
 
-def open_run(store: Store, config: dict[str, Any], resume: bool) -> None:
+def open_run(
+    store: Store, config: dict[str, Any], resume: bool, planned: Mapping[str, int] | None = None
+) -> None:
     """Start a run at `store`, or continue the one that is there.
 
     With `resume` and nothing there, a new run is started, so that a restarted
     job can always be given the same command.
+
+    Args:
+        planned: iterations of each trajectory, for those who want to know how far the run is.
 
     Raises:
         RunExistsError: as `check_run`.
@@ -29,6 +35,7 @@ def open_run(store: Store, config: dict[str, Any], resume: bool) -> None:
     if read_run(store) is not None:
         return
     header = {"format": FORMAT, "config": config, "versions": installed_versions()}
+    header["planned"] = dict(planned or {})
     header["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     write_bytes(store.run_file_uri, json.dumps(header, indent=2).encode())
 
@@ -59,7 +66,7 @@ def check_run(store: Store, config: dict[str, Any], resume: bool) -> None:
 
 
 def read_run(store: Store) -> dict[str, Any] | None:
-    """What `open_run` wrote (`config`, `versions`, `created_at`), or None if there is no run."""
+    """What `open_run` wrote (`config`, `versions`, `planned`, `created_at`), or None if there is no run."""
     text = read_bytes(store.run_file_uri)
     return None if text is None else json.loads(text)
 

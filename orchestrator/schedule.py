@@ -7,18 +7,28 @@ from actors.contracts import ModelInfo
 from orchestrator.config import TargetConfig
 from orchestrator.errors import RequestError
 
+EVERY_ITERATION = "every_iteration"
+
 
 @dataclass(frozen=True)
 class IterationPlan:
-    """One round of score, prune, recover, evaluate."""
+    """One round of score, prune, recover, evaluate; the last two perhaps at targets only."""
 
     index: int
     layers_to_drop: int
     layers_left: int
     is_target: bool
+    recovers: bool = True
+    is_measured: bool = True
 
 
-def iterative_schedule(num_layers: int, depths: list[int], portion: int) -> tuple[IterationPlan, ...]:
+def iterative_schedule(
+    num_layers: int,
+    depths: list[int],
+    portion: int,
+    recover_at: str = EVERY_ITERATION,
+    measure_at: str = EVERY_ITERATION,
+) -> tuple[IterationPlan, ...]:
     """Portions of layers from `num_layers` down to the smallest of `depths`, halting at each of them."""
     iterations: list[IterationPlan] = []
     left = num_layers
@@ -26,7 +36,10 @@ def iterative_schedule(num_layers: int, depths: list[int], portion: int) -> tupl
         while left > depth:
             drop = min(portion, left - depth)
             left -= drop
-            iterations.append(IterationPlan(len(iterations) + 1, drop, left, left == depth))
+            is_target = left == depth
+            recovers, is_measured = (is_target or at == EVERY_ITERATION for at in (recover_at, measure_at))
+            index = len(iterations) + 1
+            iterations.append(IterationPlan(index, drop, left, is_target, recovers, is_measured))
     return tuple(iterations)
 
 

@@ -25,7 +25,7 @@ from actors.contracts import (
     digest,
 )
 from orchestrator.plan import CampaignPlan, TrajectoryPlan, stages_of_iteration, stages_once
-from orchestrator.schedule import IterationPlan, iterative_schedule
+from orchestrator.schedule import EVERY_ITERATION, IterationPlan, iterative_schedule
 from orchestrator.stages import removal_order
 from orchestrator.store import Store, stage_key
 from orchestrator.trajectory import run_trajectory
@@ -104,12 +104,19 @@ def remaining_stages(plan: TrajectoryPlan, store: Store) -> int:
 
 def _cell_by_cell(plan: TrajectoryPlan) -> int:
     """Stages of a run for each target alone: dense evaluation, its iterations, one export."""
-    depth, portion = plan.model.num_layers, plan.method.schedule.layers_per_iteration
-    direct = plan.method.schedule.mode == "direct"
-    total = 0
-    for target in (iteration.layers_left for iteration in plan.iterations if iteration.is_target):
-        iterations = 1 if direct else len(iterative_schedule(depth, [target], portion))
-        total += stages_once(plan) + iterations * stages_of_iteration(plan) + 1
+    schedule, total = plan.method.schedule, 0
+    for target in (iteration for iteration in plan.iterations if iteration.is_target):
+        alone: tuple[IterationPlan, ...] = (target,)
+        if schedule.mode != "direct":
+            depths, measured = [target.layers_left], all(i.is_measured for i in plan.iterations)
+            alone = iterative_schedule(
+                plan.model.num_layers,
+                depths,
+                schedule.layers_per_iteration,
+                schedule.recover_at,
+                EVERY_ITERATION if measured else "targets",
+            )
+        total += stages_once(plan) + sum(stages_of_iteration(plan, iteration) for iteration in alone)
     return total
 
 

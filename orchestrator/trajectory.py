@@ -44,11 +44,12 @@ def run_trajectory(plan: TrajectoryPlan, stages: Stages, until: int | None = Non
     for iteration in plan.iterations[:until]:
         removal_order = stages.score(iteration, model)
         pruned = stages.prune(iteration, model, removal_order[: iteration.layers_to_drop])
-        if plan.also_before_recovery:
+        if iteration.is_measured and plan.also_before_recovery:
             stages.evaluate(iteration, pruned, "pruned")
 
-        model = stages.recover(iteration, pruned)
-        stages.evaluate(iteration, model, "recovered")
+        model = stages.recover(iteration, pruned) if iteration.recovers else pruned
+        if iteration.is_measured:
+            stages.evaluate(iteration, model, "recovered")
         if iteration.is_target:
             stages.export(iteration, model)
         stages.finish(iteration)

@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from orchestrator.coordinator import AskedClaims, Coordinator
+from orchestrator.limits import Limits
 from tests.tiny_models import save_tiny
 
 _TEXT = "The quick brown fox jumps over the lazy dog . Stability of the higher layer is greater . "
@@ -47,3 +49,9 @@ def write_campaign(campaign: dict[str, Any], file: Path) -> str:
     """Write the campaign as YAML and return its path."""
     file.write_text(yaml.safe_dump(campaign, sort_keys=False))
     return str(file)
+
+
+def claims_of_one() -> AskedClaims:
+    """The claims of a trajectory that is alone."""
+    coordinator = Coordinator(Limits())
+    return AskedClaims(lambda method, *arguments: getattr(coordinator, method)(*arguments))

@@ -137,7 +137,10 @@ class ScheduleConfig(Section):
     mode: Literal["iterative", "direct"] = Field(
         "iterative", description="Score again after every portion, or remove all at once."
     )
-    layers_per_iteration: int = Field(1, ge=1, description="Layers removed between two recoveries.")
+    layers_per_iteration: int = Field(1, ge=1, description="Layers removed between two scorings.")
+    recover_at: Literal["every_iteration", "targets"] = Field(
+        "every_iteration", description="Recover after every portion, or only where a target is reached."
+    )
 
 
 class LossConfig(Section):
@@ -277,7 +280,7 @@ class EvaluationConfig(Section):
     max_length: int | None = Field(
         None, ge=2, description="Longest input of a task in tokens; the model's own if not given."
     )
-    batch_size: int | Literal["auto"] = Field(
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="Longest requests at a time; `auto` is what memory allows. Changes no result."
     )
     probes: list[str] = Field([], description="degeneration, arithmetic, code_failures; see docs/probes.md.")
@@ -286,4 +289,7 @@ class EvaluationConfig(Section):
         False, description="Run the code that the model writes, in a sandbox, against its tests."
     )
     throughput: ThroughputConfig | None = Field(None, description="Measure speed and memory, too.")
+    at: Literal["every_iteration", "targets"] = Field(
+        "every_iteration", description="Measure after every iteration, or only where a target is reached."
+    )
     also_before_recovery: bool = Field(True, description="Measure the pruned model before it is healed, too.")

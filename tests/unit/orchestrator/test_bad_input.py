@@ -201,8 +201,12 @@ TABLE: dict[str, tuple[Callable[[Campaign, Path], Any], tuple[str, ...]]] = {
         ("models.0.overrides.recovery.adapter.rnak: unknown key",),
     ),
     "override of a wrong value": (
-        lambda c, _: c["models"][0].update(overrides={"evaluation": {"batch_size": 0}}),
-        ("models.0.overrides.evaluation.batch_size: ", "greater than or equal to 1 (got 0)"),
+        lambda c, _: c["models"][0].update(overrides={"evaluation": {"max_new_tokens": 0}}),
+        ("models.0.overrides.evaluation.max_new_tokens: ", "greater than or equal to 1 (got 0)"),
+    ),
+    "batch of nothing": (
+        lambda c, _: c["evaluation"].update(batch_size=0),
+        ("evaluation.batch_size", "greater than or equal to 1 (got 0)"),
     ),
     "override with an unknown criterion": (
         lambda c, _: c["models"][0].update(overrides={"scoring": {"criterion": "tailor"}}),

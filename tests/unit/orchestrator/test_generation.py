@@ -20,7 +20,7 @@ from orchestrator.progress import Activity
 from orchestrator.stages import StoredStages
 from orchestrator.store import Store, stage_key
 from orchestrator.trajectory import run_trajectory
-from tests.tiny_campaign import tiny_campaign
+from tests.tiny_campaign import claims_of_one, tiny_campaign
 from tests.tiny_models import tiny_tokenizer
 from tests.unit.orchestrator.command import iterabre
 
@@ -62,7 +62,7 @@ def run(campaign: dict[str, Any], trajectory: TrajectoryPlan) -> list[Activity]:
     config = parse_config(campaign, "campaign.yaml")
     store, heard = Store.of_campaign(config.storage.path, config.name), []
     backend = LocalBackend(config.execution, store)
-    run_trajectory(trajectory, StoredStages(trajectory, store, backend, heard.append))
+    run_trajectory(trajectory, StoredStages(trajectory, store, backend, heard.append, claims_of_one()))
     return heard
 
 

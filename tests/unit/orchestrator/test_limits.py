@@ -1,5 +1,7 @@
 """When a campaign ends early, what goes first, and who may compute a stage."""
 
+from typing import Any
+
 import pytest
 
 from orchestrator.config import ExecutionConfig
@@ -116,3 +118,20 @@ def test_claims_wait_until_the_other_gives_back(monkeypatch: pytest.MonkeyPatch)
     clock.now = 61
     with pytest.raises(LimitReachedError, match=r"61 s have passed .*; --resume continues"):
         second.take("score", "key")
+
+
+def test_a_trajectory_holds_several_claims_and_gives_back_each() -> None:
+    """As while an evaluation goes on in the background."""
+    coordinator = Coordinator(Limits())
+
+    def call(method: str, *arguments: Any) -> Any:
+        return getattr(coordinator, method)(*arguments)
+
+    ours = AskedClaims(call)
+    ours.take("evaluate", "a")
+    ours.take("recover", "b")
+    ours.give_back("evaluate", "a", 1.0)
+    assert coordinator.ask("a", "another").granted
+    assert not coordinator.ask("b", "another").granted
+    ours.give_back("recover", "b", 1.0)
+    assert coordinator.ask("b", "another").granted

@@ -7,13 +7,14 @@ import pytest
 
 from actors.contracts import EvaluationResult, EvaluationSpec, Metric, Progress
 from actors.errors import WorkError
-from orchestrator.campaign import Capacity, has_room_for_both
+from orchestrator.cluster import Capacity, has_room_for_both
 from orchestrator.config import ExecutionConfig, parse_config
 from orchestrator.ledger import Ledger
-from orchestrator.plan import IterationPlan, TrajectoryPlan, build_plan
+from orchestrator.plan import TrajectoryPlan, build_plan
+from orchestrator.schedule import IterationPlan
 from orchestrator.stages import StoredStages
 from orchestrator.store import Store
-from tests.tiny_campaign import tiny_campaign
+from tests.tiny_campaign import claims_of_one, tiny_campaign
 
 DENSE, FIRST = IterationPlan(0, 0, 4, False), IterationPlan(1, 1, 3, True)
 
@@ -39,7 +40,7 @@ def plan(tmp_path: Path) -> TrajectoryPlan:
 
 
 def stages_of(plan: TrajectoryPlan, store: Store, backend: SlowBackend) -> StoredStages:
-    return StoredStages(plan, store, backend, lambda _activity: None, overlap=True)
+    return StoredStages(plan, store, backend, lambda _activity: None, claims_of_one(), overlap=True)
 
 
 def measured(store: Store) -> dict[tuple[str, str], float]:
