@@ -192,7 +192,8 @@ def test_stopped_and_killed_again_and_again_it_resumes_without_repeating_finishe
         process = start(file, "--resume")
         _wait_until_starts(run, moment, process)
         others = ray_daemons() - daemons_of(process.pid)
-        os.killpg(process.pid, how)
+        # A job is stopped with its cluster left running; what is killed is killed with its own Ray.
+        (os.kill if how == signal.SIGTERM else os.killpg)(process.pid, how)
         output, _ = process.communicate(timeout=TIMEOUT_S)
         if how == signal.SIGTERM:
             assert process.returncode == 1, output
