@@ -164,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--dropped", type=int, nargs="+", default=[21, 22, 23, 24, 25], metavar="LAYER")
+    parser.add_argument("--dropped", type=int, nargs="+", default=[13, 14, 16, 17, 18], metavar="LAYER")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128, help="of a sequence")

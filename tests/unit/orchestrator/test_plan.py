@@ -292,3 +292,11 @@ def test_deeper_model_needs_its_own_depths(tmp_path: Path) -> None:
     campaign["targets"] = [{"fraction": 0.5}]
     depths = [[i.layers_left for i in t.iterations] for t in _plan(campaign).trajectories]
     assert depths == [[3, 2], [5, 4, 3]]
+
+
+def test_only_targets_recover_and_are_measured_on_request() -> None:
+    every = iterative_schedule(6, [5, 3], 1)
+    assert all(iteration.recovers and iteration.is_measured for iteration in every)
+    schedule = iterative_schedule(6, [5, 3], 1, recover_at="targets", measure_at="targets")
+    assert [i.layers_left for i in schedule if i.recovers] == [5, 3]
+    assert [i.is_measured for i in schedule] == [True, False, True]

@@ -7,7 +7,7 @@ import pytest
 
 from actors.contracts import ArtifactRef, FileRef, ModelRef
 from orchestrator.config import parse_config
-from orchestrator.plan import TrajectoryPlan, build_plan
+from orchestrator.plan import TrajectoryPlan, build_plan, num_stages
 from orchestrator.schedule import IterationPlan
 from orchestrator.trajectory import run_trajectory
 from tests.tiny_campaign import tiny_campaign
@@ -91,6 +91,22 @@ def test_pruned_model_is_measured_only_if_asked(directory: Path) -> None:
     evaluation = tiny_campaign(directory)["evaluation"] | {"also_before_recovery": False}
     run_trajectory(_plan(directory, evaluation=evaluation), stages)
     assert "evaluate pruned" not in [stage for stage, *_ in stages.asked]
+
+
+def test_recovery_and_evaluation_at_targets_only_if_asked(directory: Path) -> None:
+    """Algorithm 1 of *Limits*: scored again after every layer, recovered once."""
+    campaign = tiny_campaign(directory)
+    method = campaign["methods"][0] | {"schedule": {"recover_at": "targets"}}
+    evaluation = campaign["evaluation"] | {"at": "targets"}
+    stages = Recording()
+    plan = _plan(directory, methods=[method], evaluation=evaluation, targets=[{"layers": 2}])
+    run_trajectory(plan, stages)
+    assert [stage for stage, *_ in stages.asked] == [
+        "evaluate dense",
+        *("score", "prune"),
+        *("score", "prune", "evaluate pruned", "recover", "evaluate recovered", "export"),
+    ]
+    assert num_stages(plan) == len(stages.asked)
 
 
 def test_until_ends_after_that_iteration(directory: Path) -> None:
