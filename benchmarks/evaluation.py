@@ -77,8 +77,9 @@ def run(lm: Any, task: str, options: argparse.Namespace) -> Run:
     began, cpu_began = time.perf_counter(), time.process_time()
     found = lm_eval.evaluate(lm, loaded, limit=options.limit, bootstrap_iters=0)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-    samples = [sample for name in sorted(found["samples"]) for sample in found["samples"][name]]
-    return Run(found["results"], list(_loglikelihoods(samples)), seconds, cpu_seconds)
+    samples = found["samples"]
+    values = [value for name in sorted(samples) for value in _loglikelihoods(samples[name])]
+    return Run(found["results"], values, seconds, cpu_seconds)
 
 
 def _loglikelihoods(samples: list[dict[str, Any]]) -> Iterator[float]:

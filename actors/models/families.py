@@ -7,6 +7,7 @@ field names whose meaning cannot be seen from their value.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -138,6 +139,16 @@ def find_layers(model: PreTrainedModel) -> LayerList:
     path = min(paths, key=lambda name: name.count("."))
     parent_path, _, attribute = path.rpartition(".")
     return LayerList(path, model.get_submodule(parent_path), attribute)
+
+
+def find_backbone(model: PreTrainedModel) -> nn.Module:
+    """The innermost module around the blocks whose forward takes token ids: BERT keeps an encoder inside."""
+    path = find_layers(model).path
+    while path := path.rpartition(".")[0]:
+        module = model.get_submodule(path)
+        if "input_ids" in signature(module.forward).parameters:
+            return module
+    return model
 
 
 def kept_fields(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:

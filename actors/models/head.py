@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from actors.models.families import find_backbone
+
 
 class _OnlyHidden(BaseModelOutputWithPast):
     """A backbone's output in which all that a family might ask for besides is None."""
@@ -33,7 +35,7 @@ class LogitHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         hidden_BTD = hidden if hidden.dim() == 3 else hidden[None]
         token_ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden.device)
-        backbone = self._model.base_model
+        backbone = find_backbone(self._model)
 
         def give_hidden(*_args: Any, **_kwargs: Any) -> _OnlyHidden:
             return _OnlyHidden(last_hidden_state=hidden_BTD)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.errors import RequestError
-from actors.models.families import find_layers
+from actors.models.families import find_backbone, find_layers
 
 StandIn = Callable[[int, Tensor], Tensor]
 
@@ -55,7 +55,7 @@ class LayerwisePass:
     ):
         layers = find_layers(model)
         self.config = model.config
-        self._model, self._backbone, self._blocks = model, _backbone_of(model), layers.modules
+        self._model, self._backbone, self._blocks = model, find_backbone(model), layers.modules
         self._inputs = {"input_ids": input_ids_BT, **_whom_to_see(attention_mask_BT, position_ids_BT)}
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._beside = _returned_beside(self._backbone, self._blocks[0], input_ids_BT[:1, :1])
@@ -147,16 +147,6 @@ def _whom_to_see(mask_BT: Tensor | None, position_ids_BT: Tensor | None) -> dict
     if mask_BT is not None:
         position_ids_BT = position_ids_BT * mask_BT.to(position_ids_BT.dtype)
     return {"attention_mask": None, "position_ids": position_ids_BT}
-
-
-def _backbone_of(model: PreTrainedModel) -> nn.Module:
-    """The innermost module around the blocks whose forward takes token ids: BERT keeps an encoder inside."""
-    path = find_layers(model).path
-    while path := path.rpartition(".")[0]:
-        module = model.get_submodule(path)
-        if "input_ids" in signature(module.forward).parameters:
-            return module
-    return model
 
 
 def _hidden_of(output: Any) -> Tensor:

@@ -170,7 +170,7 @@ def target_paths(model: PreTrainedModel, targets: str | tuple[str, ...]) -> list
         path
         for block in find_layers(model).modules
         for path, module in block.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        if _is_matrix(module)
     }
     names = (targets,) if isinstance(targets, str) else targets
     chosen = {path for path in found for name in names if _is_target(path, name)}
@@ -181,6 +181,19 @@ def target_paths(model: PreTrainedModel, targets: str | tuple[str, ...]) -> list
             f"{model.config.model_type!r}; there are all-linear, attention, ffn, {', '.join(sorted(found))}"
         )
     return sorted(chosen)
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether the module gives x Wᵀ + b, to which a low-rank product can be added."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    try:
+        shape = module(module.weight.new_zeros(1, 1, module.in_features)).shape
+    except RuntimeError:
+        return False
+    return shape == (1, 1, module.out_features)
 
 
 def _is_target(path: str, name: str) -> bool:
