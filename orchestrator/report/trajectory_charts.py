@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actors.evaluation.suites import BLIMP_GROUPS
 from orchestrator.report.charts import Chart, Curve, Figure, HeatMap, chart
 from orchestrator.report.measured import (
     DENSE,
@@ -18,8 +19,8 @@ from orchestrator.report.measured import (
 )
 from orchestrator.report.tables import STAGES
 
-LEAST_MEMBERS = 3
-"""A group of fewer tasks has no figure of its own."""
+LEAST_MEMBERS, MOST_MEMBERS = 3, 20
+"""A group of fewer or more tasks has no figure of its own."""
 
 
 def trajectory_charts(ledger: pa.Table, models: Sequence[Measured]) -> list[Figure]:
@@ -91,21 +92,21 @@ def _member_charts(models: Sequence[Measured]) -> list[Chart | None]:
 
 
 def _groups(models: Sequence[Measured]) -> Mapping[str, list[str]]:
-    """Metrics inside each group whose members are not too many to be told apart."""
+    """Metrics inside each group whose members are not too many to be told apart; of BLiMP its 13 groups."""
     names = [name for name in metrics_of(models) if name.endswith("/acc")]
     headlines = [name for name in headline_metrics(models) if name.endswith("/acc")]
     found = {}
     for headline in headlines:
         group = headline.removesuffix("/acc")
         inside = [name for name in names if name.startswith(f"{group}_")]
-        parts = [name for name in inside if name.startswith(f"{group}_group_")] or inside
-        if LEAST_MEMBERS <= len(parts) <= 20:
+        parts = [name for name in inside if name.removesuffix("/acc") in BLIMP_GROUPS] or inside
+        if LEAST_MEMBERS <= len(parts) <= MOST_MEMBERS:
             found[group] = parts
     return found
 
 
 def _short(metric: str, group: str) -> str:
-    return metric.removesuffix("/acc").removeprefix(f"{group}_").removeprefix("group_").replace("_", " ")
+    return metric.removesuffix("/acc").removeprefix(f"{group}_").replace("_", " ")
 
 
 def _changes(metric: str, models: Sequence[Measured], dropped: Mapping[int, Sequence[int]]) -> Chart | None:
