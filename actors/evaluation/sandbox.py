@@ -34,8 +34,9 @@ class Limits:
     """What one program may use.
 
     `disk_bytes` bounds all its files together, `file_bytes` each; `memory_bytes`
-    is address space. The defaults let the reference solutions of HumanEval+ and
-    MBPP+ pass.
+    is address space. With 10 s and 1 GiB, 159 of the 164 reference solutions of
+    HumanEval+ passed and 372 of the 378 of MBPP+; the rest ran out of time, one of
+    memory. The defaults are above that.
     """
 
     wall_s: float = 90.0
