@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -190,10 +190,10 @@ def _is_matrix(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear):
         return False
     try:
-        shape = module(module.weight.new_zeros(1, 1, module.in_features)).shape
+        output = module(module.weight.new_zeros(1, 1, module.in_features))
     except RuntimeError:
         return False
-    return shape == (1, 1, module.out_features)
+    return isinstance(output, Tensor) and output.shape == (1, 1, module.out_features)
 
 
 def _is_target(path: str, name: str) -> bool:

@@ -57,11 +57,12 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, down_RI: Tensor, up_OR: Tensor
     ) -> Tensor:
-        x_NI = x.flatten(0, -2)
-        inner_NR = x_NI @ down_RI.T
-        y_NO = nn.functional.linear(x_NI, weight_OI, bias_O).addmm_(inner_NR, up_OR.T)
+        inner_NR = x.flatten(0, -2) @ down_RI.T
+        # What is returned is no view: a family may change it in place.
+        y = nn.functional.linear(x, weight_OI, bias_O)
+        y.flatten(0, -2).addmm_(inner_NR, up_OR.T)
         ctx.save_for_backward(x, weight_OI, down_RI, up_OR, inner_NR)
-        return y_NO.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -49,7 +49,7 @@ def run(model: PreTrainedModel, ids_BT: Tensor, **inputs: Any) -> tuple[list[Ten
     hidden: list[Tensor] = []
     hooks = [
         block.register_forward_hook(
-            lambda _m, _i, out: hidden.append(out[0] if isinstance(out, tuple) else out)
+            lambda _m, _i, out: hidden.append(out[0] if isinstance(out, (tuple, list)) else out)
         )
         for block in find_layers(model).modules
     ]
