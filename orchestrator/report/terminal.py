@@ -99,4 +99,4 @@ def _cell(name: str, value: Any) -> str:
 def _is_logarithm(name: str, line: Line) -> bool:
     """Whether the metric only repeats a perplexity: its logarithm."""
     subject, _, measure = name.partition("/")
-    return measure == "loss_nats" and f"{subject}/token_perplexity" in line
+    return measure.startswith("loss") and f"{subject}/token_perplexity" in line
