@@ -75,8 +75,11 @@ class TrajectoryPlan:
     @property
     def recovery_tokens(self) -> int:
         """Tokens of one recovery, at most; none where nothing is trained."""
-        recovery = self.method.recovery
-        return recovery.max_tokens if find_objective(recovery.objective).heals else 0
+        return self.method.recovery.max_tokens if _heals(self.method) else 0
+
+    def recovers(self, iteration: IterationPlan) -> bool:
+        """Whether the pruned model of the iteration is healed."""
+        return iteration.recovers and _heals(self.method)
 
     def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
         """What to ask of scoring for `model`, from which so many layers are to go."""
@@ -313,9 +316,9 @@ def _misfit(method: MethodConfig) -> str | None:
         return "has no use for scoring.merge; leave it out"
     if criterion.by_merge and method.schedule.mode != "direct":
         return "merges all layers at once; set schedule.mode: direct"
-    if criterion.by_merge and find_objective(method.recovery.objective).heals:
+    if criterion.by_merge and _heals(method):
         return "changes weights that recovery trains on; set recovery.objective: none"
-    if scoring.granularity != BLOCK and find_objective(method.recovery.objective).heals:
+    if scoring.granularity != BLOCK and _heals(method):
         return f"empties {scoring.granularity}, which recovery would fill again; set recovery.objective: none"
     return None
 
@@ -334,11 +337,16 @@ def _teachers(methods: Iterable[MethodConfig]) -> set[ModelSpec]:
     return {model_spec(m.recovery.teacher) for m in methods if m.recovery.teacher is not None}
 
 
+def _heals(method: MethodConfig) -> bool:
+    return find_objective(method.recovery.objective).heals
+
+
 def _texts(methods: Iterable[MethodConfig], evaluations: Iterable[EvaluationSpec]) -> set[TextSpec]:
     texts = {perplexity.data for evaluation in evaluations for perplexity in evaluation.perplexity}
     for method in methods:
         texts.add(text_spec(method.scoring.calibration))
-        texts.add(text_spec(method.recovery.data))
+        if _heals(method):
+            texts.add(text_spec(method.recovery.data))
     return texts
 
 
@@ -380,7 +388,7 @@ def _trajectory_bytes(trajectory: TrajectoryPlan) -> int:
 def stages_of_iteration(trajectory: TrajectoryPlan, iteration: IterationPlan) -> int:
     """Stages of one iteration: scoring and pruning, and what else it has."""
     evaluations = iteration.is_measured * (1 + trajectory.also_before_recovery)
-    recoveries = iteration.recovers * (1 + (trajectory.method.recovery.start is not None))
+    recoveries = trajectory.recovers(iteration) * (1 + (trajectory.method.recovery.start is not None))
     return 2 + recoveries + evaluations + iteration.is_target
 
 

@@ -47,7 +47,7 @@ def run_trajectory(plan: TrajectoryPlan, stages: Stages, until: int | None = Non
         if iteration.is_measured and plan.also_before_recovery:
             stages.evaluate(iteration, pruned, "pruned")
 
-        model = stages.recover(iteration, pruned) if iteration.recovers else pruned
+        model = stages.recover(iteration, pruned) if plan.recovers(iteration) else pruned
         if iteration.is_measured:
             stages.evaluate(iteration, model, "recovered")
         if iteration.is_target:
