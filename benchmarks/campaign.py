@@ -10,10 +10,12 @@ takes cell by cell. A run that was stopped goes on when the command is given aga
 import argparse
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, default=2)
     arguments = parser.parse_args()
     file = write_campaign(arguments)
-    with head(arguments.cpus) as address:
+    with token(), head(arguments.cpus) as address:
         seconds = submit(address, file)
     print(f"The job took {seconds:,.0f} s.")
     tell_stages(file)
@@ -75,6 +77,17 @@ def save_tiny(family: str, directory: Path) -> dict[str, str]:
         tiny_model(family, **FAMILIES[family]).save_pretrained(path)
         tiny_tokenizer().save_pretrained(path)
     return {"id": f"tiny-{family}", "path": str(path)}
+
+
+@contextmanager
+def token() -> Iterator[None]:
+    """Whoever would use the cluster has to know a token, which is this process's and its children's alone."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "token"
+        file.write_text(secrets.token_hex(32))
+        file.chmod(0o600)
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
+        yield
 
 
 @contextmanager
@@ -108,6 +121,8 @@ def wait_until_answers(url: str) -> None:
         try:
             urllib.request.urlopen(url, timeout=5).close()
             return
+        except urllib.error.HTTPError:
+            return  # it asks for the token
         except (urllib.error.URLError, OSError):
             if time.monotonic() > deadline:
                 raise
