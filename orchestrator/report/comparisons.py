@@ -3,6 +3,7 @@ languages, and what is retained of the unpruned model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import hypot
 from statistics import mean, stdev
 from typing import Any
 
@@ -19,28 +20,49 @@ from orchestrator.report.measured import (
     headline_metrics,
     is_speed,
     retention,
+    stderr_of_difference,
+    within_noise,
 )
 from orchestrator.report.tables import Line
 
 LANGUAGE_TASKS = ("xwinograd", "xstorycloze", "xnli", "xcopa")
 NOT_PRUNED = "not pruned"
+DIFFERENCE = "difference"
+ZERO = Number(0.0, 0.0, "")
 LABELS = ("model", "method", "layers", "removed", "parameters", "state", "seeds")
 """Columns that say what a row is; all others are measured."""
 
 
+Cell = tuple[int, str]
+
+
 @dataclass(frozen=True)
 class Grid:
-    """A table of the report. `best` holds (row, column) of the best value within each group of rows."""
+    """A table of the report.
+
+    `best` holds (row, column) of the best value within each group of rows, `even`
+    those which cannot be told from it, or differences that cannot be told from 0.
+    """
 
     name: str
     title: str
     note: str
     lines: tuple[Line, ...]
-    best: frozenset[tuple[int, str]] = frozenset()
+    best: frozenset[Cell] = frozenset()
+    even: frozenset[Cell] = frozenset()
 
     @property
-    def columns(self) -> list[str]:
-        return list(self.lines[0]) if self.lines else []
+    def shown(self) -> list[str]:
+        """The columns of the page, which names the source model above each part."""
+        return [name for name in (self.lines[0] if self.lines else ()) if name != "model"]
+
+    @property
+    def parts(self) -> list[tuple[str, list[tuple[int, Line]]]]:
+        """Source model, and its lines with their number in the whole table."""
+        found: dict[str, list[tuple[int, Line]]] = {}
+        for row, line in enumerate(self.lines):
+            found.setdefault(line.get("model", ""), []).append((row, line))
+        return list(found.items())
 
 
 @dataclass(frozen=True)
@@ -63,7 +85,12 @@ def targets(ledger: pa.Table) -> set[tuple[str, int]]:
 
 
 def entries(models: Iterable[Measured]) -> list[Entry]:
-    """Seeds of one method at one depth and in one state become one entry: means, and their standard error."""
+    """Seeds of one method at one depth and in one state become one entry.
+
+    Its numbers are means over seeds, with the deviation between seeds and a standard
+    error. That of one seed is of the questions asked; the mean's has the spread over seeds added:
+    sqrt(mean of the squared errors + deviation² / seeds), as all seeds answer the same questions.
+    """
     groups: dict[tuple[str, str, str, int], list[Measured]] = {}
     for model in models:
         if model.layers is not None:
@@ -85,7 +112,10 @@ def _over_seeds(numbers: Sequence[Number]) -> Number:
     if len(numbers) == 1:
         return numbers[0]
     values = [number.value for number in numbers]
-    return Number(mean(values), stdev(values) / len(values) ** 0.5, numbers[0].key)
+    deviation = stdev(values)
+    of_questions = mean((number.stderr or 0.0) ** 2 for number in numbers) ** 0.5
+    stderr = hypot(of_questions, deviation / len(values) ** 0.5)
+    return Number(mean(values), stderr, numbers[0].key, deviation)
 
 
 def comparison_grids(ledger: pa.Table, models: Sequence[Measured], config: Mapping[str, Any]) -> list[Grid]:
@@ -113,9 +143,10 @@ def method_grid(found: Sequence[Entry]) -> Grid | None:
     return Grid(
         "methods",
         "Methods at their targets",
-        "As Table 1 of IteRABRe. Bold: best of the pruned models of a source at one depth.",
+        "As Table 1 of IteRABRe. Bold: best of the pruned models of a source at one depth; ≈: not to be told from "
+        "the best, as they are less than two standard errors of their difference apart.",
         tuple(lines),
-        _best(lines, metrics, ("model", "layers")),
+        *_best(lines, metrics, ("model", "layers")),
     )
 
 
@@ -137,7 +168,7 @@ def retention_grid(found: Sequence[Entry]) -> Grid | None:
         "As Table 2 of On the Limits of Layer Pruning: per cent of the unpruned model's score that is left; "
         "perplexities count inversely.",
         tuple(lines),
-        _best(lines, metrics, ("model", "layers"), lower=False),
+        *_best(lines, metrics, ("model", "layers"), lower=False),
     )
 
 
@@ -148,7 +179,9 @@ def _retained(entry: Entry, found: Sequence[Entry]) -> dict[str, Number]:
     shared = [
         name
         for name in headline_metrics([entry, dense])
-        if name in entry.numbers.keys() & dense.numbers and not is_speed(name)
+        if name in entry.numbers.keys() & dense.numbers
+        and not is_speed(name)
+        and dense.numbers[name].value > 0
     ]
     return {
         name: Number(
@@ -183,7 +216,7 @@ def ratio_grid(found: Sequence[Entry]) -> Grid | None:
         "Average retention by share removed",
         "Per cent of the unpruned model's scores that is left, mean over the metrics of the table above.",
         tuple(lines),
-        _best(lines, columns, ("model",), lower=False),
+        *_best(lines, columns, ("model",), lower=False),
     )
 
 
@@ -204,8 +237,15 @@ def schedule_grid(found: Sequence[Entry], methods: Sequence[Mapping[str, Any]]) 
     return Grid(
         "schedules",
         "Direct against iterative",
-        "As Table 2 of IteRABRe: a positive difference means that iterative is better.",
+        "As Table 2 of IteRABRe: a positive difference means that iterative is better, ≈ that it is less than two "
+        "standard errors from nothing.",
         tuple(lines),
+        even=frozenset(
+            (row, name)
+            for row, line in enumerate(lines)
+            for name, value in line.items()
+            if line["method"] == DIFFERENCE and isinstance(value, Number) and within_noise(value, ZERO)
+        ),
     )
 
 
@@ -233,12 +273,16 @@ def _pair_lines(direct: Entry, iterative: Entry) -> list[Line]:
         if name in direct.numbers.keys() & iterative.numbers
     ]
     gain = {
-        name: Number(_gain(direct.numbers[name].value, iterative.numbers[name].value, name), None, "")
+        name: Number(
+            _gain(direct.numbers[name].value, iterative.numbers[name].value, name),
+            stderr_of_difference(direct.numbers[name], iterative.numbers[name]),
+            "",
+        )
         for name in metrics
     }
     return [
         *(_labels(entry) | {name: entry.numbers[name] for name in metrics} for entry in (direct, iterative)),
-        _labels(iterative) | {"method": "difference"} | gain,
+        _labels(iterative) | {"method": DIFFERENCE} | gain,
     ]
 
 
@@ -265,7 +309,7 @@ def language_grid(found: Sequence[Entry]) -> Grid | None:
         "Languages",
         "As Table 3 of IteRABRe: P is pruned, P+R recovered.",
         tuple(_same_columns(lines)),
-        _best(lines, metrics, ("model", "layers")),
+        *_best(lines, metrics, ("model", "layers")),
     )
 
 
@@ -296,20 +340,21 @@ def _same_columns(lines: Sequence[Line]) -> list[Line]:
 
 def _best(
     lines: Sequence[Line], metrics: Sequence[str], group: Sequence[str], lower: bool | None = None
-) -> frozenset[tuple[int, str]]:
-    """Cells that no other of their group beats; a group of one has none."""
+) -> tuple[frozenset[Cell], frozenset[Cell]]:
+    """Cells that no other of their group beats, and those within noise of them; a group of one has none."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, line in enumerate(lines):
         if line.get("method") != NOT_PRUNED:
             groups.setdefault(tuple(line[name] for name in group), []).append(index)
-    best = set()
+    best: set[Cell] = set()
+    even: set[Cell] = set()
     for rows in groups.values():
         for metric in metrics:
-            values = {
-                index: lines[index][metric].value for index in rows if lines[index].get(metric) is not None
-            }
-            if len(set(values.values())) > 1:
+            numbers = {index: lines[index][metric] for index in rows if lines[index].get(metric) is not None}
+            if len({number.value for number in numbers.values()}) > 1:
                 descends = direction(metric) == "lower" if lower is None else lower
-                top = min(values.values()) if descends else max(values.values())
-                best |= {(index, metric) for index, value in values.items() if value == top}
-    return frozenset(best)
+                choose = min if descends else max
+                top = choose(numbers.values(), key=lambda number: number.value)
+                best |= {(index, metric) for index, number in numbers.items() if number.value == top.value}
+                even |= {(index, metric) for index, number in numbers.items() if within_noise(number, top)}
+    return frozenset(best), frozenset(even - best)

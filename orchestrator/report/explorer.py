@@ -38,5 +38,9 @@ def _point(model: Measured, metrics: Sequence[str]) -> dict[str, Any]:
         "seed": model.seed,
         "layers": model.layers,
         "parameters": model.parameters,
-        "numbers": {name: model.numbers[name].value for name in metrics if name in model.numbers},
+        "numbers": {
+            name: [model.numbers[name].value, model.numbers[name].key]
+            for name in metrics
+            if name in model.numbers
+        },
     }

@@ -1,143 +1,167 @@
-"""Draw charts: interactive for the page (plotly), as PNG and SVG files for documents (matplotlib)."""
+"""Draw figures as PNG and SVG files for documents (matplotlib)."""
 
-import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
 
-from orchestrator.report.charts import Chart, Figure, HeatMap
+from orchestrator.report.charts import Chart, Curve, Figure, HeatMap, Panel
 
 # Mid-tones that can be told apart on white and on near-black.
-COLOURS = ("#4c8bc9", "#e08a3c", "#4aa96c", "#c25fb0", "#d9534f", "#8c8c8c", "#b59a2b", "#3fa9b5", "#8f76d6")
-COLOUR_SCALE = "Viridis"
-CLEAR = "rgba(0,0,0,0)"
+COLOURS = ("#4c8bc9", "#e08a3c", "#4aa96c", "#c25fb0", "#d9534f", "#b59a2b", "#3fa9b5", "#8f76d6", "#8c8c8c")
+SEQUENCE = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#e8c51d")
+"""Of what comes one after another: viridis."""
+CROSS = "#e5383b"
 FORMATS = ("png", "svg")
-MOST_TICKS = 40
+MOST_TICKS = 16
+DPI = 130
+MOST_COLUMNS = 3
+FEW = 24
+"""So many figures are drawn in this process; more are worth the start of others."""
 
 
-def interactive(figure: Figure) -> str:
-    """An HTML fragment; the page must carry plotly.js and gives text and grid their colours."""
-    drawn = _plotly_map(figure) if isinstance(figure, HeatMap) else _plotly_chart(figure)
-    drawn.update_layout(
-        height=360,
-        margin={"l": 60, "r": 20, "t": 20, "b": 50},
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
-        hovermode="closest" if isinstance(figure, HeatMap) else "x unified",
-        barmode="stack" if isinstance(figure, Chart) and figure.kind == "stacked" else "group",
-    )
-    return drawn.to_html(
-        full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
-    )
+def colours_of(figure: Figure) -> list[str]:
+    """One colour a legend entry."""
+    count = len(figure.legend)
+    if not figure.sequential:
+        return [COLOURS[i % len(COLOURS)] for i in range(count)]
+    return [SEQUENCE[round(i * (len(SEQUENCE) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def write_all(figures: Sequence[tuple[Figure, Path]], processes: int | None = None) -> None:
+    """Write every figure to its stem; many of them in as many processes as there are cores.
+
+    Of a program's own script that is started anew in each process, the main part must be guarded by
+    `if __name__ == "__main__"`.
+    """
+    count = processes or len(os.sched_getaffinity(0))
+    if len(figures) <= FEW or count == 1:
+        for figure, stem in figures:
+            write_files(figure, stem)
+        return
+    portions = [figures[start::count] for start in range(count)]
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        list(pool.map(_write_portion, portions))
+
+
+def _write_portion(figures: Sequence[tuple[Figure, Path]]) -> None:
+    for figure, stem in figures:
+        write_files(figure, stem)
 
 
 def write_files(figure: Figure, stem: Path) -> None:
-    """Draw for print, 8 × 4.5 inches, as `stem`.png and `stem`.svg."""
-    canvas = Canvas(figsize=(8, 4.5), layout="constrained")
-    axes = canvas.subplots()
-    if isinstance(figure, HeatMap):
-        _draw_map(figure, axes)
-    elif figure.kind == "lines":
-        _draw_lines(figure, axes)
+    """Draw for print as `stem`.png and `stem`.svg; text in the SVG stays text."""
+    count = len(figure.panels)
+    columns = min(count, MOST_COLUMNS)
+    rows = -(-count // columns)
+    size = (8, 4.5) if count == 1 else (3.6 * columns, 2.7 * rows + 0.8)
+    canvas = Canvas(figsize=size, layout="constrained")
+    axes = canvas.subplots(rows, columns, squeeze=False).flatten()
+    colours = dict(zip(figure.legend, colours_of(figure), strict=True))
+    for panel, place in zip(figure.panels, axes, strict=False):
+        _draw(panel, place, colours, small=count > 1)
+    for place in axes[count:]:
+        place.set_visible(False)
+    canvas.suptitle(figure.title, fontsize=11)
+    _legend(figure, canvas, colours)
+    with rc_context({"svg.fonttype": "none"}):
+        for ending in FORMATS:
+            canvas.savefig(stem.with_name(f"{stem.name}.{ending}"), dpi=DPI)
+            # The layout, the slowest part, is good for all formats.
+            canvas.set_layout_engine("none")
+
+
+def _draw(panel: Panel, axes: Axes, colours: dict[str, str], small: bool) -> None:
+    if isinstance(panel, HeatMap):
+        _draw_map(panel, axes)
+    elif panel.kind == "lines":
+        _draw_lines(panel, axes, colours)
     else:
-        _draw_bars(figure, axes)
-    axes.set(title=figure.title, xlabel=figure.x_title, ylabel=figure.y_title)
-    for ending in FORMATS:
-        canvas.savefig(stem.with_name(f"{stem.name}.{ending}"), dpi=150)
-        # The layout, the slowest part, is good for all formats.
-        canvas.set_layout_engine("none")
+        _draw_bars(panel, axes, colours)
+    axes.set_title(panel.title if small else "", fontsize=9)
+    axes.set_xlabel(panel.x_title, fontsize=8)
+    axes.set_ylabel(panel.y_title, fontsize=8)
+    axes.tick_params(labelsize=7)
 
 
-def _draw_lines(chart: Chart, axes: Axes) -> None:
-    for curve, colour in zip(chart.curves, _colours(chart), strict=True):
-        style: dict[str, Any] = {"linestyle": "--"} if curve.dashed else {"marker": "o", "markersize": 3}
-        axes.errorbar(curve.x, curve.y, yerr=curve.stderr, label=curve.name, color=colour, **style)
+def _legend(figure: Figure, canvas: Canvas, colours: dict[str, str]) -> None:
+    shown = {
+        curve.legend: curve for panel in figure.panels if isinstance(panel, Chart) for curve in panel.curves
+    }
+    if len(shown) < 2:
+        return
+    lines = [
+        Line2D([], [], color=colours[name], linestyle=_style(shown[name]), linewidth=2, label=name)
+        for name in figure.legend
+        if name in shown
+    ]
+    canvas.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 4), fontsize=8)
+
+
+def _style(curve: Curve) -> str:
+    return "--" if curve.dashed and not curve.group else "-"
+
+
+def _draw_lines(chart: Chart, axes: Axes, colours: dict[str, str]) -> None:
+    for curve in chart.curves:
+        few = len(curve.x) <= MOST_TICKS
+        style: dict[str, Any] = {"marker": "o", "markersize": 3} if few and not curve.dashed else {}
+        style |= {"linestyle": "--" if curve.dashed else "-", "linewidth": 1.2}
+        axes.errorbar(curve.x, curve.y, yerr=curve.stderr, color=colours[curve.legend], **style)
     axes.set_yscale("log" if chart.log_y else "linear")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
 
 
-def _draw_bars(chart: Chart, axes: Axes) -> None:
+def _draw_bars(chart: Chart, axes: Axes, colours: dict[str, str]) -> None:
     places = list(dict.fromkeys(x for curve in chart.curves for x in curve.x))
     stacked = chart.kind == "stacked"
     width = 0.8 if stacked else 0.8 / len(chart.curves)
     below = [0.0] * len(places)
-    for number, (curve, colour) in enumerate(zip(chart.curves, _colours(chart), strict=True)):
+    for number, curve in enumerate(chart.curves):
         heights = [dict(zip(curve.x, curve.y, strict=True)).get(place, 0.0) for place in places]
         shift = 0.0 if stacked else width * (number - (len(chart.curves) - 1) / 2)
         centres = [place + shift for place in range(len(places))]
-        axes.bar(centres, heights, width, bottom=below if stacked else None, label=curve.name, color=colour)
+        axes.bar(centres, heights, width, bottom=below if stacked else None, color=colours[curve.legend])
         below = [low + height for low, height in zip(below, heights, strict=True)]
-    axes.set_xticks(range(len(places)), [str(place) for place in places], fontsize=7)
+    _name_ticks(axes, places, "x")
     axes.axhline(0, color="grey", linewidth=0.8)
-    axes.legend(fontsize=8)
 
 
 def _draw_map(heat_map: HeatMap, axes: Axes) -> None:
-    values = [[math.nan if value is None else value for value in row] for row in heat_map.values]
-    image = axes.imshow(values, aspect="auto", cmap=COLOUR_SCALE.lower())
-    axes.set_xticks(range(len(heat_map.x)), heat_map.x, fontsize=7)
-    axes.set_yticks(range(len(heat_map.y)), heat_map.y)
-    crosses = [(heat_map.x.index(x), heat_map.y.index(y)) for x, y in heat_map.marked]
-    if crosses:
-        axes.scatter(*zip(*crosses, strict=True), marker="x", color="red")
-    axes.figure.colorbar(image, label="score", ax=axes)
+    values = [[float("nan") if value is None else value for value in row] for row in heat_map.values]
+    scale: dict[str, Any] = {"cmap": "viridis"}
+    if heat_map.around_zero:
+        reach = max((abs(v) for row in heat_map.values for v in row if v is not None), default=0.0) or 1.0
+        scale = {"cmap": "RdBu", "vmin": -reach, "vmax": reach}
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", **scale)
+    if heat_map.marked:
+        xs, ys = zip(*heat_map.marked, strict=True)
+        across, down = [heat_map.x.index(x) for x in xs], [heat_map.y.index(y) for y in ys]
+        axes.scatter(across, down, marker="x", color=CROSS, s=24)
+    _name_ticks(axes, heat_map.x, "x")
+    _name_ticks(axes, heat_map.y, "y")
+    bar = axes.figure.colorbar(image, ax=axes)
+    bar.set_label(heat_map.value_title, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
 
 
-def _plotly_chart(chart: Chart) -> go.Figure:
-    figure = go.Figure()
-    for curve, colour in zip(chart.curves, _colours(chart), strict=True):
-        if chart.kind != "lines":
-            figure.add_bar(x=curve.x, y=curve.y, name=curve.name, marker={"color": colour})
-            continue
-        many = len(curve.x) > MOST_TICKS
-        figure.add_scatter(
-            x=curve.x,
-            y=curve.y,
-            name=curve.name,
-            mode="lines" if curve.dashed or many else "lines+markers",
-            line={"color": colour, "width": 2, "dash": "dash" if curve.dashed else "solid"},
-            error_y=None if curve.stderr is None else {"type": "data", "array": curve.stderr},
-        )
-    whole = all(isinstance(x, int) for curve in chart.curves for x in curve.x)
-    few = len({x for curve in chart.curves for x in curve.x}) <= MOST_TICKS and chart.x_title == "iteration"
-    labelled = any(isinstance(x, str) for curve in chart.curves for x in curve.x)
-    figure.update_xaxes(
-        title=chart.x_title, dtick=1 if few and whole else None, type="category" if labelled else None
-    )
-    figure.update_yaxes(title=chart.y_title, type="log" if chart.log_y else "linear")
-    return figure
-
-
-def _plotly_map(heat_map: HeatMap) -> go.Figure:
-    figure = go.Figure()
-    hover = "layer %{x}, iteration %{y}: %{z:.5g}<extra></extra>"
-    figure.add_heatmap(
-        x=heat_map.x,
-        y=heat_map.y,
-        z=heat_map.values,
-        colorscale=COLOUR_SCALE,
-        hovertemplate=hover,
-        hoverongaps=False,
-        xgap=1,
-        ygap=1,
-        colorbar={"title": "score"},
-    )
-    xs, ys = zip(*heat_map.marked, strict=True) if heat_map.marked else ((), ())
-    cross = {"symbol": "x", "size": 10, "color": "#e5383b", "line": {"color": "white", "width": 1}}
-    figure.add_scatter(x=xs, y=ys, mode="markers", marker=cross, name="dropped", hoverinfo="skip")
-    figure.update_xaxes(
-        title=heat_map.x_title, dtick=1 if len(heat_map.x) <= MOST_TICKS else None, showgrid=False
-    )
-    figure.update_yaxes(title=heat_map.y_title, dtick=1, autorange="reversed", showgrid=False)
-    return figure
-
-
-def _colours(chart: Chart) -> list[str]:
-    """A colour a curve; the dashed curve of a method has that of its solid one."""
-    names = list(dict.fromkeys(curve.name.split(", before")[0] for curve in chart.curves))
-    return [COLOURS[names.index(curve.name.split(", before")[0]) % len(COLOURS)] for curve in chart.curves]
+def _name_ticks(axes: Axes, names: Sequence[Any], which: str) -> None:
+    """Names along an axis of places 0, 1, ...; of many numbers only some."""
+    texts = [str(name) for name in names]
+    numbered = all(isinstance(name, int) for name in names)
+    places = range(0, len(texts), -(-len(texts) // MOST_TICKS) if numbered else 1)
+    if which == "y":
+        axes.set_yticks(places, [texts[i] for i in places], fontsize=7)
+        return
+    tilted = sum(map(len, texts)) > 60 and not numbered
+    axes.set_xticks(places, [texts[i] for i in places], fontsize=7, rotation=40 if tilted else 0)
+    if tilted:
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")

@@ -1,5 +1,6 @@
 """Every model that a campaign measured, with its numbers: what comparisons and paper tables are made of."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import pyarrow.compute as pc
 
 DENSE, PRUNED, RECOVERED = "dense", "pruned", "recovered"
 NOT_A_SCORE = ("parameters", "seconds")
+CODE_CLASSES = ("malformed_fences", "unbalanced_parentheses", "other_syntax", "undefined_names")
 LOWER_IS_BETTER = (
     "perplexity",
     "loss_nats",
@@ -17,6 +19,7 @@ LOWER_IS_BETTER = (
     "repetition",
     "self_bleu",
     "bytes",
+    *CODE_CLASSES,
 )
 HIGHER_IS_BETTER = (
     "acc",
@@ -29,19 +32,44 @@ HIGHER_IS_BETTER = (
     "top1",
     "per_second",
     "speedup",
+    "log_probability",
+    "clean",
 )
 """Endings of a metric's measure, or beginnings of its words, that say which way is better."""
+NOISE = 2.0
+"""Differences of fewer standard errors are taken for noise: some one in twenty is, by chance, greater."""
 
 Direction = Literal["lower", "higher"]
 
 
 @dataclass(frozen=True)
 class Number:
-    """A measured value, with its standard error if it has one and the key of the stage it comes from."""
+    """A measured value, with its standard error if it has one and the key of the stage it comes from.
+
+    `deviation` is the standard deviation over seeds of what is a mean over seeds. A number that was
+    computed from others has no key.
+    """
 
     value: float
     stderr: float | None
     key: str
+    deviation: float | None = None
+
+
+def stderr_of_difference(one: Number, other: Number) -> float | None:
+    """Of two independent numbers; None if either has no standard error.
+
+    Two models that answer the same questions are not independent: their difference is known better than this.
+    """
+    if one.stderr is None or other.stderr is None:
+        return None
+    return math.hypot(one.stderr, other.stderr)
+
+
+def within_noise(one: Number, other: Number) -> bool:
+    """Whether the two differ by so little that another draw of questions and seeds could turn them round."""
+    error = stderr_of_difference(one, other)
+    return error is not None and abs(one.value - other.value) < NOISE * error
 
 
 @dataclass(frozen=True)
@@ -103,7 +131,9 @@ def _depths(ledger: pa.Table) -> dict[tuple[str, int], int]:
 
 def direction(metric: str) -> Direction | None:
     """Which way a metric is better, None where nothing says so."""
-    measure = metric.rsplit("/", 1)[-1].split(",")[0]
+    if is_suite_mean(metric):
+        return "higher"
+    measure = metric.rsplit("/", 1)[-1].split(",")[0].removesuffix("_4")
     if any(measure == name or measure.endswith(f"_{name}") for name in LOWER_IS_BETTER):
         return "lower"
     if any(
@@ -113,15 +143,23 @@ def direction(metric: str) -> Direction | None:
     return None
 
 
+def is_suite_mean(metric: str) -> bool:
+    """Whether the metric is the average of a category of tasks, such as `reasoning/mean`."""
+    return metric.endswith("/mean")
+
+
 def is_speed(metric: str) -> bool:
     """Whether the metric says how fast or how large a model is, not how good."""
     return metric.startswith("throughput/") or metric.endswith("bytes")
 
 
 def metrics_of(models: Iterable[Measured]) -> list[str]:
-    """All metrics with a direction: perplexities first, then the rest by name."""
+    """All metrics with a direction: perplexities, means of suites, scores by name, speeds."""
     names = {name for model in models for name in model.numbers if direction(name)}
-    return sorted(names, key=lambda name: (not name.endswith("perplexity"), name))
+    return sorted(
+        names,
+        key=lambda name: (not name.endswith("perplexity"), not is_suite_mean(name), is_speed(name), name),
+    )
 
 
 def outcomes(models: Iterable[Measured]) -> list[Measured]:
@@ -140,9 +178,10 @@ def retention(value: float, dense: float, metric: str) -> float:
 
 
 def headline_metrics(models: Iterable[Any]) -> list[str]:
-    """The metrics with a direction, without those of a group's members and without repetitions.
+    """The metrics with a direction, without those of a group's members and without what only repeats others.
 
-    `blimp_wh_island/acc` is a member's where there is `blimp/acc`; a loss repeats its perplexity.
+    `blimp_wh_island/acc` is a member's where there is `blimp/acc`; a loss repeats its perplexity, and
+    `acc_norm` repeats `acc` where no suite counts it.
     """
     names = metrics_of(models)
     subjects = {name.rpartition("/")[0] for name in names}
@@ -159,4 +198,12 @@ def _is_member(subject: str, subjects: Iterable[str]) -> bool:
 
 def _is_repetition(metric: str, names: Sequence[str]) -> bool:
     subject, _, measure = metric.rpartition("/")
+    if measure == "acc_norm":
+        return f"{subject}/acc" in names and "classification/mean" not in names
+    if subject == "throughput":
+        return measure.startswith("prefill")
+    if measure in CODE_CLASSES:
+        return f"{subject}/clean" in names
+    if measure == "log_probability_vocabulary":
+        return f"{subject}/log_probability" in names
     return "loss" in measure and f"{subject}/token_perplexity" in names

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import pyarrow as pa
 
+MOST_USES = 4
 NO_MANIFEST = ("prune",)
 """Stages that compute nothing, so that nothing is stored of them."""
 
@@ -31,6 +33,12 @@ class Stage:
         return f"{self.kind} {self.key[:12]}, {self.when:%Y-%m-%d %H:%M} UTC"
 
     @property
+    def uses(self) -> str:
+        """The places that use it, of many the first."""
+        more = len(self.used_by) - MOST_USES
+        return "; ".join(self.used_by[:MOST_USES]) + (f"; and {more} more" if more > 0 else "")
+
+    @property
     def manifest(self) -> str | None:
         """The manifest (settings, data hashes, versions), seen from the report's directory."""
         return None if self.kind in NO_MANIFEST else f"../stages/{self.kind}/{self.key}/manifest.json"
@@ -41,17 +49,17 @@ def stages_of(ledger: pa.Table) -> Mapping[str, Stage]:
     columns = ["key", "stage", "trajectory", "iteration", "phase", "when", "where"]
     rows = ledger.group_by(columns, use_threads=False).aggregate([]).to_pylist()
     seconds = _seconds(ledger)
-    found: dict[str, Stage] = {}
+    first: dict[str, dict[str, Any]] = {}
+    uses: dict[str, dict[str, None]] = {}
     for row in rows:
         phase = f", {row['phase']}" if row["phase"] else ""
         use = f"{row['trajectory']} iteration {row['iteration']}{phase}"
-        known = found.get(row["key"])
-        uses = tuple(dict.fromkeys((*known.used_by, use))) if known else (use,)
-        first = known or Stage(
-            row["key"], row["stage"], row["when"], row["where"], seconds.get(row["key"]), ()
-        )
-        found[row["key"]] = Stage(first.key, first.kind, first.when, first.where, first.seconds, uses)
-    return found
+        uses.setdefault(row["key"], {})[use] = None
+        first.setdefault(row["key"], row)
+    return {
+        key: Stage(key, row["stage"], row["when"], row["where"], seconds.get(key), tuple(uses[key]))
+        for key, row in first.items()
+    }
 
 
 def _seconds(ledger: pa.Table) -> dict[str, float]:

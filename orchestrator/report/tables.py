@@ -1,7 +1,7 @@
 """One line per iteration, from the ledger: for the terminal, the report, Markdown and LaTeX."""
 
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from csv import writer as csv_writer
 from typing import Any
 
@@ -12,10 +12,22 @@ from orchestrator.report.measured import Number
 
 Line = dict[str, Any]
 
-STAGES = ("score", "prune", "recover", "evaluate", "export")
+STAGES = ("score", "prune", "generate", "recover", "evaluate", "export")
 LEADING = ("trajectory", "iteration", "layers", "dropped", "dropped score", "parameters")
 PHASE_RANK = {"pruned": 0, "dense": 1, "recovered": 1}
 NOT_MEASURED = "–"
+LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    NOT_MEASURED: "--",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "→": r"$\rightarrow$",
+}
 
 
 def is_perplexity(metric: str) -> bool:
@@ -29,13 +41,21 @@ def before(metric: str) -> str:
 
 
 def iteration_table(ledger: pa.Table) -> list[Line]:
+    """`iteration_numbers` as plain values."""
+    return [
+        {name: value.value if isinstance(value, Number) else value for name, value in line.items()}
+        for line in iteration_numbers(ledger)
+    ]
+
+
+def iteration_numbers(ledger: pa.Table) -> list[Line]:
     """One dict per trajectory and iteration, all with the same keys in the same order.
 
     Keys: `trajectory`, `iteration` (0 is the unpruned model), `layers` left,
     `dropped` (source layer indices), `dropped score` (theirs), `parameters`,
     then each metric of the evaluation (perplexities also as `... before
-    recovery`), then the seconds of each stage as `score s`, `recover s`, .... What was not
-    measured is None.
+    recovery`), then the seconds of each stage as `score s`, `recover s`, .... What was measured is a
+    `Number`, what was not is None.
     """
     totals = ledger.filter(pc.is_null(ledger["step"]))
     lines: dict[tuple[str, int], Line] = {}
@@ -63,17 +83,30 @@ def markdown(lines: Sequence[Line]) -> str:
     """The table in GitHub's Markdown."""
     if not lines:
         return ""
-    head = [f"| {' | '.join(lines[0])} |", f"|{'---|' * len(lines[0])}"]
-    return "\n".join([*head, *(f"| {' | '.join(map(show, line.values()))} |" for line in lines)]) + "\n"
+
+    def row(cells: Iterable[Any]) -> str:
+        return f"| {' | '.join(show(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+
+    return (
+        "\n".join([row(lines[0]), f"|{'---|' * len(lines[0])}", *(row(line.values()) for line in lines)])
+        + "\n"
+    )
 
 
 def csv(lines: Sequence[Line]) -> str:
-    """The table with commas, numbers in full."""
+    """The table with commas, numbers in full; standard errors and deviations over seeds in columns of their own."""
+    columns: dict[str, list[Any]] = {}
+    for name in lines[0] if lines else ():
+        values = [line[name] for line in lines]
+        columns[name] = [_plain(value) for value in values]
+        for extra in ("stderr", "deviation"):
+            found = [getattr(value, extra, None) for value in values]
+            if any(value is not None for value in found):
+                columns[f"{name} {extra}"] = found
     text = io.StringIO()
     writer = csv_writer(text, lineterminator="\n")
-    writer.writerows(
-        [list(lines[0]), *([_plain(value) for value in line.values()] for line in lines)] if lines else []
-    )
+    if columns:
+        writer.writerows([list(columns), *zip(*columns.values(), strict=True)])
     return text.getvalue()
 
 
@@ -98,13 +131,17 @@ def latex(lines: Sequence[Line], best: Collection[tuple[int, str]] = ()) -> str:
 
 
 def show(value: Any) -> str:
-    """A cell as text: four significant digits, thousands set apart, a dash for what is missing."""
+    """A cell as text: four significant digits, thousands set apart, a dash for what is missing.
+
+    A mean over seeds has their standard deviation behind it.
+    """
     if value is None or value == ():
         return NOT_MEASURED
     if isinstance(value, tuple):
         return ", ".join(map(show, value))
     if isinstance(value, Number):
-        return show(value.value)
+        spread = "" if value.deviation is None else f" ± {value.deviation:.2g}"
+        return show(value.value) + spread
     if isinstance(value, float):
         return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -113,8 +150,10 @@ def show(value: Any) -> str:
 def _enter(line: Line, row: Mapping[str, Any]) -> None:
     """Put one row of the ledger into its column."""
     stage, metric, value = row["stage"], row["metric"], row["value"]
+    number = Number(value, row["stderr"], row["key"])
     if metric == "seconds":
-        line[f"{stage} s"] = line.get(f"{stage} s", 0.0) + value
+        before_it = line.get(f"{stage} s")
+        line[f"{stage} s"] = number if before_it is None else Number(before_it.value + value, None, "")
     elif stage == "prune" and metric == "dropped":
         line["dropped"] = (*line.get("dropped", ()), row["layer"])
         line["dropped score"] = (*line.get("dropped score", ()), value)
@@ -123,9 +162,9 @@ def _enter(line: Line, row: Mapping[str, Any]) -> None:
     elif stage == "evaluate" and metric == "parameters":
         line["parameters"] = int(value)
     elif stage == "evaluate" and is_perplexity(metric) and row["phase"] == "pruned":
-        line[before(metric)] = value
+        line[before(metric)] = number
     elif stage == "evaluate":
-        line[metric] = value
+        line[metric] = number
 
 
 def _count_source_layers(lines: Mapping[tuple[str, int], Line]) -> None:
@@ -156,4 +195,4 @@ def _latex_cell(value: Any, bold: bool) -> str:
 
 
 def _latex_text(text: str) -> str:
-    return "".join(f"\\{c}" if c in "&%$#_{}" else "--" if c == NOT_MEASURED else c for c in text)
+    return "".join(LATEX.get(c, c) for c in text)

@@ -1,0 +1,116 @@
+// Draws each figure from the JSON beside it when it comes into view, and opens what a link leads into.
+(() => {
+  const clear = "rgba(0,0,0,0)", fine = matchMedia("(pointer: fine)").matches;
+  const base = (panel) => ({
+    margin: { l: 58, r: 12, t: 8, b: 46 }, paper_bgcolor: clear, plot_bgcolor: clear, showlegend: false,
+    font: { size: 11 }, dragmode: fine ? "zoom" : false,  // on a phone, a finger scrolls the page
+    xaxis: { title: { text: panel.x }, automargin: true }, yaxis: { title: { text: panel.y }, automargin: true },
+  });
+
+  function lines(panel, colours) {
+    const traces = panel.curves.map((c) => ({
+      name: c.n, x: c.x, y: c.y, legendgroup: c.g, type: "scatter",
+      mode: c.d || c.x.length > 40 ? "lines" : "lines+markers", marker: { size: 5 },
+      line: { color: colours[c.g], width: 2, dash: c.d ? "dash" : "solid" },
+      error_y: c.e ? { type: "data", array: c.e, thickness: 1, width: 2 } : undefined,
+      hovertemplate: "%{y:.4g}",
+    }));
+    const layout = base(panel);
+    layout.hovermode = "x unified";
+    if (panel.log) Object.assign(layout.yaxis, { type: "log", nticks: 6, minor: { ticks: "" } });
+    return [traces, layout];
+  }
+
+  function bars(panel, colours) {
+    const traces = panel.curves.map((c) => ({
+      name: c.n, x: c.x.map(String), y: c.y, legendgroup: c.g, type: "bar", marker: { color: colours[c.g] },
+      hovertemplate: "%{y:.4g}",
+    }));
+    const layout = base(panel);
+    layout.barmode = panel.kind === "stacked" ? "stack" : "group";
+    layout.hovermode = "x unified";
+    layout.xaxis.type = "category";
+    return [traces, layout];
+  }
+
+  function heatMap(panel) {
+    const shown = panel.z.flat().filter((v) => v != null), reach = Math.max(...shown.map(Math.abs)) || 1;
+    const scale = panel.zero
+      ? { colorscale: [[0, "#b2182b"], [0.5, "#e8e8e8"], [1, "#2166ac"]], zmin: -reach, zmax: reach }
+      : { colorscale: "Viridis" };
+    const map = {
+      type: "heatmap", x: panel.xs.map(String), y: panel.ys.map(String), z: panel.z, ...scale, xgap: 1, ygap: 1, hoverongaps: false,
+      colorbar: { title: { text: panel.value, side: "right" }, thickness: 12 },
+      hovertemplate: `${panel.x} %{x}, ${panel.y} %{y}: %{z:.4g}<extra></extra>`,
+    };
+    const crosses = {
+      type: "scatter", mode: "markers", x: panel.marked.map((m) => String(m[0])), y: panel.marked.map((m) => String(m[1])),
+      marker: { symbol: "x", size: 9, color: "#e5383b", line: { color: "white", width: 1 } }, hoverinfo: "skip",
+    };
+    const layout = base(panel);
+    Object.assign(layout.xaxis, { type: "category", showgrid: false });
+    Object.assign(layout.yaxis, { type: "category", showgrid: false, autorange: "reversed" });
+    return [[map, crosses], layout];
+  }
+
+  // One entry a colour; a click hides or shows its curves in all panels.
+  function fillLegend(box, data, plots) {
+    const curves = data.panels.flatMap((panel) => panel.curves || []);
+    const used = data.legend.map((entry, g) => [...entry, g, curves.filter((c) => c.g === g)]).filter((e) => e[3].length);
+    if (used.length < 2) return;
+    for (const [name, colour, g, own] of used) {
+      const button = document.createElement("button"), line = document.createElement("i");
+      line.style.borderTop = `3px ${own.every((c) => c.d) ? "dashed" : "solid"} ${colour}`;
+      button.append(line, name);
+      button.setAttribute("aria-pressed", "true");
+      button.onclick = () => {
+        const shown = button.getAttribute("aria-pressed") !== "true";
+        button.setAttribute("aria-pressed", shown);
+        for (const plot of plots) {
+          const places = plot.data.flatMap((trace, i) => (trace.legendgroup === g ? [i] : []));
+          if (places.length) Plotly.restyle(plot, { visible: shown }, places);
+        }
+      };
+      const item = document.createElement("li");
+      item.append(button);
+      box.append(item);
+    }
+  }
+
+  function draw(box) {
+    if (box.dataset.drawn) return;
+    box.dataset.drawn = "yes";
+    const data = JSON.parse(box.querySelector("script").textContent), colours = data.legend.map((entry) => entry[1]);
+    const plots = [...box.querySelectorAll(".plot")];
+    data.panels.forEach((panel, i) => {
+      const [traces, layout] = panel.kind === "map" ? heatMap(panel) : panel.kind === "lines" ? lines(panel, colours) : bars(panel, colours);
+      Plotly.newPlot(plots[i], traces, layout, { displayModeBar: false, responsive: true });
+    });
+    fillLegend(box.querySelector(".legend"), data, plots);
+  }
+
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries) if (entry.isIntersecting) { seen.unobserve(entry.target); draw(entry.target); }
+  }, { rootMargin: "600px" });
+  document.querySelectorAll(".plots").forEach((box) => seen.observe(box));
+
+  // Paper has no "into view", and a width of its own.
+  addEventListener("beforeprint", () => {
+    document.querySelectorAll(".plots").forEach((box) => box.offsetParent && draw(box));
+    for (const plot of document.querySelectorAll(".js-plotly-plot")) {
+      if (plot.offsetParent) Plotly.relayout(plot, { width: plot.closest(".panels:not(.single)") ? 330 : 680 });
+    }
+  });
+  addEventListener("afterprint", () => {
+    for (const plot of document.querySelectorAll(".js-plotly-plot")) Plotly.relayout(plot, { width: null, autosize: true });
+  });
+
+  const reveal = () => {
+    const target = location.hash && document.getElementById(location.hash.slice(1));
+    if (!target) return;
+    for (let box = target; box; box = box.parentElement) if (box.tagName === "DETAILS") box.open = true;
+    target.scrollIntoView();
+  };
+  addEventListener("hashchange", reveal);
+  reveal();
+})();
