@@ -2,8 +2,8 @@
 
     python -m benchmarks.report [--rows 100000] [--output DIR]
 
-The ledger is that of a made-up campaign (models × methods × seeds, three targets, four of the methods iterative),
-written through the ledger as stages do. Its numbers follow from seeded draws.
+The ledger is that of a made-up campaign (models × methods × seeds, three targets, four of the methods
+iterative), written through the ledger as stages do. Its numbers follow from seeded draws.
 """
 
 import argparse
@@ -40,7 +40,8 @@ DAMAGE = {
 }
 TASKS = {
     "arc_challenge": 0.45, "arc_easy": 0.72, "hellaswag": 0.56, "copa": 0.85, "piqa": 0.78, "race": 0.42,
-    "winogrande": 0.7, "boolq": 0.8, "mmlu": 0.6, "blimp": 0.82, "xwinograd": 0.75, "xstorycloze": 0.62, "xnli": 0.45,
+    "winogrande": 0.7, "boolq": 0.8, "mmlu": 0.6, "blimp": 0.82,
+    "xwinograd": 0.75, "xstorycloze": 0.62, "xnli": 0.45,
 }  # fmt: skip
 MEANS = {
     "reasoning": ("arc_challenge", "arc_easy", "hellaswag", "copa", "piqa"),
@@ -211,9 +212,7 @@ def main() -> None:
         page = build_report(Source(table, config), root / "report")
         build_s = time.perf_counter() - started
         figures = list((root / "report" / "figures").iterdir())
-        print(
-            f"ledger: {table.num_rows:,} rows, {len(MODELS)} models x {len(METHODS)} methods, read in {read_s:.1f} s"
-        )
+        print(f"ledger: {table.num_rows:,} rows of {len(MODELS)} models, read in {read_s:.1f} s")
         print(f"report: {build_s:.1f} s, page {page.stat().st_size / 2**20:.1f} MiB")
         size = sum(file.stat().st_size for file in figures) / 2**20
         print(f"        {len(figures)} figure files, {size:.1f} MiB")

@@ -24,8 +24,8 @@ def cost_grid(ledger: pa.Table) -> Grid | None:
     return Grid(
         "cost",
         "Cost",
-        "Hours from start to end of the stages that each method needs, as if it had run alone. What methods have in "
-        "common was computed once: the last line counts it once.",
+        "Hours from start to end of the stages that each method needs, as if it had run alone. What methods "
+        "have in common was computed once: the last line counts it once.",
         (*lines, _line("the campaign", together, kinds)),
     )
 

@@ -33,7 +33,7 @@ MEANINGS: tuple[tuple[str, str], ...] = (
     (r"blimp.*/acc", "How often the model finds the grammatical sentence of a pair likelier; chance is 0.5."),
     (
         r".*/acc",
-        "Share of questions in which the right answer is the likeliest; chance is 1 over the number of answers.",
+        "Share of questions whose right answer is the likeliest; chance is one over the number of answers.",
     ),
     (r".*/acc_norm", "As acc, with likelihoods divided by the answers' length in bytes."),
     (r".*/exact_match.*", "Share of questions whose written answer is exactly the expected one."),
@@ -55,7 +55,7 @@ BETTER = {"lower": "lower is better", "higher": "higher is better", None: ""}
 
 
 def glossary(metrics: Iterable[str]) -> list[tuple[str, str]]:
-    """(metrics, meaning) of those that are explained; metrics of one meaning come together, in their order."""
+    """(metrics, meaning) of those that are explained; metrics of one meaning come together."""
     found: dict[str, list[str]] = {}
     for metric in metrics:
         meaning = next((text for pattern, text in MEANINGS if re.fullmatch(pattern, metric)), None)

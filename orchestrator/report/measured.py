@@ -153,7 +153,7 @@ def is_speed(metric: str) -> bool:
     return metric.startswith("throughput/") or metric.endswith("bytes")
 
 
-def metrics_of(models: Iterable[Measured]) -> list[str]:
+def metrics_of(models: Iterable[Any]) -> list[str]:
     """All metrics with a direction: perplexities, means of suites, scores by name, speeds."""
     names = {name for model in models for name in model.numbers if direction(name)}
     return sorted(

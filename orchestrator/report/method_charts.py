@@ -25,12 +25,12 @@ LEAST_MEMBERS, MOST_MEMBERS = 3, 20
 GROUPS = {
     "blimp": (
         "agreement", "distractor_agreement", "island_constraints", "movement_extraction", "wh_that",
-        "passive_causative", "transitivity", "irregular_forms", "negation_npi", "quantifiers", "binding_theory",
-        "ellipsis_argument", "coordinate_structures",
+        "passive_causative", "transitivity", "irregular_forms", "negation_npi", "quantifiers",
+        "binding_theory", "ellipsis_argument", "coordinate_structures",
     ),
     "mmlu": ("humanities", "social_sciences", "stem", "other"),
 }  # fmt: skip
-"""Groups that stand for all members: of BLiMP's 67 paradigms (IteRABRe, App. C), of MMLU's 57 subjects (lm-eval)."""
+"""Groups that stand for all: BLiMP's 67 paradigms (IteRABRe, App. C), MMLU's 57 subjects (lm-eval)."""
 MOST_CURVES, MOST_SEEDS = 10, 4
 REMOVED = "layers removed"
 
@@ -267,8 +267,8 @@ def _score_maps(ledger: pa.Table, removed: Mapping[Place, int]) -> Figure | None
     return figure(
         "layer-scores",
         "Layer scores",
-        "Score of every layer that was still there, by its index in the unpruned model, at each scoring. A "
-        "cross marks what was dropped then; empty cells were dropped before. Seeds that agree are shown once.",
+        "Score of every layer that was still there, by its index in the unpruned model, at each scoring. "
+        "A cross marks what was dropped then; empty cells were dropped before. Seeds that agree are one.",
         panels[:MOST_SEEDS],
     )
 

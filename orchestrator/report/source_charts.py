@@ -47,8 +47,8 @@ def _over_share(source: str, found: Sequence[Entry], methods: Sequence[str]) -> 
     return figure(
         f"compare-{source}",
         f"{source}: methods over the share removed",
-        "As Figure 1 of The Unreasonable Ineffectiveness of the Deeper Layers. Dashed: the same models before "
-        "recovery, where that differs. Arrows say which way is better; bars are one standard error.",
+        "As Figure 1 of The Unreasonable Ineffectiveness of the Deeper Layers. Dashed: the same models "
+        "before recovery, where that differs. Arrows say which way is better; bars are one standard error.",
         [_share_panel(metric, found, dense, methods) for metric in headline_metrics(found)[:MOST_PANELS]],
         palette=methods,
     )
@@ -126,8 +126,8 @@ def _dropped_map(source: str, ledger: pa.Table) -> Figure | None:
     return figure(
         f"dropped-{source}",
         f"{source}: which layers went",
-        "A row a method, a column a layer of the unpruned model: dark went first, empty cells stayed. Seeds have "
-        "a row of their own where they dropped others.",
+        "A row a method, a column a layer of the unpruned model: dark went first, empty cells stayed. Seeds "
+        "have a row of their own where they dropped others.",
         [panel],
     )
 
@@ -149,8 +149,8 @@ def _first_scores(source: str, ledger: pa.Table, criteria: Mapping[str, str]) ->
     return figure(
         f"criteria-{source}",
         f"{source}: every layer by each criterion",
-        "The first scoring of the unpruned model, a panel a criterion with a scale of its own. For hidden_cosine, "
-        "perplexity and task_metric it is a sweep: the model without that one layer.",
+        "The first scoring of the unpruned model, a panel a criterion with a scale of its own. For "
+        "hidden_cosine, perplexity and task_metric it is a sweep: the model without that one layer.",
         panels.values(),
     )
 
@@ -182,8 +182,8 @@ def _run_distances(source: str, ledger: pa.Table) -> Figure | None:
     return figure(
         f"angular-{source}",
         f"{source}: angular distance over runs of layers",
-        "As Figure 4 of The Unreasonable Ineffectiveness of the Deeper Layers: how much a run of n layers turns "
-        "the hidden state of the unpruned model. A cross marks the run of each length that does so least.",
+        "As Figure 4 of The Unreasonable Ineffectiveness of the Deeper Layers: how much a run of n layers "
+        "turns the hidden state of the unpruned model. Crosses: the run of each length that does so least.",
         [panel],
     )
 

@@ -94,7 +94,7 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def csv(lines: Sequence[Line]) -> str:
-    """The table with commas, numbers in full; standard errors and deviations over seeds in columns of their own."""
+    """The table with commas, numbers in full; standard errors and deviations have columns of their own."""
     columns: dict[str, list[Any]] = {}
     for name in lines[0] if lines else ():
         values = [line[name] for line in lines]
