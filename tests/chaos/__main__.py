@@ -230,6 +230,8 @@ def main() -> int:
     directory.mkdir(parents=True, exist_ok=True)
     os.environ |= _environment(directory)
     adopt_orphans()
+    # So that a run which is stopped ends its cluster, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     moments, order = undisturbed(directory), order_of(asked.seed)
     bad = 0
     for number in range(asked.first, asked.first + asked.runs):

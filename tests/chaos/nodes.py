@@ -25,6 +25,9 @@ TITLES = {
 }
 """How Ray titles the processes of a campaign."""
 
+OF_NO_JOB = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor")
+"""Workers that wait for a job, what every node has as long as it is up, and Ray Train's one detached actor."""
+
 
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent dies, so that none is out of sight."""
@@ -46,13 +49,13 @@ def alive(role: str) -> list[int]:
 def at_work() -> list[str]:
     """Titles of the Ray workers that belong to some job rather than wait for one."""
     titles = (_title(p) or "" for p in descendants())
-    return [title for title in titles if title.startswith("ray::") and not title.startswith("ray::IDLE")]
+    return [t for t in titles if t.startswith("ray::") and not t.startswith(OF_NO_JOB)]
 
 
 def _title(process: psutil.Process) -> str | None:
     """Its command line; None if it is dead, be it that nobody has asked for its exit code yet."""
     try:
-        return None if process.status() == psutil.STATUS_ZOMBIE else " ".join(process.cmdline())
+        return None if process.status() == psutil.STATUS_ZOMBIE else " ".join(process.cmdline()).strip()
     except psutil.NoSuchProcess:
         return None
 
