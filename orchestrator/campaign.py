@@ -94,6 +94,9 @@ def run_campaign(
     check_unlocked(store)
     for evaluation in {trajectory.evaluation for trajectory in plan.trajectories}:
         check_task_data(evaluation.tasks, evaluation.include_path, evaluation.num_fewshot)
+    for task in {trajectory.score_spec(trajectory.dense).task for trajectory in plan.trajectories}:
+        if task is not None:
+            check_task_data((task.name,), task.include_path, task.num_fewshot)
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":

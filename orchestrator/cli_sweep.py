@@ -3,12 +3,15 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from orchestrator.errors import RequestError
+
+if TYPE_CHECKING:
+    from actors.contracts import EvaluationSpec
 
 out = Console()
 err = Console(stderr=True)
@@ -22,6 +25,8 @@ def sweep(
         str, typer.Option(help="degeneration, arithmetic, code_failures; separated by commas.")
     ] = "degeneration,arithmetic",
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
+    suites: Annotated[str, typer.Option(help="Suites of tasks, separated by commas.")] = "",
+    task_suffix: Annotated[str, typer.Option(help="Added to the names of suite members.")] = "",
     include_path: Annotated[str | None, typer.Option(help="Directory with further lm-eval tasks.")] = None,
     layers: Annotated[
         str | None, typer.Option(help="Layers to remove, one at a time, e.g. 0-9,29; all if not given.")
@@ -33,7 +38,9 @@ def sweep(
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run code that the model writes, in a sandbox.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Requests evaluated at a time.", min=1)] = 8,
+    batch_size: Annotated[
+        str, typer.Option(help="Longest requests at a time; auto is what memory allows.")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     output: Annotated[Path, typer.Option(help="Directory for the table and the plots.")] = Path("sweep"),
     actors: Annotated[
@@ -48,31 +55,24 @@ def sweep(
 ) -> None:
     """Remove every layer once and measure what is lost: a table and a plot."""
     from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, to_json
-    from actors.evaluation import check_probes, check_tasks
-    from actors.models import describe_model
-    from actors.models.surgery import remaining
-    from orchestrator.cli import parse_layers
+    from actors.evaluation import suite_tasks
     from orchestrator.report.terminal import plain_table
     from orchestrator.sweep import run_sweep, sweep_columns, write_sweep
 
+    named = names_in(suites)
     spec = EvaluationSpec(
         ModelRef(ModelSpec(model, dtype)),
-        tasks=names_in(tasks),
+        tasks=tuple(dict.fromkeys((*suite_tasks(named, task_suffix), *names_in(tasks)))),
+        suites=named,
+        task_suffix=task_suffix,
         include_path=include_path,
         limit=limit,
-        batch_size=batch_size,
+        batch_size=_batch_size(batch_size),
         probes=names_in(probes),
         max_new_tokens=max_new_tokens,
         allow_code_execution=allow_code_execution,
     )
-    if not spec.probes + spec.tasks:
-        raise RequestError("nothing to measure: give --probes or --tasks")
-    check_probes(spec.probes)
-    check_tasks(spec.tasks, include_path)
-    num_layers = describe_model(spec.model.source).num_layers
-    chosen = list(range(num_layers)) if layers is None else parse_layers(layers, "--layers")
-    for layer in chosen:
-        remaining(num_layers, (layer,))
+    chosen = _checked_layers(spec, layers)
     evaluate_all = None
     if actors:
         from orchestrator.cluster import evaluate_on_cluster
@@ -85,6 +85,34 @@ def sweep(
         return
     out.print(plain_table(sweep_columns(measured), f"{model}, one layer removed"))
     out.print("\n".join(map(str, files)), soft_wrap=True)
+
+
+def _checked_layers(spec: "EvaluationSpec", layers: str | None) -> list[int]:
+    """The layers to remove, all if None; everything that `spec` asks for is known to be there."""
+    from actors.evaluation import check_probes, check_task_data, check_tasks
+    from actors.models import describe_model
+    from actors.models.surgery import remaining
+    from orchestrator.cli import parse_layers
+
+    if not spec.probes + spec.tasks:
+        raise RequestError("nothing to measure: give --probes, --tasks or --suites")
+    check_probes(spec.probes)
+    check_tasks(spec.tasks, spec.include_path)
+    num_layers = describe_model(spec.model.source).num_layers
+    chosen = list(range(num_layers)) if layers is None else parse_layers(layers, "--layers")
+    for layer in chosen:
+        remaining(num_layers, (layer,))
+    check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
+    return chosen
+
+
+def _batch_size(text: str) -> int | None:
+    """The number in `text`, or None for `auto`."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise RequestError(f"--batch-size {text!r}: give a number of at least 1, or auto")
+    return int(text)
 
 
 def names_in(text: str) -> tuple[str, ...]:

@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import lm_eval
 import pytest
 import yaml
+from lm_eval.tasks._yaml_loader import load_yaml
 
-from actors.evaluation import evaluate_tasks
+from actors.evaluation import check_tasks, evaluate_tasks
 from actors.evaluation.code_failures import CLASSES
 from actors.evaluation.code_tasks import code_task_metrics, is_code_problem
+from actors.evaluation.harness import TASKS, _load
 from tests.tiny_models import tiny_llama
 
 ADD = {
@@ -80,3 +83,54 @@ def test_generated_code_of_a_task_is_classified_and_run_if_allowed(tmp_path: Pat
         assert {m.name for m in metrics} == {f"{task}/{name}" for task in ("he", "mb") for name in names}
         for task in ("he", "mb"):
             assert sum(m.value for m in metrics if m.name in {f"{task}/{name}" for name in CLASSES}) == 1
+
+
+CODE = {"humaneval_plus": "    return a + b\n", "mbpp_plus": "def add_0(x):\n    return x\n"}
+PLUS = {
+    "humaneval_plus": [ADD],
+    "mbpp_plus": [
+        {
+            "prompt": f"Add {i} to a number.",
+            "code": f"def add_{i}(x):\n    return x + {i}",
+            "test_list": [f"assert add_{i}(0) == {i}", f"assert add_{i}(1) == {i + 1}", "assert True"],
+            "test": f"assert add_{i}(2) == {i + 2}",
+        }
+        for i in range(5)
+    ],
+}
+
+
+@pytest.mark.parametrize("task", PLUS)
+def test_our_code_tasks_ask_as_lm_eval_does_and_read_local_data(task: str, tmp_path: Path) -> None:
+    """A task of the user's own with the same name and another data set takes the place of ours."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in PLUS[task]))
+    local = {
+        "include": str(TASKS / f"{task}.yaml"),
+        "task": task,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+    }
+    (tmp_path / "local.yaml").write_text(yaml.safe_dump(local))
+    check_tasks([task], str(tmp_path))
+    loaded = _load((task,), str(tmp_path), None)["tasks"][task]
+    loaded.build_all_requests(limit=1)
+    (asked, _), first = loaded.instances[0].args, PLUS[task][0]
+    question = loaded.doc_to_text(first)
+    assert asked.endswith(question)
+    solved = [d for d in PLUS[task] if d != first][:3]
+    shots = [f"{loaded.doc_to_text(d)}{d['code']}\n[DONE]\n\n" for d in solved]
+    assert asked == "".join(shots) + question
+    values = {m.name: m.value for m in code_task_metrics({task: _logged(first, CODE[task])}, execute=True)}
+    assert values[f"{task}/pass_at_1"] == 1
+
+
+def test_our_code_tasks_hold_the_official_prompts() -> None:
+    official = Path(lm_eval.__file__).parent / "tasks"
+    for task, file in (("humaneval_plus", "humaneval/humaneval_plus"), ("mbpp_plus", "mbpp/mbpp_plus")):
+        ours = load_yaml(TASKS / f"{task}.yaml", resolve_func=False)
+        theirs = load_yaml(official / f"{file}.yaml", resolve_func=False)
+        asked = theirs["doc_to_text"].replace("prompt if prompt is defined else text", "prompt")
+        assert ours["doc_to_text"] == asked
+        for setting in ("dataset_path", "test_split", "generation_kwargs", "num_fewshot"):
+            assert ours[setting] == theirs[setting]

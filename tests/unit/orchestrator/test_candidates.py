@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from actors.contracts import (
     EvaluationResult,
@@ -156,3 +157,24 @@ def test_candidates_keep_adapters_and_settings(spec: ScoreSpec) -> None:
         (candidate.tasks, candidate.limit, candidate.perplexity) == (("blimp_sample",), 40, ())
         for candidate in seen
     )
+
+
+def test_missing_data_of_the_task_are_found_before_anything_runs(tmp_path: Path) -> None:
+    task = {
+        "task": "gone",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "gone.jsonl")}},
+        "output_type": "loglikelihood",
+        "test_split": "test",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/gone.yaml").write_text(yaml.safe_dump(task))
+    campaign = _campaign(tmp_path, task={"name": "gone"})
+    campaign["evaluation"]["include_path"] = str(tmp_path / "tasks")
+    answer = iterabre("campaign", write_campaign(campaign, tmp_path / "campaign.yaml"))
+    assert answer.exit_code == 2
+    assert "cannot read the data of the tasks gone" in answer.err
+    assert not list((tmp_path / "runs").rglob("*.parquet"))

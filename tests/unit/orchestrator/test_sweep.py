@@ -64,7 +64,9 @@ def test_the_command_writes_table_and_plots(model: str, tmp_path: Path) -> None:
         (("--layers", "4"), "no layer 4: the model has layers 0 to 3"),
         (("--layers", "x"), "--layers 'x': write layers as 3,4 or 20-24"),
         (("--probes", "arithmetik"), "did you mean arithmetic?"),
-        (("--probes", ""), "give --probes or --tasks"),
+        (("--probes", ""), "give --probes, --tasks or --suites"),
+        (("--batch-size", "0"), "--batch-size '0': give a number of at least 1, or auto"),
+        (("--suites", "reasonning"), "did you mean reasoning?"),
         (("--tasks", "blimp_sample", "--include-path", "no/folder"), "'no/folder', is not a folder"),
     ],
 )
