@@ -26,7 +26,7 @@ TITLES = {
 """How Ray titles the processes of a campaign."""
 
 OF_NO_JOB = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor")
-"""Workers that wait for a job, what every node has as long as it is up, and Ray Train's one detached actor."""
+"""Workers that wait for a job, what every node has as long as it is up, and Ray Train's detached actor."""
 
 
 def adopt_orphans() -> None:
