@@ -158,6 +158,8 @@ def disturbed(directory: Path, number: int, victim: str, moment: Moment) -> Kill
     try:
         driver = Driver(file, cluster.address)
         title = _kill(cluster, driver, Clock(storage / "chaos"), victim, moment)
+        if title is None:
+            wrong.append("the campaign was over before anybody was killed")
         exit_code = driver.wait()
         if victim == "gcs_server":
             wrong += [f"outlived the head: {line}" for line in cluster.stop()]
@@ -175,11 +177,14 @@ def disturbed(directory: Path, number: int, victim: str, moment: Moment) -> Kill
         for each in clusters:
             each.forget()
     seconds = time.monotonic() - started
-    return Kill(number, victim, moment, title, exit_code, resumed, repeats(begun), seconds, wrong)
+    return Kill(number, victim, moment, title or "nobody", exit_code, resumed, repeats(begun), seconds, wrong)
 
 
-def _kill(cluster: LocalCluster, driver: Driver, clock: Clock, victim: str, moment: Moment) -> str:
-    """Kill the first process that plays `victim` once the run is as far as `moment`; its id and role."""
+def _kill(cluster: LocalCluster, driver: Driver, clock: Clock, victim: str, moment: Moment) -> str | None:
+    """Kill the first process that plays `victim` once the run is as far as `moment`; its id and role.
+
+    None if the campaign was over before there was one.
+    """
     while driver.process.poll() is None:
         if clock.now() >= moment:
             pids = _candidates(cluster, driver, victim)
@@ -187,7 +192,7 @@ def _kill(cluster: LocalCluster, driver: Driver, clock: Clock, victim: str, mome
                 os.kill(pids[0], signal.SIGKILL)
                 return f"{victim} {pids[0]}"
         time.sleep(POLL_S)
-    return "nobody: the campaign was over"
+    return None
 
 
 def _candidates(cluster: LocalCluster, driver: Driver, victim: str) -> list[int]:
