@@ -59,10 +59,11 @@ def origin(spec: ModelSpec) -> Origin:
 
 
 def licence_files(spec: ModelSpec) -> list[Path]:
-    """The licence texts that lie beside the source's weights."""
+    """The licence texts of a model directory; what lies beside a single file may be another's."""
     source = source_path(spec)
-    directory = source if source.is_dir() else source.parent
-    return sorted(file for pattern in LICENCE_FILES for file in directory.glob(pattern) if file.is_file())
+    if not source.is_dir():
+        return []
+    return sorted(file for pattern in LICENCE_FILES for file in source.glob(pattern) if file.is_file())
 
 
 def _of_directory(directory: Path) -> Origin:
