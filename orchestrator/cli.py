@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from orchestrator import cli_plan, cli_setup, cli_sweep
+from orchestrator.cli_examples import epilog
 from orchestrator.config import CampaignConfig, load_config
 from orchestrator.errors import IterabreError, RequestError, WorkError
 
@@ -58,10 +59,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines inst
 Output = Annotated[Path, typer.Option("--output", help="Directory to write; must not exist or be empty.")]
 
 
-app.command()(cli_plan.plan)
+app.command(epilog=epilog("plan"))(cli_plan.plan)
 
 
-@app.command()
+@app.command(epilog=epilog("compress"))
 def compress(config: Config, resume: Resume = False, address: Address = None, set_: Set = None) -> None:
     """Compress one model with one method: a campaign file with one of each."""
     loaded = load_config(config, set_)
@@ -73,7 +74,7 @@ def compress(config: Config, resume: Resume = False, address: Address = None, se
     _run(loaded, resume, address)
 
 
-@app.command()
+@app.command(epilog=epilog("campaign"))
 def campaign(config: Config, resume: Resume = False, address: Address = None, set_: Set = None) -> None:
     """Run a campaign file: models × methods × seeds, with stops at the targets."""
     _run(load_config(config, set_), resume, address)
@@ -102,7 +103,7 @@ def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog=epilog("status"))
 def status(run: Run, as_json: Json = False) -> None:
     """Show the numbers a run has so far, from its ledger, and what became of its trajectories."""
     from orchestrator.store import Store
@@ -112,13 +113,13 @@ def status(run: Run, as_json: Json = False) -> None:
         _show_outcomes(Store(run))
 
 
-@app.command()
+@app.command(epilog=epilog("report"))
 def report(run: Run) -> None:
     """Write the HTML report of a run, finished or not."""
     out.print(str(_build_report(_existing_run(run))), soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog=epilog("score"))
 def score(
     model: Model,
     criterion: Annotated[str, typer.Option(help="How layers are judged.")] = "hidden_cosine",
@@ -158,7 +159,7 @@ def score(
         _print_table(columns, f"{what}, {result.num_sequences} sequences; remove 1 first")
 
 
-@app.command()
+@app.command(epilog=epilog("prune"))
 def prune(
     model: Model,
     drop: Annotated[str, typer.Option(help="Layers to drop, from 0, e.g. 3,4 or 20-24.")],
@@ -183,7 +184,7 @@ def prune(
     _print_model(output, num_layers, num_parameters)
 
 
-@app.command()
+@app.command(epilog=epilog("evaluate"))
 def evaluate(
     model: Model,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks and suites, separated by commas.")] = "",
@@ -239,7 +240,7 @@ def evaluate(
     _print_table(columns, model)
 
 
-@app.command()
+@app.command(epilog=epilog("export"))
 def export(
     run: Run,
     trajectory: Annotated[str, typer.Option(help="Id of a trajectory, as `iterabre status` shows it.")],
@@ -256,7 +257,7 @@ def export(
 
 
 for command in (cli_sweep.sweep, cli_setup.init, cli_setup.doctor, cli_setup.schema):
-    app.command()(command)
+    app.command(epilog=epilog(command.__name__))(command)
 
 
 def parse_layers(text: str, option: str = "--drop") -> list[int]:
