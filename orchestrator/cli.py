@@ -246,14 +246,23 @@ def export(
     trajectory: Annotated[str, typer.Option(help="Id of a trajectory, as `iterabre status` shows it.")],
     iteration: Annotated[int, typer.Option(help="Iteration whose recovered model is wanted.", min=1)],
     output: Output,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload it, too: to USER/NAME on the hub, private.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see what is uploaded.")] = False,
 ) -> None:
-    """Write the model of any finished iteration of a run."""
+    """Write the model of any finished iteration of a run, and upload it if asked to."""
     from orchestrator.exporting import export_iteration
+    from orchestrator.publishing import check_upload, upload
 
     existing = _existing_run(run)
+    if push_to_hub:
+        check_upload(push_to_hub)
     with _new_directory(output):
         result = export_iteration(existing, trajectory, iteration, output)
     _print_model(output, result.num_layers, result.num_parameters)
+    if push_to_hub:
+        out.print(upload(output, push_to_hub, public=public), soft_wrap=True)
 
 
 for command in (cli_sweep.sweep, cli_setup.init, cli_setup.doctor, cli_setup.schema):

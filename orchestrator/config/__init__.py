@@ -6,6 +6,7 @@ Whether the named models, data, criteria and tasks exist is `orchestrator.plan`'
 
 from orchestrator.config.campaign import (
     CampaignConfig,
+    ClusterMaximumConfig,
     CostConfig,
     ExcludeConfig,
     ExecutionConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "CostConfig",
     "EvaluationConfig",
     "ExcludeConfig",
+    "ClusterMaximumConfig",
     "ExecutionConfig",
     "GenerationConfig",
     "LossConfig",
