@@ -57,7 +57,7 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "export": (
         (
             "the recovered model of the second iteration",
-            "iterabre export runs/q --trajectory q--iterabre--seed0 --iteration 2 --output o",
+            "iterabre export runs/q --trajectory q--kd--seed0 --iteration 2 --output o",
         ),
     ),
     "sweep": (

@@ -26,7 +26,7 @@ def init(
     gpus: Annotated[int | None, typer.Option(help="GPUs to use; 0 for CPUs.", min=0)] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Text to recover on: a file, or the name of a built-in text; WikiText-2 if absent."),
+        typer.Option(help="Text to recover on: a file, or a built-in text by name; WikiText-2 if absent."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each recovery.", min=1)] = 2_500_000,
     name: Annotated[

@@ -62,7 +62,7 @@ def _in_methods(schema: Any) -> Any:
 
 def _or_space(field: Schema) -> Schema:
     """`field`, or a search space of its values; what editors show of it stays outside."""
-    shown = {key: field[key] for key in ("title", "description", "default") if key in field}
+    shown: Schema = {key: field[key] for key in ("title", "description", "default") if key in field}
     value = {key: inner for key, inner in field.items() if key not in shown}
     values = {"type": "array", "items": value, "minItems": 1}
     spaces = [_space(kind, values) for kind in ("grid", "choice")]
