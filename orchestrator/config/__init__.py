@@ -21,6 +21,7 @@ from orchestrator.config.campaign import (
     WorkerConfig,
 )
 from orchestrator.config.reading import load_config, parse_config
+from orchestrator.config.schema import campaign_schema
 from orchestrator.config.sections import (
     NAME,
     AdapterConfig,
@@ -71,6 +72,7 @@ __all__ = [
     "ThroughputConfig",
     "TrainingConfig",
     "WorkerConfig",
+    "campaign_schema",
     "load_config",
     "parse_config",
 ]
