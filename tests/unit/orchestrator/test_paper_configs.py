@@ -79,7 +79,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2.5-7b": ("qwen2", {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}),
     "qwen2.5-0.5b": ("qwen2", {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}),
 }
-"""Family and sizes, from the models' public config.json."""
+"""Family and sizes as the models were published; no hub was at hand to compare with."""
 
 HEADS = {
     "llama-3.1-8b": {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
