@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-all lint format clean
+.PHONY: help venv demo test test-all chaos lint format clean
 
 help:
 	@echo "make demo      install into $(VENV) and compress SmolLM2-135M from 30 to 27 layers"
 	@echo "make test      install into $(VENV) and run the tests"
 	@echo "make test-all  the same with the long tests"
+	@echo "make chaos     kill random processes of a small campaign 25 times, resume, compare"
 	@echo "make lint      ruff, mypy and the import rules"
 
 venv: $(STAMP)
@@ -29,6 +30,10 @@ test: venv
 
 test-all: venv
 	$(BIN)/python -m pytest
+
+# In pieces: --runs 8 --first 0, then --first 8, ... with the same --seed and --directory.
+chaos: venv
+	$(BIN)/python -m tests.chaos --runs 25 --seed 0 --directory runs/chaos
 
 lint: venv
 	$(BIN)/ruff check .

@@ -128,7 +128,7 @@ def list_files(uri: str, recursive: bool = False) -> list[FileInfo]:
     fs, path = filesystem(uri)
     with explained(uri, "list"):
         found = fs.get_file_info(FileSelector(path, recursive=recursive, allow_not_found=True))
-    files = (info for info in found if info.type == FileType.File and not _is_temporary(info.base_name))
+    files = (info for info in found if info.type == FileType.File and not is_temporary(info.base_name))
     return sorted(files, key=lambda info: info.path)
 
 
@@ -288,5 +288,6 @@ def _flush_to_disk(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def _is_temporary(name: str) -> bool:
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one still being written, or left so by a process that died."""
     return name.startswith(".") and name.endswith(".tmp")

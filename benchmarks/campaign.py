@@ -33,7 +33,7 @@ CAMPAIGN = PROJECT / "configs/campaigns/four-methods.yaml"
 FAMILIES: dict[str, dict[str, int]] = {
     "llama": {"num_hidden_layers": 10},
     "qwen2": {"num_hidden_layers": 10},
-    "gpt2": {"n_layer": 10},
+    "gpt2": {"num_hidden_layers": 10, "n_layer": 10},
 }
 HEAD_START_S = 120
 

@@ -23,6 +23,7 @@ from orchestrator.cluster import (
     check_resources,
     cluster,
     cluster_capacity,
+    grown,
     has_room_for_both,
     workers_output_to,
 )
@@ -32,6 +33,7 @@ from orchestrator.cost import machine_of
 from orchestrator.errors import IterabreError, unknown_name
 from orchestrator.estimate import spent_before
 from orchestrator.ledger import Ledger
+from orchestrator.leftovers import sweep
 from orchestrator.limits import Limits, backoff_s, devices_held, start_order
 from orchestrator.outcomes import TrajectoryOutcome, read_outcomes, write_outcome
 from orchestrator.plan import CampaignPlan, TrajectoryPlan
@@ -99,9 +101,11 @@ def run_campaign(
     os.environ.update(QUIET)
     if execution.backend == "local":
         with _run_log(store, config, plan), locked(store), _stopping_on_sigterm():
-            return _run_in_this_process(config, plan, store, limits)
+            outcome = _run_in_this_process(config, plan, store, limits)
+            sweep(store)
+            return outcome
     with cluster(address):
-        capacity = cluster_capacity()
+        capacity = grown(cluster_capacity(), execution.cluster_maximum)
         check_resources(execution, capacity)
         overlap = execution.overlap_evaluation and has_room_for_both(execution, capacity)
         workers_log = store.logs_dir / "workers.log"
@@ -111,7 +115,9 @@ def run_campaign(
             workers_output_to(workers_log),
             _stopping_on_sigterm(),
         ):
-            return run_trials(config, plan, store, limits, overlap=overlap)
+            outcome = run_trials(config, plan, store, limits, overlap=overlap)
+            sweep(store)
+            return outcome
 
 
 def limits_of(config: CampaignConfig) -> Limits:

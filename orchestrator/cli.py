@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -16,12 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from orchestrator import cli_plan, cli_setup, cli_sweep
+from orchestrator import cli_plan, cli_runs, cli_setup, cli_sweep
+from orchestrator.cli_examples import epilog
+from orchestrator.cli_runs import Json, Run
 from orchestrator.config import CampaignConfig, load_config
 from orchestrator.errors import IterabreError, RequestError, WorkError
 
 if TYPE_CHECKING:
-    from orchestrator.store import Store
+    pass
 
 app = typer.Typer(
     help="Make language models smaller: remove whole layers, heal each removal, repeat. On Ray.",
@@ -34,9 +35,6 @@ out = Console()
 err = Console(stderr=True)
 
 Config = Annotated[Path, typer.Argument(help="Campaign file, e.g. configs/demo.yaml.", show_default=False)]
-Run = Annotated[
-    str, typer.Argument(help="Where a run lies: runs/smollm2-demo, s3://bucket/runs/x.", show_default=False)
-]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a field: methods.0.recovery.max_tokens=4096. Repeatable."),
@@ -54,14 +52,13 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Granularity = Annotated[
     str, typer.Option(help="What is removed: block, or attention or mlp of single blocks, left as zeros.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
 Output = Annotated[Path, typer.Option("--output", help="Directory to write; must not exist or be empty.")]
 
 
-app.command()(cli_plan.plan)
+app.command(epilog=epilog("plan"))(cli_plan.plan)
 
 
-@app.command()
+@app.command(epilog=epilog("compress"))
 def compress(config: Config, resume: Resume = False, address: Address = None, set_: Set = None) -> None:
     """Compress one model with one method: a campaign file with one of each."""
     loaded = load_config(config, set_)
@@ -73,7 +70,7 @@ def compress(config: Config, resume: Resume = False, address: Address = None, se
     _run(loaded, resume, address)
 
 
-@app.command()
+@app.command(epilog=epilog("campaign"))
 def campaign(config: Config, resume: Resume = False, address: Address = None, set_: Set = None) -> None:
     """Run a campaign file: models × methods × seeds, with stops at the targets."""
     _run(load_config(config, set_), resume, address)
@@ -90,35 +87,23 @@ def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
         outcome = run_campaign(config, build_plan(config), store, resume=resume, address=address)
     except KeyboardInterrupt as stopped:
         raise WorkError("stopped; finished stages are kept, --resume continues") from stopped
-    _show_results(store.uri)
-    report_file = _build_report(store.uri)
+    cli_runs.show_results(store.uri)
+    report_file = cli_runs.build_report(store.uri)
     out.print(
         f"\nModels   {store.uri}/models\nReport   {report_file}\nLedger   {store.ledger_uri}", soft_wrap=True
     )
-    _show_outcomes(store)
+    cli_runs.show_outcomes(store)
     if outcome.limit:
         raise WorkError(f"ended early: {outcome.limit}; finished stages are kept, --resume continues")
     if outcome.failures:
         raise typer.Exit(1)
 
 
-@app.command()
-def status(run: Run, as_json: Json = False) -> None:
-    """Show the numbers a run has so far, from its ledger, and what became of its trajectories."""
-    from orchestrator.store import Store
-
-    _show_results(_existing_run(run), as_json)
-    if not as_json:
-        _show_outcomes(Store(run))
+app.command(epilog=epilog("status"))(cli_runs.status)
+app.command(epilog=epilog("report"))(cli_runs.report)
 
 
-@app.command()
-def report(run: Run) -> None:
-    """Write the HTML report of a run, finished or not."""
-    out.print(str(_build_report(_existing_run(run))), soft_wrap=True)
-
-
-@app.command()
+@app.command(epilog=epilog("score"))
 def score(
     model: Model,
     criterion: Annotated[str, typer.Option(help="How layers are judged.")] = "hidden_cosine",
@@ -158,7 +143,7 @@ def score(
         _print_table(columns, f"{what}, {result.num_sequences} sequences; remove 1 first")
 
 
-@app.command()
+@app.command(epilog=epilog("prune"))
 def prune(
     model: Model,
     drop: Annotated[str, typer.Option(help="Layers to drop, from 0, e.g. 3,4 or 20-24.")],
@@ -183,7 +168,7 @@ def prune(
     _print_model(output, num_layers, num_parameters)
 
 
-@app.command()
+@app.command(epilog=epilog("evaluate"))
 def evaluate(
     model: Model,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks and suites, separated by commas.")] = "",
@@ -239,24 +224,33 @@ def evaluate(
     _print_table(columns, model)
 
 
-@app.command()
+@app.command(epilog=epilog("export"))
 def export(
     run: Run,
     trajectory: Annotated[str, typer.Option(help="Id of a trajectory, as `iterabre status` shows it.")],
     iteration: Annotated[int, typer.Option(help="Iteration whose recovered model is wanted.", min=1)],
     output: Output,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload it, too: to USER/NAME on the hub, private.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see what is uploaded.")] = False,
 ) -> None:
-    """Write the model of any finished iteration of a run."""
+    """Write the model of any finished iteration of a run, and upload it if asked to."""
     from orchestrator.exporting import export_iteration
+    from orchestrator.publishing import check_upload, upload
 
-    existing = _existing_run(run)
+    existing = cli_runs.existing_run(run)
+    if push_to_hub:
+        check_upload(push_to_hub)
     with _new_directory(output):
         result = export_iteration(existing, trajectory, iteration, output)
     _print_model(output, result.num_layers, result.num_parameters)
+    if push_to_hub:
+        out.print(upload(output, push_to_hub, public=public), soft_wrap=True)
 
 
 for command in (cli_sweep.sweep, cli_setup.init, cli_setup.doctor, cli_setup.schema):
-    app.command()(command)
+    app.command(epilog=epilog(command.__name__))(command)
 
 
 def parse_layers(text: str, option: str = "--drop") -> list[int]:
@@ -288,67 +282,6 @@ def _new_directory(path: Path) -> Iterator[None]:
         except OSError as error:
             raise RequestError(f"--output {str(path)!r} cannot be made: {error.strerror}") from error
         yield
-
-
-def _existing_run(run: str) -> str:
-    from orchestrator.run_file import read_run
-    from orchestrator.store import Store
-
-    if read_run(Store(run)) is None:
-        raise RequestError(f"{run!r} holds no run: there is no campaign.json in it")
-    return run
-
-
-def _show_results(run: str, as_json: bool = False) -> None:
-    from orchestrator.ledger import Ledger
-    from orchestrator.report.tables import iteration_table
-    from orchestrator.report.terminal import results_table
-    from orchestrator.store import Store
-
-    lines = iteration_table(Ledger(Store(run).ledger_uri).read())
-    if as_json:
-        _print_json(lines)
-        return
-    for trajectory in dict.fromkeys(line["trajectory"] for line in lines):
-        own = [line for line in lines if line["trajectory"] == trajectory]
-        out.print(results_table(own, out.width))
-    if not lines:
-        err.print("No stage is finished yet.")
-
-
-def _show_outcomes(store: "Store") -> None:
-    """Name the trajectories that failed or were given up, with the reason."""
-    from orchestrator.outcomes import read_outcomes
-
-    for trajectory, outcome in read_outcomes(store).items():
-        if outcome.state != "done":
-            line = f"{outcome.state}: {trajectory}: {outcome.reason}"
-            err.print(line, style="red", markup=False, soft_wrap=True)
-
-
-def _build_report(run: str) -> str:
-    from actors.artifacts import local_path, publish
-    from orchestrator.ledger import Ledger
-    from orchestrator.outcomes import read_outcomes
-    from orchestrator.report.html import Source, build_report
-    from orchestrator.run_file import read_run
-    from orchestrator.store import Store
-
-    store = Store(run)
-    stored = read_run(store) or {}
-    failed = {name: end.reason for name, end in read_outcomes(store).items() if end.state == "failed"}
-    source = Source(
-        Ledger(store.ledger_uri).read(),
-        stored["config"],
-        stored["versions"],
-        stored.get("planned", {}),
-        failed,
-    )
-    if directory := local_path(store.report_uri):
-        return str(build_report(source, directory))
-    with tempfile.TemporaryDirectory() as scratch:
-        build_report(source, Path(scratch))
-        return publish(Path(scratch), store.report_uri).uri
 
 
 def _print_table(columns: dict[str, list[str]], title: str) -> None:

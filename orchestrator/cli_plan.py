@@ -33,8 +33,6 @@ def plan(
 ) -> None:
     """Show what a campaign would run and cost; checks everything and starts nothing.
 
-        iterabre plan campaign.yaml --machine 8xH100-80G --machine 2xA100-80G
-
     What a run of that name has finished already is not counted again.
     """
     from orchestrator.cost import parse_machine

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.config import CampaignConfig
+from orchestrator.config import campaign_schema
 from orchestrator.errors import RequestError
 
 out = Console()
@@ -24,16 +24,17 @@ def init(
         str | None, typer.Option(help="Shares of the layers to remove, e.g. 0.1,0.25.")
     ] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs to use; 0 for CPUs.", min=0)] = None,
-    data: Annotated[str | None, typer.Option(help="Text to recover on; WikiText-2 if absent.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text to recover on: a file, or a built-in text by name; WikiText-2 if absent."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each recovery.", min=1)] = 2_500_000,
+    name: Annotated[
+        str | None, typer.Option(help="What paths call campaign and model; made from --model if absent.")
+    ] = None,
 ) -> None:
-    """Write a commented campaign file.
-
-    Asks for what no option says, if there is somebody to ask:
-
-        iterabre init
-
-        iterabre init llama.yaml --model meta-llama/Llama-3.2-1B --fractions 0.1,0.25 --gpus 8
-    """
+    """Write a commented campaign file; asks for what no option says, if there is somebody to ask."""
+    from actors.data import BUILTIN_TEXTS
     from orchestrator.starter import Answers, campaign_file
 
     if output.exists():
@@ -52,6 +53,9 @@ def init(
         gpus=int(gpus),
         dtype="bfloat16" if gpus else "float32",
         data=data,
+        builtin=data in BUILTIN_TEXTS,
+        max_tokens=max_tokens,
+        name=name,
     )
     output.write_text(campaign_file(answers, str(output)), encoding="utf-8")
     out.print(f"{output} written. Next: iterabre plan {output}", soft_wrap=True)
@@ -63,8 +67,6 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Check Python, packages, disk, GPUs, hub and cluster, and say what to mend.
-
-        iterabre doctor --address auto --storage s3://bucket/runs
 
     The exit code is 1 if something will not work.
     """
@@ -83,17 +85,8 @@ def doctor(
 
 
 def schema() -> None:
-    """Print the JSON Schema of campaign files, for editors that complete and check YAML.
-
-        iterabre schema > campaign.schema.json
-
-    Then let a campaign file begin with: # yaml-language-server: $schema=campaign.schema.json
-    """
-    described = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **CampaignConfig.model_json_schema(),
-    }
-    sys.stdout.write(json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+    """Print the JSON Schema of campaign files, for editors that complete and check YAML."""
+    sys.stdout.write(json.dumps(campaign_schema(), indent=2, ensure_ascii=False) + "\n")
 
 
 def _fractions(text: str) -> tuple[float, ...]:

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from actors.contracts import EvaluationResult, EvaluationSpec
 from actors.evaluation.actor import evaluate_all_on_ray
 from orchestrator.candidates import EvaluateAll
-from orchestrator.config import ExecutionConfig
+from orchestrator.config import ClusterMaximumConfig, ExecutionConfig
 from orchestrator.errors import ClusterTooSmallError
 
 QUIET = {
@@ -94,6 +94,23 @@ def cluster_capacity() -> Capacity:
     )
 
 
+def grown(capacity: Capacity, maximum: ClusterMaximumConfig | None) -> Capacity:
+    """The capacity of the cluster once it has grown to `maximum`, or as it is if that is not given.
+
+    Ray's own autoscaler keeps to itself what it may start, so a cluster whose workers start
+    from zero has nothing to show before the first request.
+    """
+    if maximum is None:
+        return capacity
+    return replace(
+        capacity,
+        cpus=max(capacity.cpus, maximum.nodes * maximum.cpus),
+        gpus=max(capacity.gpus, maximum.nodes * maximum.gpus),
+        node_cpus=max(capacity.node_cpus, maximum.cpus),
+        node_gpus=max(capacity.node_gpus, maximum.gpus),
+    )
+
+
 def evaluate_on_cluster(
     address: str | None, *, actors: int, cpus: float, gpus: float, start_timeout_s: float = 600.0
 ) -> EvaluateAll:
@@ -140,7 +157,8 @@ def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
                 raise ClusterTooSmallError(
                     f"execution.{section} needs {count * each:g} {kind} ({count} x {each:g}), but the "
                     f"cluster has {in_all:g} {kind}, {on_node:g} on its largest node; "
-                    f"lower execution.{section} or use a larger cluster"
+                    f"lower execution.{section}, use a larger cluster, or say in "
+                    "execution.cluster_maximum what an autoscaler makes of this one"
                 )
 
 

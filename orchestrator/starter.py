@@ -14,14 +14,20 @@ WIKITEXT = "{path: Salesforce/wikitext, config: wikitext-2-raw-v1, split: train}
 
 @dataclass(frozen=True)
 class Answers:
-    """What a campaign file cannot do without. `gpus` is the number of GPUs to use, 0 for CPUs."""
+    """What a campaign file cannot do without.
+
+    `gpus` is the number of GPUs to use, 0 for CPUs; `data` a file or, with `builtin`, the name of
+    a built-in text; `name` what paths call campaign and model, made from `model` if None.
+    """
 
     model: str
     fractions: tuple[float, ...] = (0.1, 0.25)
     dtype: str = "bfloat16"
     gpus: int = 1
     data: str | None = None
+    builtin: bool = False
     max_tokens: int = 2_500_000
+    name: str | None = None
     storage: str = "runs"
 
 
@@ -34,14 +40,14 @@ def campaign_file(answers: Answers, file: str) -> str:
     environment = Environment(
         loader=PackageLoader("orchestrator"), undefined=StrictUndefined, keep_trailing_newline=True
     )
-    model_id = short_name(answers.model)
+    model_id = answers.name or short_name(answers.model)
     text = environment.get_template("campaign.yaml.j2").render(
         file=file,
-        name=model_id,
-        model_id=model_id,
+        name=_quoted(model_id),
+        model_id=_quoted(model_id),
         model=_quoted(answers.model),
         dtype=answers.dtype,
-        data=WIKITEXT if answers.data is None else f"{{path: {_quoted(answers.data)}}}",
+        data=_text(answers),
         max_tokens=answers.max_tokens,
         fractions=answers.fractions,
         backend="ray",
@@ -58,6 +64,12 @@ def short_name(model: str) -> str:
     last = Path(model.rstrip("/")).name.lower().removesuffix(".gguf")
     name = re.sub(r"[^a-z0-9._-]+", "-", last).strip("-._")[:60]
     return name if NAME.fullmatch(name) else "model"
+
+
+def _text(answers: Answers) -> str:
+    if answers.data is None:
+        return WIKITEXT
+    return f"{{{'builtin' if answers.builtin else 'path'}: {_quoted(answers.data)}}}"
 
 
 def _quoted(value: str) -> str:

@@ -60,6 +60,7 @@ STAGE_VERSION: Mapping[str, int] = {
 
 FORMAT = 1
 RUN_PREFIX = "run:/"
+SET_ASIDE = "set-aside"
 
 ResultT = TypeVar("ResultT")
 
@@ -311,7 +312,7 @@ class Store:
         stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.urandom(3).hex()}"
         source, target = (
             self.stage_uri(kind, key),
-            join(self.uri, "stages", "set-aside", f"{kind}-{key}-{stamp}"),
+            join(self.uri, "stages", SET_ASIDE, f"{kind}-{key}-{stamp}"),
         )
         fs, source_path = filesystem(source)
         _, target_path = filesystem(target)

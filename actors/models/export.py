@@ -1,5 +1,6 @@
 """Writing a model as an ordinary Hugging Face directory."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from actors.artifacts import publish
 from actors.contracts import ExportResult, ExportSpec, ModelRef
 from actors.models.chain import emptied_layers, materialize
 from actors.models.families import depth, find_layers
+from actors.models.licence import licence_files
 from actors.models.load import drop_quantization
 from actors.models.subblocks import SUB_BLOCKS, sub_block_weights
 
@@ -24,11 +26,13 @@ def save_pretrained(
 
 
 def export_model(spec: ExportSpec, uri: str) -> ExportResult:
-    """Publish the model that `spec` describes, with its card and `iterabre.json`, at `uri`."""
+    """Publish the model that `spec` describes, with its card, licence and `iterabre.json`, at `uri`."""
     model, tokenizer = materialize(spec.model)
     with tempfile.TemporaryDirectory(prefix="iterabre-export-") as scratch:
         directory = Path(scratch)
         save_pretrained(model, directory, tokenizer=tokenizer)
+        for file in licence_files(spec.model.source):
+            shutil.copy(file, directory)
         (directory / "README.md").write_text(spec.card, encoding="utf-8")
         (directory / "iterabre.json").write_text(spec.provenance, encoding="utf-8")
         artifact = publish(directory, uri)

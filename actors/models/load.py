@@ -158,7 +158,7 @@ def resolve(spec: ModelSpec) -> str:
     Raises:
         RequestError: a local path that is no model, with what is missing.
     """
-    path = _package_file(spec.path) if spec.path.startswith(PACKAGE_SCHEME) else Path(spec.path).expanduser()
+    path = source_path(spec)
     if path.suffix == ".gguf":
         return str(_converted(path))
     if path.is_dir():
@@ -169,6 +169,15 @@ def resolve(spec: ModelSpec) -> str:
     if _looks_local(spec.path):
         raise RequestError(f"model path {spec.path!r} does not exist")
     return spec.path
+
+
+def source_path(spec: ModelSpec) -> Path:
+    """Where the source lies if it is on this machine; a hub id stays one.
+
+    Raises:
+        RequestError: a package that is not installed, or has no such file.
+    """
+    return _package_file(spec.path) if spec.path.startswith(PACKAGE_SCHEME) else Path(spec.path).expanduser()
 
 
 def check_dtype(spec: ModelSpec) -> None:

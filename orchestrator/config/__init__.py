@@ -6,6 +6,7 @@ Whether the named models, data, criteria and tasks exist is `orchestrator.plan`'
 
 from orchestrator.config.campaign import (
     CampaignConfig,
+    ClusterMaximumConfig,
     CostConfig,
     ExcludeConfig,
     ExecutionConfig,
@@ -20,6 +21,7 @@ from orchestrator.config.campaign import (
     WorkerConfig,
 )
 from orchestrator.config.reading import load_config, parse_config
+from orchestrator.config.schema import campaign_schema
 from orchestrator.config.sections import (
     NAME,
     AdapterConfig,
@@ -45,6 +47,7 @@ __all__ = [
     "CostConfig",
     "EvaluationConfig",
     "ExcludeConfig",
+    "ClusterMaximumConfig",
     "ExecutionConfig",
     "GenerationConfig",
     "LossConfig",
@@ -69,6 +72,7 @@ __all__ = [
     "ThroughputConfig",
     "TrainingConfig",
     "WorkerConfig",
+    "campaign_schema",
     "load_config",
     "parse_config",
 ]

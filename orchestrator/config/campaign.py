@@ -131,6 +131,14 @@ class TrainingConfig(Section):
     max_failures: int = Field(3, ge=0, description="Lost workers before the recovery is given up.")
 
 
+class ClusterMaximumConfig(Section):
+    """What an autoscaling cluster can grow to: Ray does not tell, while no worker is up."""
+
+    nodes: int = Field(ge=1, description="Workers at most, of all types.")
+    cpus: float = Field(gt=0, description="CPUs of the largest worker.")
+    gpus: float = Field(0.0, ge=0, description="GPUs of the largest worker.")
+
+
 class ExecutionConfig(Section):
     """Where and how wide the work runs. Nothing here changes a result."""
 
@@ -144,6 +152,9 @@ class ExecutionConfig(Section):
         description="Evaluate while the next iteration is scored and trained, if there is room for both.",
     )
     max_concurrent_trajectories: int = Field(1, ge=1, description="Trajectories that run at a time.")
+    cluster_maximum: ClusterMaximumConfig | None = Field(
+        None, description="What the autoscaler may grow the cluster to; else what is up now must suffice."
+    )
     start_timeout_s: float = Field(
         600.0, gt=0, description="Longest wait for the cluster to give what a stage asks for."
     )

@@ -1,11 +1,16 @@
 """The model card and `iterabre.json` of an exported model."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from pathlib import PurePath
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from actors.contracts import ModelRef, TextSpec
+from actors.models.licence import Origin, origin
 from orchestrator.plan import TrajectoryPlan
 from orchestrator.schedule import IterationPlan
 from orchestrator.store import installed_versions
@@ -84,24 +89,21 @@ def model_card(
     before = scores_of(rows, plan.id, 0, "dense")
     after = scores_of(rows, plan.id, iteration.index, "recovered")
     tokens = recovery_tokens(rows, plan.id, iteration.index)
-    source = plan.model.spec.path
     table = [f"| {name} | {before.get(name, float('nan')):.4g} | {after[name]:.4g} |" for name in after]
     unit = plan.unit
-    base_model = [f"base_model: {source}"] if _is_hub_id(source) else []
+    title = f"{plan.model_id}, {iteration.layers_left} of {plan.model.num_layers} {unit}"
+    source = origin(plan.model.spec)
     lines = [
         "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        *base_model,
-        "tags: [depth-pruning, iterabre]",
+        _metadata(plan, title, source, after, tokens).to_yaml(),
         "---",
         "",
-        f"# {plan.model_id}, {iteration.layers_left} of {plan.model.num_layers} {unit}",
+        f"# {title}",
         "",
-        f"Made from `{source}` by {_how(model)} (counted from 0) "
+        f"Made from `{plan.model.spec.path}` by {_how(model)} (counted from 0) "
         f"with the method `{plan.method.name}` (criterion `{plan.method.scoring.criterion}`, "
-        f"recovery `{plan.method.recovery.objective}` on {tokens:,} tokens). "
-        "The licence of the source model applies.",
+        f"recovery `{plan.method.recovery.objective}` on {tokens:,} tokens"
+        f"{f' of `{_text_name(plan.recovery_text)}`' if tokens else ''}). {_licence(source)}",
         "",
         *([EMPTIED, ""] if model.emptied else []),
         f"| measure | source, {plan.model.num_layers} {unit} | this model |",
@@ -119,6 +121,57 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _metadata(
+    plan: TrajectoryPlan, title: str, source: Origin, scores: Mapping[str, float], tokens: int
+) -> ModelCardData:
+    """The front matter: what the hub's search and its model tree read."""
+    spec = plan.model.spec
+    base_model = spec.path if _is_hub_id(spec.path) else source.base_model
+    text = plan.recovery_text
+    return ModelCardData(
+        base_model=base_model,
+        # The hub knows adapter, merge, quantized and finetune; a pruned model is nearest to the last.
+        base_model_relation="finetune" if base_model else None,
+        datasets=[text.path] if tokens and text.path and _is_hub_id(text.path) else None,
+        eval_results=_eval_results(scores) or None,
+        library_name="transformers",
+        license=source.licence,
+        license_name=source.licence_name,
+        license_link=source.licence_link,
+        model_name=title,
+        pipeline_tag="text-generation",
+        tags=["depth-pruning", "iterabre"],
+    )
+
+
+def _eval_results(scores: Mapping[str, float]) -> list[EvalResult]:
+    """What was measured on a text, task or probe, as the hub's `model-index` has it."""
+    split = ((*name.split("/", 1), value) for name, value in scores.items() if math.isfinite(value))
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=subject,
+            dataset_name=subject,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for subject, metric, value in split
+        if subject != "throughput"
+    ]
+
+
+def _licence(source: Origin) -> str:
+    if source.licence is None:
+        return "The source does not name its licence here; whatever it is, it applies."
+    name = source.licence_name or source.licence
+    return f"The licence of the source model applies: {name}."
+
+
+def _text_name(text: TextSpec) -> str:
+    name = text.builtin or str(text.path)
+    return name if text.builtin or _is_hub_id(name) else PurePath(name).name
 
 
 def _how(model: ModelRef) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.cluster import Capacity, check_resources
+from orchestrator.cluster import Capacity, check_resources, grown
 from orchestrator.config import ExecutionConfig, parse_config
 from orchestrator.errors import ClusterTooSmallError
 from orchestrator.run_file import open_run
@@ -446,6 +446,29 @@ def test_a_cluster_that_is_too_small_is_told(
 )
 def test_a_cluster_that_is_large_enough_is_taken(execution: dict[str, Any], capacity: Capacity) -> None:
     check_resources(ExecutionConfig.model_validate(execution), capacity)
+
+
+NO_WORKERS = Capacity(cpus=0, gpus=0, node_cpus=0, node_gpus=0)
+
+
+def test_what_an_autoscaler_can_still_start_is_not_refused() -> None:
+    execution = ExecutionConfig.model_validate(
+        {"training": {"workers": 8, "gpus": 4.0}, "cluster_maximum": {"nodes": 8, "cpus": 48, "gpus": 4}}
+    )
+    with pytest.raises(ClusterTooSmallError, match=r"execution\.cluster_maximum"):
+        check_resources(execution, NO_WORKERS)
+    check_resources(execution, grown(NO_WORKERS, execution.cluster_maximum))
+
+
+@pytest.mark.parametrize(
+    "training", [{"workers": 9, "gpus": 4.0}, {"workers": 1, "gpus": 5.0}, {"workers": 1, "cpus": 49.0}]
+)
+def test_what_an_autoscaler_can_never_start_is_refused(training: dict[str, Any]) -> None:
+    execution = ExecutionConfig.model_validate(
+        {"training": training, "cluster_maximum": {"nodes": 8, "cpus": 48, "gpus": 4}}
+    )
+    with pytest.raises(ClusterTooSmallError, match=r"execution\.training needs"):
+        check_resources(execution, grown(NO_WORKERS, execution.cluster_maximum))
 
 
 @pytest.mark.parametrize(

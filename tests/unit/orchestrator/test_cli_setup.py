@@ -34,6 +34,16 @@ def test_init_without_gpus_asks_for_none(tmp_path: Path) -> None:
     assert config.methods[0].recovery.data.path == "a: b.txt"
 
 
+def test_init_takes_a_name_a_budget_and_a_built_in_text(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    text = "wikitext-2-raw-validation"
+    iterabre("init", file, "--model", "m", "--name", "mine", "--max-tokens", "512", "--data", text)
+    config = load_config(file)
+    recovery = config.methods[0].recovery
+    assert (config.name, config.models[0].id, recovery.max_tokens) == ("mine", "mine", 512)
+    assert (recovery.data.builtin, recovery.data.path) == (text, None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

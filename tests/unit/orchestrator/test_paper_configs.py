@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from actors.contracts import ModelRef, ModelSpec
 from actors.recovery import check_recovery, find_objective
 from actors.scoring import find_criterion
 from orchestrator.config import load_config
+from orchestrator.cost import parse_machine
+from orchestrator.estimate import plan_summary
+from orchestrator.plan import build_plan
 from orchestrator.specs import recovery_spec, text_spec
 
 FILES = sorted((Path(__file__).parents[3] / "configs" / "papers").glob("*.yaml"))
@@ -66,3 +70,52 @@ def test_the_upper_bound_chooses_greedily_and_recovers_once() -> None:
         assert method.schedule.layers_per_iteration == 1
         assert method.schedule.recover_at == "targets"
         assert method.recovery.generation.responses_per_prompt == 8
+
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-3.1-8b": ("llama", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}),
+    "llama-3.2-3b": ("llama", {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28}),
+    "llama-3.2-1b": ("llama", {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}),
+    "qwen2.5-7b": ("qwen2", {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}),
+    "qwen2.5-0.5b": ("qwen2", {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}),
+}
+"""Family and sizes as the models were published; no hub was at hand to compare with."""
+
+HEADS = {
+    "llama-3.1-8b": {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "llama-3.2-3b": {"num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 128256},
+    "llama-3.2-1b": {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "qwen2.5-7b": {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
+    "qwen2.5-0.5b": {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936},
+}
+PARAMETERS = {"llama-3.1-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400, "qwen2.5-7b": 7_615_616_512}
+"""As the models' cards on the hub count them."""
+
+
+def paper_model(directory: Path, name: str) -> str:
+    """A directory that is as the model of that name to a plan: its configuration, and no weights."""
+    family, sizes = SHAPES[name]
+    tied = not name.endswith(("7b", "8b"))
+    config = AutoConfig.for_model(family, **sizes, **HEADS[name], tie_word_embeddings=tied)
+    config.save_pretrained(directory / name)
+    (directory / name / "model.safetensors").touch()
+    return str(directory / name)
+
+
+def test_table_1_is_planned_for_the_papers_models(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Only its hash goes into a plan.\n")
+    settings = [f"models.{i}.path={paper_model(tmp_path, name)}" for i, name in enumerate(SHAPES)]
+    settings.append(f"methods.0.recovery.data={{path: {text}}}")
+    config = load_config(next(file for file in FILES if file.stem == "iterabre-table1"), settings)
+    plan = build_plan(config)
+    assert [model.id for model in config.models] == list(SHAPES)
+    sizes = {t.model_id: t.model.num_parameters for t in plan.trajectories}
+    assert {name: sizes[name] for name in PARAMETERS} == PARAMETERS
+    left = {
+        t.model_id: t.iterations[-1].layers_left for t in plan.trajectories if t.method.name == "iterabre"
+    }
+    assert list(left.values()) == [24, 21, 12, 21, 18]  # IteRABRe, Table 1
+    machines = [parse_machine(text, config.cost) for text in ("8xH100-80G", "2xA100-80G")]
+    rows = plan_summary(plan, config, machines, None, {})["machines"]
+    assert [row["fits"] for row in rows] == [True, True]

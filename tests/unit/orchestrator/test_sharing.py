@@ -103,4 +103,4 @@ def test_stages_of_one_trajectory_are_all_its_own(place: Path) -> None:
 
 def test_without_recovery_the_pruned_model_is_measured_once(place: Path) -> None:
     counts = count_stages(_plan(place, NO_RECOVERY))
-    assert (counts.planned, counts.shared) == (13, 2)
+    assert (counts.planned, counts.shared) == (11, 2)

@@ -1,0 +1,99 @@
+"""What stands under "Examples" in the help of each command: a line of why, a line to type."""
+
+from collections.abc import Mapping
+
+EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "plan": (
+        ("what would run, and its price on usual machines", "iterabre plan campaign.yaml"),
+        (
+            "on the machines that you have",
+            "iterabre plan campaign.yaml --machine 8xH100-80G --machine 2xA100-80G",
+        ),
+        (
+            "times scaled by what an earlier run took on such devices",
+            "iterabre plan new.yaml --calibrate runs/old --machine 8xA100-80G",
+        ),
+    ),
+    "compress": (
+        ("compress; give it again after any stop", "iterabre compress campaign.yaml --resume"),
+        (
+            "with a smaller budget than the file says",
+            "iterabre compress campaign.yaml --set methods.0.recovery.max_tokens=4096",
+        ),
+    ),
+    "campaign": (
+        ("run, or go on with what is there", "iterabre campaign configs/demo.yaml --resume"),
+        ("without Ray, in this process", "iterabre campaign c.yaml --set execution.backend=local"),
+        ("on the cluster that runs here", "iterabre campaign campaign.yaml --resume --address auto"),
+        ("leave the file as it is, change a field", "iterabre campaign c.yaml --set seeds.0=1"),
+    ),
+    "status": (
+        ("numbers so far", "iterabre status runs/smollm2-demo"),
+        ("for a program", "iterabre status s3://bucket/runs/llama --json"),
+    ),
+    "report": (("at any time, also while it runs", "iterabre report runs/smollm2-demo"),),
+    "score": (
+        ("which layers matter least", "iterabre score --model Qwen/Qwen2.5-0.5B"),
+        (
+            "by another criterion, on your own text",
+            "iterabre score --model M --criterion block_influence --calibration my.txt",
+        ),
+    ),
+    "prune": (
+        ("without layers 20, 21 and 22", "iterabre prune --model DIR --drop 20-22 --output pruned"),
+        (
+            "attention of two layers only",
+            "iterabre prune --model M --drop 3,4 --granularity attention --output out",
+        ),
+    ),
+    "evaluate": (
+        ("lm-eval tasks", "iterabre evaluate --model pruned --tasks arc_easy,piqa"),
+        ("quickly, for a program", "iterabre evaluate --model DIR --tasks blimp --limit 50 --json"),
+        (
+            "how it writes and counts, and how fast",
+            "iterabre evaluate --model M --probes degeneration,arithmetic --throughput",
+        ),
+    ),
+    "export": (
+        (
+            "the recovered model of the second iteration",
+            "iterabre export runs/q --trajectory q--kd--seed0 --iteration 2 --output o",
+        ),
+    ),
+    "sweep": (
+        ("every layer once", "iterabre sweep --model DIR --output sweep"),
+        (
+            "some layers, on four GPUs of a cluster",
+            "iterabre sweep --model DIR --layers 0-9 --actors 4 --gpus 1 --address auto",
+        ),
+    ),
+    "init": (
+        ("asks", "iterabre init"),
+        (
+            "does not ask",
+            "iterabre init a.yaml --model Qwen/Qwen2.5-7B --fractions 0.1,0.25 --gpus 8",
+        ),
+        (
+            "small, for CPUs, with a text that is built in",
+            "iterabre init b.yaml --model DIR --gpus 0 --data wikitext-2-raw-validation",
+        ),
+    ),
+    "doctor": (
+        ("this machine", "iterabre doctor"),
+        ("a cluster and its storage", "iterabre doctor --address auto --storage s3://bucket/runs"),
+    ),
+    "schema": (
+        (
+            "then begin a file with: # yaml-language-server: $schema=campaign.schema.json",
+            "iterabre schema > campaign.schema.json",
+        ),
+    ),
+}
+
+
+def epilog(command: str) -> str:
+    """The examples of `command` as typer wants them: an empty line between what shall be lines."""
+    lines = ["Examples"]
+    for why, line in EXAMPLES[command]:
+        lines += [f"# {why}", line]
+    return "\n\n".join(lines)

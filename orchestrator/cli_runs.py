@@ -1,0 +1,98 @@
+"""The commands that look at a run, `status` and `report`, and what others show of one."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from orchestrator.errors import RequestError
+
+if TYPE_CHECKING:
+    from orchestrator.store import Store
+
+out = Console()
+err = Console(stderr=True)
+
+Run = Annotated[
+    str, typer.Argument(help="Where a run lies: runs/smollm2-demo, s3://bucket/runs/x.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
+
+
+def status(run: Run, as_json: Json = False) -> None:
+    """Show the numbers a run has so far, from its ledger, and what became of its trajectories."""
+    from orchestrator.store import Store
+
+    show_results(existing_run(run), as_json)
+    if not as_json:
+        show_outcomes(Store(run))
+
+
+def report(run: Run) -> None:
+    """Write the HTML report of a run, finished or not."""
+    out.print(str(build_report(existing_run(run))), soft_wrap=True)
+
+
+def existing_run(run: str) -> str:
+    from orchestrator.run_file import read_run
+    from orchestrator.store import Store
+
+    if read_run(Store(run)) is None:
+        raise RequestError(f"{run!r} holds no run: there is no campaign.json in it")
+    return run
+
+
+def show_results(run: str, as_json: bool = False) -> None:
+    from orchestrator.ledger import Ledger
+    from orchestrator.report.tables import iteration_table
+    from orchestrator.report.terminal import results_table
+    from orchestrator.store import Store
+
+    lines = iteration_table(Ledger(Store(run).ledger_uri).read())
+    if as_json:
+        sys.stdout.write(json.dumps(lines, indent=2, ensure_ascii=False) + "\n")
+        return
+    for trajectory in dict.fromkeys(line["trajectory"] for line in lines):
+        own = [line for line in lines if line["trajectory"] == trajectory]
+        out.print(results_table(own, out.width))
+    if not lines:
+        err.print("No stage is finished yet.")
+
+
+def show_outcomes(store: "Store") -> None:
+    """Name the trajectories that failed or were given up, with the reason."""
+    from orchestrator.outcomes import read_outcomes
+
+    for trajectory, outcome in read_outcomes(store).items():
+        if outcome.state != "done":
+            line = f"{outcome.state}: {trajectory}: {outcome.reason}"
+            err.print(line, style="red", markup=False, soft_wrap=True)
+
+
+def build_report(run: str) -> str:
+    from actors.artifacts import local_path, publish
+    from orchestrator.ledger import Ledger
+    from orchestrator.outcomes import read_outcomes
+    from orchestrator.report.html import Source, build_report
+    from orchestrator.run_file import read_run
+    from orchestrator.store import Store
+
+    store = Store(run)
+    stored = read_run(store) or {}
+    failed = {name: end.reason for name, end in read_outcomes(store).items() if end.state == "failed"}
+    source = Source(
+        Ledger(store.ledger_uri).read(),
+        stored["config"],
+        stored["versions"],
+        stored.get("planned", {}),
+        failed,
+    )
+    if directory := local_path(store.report_uri):
+        return str(build_report(source, directory))
+    with tempfile.TemporaryDirectory() as scratch:
+        build_report(source, Path(scratch))
+        return publish(Path(scratch), store.report_uri).uri
