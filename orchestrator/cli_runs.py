@@ -75,22 +75,12 @@ def show_outcomes(store: "Store") -> None:
 
 def build_report(run: str) -> str:
     from actors.artifacts import local_path, publish
-    from orchestrator.ledger import Ledger
-    from orchestrator.outcomes import read_outcomes
-    from orchestrator.report.html import Source, build_report
-    from orchestrator.run_file import read_run
+    from orchestrator.report.html import build_report
+    from orchestrator.report.run_source import read_source
     from orchestrator.store import Store
 
     store = Store(run)
-    stored = read_run(store) or {}
-    failed = {name: end.reason for name, end in read_outcomes(store).items() if end.state == "failed"}
-    source = Source(
-        Ledger(store.ledger_uri).read(),
-        stored["config"],
-        stored["versions"],
-        stored.get("planned", {}),
-        failed,
-    )
+    source = read_source(store)
     if directory := local_path(store.report_uri):
         return str(build_report(source, directory))
     with tempfile.TemporaryDirectory() as scratch:

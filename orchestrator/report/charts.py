@@ -46,6 +46,13 @@ class Chart:
     log_y: bool = False
     kind: Kind = "lines"
 
+    @property
+    def places(self) -> Sequence[float | str]:
+        """Where bars stand: numbers in order, names as they come."""
+        found = list(dict.fromkeys(x for curve in self.curves for x in curve.x))
+        numbers = [x for x in found if not isinstance(x, str)]
+        return sorted(numbers) if len(numbers) == len(found) else found
+
 
 @dataclass(frozen=True)
 class HeatMap:
@@ -158,6 +165,7 @@ def _chart(panel: Chart, legend: Sequence[str]) -> dict[str, Any]:
         "y": panel.y_title,
         "kind": panel.kind,
         "log": panel.log_y,
+        "places": [] if panel.kind == "lines" else panel.places,
         "curves": [
             {"n": curve.name, "g": legend.index(curve.legend), "x": curve.x, "y": _short(curve.y)}
             | ({"d": 1} if curve.dashed else {})

@@ -139,7 +139,9 @@ def method_grid(found: Sequence[Entry]) -> Grid | None:
     metrics = headline_metrics(rows)
     if not metrics or all(entry.phase == DENSE for entry in rows):
         return None
-    lines = [_labels(entry) | {name: entry.numbers.get(name) for name in metrics} for entry in _sorted(rows)]
+    lines = _same_columns(
+        [_labels(entry) | {name: entry.numbers.get(name) for name in metrics} for entry in _sorted(rows)]
+    )
     return Grid(
         "methods",
         "Methods at their targets",
@@ -328,8 +330,10 @@ def _depth_of_source(entry: Entry, found: Sequence[Entry]) -> int | None:
 
 
 def _sorted(found: Iterable[Entry]) -> list[Entry]:
-    """By model, then from the deepest to the shallowest; methods in their own order."""
-    return sorted(found, key=lambda entry: (entry.model, -entry.layers))
+    """From the deepest to the shallowest of each model; models and methods in their own order."""
+    found = list(found)
+    rank = {model: place for place, model in enumerate(dict.fromkeys(entry.model for entry in found))}
+    return sorted(found, key=lambda entry: (rank[entry.model], -entry.layers))
 
 
 def _same_columns(lines: Sequence[Line]) -> list[Line]:

@@ -120,7 +120,7 @@ def _draw_lines(chart: Chart, axes: Axes, colours: dict[str, str]) -> None:
 
 
 def _draw_bars(chart: Chart, axes: Axes, colours: dict[str, str]) -> None:
-    places = list(dict.fromkeys(x for curve in chart.curves for x in curve.x))
+    places = chart.places
     stacked = chart.kind == "stacked"
     width = 0.8 if stacked else 0.8 / len(chart.curves)
     below = [0.0] * len(places)

@@ -12,8 +12,9 @@ from orchestrator.report.measured import DENSE, PRUNED, RECOVERED, headline_metr
 from orchestrator.report.method_charts import dropped_layers, removed_layers, titled
 
 MOST_PANELS = 12
-RUN_DISTANCE = "run_distance/"
-"""Beginning of the metric of angular distances over runs of n layers: n follows."""
+RUN_CRITERION = "angular_block"
+"""The criterion that scores a run of layers by where it begins."""
+FIRST_SCORE = (pc.field("stage") == "score") & (pc.field("metric") == "score") & (pc.field("iteration") == 1)
 
 
 def source_figures(
@@ -29,9 +30,9 @@ def source_figures(
     """
     figures = [
         _over_share(source, found, methods),
-        _dropped_map(source, ledger),
+        _dropped_map(source, ledger, methods),
         _first_scores(source, ledger, criteria),
-        _run_distances(source, ledger),
+        _run_distances(source, ledger, criteria),
     ]
     return [drawn for drawn in figures if drawn is not None]
 
@@ -97,7 +98,7 @@ def _heals(method: str, metric: str, found: Sequence[Entry]) -> bool:
     return values[PRUNED] != values[RECOVERED]
 
 
-def _dropped_map(source: str, ledger: pa.Table) -> Figure | None:
+def _dropped_map(source: str, ledger: pa.Table, methods: Sequence[str]) -> Figure | None:
     """A row a method (and seed, where they differ): when each layer went."""
     dropped, removed = dropped_layers(ledger), removed_layers(ledger)
     if not dropped:
@@ -110,7 +111,8 @@ def _dropped_map(source: str, ledger: pa.Table) -> Figure | None:
             # Of the trajectories of a direct schedule, the one with the nearest target counts.
             went |= {layer: min(removed[place], went.get(layer, removed[place])) for layer in dropped[place]}
     rows: dict[str, dict[int, int]] = {}
-    for (method, seed), went in seeds.items():
+    rank = {method: place for place, method in enumerate(methods)}
+    for (method, seed), went in sorted(seeds.items(), key=lambda one: rank.get(one[0][0], len(rank))):
         if went and went != rows.get(method):
             rows[method if method not in rows else f"{method}, seed {seed}"] = went
     layers = tuple(range(max(layer for went in rows.values() for layer in went) + 1))
@@ -134,15 +136,16 @@ def _dropped_map(source: str, ledger: pa.Table) -> Figure | None:
 
 def _first_scores(source: str, ledger: pa.Table, criteria: Mapping[str, str]) -> Figure | None:
     """The scores of all layers of the unpruned model, a panel a criterion."""
-    wanted = (pc.field("stage") == "score") & (pc.field("metric") == "score") & (pc.field("iteration") == 1)
     scored: dict[str, dict[int, float]] = {}
     methods: dict[str, str] = {}
-    for row in ledger.filter(wanted).select(["method", "key", "layer", "value"]).to_pylist():
+    for row in ledger.filter(FIRST_SCORE).select(["method", "key", "layer", "value"]).to_pylist():
         scored.setdefault(row["key"], {})[row["layer"]] = row["value"]
         methods.setdefault(row["key"], row["method"])
     panels: dict[str, Panel | None] = {}
     for key, scores in scored.items():
         name = criteria.get(methods[key], methods[key])
+        if name == RUN_CRITERION:
+            continue
         layers = tuple(sorted(scores))
         curve = Curve("score", layers, tuple(scores[layer] for layer in layers))
         panels.setdefault(name, chart(name, "source layer", "score", [curve]))
@@ -155,17 +158,20 @@ def _first_scores(source: str, ledger: pa.Table, criteria: Mapping[str, str]) ->
     )
 
 
-def _run_distances(source: str, ledger: pa.Table) -> Figure | None:
-    """Angular distances over all runs of layers, each row from 0 to 1 (Gromov et al., Figure 4)."""
-    rows = ledger.filter(
-        (pc.field("stage") == "score")
-        & (pc.field("iteration") == 1)
-        & pc.starts_with(pc.field("metric"), RUN_DISTANCE)
-    )
+def _run_distances(source: str, ledger: pa.Table, criteria: Mapping[str, str]) -> Figure | None:
+    """Angular distances over runs of as many layers as were taken at once (Gromov et al., Figure 4)."""
+    angular = {method for method, criterion in criteria.items() if criterion == RUN_CRITERION}
+    sizes_of = {place[0]: len(layers) for place, layers in dropped_layers(ledger).items() if place[1] == 1}
     found: dict[int, dict[int, float]] = {}
-    for row in rows.select(["metric", "layer", "value"]).to_pylist():
-        found.setdefault(int(row["metric"].removeprefix(RUN_DISTANCE)), {})[row["layer"]] = row["value"]
-    if not found:
+    for row in ledger.filter(FIRST_SCORE).select(["method", "trajectory", "layer", "value"]).to_pylist():
+        if row["method"] in angular and row["trajectory"] in sizes_of:
+            found.setdefault(sizes_of[row["trajectory"]], {})[row["layer"]] = row["value"]
+    # No run begins at the last n - 1 layers.
+    found = {
+        size: {start: distances[start] for start in sorted(distances)[: len(distances) - size + 1]}
+        for size, distances in found.items()
+    }
+    if len(found) < 2:
         return None
     starts = tuple(sorted({start for distances in found.values() for start in distances}))
     sizes = tuple(sorted(found, reverse=True))
@@ -182,8 +188,9 @@ def _run_distances(source: str, ledger: pa.Table) -> Figure | None:
     return figure(
         f"angular-{source}",
         f"{source}: angular distance over runs of layers",
-        "As Figure 4 of The Unreasonable Ineffectiveness of the Deeper Layers: how much a run of n layers "
-        "turns the hidden state of the unpruned model. Crosses: the run of each length that does so least.",
+        "As Figure 4 of The Unreasonable Ineffectiveness of the Deeper Layers: how much a run of layers "
+        "turns the hidden state of the unpruned model, for the lengths that a method scored. A cross marks the "
+        "least of each.",
         [panel],
     )
 

@@ -73,7 +73,9 @@ def _size(entry: Entry, dense: Entry | None) -> str:
 
 
 def counted(parameters: int) -> str:
-    """A number of parameters with its unit: 134.5 M, 8.03 B."""
+    """A number of parameters, of many with its unit: 84,192, 134.5 M, 8.03 B."""
+    if parameters < 1e6:
+        return f"{parameters:,}"
     return f"{parameters / 1e9:,.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.4g} M"
 
 

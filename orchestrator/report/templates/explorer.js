@@ -17,7 +17,7 @@
     return sorted.filter((p) => ySign * p.y > best && ((best = ySign * p.y), true));
   }
 
-  const size = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} B` : `${(n / 1e6).toFixed(1)} M`);
+  const size = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} B` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} M` : n.toLocaleString("en"));
   const told = (p) => `${several ? `${p.model}, ` : ""}${p.method}${p.method === data.dense ? "" : `, seed ${p.seed}`}<br>${p.layers ?? "?"} layers, ${size(p.parameters)} parameters`;
 
   function draw() {

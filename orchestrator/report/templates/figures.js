@@ -7,6 +7,15 @@
     xaxis: { title: { text: panel.x }, automargin: true }, yaxis: { title: { text: panel.y }, automargin: true },
   });
 
+  // 1, 2 and 5 of every decade; of many decades the powers of ten.
+  function logTicks(values) {
+    const [low, high] = [Math.min(...values), Math.max(...values)], ticks = [];
+    for (let k = Math.floor(Math.log10(low)); k <= Math.ceil(Math.log10(high)); k++) {
+      for (const digit of high > 1000 * low ? [1] : [1, 2, 5]) ticks.push(digit * 10 ** k);
+    }
+    return ticks;
+  }
+
   function lines(panel, colours) {
     const traces = panel.curves.map((c) => ({
       name: c.n, x: c.x, y: c.y, legendgroup: c.g, type: "scatter",
@@ -17,7 +26,10 @@
     }));
     const layout = base(panel);
     layout.hovermode = "x unified";
-    if (panel.log) Object.assign(layout.yaxis, { type: "log", nticks: 6, minor: { ticks: "" } });
+    if (panel.log) {
+      const ticks = logTicks(panel.curves.flatMap((c) => c.y).filter((y) => y > 0));
+      Object.assign(layout.yaxis, { type: "log", tickvals: ticks, ticktext: ticks.map((v) => v.toPrecision(1) * 1 + "") });
+    }
     return [traces, layout];
   }
 
@@ -29,7 +41,7 @@
     const layout = base(panel);
     layout.barmode = panel.kind === "stacked" ? "stack" : "group";
     layout.hovermode = "x unified";
-    layout.xaxis.type = "category";
+    Object.assign(layout.xaxis, { type: "category", categoryorder: "array", categoryarray: panel.places.map(String) });
     return [traces, layout];
   }
 
