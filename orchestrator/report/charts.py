@@ -167,9 +167,9 @@ def _chart(panel: Chart, legend: Sequence[str]) -> dict[str, Any]:
         "log": panel.log_y,
         "places": [] if panel.kind == "lines" else panel.places,
         "curves": [
-            {"n": curve.name, "g": legend.index(curve.legend), "x": curve.x, "y": _short(curve.y)}
+            {"n": curve.name, "g": legend.index(curve.legend), "x": curve.x, "y": _all_short(curve.y)}
             | ({"d": 1} if curve.dashed else {})
-            | ({"e": _short(curve.stderr)} if curve.stderr else {})
+            | ({"e": _all_short(curve.stderr)} if curve.stderr else {})
             for curve in panel.curves
         ],
     }
@@ -183,13 +183,17 @@ def _map(panel: HeatMap) -> dict[str, Any]:
         "kind": "map",
         "xs": panel.x,
         "ys": panel.y,
-        "z": [_short(row) for row in panel.values],
+        "z": [_all_short(row) for row in panel.values],
         "value": panel.value_title,
         "marked": panel.marked,
         "zero": panel.around_zero,
     }
 
 
-def _short(values: Iterable[float | None]) -> list[float | None]:
-    """Numbers as a page shows them; what is not finite cannot stand in JSON."""
-    return [None if value is None or value - value != 0 else float(f"{value:.{DIGITS}g}") for value in values]
+def _all_short(values: Iterable[float | None]) -> list[float | None]:
+    return [None if value is None else short(value) for value in values]
+
+
+def short(value: float) -> float | None:
+    """A number as a page shows it; what is not finite cannot stand in JSON."""
+    return None if value - value != 0 else float(f"{value:.{DIGITS}g}")

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from orchestrator.report.charts import short
 from orchestrator.report.comparisons import NOT_PRUNED
 from orchestrator.report.figures import COLOURS
 from orchestrator.report.measured import DENSE, Measured, direction, headline_metrics
+from orchestrator.report.provenance import anchor_of
 
 AXES = {"parameters": "parameters", "layers": "layers left"}
 
@@ -39,7 +41,7 @@ def _point(model: Measured, metrics: Sequence[str]) -> dict[str, Any]:
         "layers": model.layers,
         "parameters": model.parameters,
         "numbers": {
-            name: [model.numbers[name].value, model.numbers[name].key]
+            name: [short(model.numbers[name].value), anchor_of(model.numbers[name].key)]
             for name in metrics
             if name in model.numbers
         },

@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
@@ -19,9 +21,8 @@ COLOURS = ("#4c8bc9", "#e08a3c", "#4aa96c", "#c25fb0", "#d9534f", "#b59a2b", "#3
 SEQUENCE = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#e8c51d")
 """Of what comes one after another: viridis."""
 CROSS = "#e5383b"
-FORMATS = ("png", "svg")
-MOST_TICKS = 16
-DPI = 130
+MOST_TICKS, SMALL_TICKS = 16, 4
+DPI, POINTS_PER_INCH = 110, 72
 MOST_COLUMNS = 3
 FEW = 24
 """So many figures are drawn in this process; more are worth the start of others."""
@@ -72,10 +73,12 @@ def write_files(figure: Figure, stem: Path) -> None:
     canvas.suptitle(figure.title, fontsize=11)
     _legend(figure, canvas, colours)
     with rc_context({"svg.fonttype": "none"}):
-        for ending in FORMATS:
-            canvas.savefig(stem.with_name(f"{stem.name}.{ending}"), dpi=DPI)
-            # The layout, the slowest part, is good for all formats.
-            canvas.set_layout_engine("none")
+        # `savefig` would draw twice for each file, and lay out again.
+        canvas.set_dpi(DPI)
+        FigureCanvasAgg(canvas).print_png(stem.with_name(f"{stem.name}.png"))
+        canvas.set_layout_engine("none")
+        canvas.set_dpi(POINTS_PER_INCH)
+        FigureCanvasSVG(canvas).print_svg(stem.with_name(f"{stem.name}.svg"))
 
 
 def _draw(panel: Panel, axes: Axes, colours: dict[str, str], small: bool) -> None:
@@ -83,6 +86,8 @@ def _draw(panel: Panel, axes: Axes, colours: dict[str, str], small: bool) -> Non
         _draw_map(panel, axes)
     elif panel.kind == "lines":
         _draw_lines(panel, axes, colours)
+        if small and not panel.log_y:
+            axes.locator_params(nbins=SMALL_TICKS)
     else:
         _draw_bars(panel, axes, colours)
     axes.set_title(panel.title if small else "", fontsize=9)

@@ -100,8 +100,9 @@ def build_report(source: Source, out_dir: Path) -> Path:
         updated=pc.max(ledger["when"]).as_py(),
         plotly_js=Markup(get_plotlyjs()),
     )  # fmt: skip
-    write_all(drawn.files)
+    # The page first: the figures for print take far longer.
     write_bytes(str(out_dir / "index.html"), page.encode())
+    write_all(drawn.files)
     return out_dir / "index.html"
 
 

@@ -25,12 +25,12 @@ class Stage:
 
     @property
     def anchor(self) -> str:
-        return f"stage-{self.key[:16]}"
+        return anchor_of(self.key)
 
     @property
     def told(self) -> str:
         """One line for a hint."""
-        return f"{self.kind} {self.key[:12]}, {self.when:%Y-%m-%d %H:%M} UTC"
+        return f"{self.kind} {self.key[:8]}"
 
     @property
     def uses(self) -> str:
@@ -42,6 +42,11 @@ class Stage:
     def manifest(self) -> str | None:
         """The manifest (settings, data hashes, versions), seen from the report's directory."""
         return None if self.kind in NO_MANIFEST else f"../stages/{self.kind}/{self.key}/manifest.json"
+
+
+def anchor_of(key: str) -> str:
+    """Where in the page a stage is told of."""
+    return f"stage-{key[:16]}"
 
 
 def stages_of(ledger: pa.Table) -> Mapping[str, Stage]:

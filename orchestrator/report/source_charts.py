@@ -189,8 +189,8 @@ def _run_distances(source: str, ledger: pa.Table, criteria: Mapping[str, str]) -
         f"angular-{source}",
         f"{source}: angular distance over runs of layers",
         "As Figure 4 of The Unreasonable Ineffectiveness of the Deeper Layers: how much a run of layers "
-        "turns the hidden state of the unpruned model, for the lengths that a method scored. A cross marks the "
-        "least of each.",
+        "turns the hidden state of the unpruned model, for the lengths that a method scored. A cross marks "
+        "the least of each.",
         [panel],
     )
 

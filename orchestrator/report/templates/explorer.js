@@ -58,7 +58,7 @@
   for (const control of [metric, axis, source, methods]) control.addEventListener("change", draw);
   draw();
   chart.on("plotly_click", (event) => {
-    const key = event.points[0].customdata;
-    if (key) location.hash = `stage-${key.slice(0, 16)}`;
+    const stage = event.points[0].customdata;
+    if (stage) location.hash = stage;
   });
 })();
