@@ -233,7 +233,7 @@ def main() -> int:
     asked = parser.parse_args()
     directory = asked.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    os.environ |= _environment(directory)
+    os.environ |= environment(directory)
     adopt_orphans()
     # So that a run which is stopped ends its cluster, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -251,7 +251,7 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def _environment(directory: Path) -> dict[str, Any]:
+def environment(directory: Path) -> dict[str, Any]:
     """Of every process. The token is the clusters' own: Ray would else take the user's, here and there."""
     token = directory / "token"
     if not token.exists():

@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from actors.contracts import EvaluationResult, EvaluationSpec, ModelRef, ModelSpec, PerplexitySpec, TextSpec
 from actors.errors import RequestError
@@ -14,6 +17,7 @@ from actors.evaluation import actor, evaluate
 from actors.evaluation.actor import EvalActor, evaluate_all_on_ray, evaluate_on_ray
 from actors.models import materialize
 from tests.tiny_models import save_tiny
+from tests.unit.orchestrator.command import iterabre
 
 pytestmark = pytest.mark.usefixtures("ray_two_cpus")
 
@@ -83,3 +87,23 @@ def test_actors_killed_in_mid_task_change_no_number(
 def test_an_unreadable_task_is_told_as_it_is(specs: list[EvaluationSpec]) -> None:
     with pytest.raises(RequestError, match="'blimp_smaple'"):
         _on_pool(replace(specs[0], tasks=("blimp_smaple",)), 2)
+
+
+def test_a_sweep_on_actors_gives_the_table_of_one_process(
+    specs: list[EvaluationSpec], tmp_path: Path
+) -> None:
+    arguments = [
+        "sweep", "--model", specs[0].model.source.path, "--layers", "0,2,3", "--probes",
+        "degeneration,arithmetic", "--tasks", "blimp_sample", "--limit", "4", "--max-new-tokens", "6",
+    ]  # fmt: skip
+    here = iterabre(*arguments, "--output", tmp_path / "here")
+    assert here.exit_code == 0, here.err
+    address = ray.get_runtime_context().gcs_address
+    pool = ["--output", str(tmp_path / "pool"), "--address", address, "--actors", "2", "--cpus", "0.5"]
+    command = [sys.executable, "-m", "orchestrator.cli", *arguments, *pool]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "pool/sweep.csv").read_text()
+    measured = {row.partition(",")[2] for row in table.splitlines()}
+    assert len(measured) == 5, "a header, the unpruned model, and three prunings that differ"
+    assert table == (tmp_path / "here/sweep.csv").read_text()
