@@ -10,6 +10,9 @@ any difference beyond the tolerance ends the script with exit code 1. A sum of h
 log-probabilities depends on how a batch was padded: `--other-batch N` runs HFLM on the same requests
 at another batch size, too, and what it then differs by from the command is tolerated.
 
+`--count` counts what either multiplies, too (FLOPs of all matrix products): how many times less of it
+we do is the most that can be gained.
+
 Tasks with local data come with `--include-path`; their relative paths are those of the directory
 that the script runs in. The defaults take some ten minutes with SmolLM2-135M on two idle cores.
 """
@@ -27,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.evaluation.harness import TASKS, PrefixTreeLM
@@ -83,6 +88,15 @@ def run(lm: Any, task: str, options: argparse.Namespace) -> Run:
     return Run(found["results"], values, seconds, cpu_seconds)
 
 
+def _flops(lm: Any, task: str, options: argparse.Namespace) -> int:
+    """Of all matrix products, attention's included; counting takes time, so these runs are not timed."""
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know
+    attention = {op: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        run(lm, task, options)
+    return counter.get_total_flops()
+
+
 def _loglikelihoods(samples: list[dict[str, Any]]) -> Iterator[float]:
     """Of each request of each sample; the command writes them as text. Generated text has none."""
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
@@ -117,8 +131,8 @@ def compare_speed(options: argparse.Namespace) -> bool:
     model.to(device())
     stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
     ours = PrefixTreeLM(model, tokenizer, options.batch_size)
-    print("| task | requests | stock s | ours s | × | CPU × | score diff. | log-lik. diff. | ppl. diff. |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)
+    print("| task | requests | stock s | ours s | × | CPU × | FLOP × | scores | log-lik. | ppl. |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)
     agreed = True
     for task in options.tasks:
         turns = [(run(stock, task, options), run(ours, task, options)) for _ in range(options.rounds)]
@@ -126,9 +140,11 @@ def compare_speed(options: argparse.Namespace) -> bool:
         cpu = [min(turn[which].cpu_seconds for turn in turns) for which in (0, 1)]
         apart = difference(turns[0][1], turns[0][0])
         agreed &= apart.tolerable()
+        fewer = _flops(stock, task, options) / _flops(ours, task, options) if options.count else math.nan
         print(
             f"| {task} | {len(turns[0][0].loglikelihoods)} | {seconds[0]:.2f} | {seconds[1]:.2f} "
-            f"| {seconds[0] / seconds[1]:.2f} | {cpu[0] / cpu[1]:.2f} | {apart.scores:g} "
+            f"| {seconds[0] / seconds[1]:.2f} | {cpu[0] / cpu[1]:.2f} "
+            f"| {f'{fewer:.2f}' if options.count else ''} | {apart.scores:g} "
             f"| {apart.loglikelihood:.1e} | {apart.perplexity:.1e} |",
             flush=True,
         )
@@ -213,6 +229,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=8, help="documents of each task; 0 is all of them")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--count", action="store_true", help="count FLOPs, too")
     parser.add_argument("--compare", action="store_true", help="compare numbers with the lm_eval command")
     parser.add_argument("--other-batch", type=int, help="with --compare: another batch size of HFLM")
     parser.add_argument("--drop", help="with --compare: layers of the pruned model, as 3,4 or 22-28")
