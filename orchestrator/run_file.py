@@ -8,7 +8,8 @@ from typing import Any
 from pyarrow.fs import FileSelector
 
 from actors.artifacts import explained, filesystem, read_bytes, write_bytes
-from orchestrator.errors import RunExistsError
+from orchestrator.config import parse_config
+from orchestrator.errors import ConfigError, RunExistsError
 from orchestrator.store import Store, installed_versions
 
 FORMAT = 1
@@ -58,7 +59,7 @@ def check_run(store: Store, config: dict[str, Any], resume: bool) -> None:
         raise RunExistsError(
             f"{store.uri} holds a run; continue it with --resume or choose another storage.path or name"
         )
-    if changes := _differences(stored["config"], json.loads(json.dumps(config))):
+    if changes := _differences(_completed(stored["config"]), json.loads(json.dumps(config))):
         raise RunExistsError(
             f"{store.uri} was started with another configuration; undo these changes or choose another "
             "name:\n" + "\n".join(f"  {line}" for line in changes)
@@ -69,6 +70,17 @@ def read_run(store: Store) -> dict[str, Any] | None:
     """What `open_run` wrote (`config`, `versions`, `planned`, `created_at`), or None if there is no run."""
     text = read_bytes(store.run_file_uri)
     return None if text is None else json.loads(text)
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration as this version would record it: fields that came later at their defaults.
+
+    What this version cannot read is compared as it stands.
+    """
+    try:
+        return parse_config(config, "campaign.json").model_dump(mode="json")
+    except ConfigError:
+        return config
 
 
 def _holds_something(uri: str) -> bool:

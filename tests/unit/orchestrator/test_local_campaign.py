@@ -161,6 +161,23 @@ def test_a_damaged_stage_is_set_aside_and_run_again(copied: Path, config: str) -
     assert _measured(copied) == numbers
 
 
+def test_a_field_that_came_later_is_at_its_default(copied: Path, config: str) -> None:
+    before = _times(copied)
+    file = copied / "campaign.json"
+    recorded = json.loads(file.read_text())
+    del recorded["config"]["execution"]["cluster_maximum"]
+    del recorded["config"]["methods"][0]["recovery"]["packing"]
+    file.write_text(json.dumps(recorded))
+    assert _resume(config, copied).exit_code == 0
+    assert _times(copied) == before
+    other = "methods.0.recovery.packing=documents"
+    answer = iterabre(
+        "campaign", config, "--resume", "--set", f"storage.path={copied.parent}", "--set", other
+    )
+    assert answer.exit_code == 2
+    assert "packing" in answer.err
+
+
 def test_another_target_is_another_run(run: Path, config: str) -> None:
     answer = iterabre("campaign", config, "--resume", "--set", "targets=[{layers: 1}]")
     assert answer.exit_code == 2
