@@ -31,6 +31,12 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
 )
 
+_CREDENTIAL = re.compile(
+    r"://[^/@\s]+@|[?&](access_key|secret_key|session_token|password|token)=|\bhf_\w{20,}|\bAKIA\w{16}\b",
+    re.IGNORECASE,
+)
+"""User and password in a URI, keys among its options, and what tokens of the hub and keys of AWS are like."""
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> CampaignConfig:
     """Read a campaign file and apply `--set a.b=c` overrides.
@@ -60,6 +66,9 @@ def parse_config(raw: dict[str, Any], where: str) -> CampaignConfig:
     Raises:
         ConfigError: every wrong field on a line of its own.
     """
+    # First of all, as other messages repeat what they refuse.
+    if lines := [*_credentials(raw)]:
+        raise ConfigError("\n".join([f"{where} holds what runs would write down for all to read:", *lines]))
     methods, origins = _concrete_methods(raw)
     try:
         config = CampaignConfig.model_validate({**raw, "methods": methods} if origins else raw)
@@ -70,6 +79,21 @@ def parse_config(raw: dict[str, Any], where: str) -> CampaignConfig:
     if lines:
         raise ConfigError("\n".join([f"{where} is not a valid campaign file:", *dict.fromkeys(lines)]))
     return config
+
+
+def _credentials(value: Any, *place: int | str) -> Iterator[str]:
+    """A line for every text with a credential in it, which the line does not repeat."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _credentials(part, *place, name)
+    elif isinstance(value, list):
+        for position, part in enumerate(value):
+            yield from _credentials(part, *place, position)
+    elif isinstance(value, str) and _CREDENTIAL.search(value):
+        yield (
+            f"  {_dotted(place)}: holds a password, token or key; take it out, and give it by the "
+            "environment (HF_TOKEN, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or the machine's own role"
+        )
 
 
 def _concrete_methods(raw: dict[str, Any]) -> tuple[list[Any], list[int]]:

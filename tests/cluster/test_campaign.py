@@ -22,6 +22,13 @@ OF_THE_MACHINE = ("s", "tokens/s", "bytes")
 
 TEXT = "The gods and goddesses worshipped in the ancient land give rise to local manifestations .\n"
 
+SECRETS = {
+    "HF_TOKEN": "hf_PlantedInTheEnvironment0123",
+    "AWS_SECRET_ACCESS_KEY": "planted/aws/secret/key/0123",
+    "WANDB_API_KEY": "planted0wandb0key0123456789",
+}
+"""What every command has in its environment, and nothing that it leaves may hold."""
+
 
 def campaign(root: Path, name: str, **execution: Any) -> Path:
     """A campaign file: a tiny Llama of 6 layers to 4, with a short recovery each."""
@@ -70,7 +77,7 @@ def campaign(root: Path, name: str, **execution: Any) -> Path:
 def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
     """The command, in a process group of its own."""
     command = [sys.executable, "-m", "orchestrator.cli", "campaign", str(file), *arguments]
-    environment = {**os.environ, "RAY_memory_monitor_refresh_ms": "0", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **SECRETS, "RAY_memory_monitor_refresh_ms": "0", "HF_HUB_OFFLINE": "1"}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
         command,
@@ -145,6 +152,7 @@ def undisturbed(root: Path) -> Path:
     """A run on Ray that nothing disturbed."""
     output = finish(start(campaign(root, "undisturbed")))
     assert "undisturbed/models" in output.replace("\n", "")
+    assert not any(secret in output for secret in SECRETS.values())
     return root / "runs" / "undisturbed"
 
 
@@ -163,6 +171,14 @@ def test_exported_model_opens_without_this_project(undisturbed: Path) -> None:
     provenance = json.loads((exported / "iterabre.json").read_text())
     assert provenance["dropped_source_layers"] == sorted(dropped(undisturbed))
     assert provenance["recovery_tokens"] == 2 * 384
+
+
+def test_no_file_of_a_run_holds_a_secret_of_the_environment(undisturbed: Path) -> None:
+    files = [file for file in undisturbed.rglob("*") if file.is_file()]
+    kinds = {file.relative_to(undisturbed).parts[0] for file in files}
+    assert {"campaign.json", "stages", "ledger", "logs", "report", "models"} <= kinds
+    contents = {file: file.read_bytes() for file in files}
+    assert not [(f, name) for f, c in contents.items() for name, s in SECRETS.items() if s.encode() in c]
 
 
 def test_local_backend_gives_the_same_layers_and_numbers(root: Path, undisturbed: Path) -> None:

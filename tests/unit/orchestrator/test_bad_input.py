@@ -295,6 +295,26 @@ def test_wrong_campaigns_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("path", "value", "secret"),
+    [
+        ("storage.path", "s3://AKEY:plantedsecret@bucket/runs", "plantedsecret"),
+        ("storage.path", "s3://bucket/runs?access_key=a&secret_key=plantedsecret", "plantedsecret"),
+        ("models.0.path", "https://user:plantedsecret@example.org/model", "plantedsecret"),
+        ("models.0.id", "hf_PlantedInTheConfig0123456789", "hf_Planted"),
+    ],
+)
+def test_credentials_in_a_campaign_are_refused_and_not_repeated(
+    path: str, value: str, secret: str, place: Path, tmp_path: Path
+) -> None:
+    file = write_campaign(tiny_campaign(place), tmp_path / "c.yaml")
+    for command in ("plan", "campaign", "compress"):
+        answer = iterabre(command, file, "--set", f"{path}={value}")
+        _refused(answer, f"{path}: holds a password, token or key; take it out", "HF_TOKEN")
+        assert secret not in answer.err
+    assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("name: [tiny", "is no YAML"),
