@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,11 +18,9 @@ from rich.console import Console
 from orchestrator import cli_plan, cli_runs, cli_setup, cli_sweep
 from orchestrator.cli_examples import epilog
 from orchestrator.cli_runs import Json, Run
+from orchestrator.cli_sweep import AllowCodeExecution, Dtype, IncludePath, Model, Probes, TaskSuffix
 from orchestrator.config import CampaignConfig, load_config
 from orchestrator.errors import IterabreError, RequestError, WorkError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     help="Make language models smaller: remove whole layers, heal each removal, repeat. On Ray.",
@@ -45,10 +43,6 @@ Resume = Annotated[
 Address = Annotated[
     str | None, typer.Option(help="Ray cluster to join: auto, or HOST:PORT. This machine alone if not given.")
 ]
-Model = Annotated[
-    str, typer.Option("--model", help="Hub id, directory, GGUF file, or package://PACKAGE/FILE.gguf.")
-]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Granularity = Annotated[
     str, typer.Option(help="What is removed: block, or attention or mlp of single blocks, left as zeros.")
 ]
@@ -172,16 +166,12 @@ def prune(
 def evaluate(
     model: Model,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks and suites, separated by commas.")] = "",
-    probes: Annotated[
-        str, typer.Option(help="degeneration, arithmetic, code_failures; separated by commas.")
-    ] = "",
+    probes: Probes = "",
     throughput: Annotated[bool, typer.Option("--throughput", help="Measure speed and memory, too.")] = False,
-    allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run code that the model writes, in a sandbox.")
-    ] = False,
+    allow_code_execution: AllowCodeExecution = False,
     limit: Annotated[int | None, typer.Option(help="Only the first so many documents.", min=1)] = None,
-    include_path: Annotated[str | None, typer.Option(help="Directory with further lm-eval tasks.")] = None,
-    task_suffix: Annotated[str, typer.Option(help="Added to the names of suite members.")] = "",
+    include_path: IncludePath = None,
+    task_suffix: TaskSuffix = "",
     batch_size: Annotated[
         int | None, typer.Option(help="Longest requests at a time; by default what memory allows.", min=1)
     ] = None,

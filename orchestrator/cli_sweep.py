@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from orchestrator.cli_runs import Json
 from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
@@ -16,42 +17,47 @@ if TYPE_CHECKING:
 out = Console()
 err = Console(stderr=True)
 
+Model = Annotated[
+    str, typer.Option("--model", help="Hub id, directory, GGUF file, or package://PACKAGE/FILE.gguf.")
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+IncludePath = Annotated[str | None, typer.Option(help="Directory with further lm-eval tasks.")]
+TaskSuffix = Annotated[str, typer.Option(help="Added to the names of suite members.")]
+AllowCodeExecution = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Run code that the model writes, in a sandbox.")
+]
+Probes = Annotated[str, typer.Option(help="degeneration, arithmetic, code_failures; separated by commas.")]
+Layers = Annotated[
+    str | None, typer.Option(help="Layers to remove, one at a time, e.g. 0-9,29; all if not given.")
+]
+Limit = Annotated[
+    int | None, typer.Option(help="Only the first so many prompts, problems, documents.", min=1)
+]
+BatchSize = Annotated[str, typer.Option(help="Longest requests at a time; auto is what memory allows.")]
+Actors = Annotated[
+    int, typer.Option(help="Ray actors that share the models; 0 works in this process.", min=0)
+]
+
 
 def sweep(
-    model: Annotated[
-        str, typer.Option("--model", help="Hub id, directory, GGUF file, or package://PACKAGE/FILE.gguf.")
-    ],
-    probes: Annotated[
-        str, typer.Option(help="degeneration, arithmetic, code_failures; separated by commas.")
-    ] = "degeneration,arithmetic",
+    model: Model,
+    probes: Probes = "degeneration,arithmetic",
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
     suites: Annotated[str, typer.Option(help="Suites of tasks, separated by commas.")] = "",
-    task_suffix: Annotated[str, typer.Option(help="Added to the names of suite members.")] = "",
-    include_path: Annotated[str | None, typer.Option(help="Directory with further lm-eval tasks.")] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Layers to remove, one at a time, e.g. 0-9,29; all if not given.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first so many prompts, problems, documents.", min=1)
-    ] = None,
+    task_suffix: TaskSuffix = "",
+    include_path: IncludePath = None,
+    layers: Layers = None,
+    limit: Limit = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest text that a probe asks for.", min=1)] = 128,
-    allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run code that the model writes, in a sandbox.")
-    ] = False,
-    batch_size: Annotated[
-        str, typer.Option(help="Longest requests at a time; auto is what memory allows.")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    allow_code_execution: AllowCodeExecution = False,
+    batch_size: BatchSize = "auto",
+    dtype: Dtype = "float32",
     output: Annotated[Path, typer.Option(help="Directory for the table and the plots.")] = Path("sweep"),
-    actors: Annotated[
-        int, typer.Option(help="Ray actors that share the models; 0 works in this process.", min=0)
-    ] = 0,
+    actors: Actors = 0,
     cpus: Annotated[float, typer.Option(help="CPUs an actor.")] = 1.0,
     gpus: Annotated[float, typer.Option(help="GPUs an actor; may be a fraction.", min=0)] = 0.0,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join: auto, or HOST:PORT.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON for machines instead of a table.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Remove every layer once and measure what is lost: a table and a plot."""
     from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, to_json
