@@ -26,6 +26,7 @@ from actors.data.text import builtin_file
 from actors.evaluation import check_probes, check_tasks
 from actors.models import BLOCK, check_prunable, describe_model, load_tokenizer
 from actors.models.merge import MERGES
+from actors.plugins import releases
 from actors.recovery import check_data, check_recovery, find_objective
 from actors.scoring import find_criterion
 from orchestrator.config import CampaignConfig, MethodConfig, SearchConfig
@@ -185,6 +186,8 @@ class TrajectoryPlan:
             if isinstance(spec, RecoverySpec):
                 theirs = {k: v for k, v in json.loads(spec.deepspeed).items() if k in PRECISION}
                 named["precision"] = [spec.precision, theirs]
+            if plugged := releases(spec):
+                named["plugins"] = plugged
             return {name: self.key_inputs(value) for name, value in named.items()}
         if isinstance(spec, (list, tuple)):
             return [self.key_inputs(value) for value in spec]

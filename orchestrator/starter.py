@@ -73,8 +73,8 @@ def _text(answers: Answers) -> str:
 
 
 def _quoted(value: str) -> str:
-    """As YAML takes it whatever is in it."""
-    return yaml.safe_dump(value, width=10_000).splitlines()[0]
+    """As YAML takes it whatever is in it, inside braces, too."""
+    return yaml.safe_dump([value], default_flow_style=True, width=10_000).strip()[1:-1]
 
 
 def _as_floats(text: str) -> str:

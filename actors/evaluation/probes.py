@@ -13,11 +13,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contracts import EvaluationSpec, Metric
-from actors.errors import unknown_name
 from actors.evaluation.arithmetic import answer_problems, draw_problems
 from actors.evaluation.code_tasks import score_code
 from actors.evaluation.degeneration import repetition, self_bleu
 from actors.evaluation.generation import respond
+from actors.plugins import find_row
 
 PROMPTS = Path(__file__).with_name("prompts")
 NUM_PROBLEMS = 200
@@ -51,15 +51,14 @@ class Probe:
 def check_probes(names: Sequence[str]) -> None:
     """Raise RequestError for a name that is no probe."""
     for name in names:
-        if name not in PROBES:
-            raise unknown_name("probe", name, PROBES)
+        find_row("probe", name, PROBES, Probe)
 
 
 def run_probe(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
 ) -> list[Metric]:
     """Metrics `name/measure` of one probe, measured on a model that is in memory."""
-    measured = PROBES[name].run(model, tokenizer, spec)
+    measured = find_row("probe", name, PROBES, Probe).run(model, tokenizer, spec)
     return [Metric(f"{name}/{metric.name}", metric.value, metric.unit, metric.stderr) for metric in measured]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from actors.contracts import RecoverySpec
 from actors.data import TrainingData
-from actors.errors import unknown_name
+from actors.plugins import find_row
 from actors.recovery.bridge import Solution, solve_bridges
 from actors.recovery.causal import CausalLM
 from actors.recovery.distillation import LockstepDistiller
@@ -100,11 +100,9 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def find_objective(name: str) -> Objective:
-    """The row of that name.
+    """The row of that name, ours or of another installed package.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is none, or another package's cannot be used.
     """
-    if name not in OBJECTIVES:
-        raise unknown_name("recovery objective", name, OBJECTIVES)
-    return OBJECTIVES[name]
+    return find_row("recovery objective", name, OBJECTIVES, Objective)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from actors.errors import RequestError, unknown_name
 from actors.models import BLOCK, check_granularity
+from actors.plugins import find_row
 from actors.scoring import measures
 from actors.scoring.measures import Measure
 from actors.scoring.pooling import POOLING
@@ -205,23 +206,22 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def find_criterion(name: str, pooling: str = "flatten", granularity: str = BLOCK) -> Criterion:
-    """The criterion of that name.
+    """The criterion of that name, ours or of another installed package.
 
     Raises:
         RequestError: an unknown criterion, pooling or granularity, with the nearest names,
             or a criterion of whole blocks for something else.
     """
-    if name not in CRITERIA:
-        raise unknown_name("criterion", name, CRITERIA)
+    criterion = find_row("criterion", name, CRITERIA, Criterion)
     if pooling not in POOLING:
         raise unknown_name("pooling", pooling, POOLING)
     check_granularity(granularity)
-    if granularity != BLOCK and CRITERIA[name].blocks_only:
+    if granularity != BLOCK and criterion.blocks_only:
         raise RequestError(
             f"criterion {name!r} chooses whole blocks and has no meaning for {granularity} alone; "
             "set granularity: block or take another criterion"
         )
-    return CRITERIA[name]
+    return criterion
 
 
 def removal_order(scores: Sequence[float], highest_first: bool, run: int = 1) -> list[int]:

@@ -32,7 +32,8 @@ _Loader.add_implicit_resolver(
 )
 
 _CREDENTIAL = re.compile(
-    r"://[^/@\s]+@|[?&](access_key|secret_key|session_token|password|token)=|\bhf_\w{20,}|\bAKIA\w{16}\b",
+    r"://[^:@?\s]+:[^@?\s]+@|[?&]\w*(access_key|secret_key|token|password)=|%3A%2F%2F[^&]+%40"
+    r"|\bhf_[A-Za-z0-9]{24,}|\bA[KS]IA[A-Z0-9]{16}\b",
     re.IGNORECASE,
 )
 """User and password in a URI, keys among its options, and what tokens of the hub and keys of AWS are like."""

@@ -104,7 +104,7 @@ class MergeConfig(Section):
 class ScoringConfig(Section):
     """How the next layer to remove is chosen."""
 
-    criterion: str = Field("hidden_cosine", description="A name in the table of criteria.")
+    criterion: str = Field("hidden_cosine", description="A name in the table of criteria, or a plug-in's.")
     granularity: Literal["block", "attention", "mlp"] = Field(
         "block", description="What is removed: whole blocks, or the attention or the MLP of single blocks."
     )
@@ -194,7 +194,7 @@ class GenerationConfig(Section):
 class RecoveryConfig(Section):
     """How a pruned model is healed. The defaults are the paper's (IteRABRe §4)."""
 
-    objective: str = Field("kd", description="A name in the table of objectives.")
+    objective: str = Field("kd", description="A name in the table of objectives, or a plug-in's.")
     start: Literal["linear_bridge"] | None = Field(
         None, description="What is done in closed form before the objective is trained."
     )
@@ -283,7 +283,9 @@ class EvaluationConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="Longest requests at a time; `auto` is what memory allows. Changes no result."
     )
-    probes: list[str] = Field([], description="degeneration, arithmetic, code_failures; see docs/probes.md.")
+    probes: list[str] = Field(
+        [], description="degeneration, arithmetic, code_failures, or a plug-in's; see docs/probes.md."
+    )
     max_new_tokens: int = Field(128, ge=1, description="Longest text that a probe has the model write.")
     allow_code_execution: bool = Field(
         False, description="Run the code that the model writes, in a sandbox, against its tests."

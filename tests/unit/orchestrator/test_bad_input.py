@@ -300,7 +300,11 @@ def test_wrong_campaigns_are_refused(
         ("storage.path", "s3://AKEY:plantedsecret@bucket/runs", "plantedsecret"),
         ("storage.path", "s3://bucket/runs?access_key=a&secret_key=plantedsecret", "plantedsecret"),
         ("models.0.path", "https://user:plantedsecret@example.org/model", "plantedsecret"),
+        ("storage.path", "s3://AKEY:ab/plantedsecret+ef@bucket/runs", "plantedsecret"),
+        ("storage.path", "s3://bucket/runs?aws_secret_access_key=plantedsecret", "plantedsecret"),
+        ("storage.path", "s3://b/r?endpoint_override=http%3A%2F%2Fu%3Aplantedsecret%40h", "plantedsecret"),
         ("models.0.id", "hf_PlantedInTheConfig0123456789", "hf_Planted"),
+        ("models.0.id", "ASIAPLANTED012345678", "ASIAPLANTED"),
     ],
 )
 def test_credentials_in_a_campaign_are_refused_and_not_repeated(
@@ -312,6 +316,21 @@ def test_credentials_in_a_campaign_are_refused_and_not_repeated(
         _refused(answer, f"{path}: holds a password, token or key; take it out", "HF_TOKEN")
         assert secret not in answer.err
     assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "hf_internal_testing_tiny_random_llama",
+        "models/hf_converted_checkpoint_step_1000",
+        "abfs://container@account.dfs.core.windows.net/models",
+        "s3://bucket/a@b:c@d",
+    ],
+)
+def test_names_that_look_like_credentials_are_none(value: str, place: Path) -> None:
+    campaign = tiny_campaign(place)
+    campaign["models"][0]["path"] = value
+    assert parse_config(campaign, "c.yaml").models[0].path == value
 
 
 @pytest.mark.parametrize(

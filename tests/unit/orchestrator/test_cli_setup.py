@@ -28,10 +28,10 @@ def test_init_writes_a_file_that_the_campaign_reads(tmp_path: Path) -> None:
 
 def test_init_without_gpus_asks_for_none(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    iterabre("init", file, "--model", "m", "--gpus", "0", "--data", "a: b.txt")
+    iterabre("init", file, "--model", "m", "--gpus", "0", "--data", "a: b, {c}.txt")
     config = load_config(file)
     assert (config.models[0].dtype, config.execution.training.gpus) == ("float32", 0)
-    assert config.methods[0].recovery.data.path == "a: b.txt"
+    assert config.methods[0].recovery.data.path == "a: b, {c}.txt"
 
 
 def test_init_takes_a_name_a_budget_and_a_built_in_text(tmp_path: Path) -> None:

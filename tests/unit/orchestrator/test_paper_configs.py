@@ -89,7 +89,7 @@ HEADS = {
     "qwen2.5-0.5b": {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936},
 }
 PARAMETERS = {"llama-3.1-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400, "qwen2.5-7b": 7_615_616_512}
-"""As the models' cards on the hub count them."""
+"""As the authors of the models state them, from memory: the hub was not asked."""
 
 
 def paper_model(directory: Path, name: str) -> str:

@@ -1,0 +1,79 @@
+"""Criteria, objectives and probes of other installed packages, which register them as entry points.
+
+A package that is to be used on a cluster is installed on every node, as this one is.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from typing import Any, TypeVar
+
+from actors.contracts import EvaluationSpec, RecoverySpec, ScoreSpec
+from actors.errors import RequestError, unknown_name
+
+RowT = TypeVar("RowT")
+
+GROUPS: Mapping[str, str] = {
+    "criterion": "iterabre.criteria",
+    "recovery objective": "iterabre.objectives",
+    "probe": "iterabre.probes",
+}
+"""The group of entry points of each kind of row."""
+
+
+def find_row(kind: str, name: str, built_in: Mapping[str, RowT], row_type: type[RowT]) -> RowT:
+    """The row of that name: of the table `built_in`, or what a package has registered.
+
+    Raises:
+        RequestError: there is none, a package has taken a name of the table's, two have the
+            same, or what is registered cannot be imported or is no `row_type`.
+    """
+    registered = _registered(kind)
+    found = [*registered.select(name=name)]
+    if not found:
+        if name not in built_in:
+            raise unknown_name(kind, name, {*built_in, *registered.names})
+        return built_in[name]
+    if name in built_in or len(found) > 1:
+        others = ["this project"] if name in built_in else []
+        holders = " and ".join([*others, *map(_release, found)])
+        raise RequestError(f"{kind} {name!r} is registered by {holders}; uninstall or rename one")
+    return _loaded(kind, found[0], row_type)
+
+
+def releases(spec: Any) -> list[str]:
+    """Name and version of each package whose rows a spec names, for the key of its result."""
+    match spec:
+        case ScoreSpec():
+            kind, names = "criterion", [spec.criterion]
+        case RecoverySpec():
+            kind, names = "recovery objective", [spec.objective]
+        case EvaluationSpec():
+            kind, names = "probe", list(spec.probes)
+        case _:
+            return []
+    return sorted(_release(entry) for entry in _registered(kind) if entry.name in names)
+
+
+@cache  # All installed packages are looked through, and keys ask thousands of times.
+def _registered(kind: str) -> EntryPoints:
+    return entry_points(group=GROUPS[kind])
+
+
+def _loaded(kind: str, entry: EntryPoint, row_type: type[RowT]) -> RowT:
+    try:
+        row = entry.load()
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise RequestError(
+            f"{kind} {entry.name!r} of {_release(entry)} ({entry.value}) cannot be imported: {error}"
+        ) from error
+    if not isinstance(row, row_type):
+        raise RequestError(
+            f"{kind} {entry.name!r} of {_release(entry)} ({entry.value}) is a {type(row).__name__}; "
+            f"register a {row_type.__name__}"
+        )
+    return row
+
+
+def _release(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value

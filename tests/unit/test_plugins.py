@@ -1,0 +1,142 @@
+"""Rows of another installed package: the one of docs/plugins.md, through a whole campaign."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from orchestrator.ledger import Ledger
+from tests.tiny_campaign import NUM_LAYERS, tiny_campaign, write_campaign
+
+PAGE = (Path(__file__).parents[2] / "docs/plugins.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    """The first block of the page in that language."""
+    found = re.search(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def install(directory: Path, *, version: str = "1.0", distribution: str = "my_pruning") -> None:
+    """Put the page's package into `directory` as an installer does."""
+    project = tomllib.loads(block("toml"))["project"]
+    directory.mkdir(exist_ok=True)
+    (directory / "my_pruning.py").write_text(block("python"))
+    info = directory / f"{distribution}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+    lines = [
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in entries.items())
+        for group, entries in project["entry-points"].items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+
+
+def campaign(directory: Path) -> str:
+    """A tiny campaign with the page's criterion, objective and probe."""
+    written = tiny_campaign(directory)
+    (method,) = written["methods"]
+    method["scoring"] = {"criterion": "largest_weight"}
+    method["recovery"] |= {"objective": "plain"}
+    written["evaluation"]["probes"] = ["greeting"]
+    return write_campaign(written, directory / "campaign.yaml")
+
+
+def command(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`iterabre ARGUMENTS` where `site` is among the places of installed packages."""
+    path = os.pathsep.join([str(site), str(Path(__file__).parents[2])])
+    return subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", *arguments],
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def keys(run: Path) -> set[tuple[str, str]]:
+    """Kind and key of every stage of a run."""
+    return {(stage.parent.name, stage.name) for stage in run.glob("stages/*/*")}
+
+
+def test_the_pages_package_decides_recovers_and_measures(tmp_path: Path) -> None:
+    install(tmp_path / "site")
+    file = campaign(tmp_path)
+    done = command(tmp_path / "site", "campaign", file)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs/tiny"
+    rows = Ledger(str(run / "ledger")).read().to_pylist()
+    measured = [row["metric"] for row in rows]
+    assert measured.count("greeting/loss") == 5, "unpruned, and pruned and recovered at two depths"
+    weights = load_file(tmp_path / "model/model.safetensors")
+    largest = [
+        max(w.abs().max().item() for name, w in weights.items() if f"layers.{i}." in name and w.dim() == 2)
+        for i in range(NUM_LAYERS)
+    ]
+    first = [row["layer"] for row in rows if (row["metric"], row["iteration"]) == ("dropped", 1)]
+    assert first == [largest.index(min(largest))]
+
+    before = keys(run)
+    (tmp_path / "site/my_pruning-1.0.dist-info").rename(tmp_path / "gone")
+    install(tmp_path / "site", version="1.1")
+    assert command(tmp_path / "site", "campaign", file, "--resume").returncode == 0
+    added = keys(run) - before
+    assert {kind for kind, _ in added} >= {"score", "recover", "evaluate"}, "a new version, new results"
+
+
+def two_of_a_name(site: Path) -> None:
+    install(site)
+    install(site, distribution="their_pruning")
+
+
+def unimportable(site: Path) -> None:
+    install(site)
+    (site / "my_pruning.py").write_text("import no_such_module\n")
+
+
+def no_row(site: Path) -> None:
+    install(site)
+    (site / "my_pruning.py").write_text("LARGEST = PLAIN = GREETING = 1\n")
+
+
+def name_of_ours(site: Path) -> None:
+    install(site)
+    points = site / "my_pruning-1.0.dist-info/entry_points.txt"
+    points.write_text("[iterabre.criteria]\nlargest_weight = my_pruning:LARGEST\n")
+    points.write_text(points.read_text() + "hidden_cosine = my_pruning:LARGEST\n")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "criterion", "messages"),
+    [
+        (lambda _: None, "largest_weight", ["unknown criterion 'largest_weight'"]),
+        (install, "largest_wait", ["unknown criterion 'largest_wait'", "largest_weight"]),
+        (
+            two_of_a_name,
+            "largest_weight",
+            ["my_pruning 1.0 and their_pruning 1.0", "uninstall or rename one"],
+        ),
+        (unimportable, "largest_weight", ["my_pruning 1.0", "my_pruning:LARGEST", "no_such_module"]),
+        (no_row, "largest_weight", ["is a int", "register a Criterion"]),
+        (name_of_ours, "hidden_cosine", ["this project and my_pruning 1.0"]),
+    ],
+)
+def test_what_cannot_be_used_is_told(
+    prepare: object, criterion: str, messages: list[str], tmp_path: Path
+) -> None:
+    assert callable(prepare)
+    prepare(tmp_path / "site")
+    file = campaign(tmp_path)
+    alone = ["evaluation.probes=[]", "methods.0.recovery.objective=kd"]
+    settings = [f"methods.0.scoring.criterion={criterion}", *alone]
+    done = command(tmp_path / "site", "plan", file, *(part for s in settings for part in ("--set", s)))
+    assert done.returncode == 2, done.stdout + done.stderr
+    told = " ".join(done.stderr.split())
+    for message in messages:
+        assert message in told
