@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,9 +28,12 @@ def status(run: Run, as_json: Json = False) -> None:
     """Show the numbers a run has so far, from its ledger, and what became of its trajectories."""
     from orchestrator.store import Store
 
-    show_results(existing_run(run), as_json)
-    if not as_json:
-        show_outcomes(Store(run))
+    existing_run(run)
+    if as_json:
+        sys.stdout.write(status_json(run) + "\n")
+        return
+    show_results(run)
+    show_outcomes(Store(run))
 
 
 def report(run: Run) -> None:
@@ -46,16 +50,26 @@ def existing_run(run: str) -> str:
     return run
 
 
-def show_results(run: str, as_json: bool = False) -> None:
+def status_json(run: str) -> str:
+    """A line of numbers for each iteration, and how each trajectory that has ended did so."""
+    from orchestrator.ledger import Ledger
+    from orchestrator.outcomes import read_outcomes
+    from orchestrator.report.tables import iteration_table
+    from orchestrator.store import Store
+
+    store = Store(run)
+    lines = iteration_table(Ledger(store.ledger_uri).read())
+    outcomes = {trajectory: asdict(outcome) for trajectory, outcome in read_outcomes(store).items()}
+    return json.dumps({"iterations": lines, "outcomes": outcomes}, indent=2, ensure_ascii=False)
+
+
+def show_results(run: str) -> None:
     from orchestrator.ledger import Ledger
     from orchestrator.report.tables import iteration_table
     from orchestrator.report.terminal import results_table
     from orchestrator.store import Store
 
     lines = iteration_table(Ledger(Store(run).ledger_uri).read())
-    if as_json:
-        sys.stdout.write(json.dumps(lines, indent=2, ensure_ascii=False) + "\n")
-        return
     for trajectory in dict.fromkeys(line["trajectory"] for line in lines):
         own = [line for line in lines if line["trajectory"] == trajectory]
         out.print(results_table(own, out.width))

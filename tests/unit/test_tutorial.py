@@ -45,7 +45,7 @@ def test_the_tutorial_leads_from_an_empty_directory_to_a_model_that_generates(tm
     # Thirty layers as SmolLM2 has, so that the tutorial's targets mean the same.
     printed = run_tutorial(tmp_path / "first", save_tiny(tmp_path / "model", num_layers=30))
     assert "29 layers: The tower is in" in printed
-    numbers = json.loads((tmp_path / "first" / "numbers.json").read_text())
+    numbers = json.loads((tmp_path / "first" / "numbers.json").read_text())["iterations"]
     assert [line["layers"] for line in numbers] == [30, 29, 28]
     assert (tmp_path / "first" / "runs" / "first" / "report" / "index.html").exists()
 

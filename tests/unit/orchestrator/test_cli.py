@@ -118,7 +118,7 @@ def test_a_run_in_an_object_store(place: Path, tmp_path: Path, monkeypatch: pyte
         settings = ("--set", f"storage.path={uri}", "--set", "targets=[{layers: 3}]")
         answer = iterabre("campaign", place / "campaign.yaml", *settings)
         assert answer.exit_code == 0, answer.err
-        lines = json.loads(iterabre("status", f"{uri}/tiny", "--json").out)
+        lines = json.loads(iterabre("status", f"{uri}/tiny", "--json").out)["iterations"]
         assert [line["layers"] for line in lines] == [4, 3]
         assert iterabre("report", f"{uri}/tiny").out.strip() == f"{uri}/tiny/report"
         where = ("--trajectory", "llama--iterabre--seed0", "--iteration", 1, "--output", tmp_path / "out")

@@ -185,7 +185,9 @@ def test_another_target_is_another_run(run: Path, config: str) -> None:
 
 
 def test_status_and_report_read_the_run(run: Path) -> None:
-    lines = json.loads(iterabre("status", run, "--json").out)
+    status = json.loads(iterabre("status", run, "--json").out)
+    assert status["outcomes"] == {TRAJECTORY: {"state": "done", "reason": ""}}
+    lines = status["iterations"]
     assert [line["layers"] for line in lines] == [4, 3, 2]
     assert lines[0]["dropped"] is None
     assert lines[2]["fox/token_perplexity"] > 1
@@ -250,6 +252,10 @@ def test_a_failed_trajectory_is_told_and_does_not_stop_the_others(tmp_path: Path
     told = iterabre("status", tmp_path / "runs/tiny").err
     assert "failed: llama--explosive--seed0:" in told
     assert TRAJECTORY not in told
+    outcomes = json.loads(iterabre("status", tmp_path / "runs/tiny", "--json").out)["outcomes"]
+    failed = outcomes["llama--explosive--seed0"]
+    assert (failed["state"], outcomes[TRAJECTORY]["state"]) == ("failed", "done")
+    assert failed["reason"] in told
 
 
 def test_a_limit_ends_the_campaign_and_a_higher_one_lets_it_go_on(tmp_path: Path) -> None:
@@ -276,6 +282,6 @@ def test_recovery_none_leaves_the_pruned_model(tmp_path: Path) -> None:
     campaign["methods"][0]["schedule"] = {"mode": "direct"}
     answer = iterabre("compress", write_campaign(campaign, tmp_path / "c.yaml"))
     assert answer.exit_code == 0, answer.err
-    (line,) = json.loads(iterabre("status", tmp_path / "runs/tiny", "--json").out)[1:]
+    (line,) = json.loads(iterabre("status", tmp_path / "runs/tiny", "--json").out)["iterations"][1:]
     assert line["fox/token_perplexity"] == line["fox/token_perplexity before recovery"]
     assert len(line["dropped"]) == 2
