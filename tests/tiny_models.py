@@ -109,7 +109,7 @@ def tiny_llama(
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random fp32 model of another family (`FAMILIES`), in eval mode: D=32, N=6, V=`VOCAB_SIZE`.
+    """A random fp32 model of another family, in eval mode: D=32, N=6, V=`VOCAB_SIZE`.
 
     `overrides` are config fields. Sliding windows are short, so that they matter on a dozen tokens.
     """
@@ -126,7 +126,7 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    config = AutoConfig.for_model(family, **(sizes | FAMILIES[family] | overrides))
+    config = AutoConfig.for_model(family, **(sizes | FAMILIES.get(family, {}) | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
