@@ -1,15 +1,19 @@
 """Criteria, objectives and probes of other installed packages, which register them as entry points.
 
-A package that is to be used on a cluster is installed on every node, as this one is.
+A package that is to be used on a cluster is installed on every node, as this one is;
+a node that has another version, or none, is told by what the driver has (`environment`).
 """
 
+import json
+import os
+import platform
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any, TypeVar
 
 from actors.contracts import EvaluationSpec, RecoverySpec, ScoreSpec
-from actors.errors import RequestError, unknown_name
+from actors.errors import RequestError, WorkError, unknown_name
 
 RowT = TypeVar("RowT")
 
@@ -20,6 +24,12 @@ GROUPS: Mapping[str, str] = {
 }
 """The group of entry points of each kind of row."""
 
+STARTED_WITH = "ITERABRE_PLUGINS"
+"""The variable by which workers know what the driver has: {kind: {name: release}}, as JSON."""
+
+UNUSABLE = (ImportError, AttributeError, NameError, SyntaxError, TypeError, ValueError, OSError)
+"""What a package that does not fit this version, or this machine, raises when it is imported."""
+
 
 def find_row(kind: str, name: str, built_in: Mapping[str, RowT], row_type: type[RowT]) -> RowT:
     """The row of that name: of the table `built_in`, or what a package has registered.
@@ -27,9 +37,11 @@ def find_row(kind: str, name: str, built_in: Mapping[str, RowT], row_type: type[
     Raises:
         RequestError: there is none, a package has taken a name of the table's, two have the
             same, or what is registered cannot be imported or is no `row_type`.
+        WorkError: this node has another version of the package than the driver, or none.
     """
     registered = _registered(kind)
     found = [*registered.select(name=name)]
+    _check_as_started(kind, name, [_release(entry) for entry in found])
     if not found:
         if name not in built_in:
             raise unknown_name(kind, name, {*built_in, *registered.names})
@@ -55,6 +67,22 @@ def releases(spec: Any) -> list[str]:
     return sorted(_release(entry) for entry in _registered(kind) if entry.name in names)
 
 
+def environment() -> dict[str, str]:
+    """What a driver sets in the environment of its workers, on whatever node they start."""
+    rows = {kind: {entry.name: _release(entry) for entry in _registered(kind)} for kind in GROUPS}
+    return {STARTED_WITH: json.dumps(rows)}
+
+
+def _check_as_started(kind: str, name: str, here: list[str]) -> None:
+    wanted = json.loads(os.environ.get(STARTED_WITH, "{}")).get(kind, {}).get(name)
+    if wanted is not None and here != [wanted]:
+        raise WorkError(
+            f"{kind} {name!r} is that of {wanted} where the campaign was started, but the node "
+            f"{platform.node()} has {' and '.join(here) or 'no such package'}; install {wanted} on every "
+            "node, then --resume"
+        )
+
+
 @cache  # All installed packages are looked through, and keys ask thousands of times.
 def _registered(kind: str) -> EntryPoints:
     return entry_points(group=GROUPS[kind])
@@ -63,9 +91,10 @@ def _registered(kind: str) -> EntryPoints:
 def _loaded(kind: str, entry: EntryPoint, row_type: type[RowT]) -> RowT:
     try:
         row = entry.load()
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except UNUSABLE as error:
         raise RequestError(
-            f"{kind} {entry.name!r} of {_release(entry)} ({entry.value}) cannot be imported: {error}"
+            f"{kind} {entry.name!r} of {_release(entry)} ({entry.value}) cannot be imported: "
+            f"{type(error).__name__}: {error}; mend the package, or install a version that fits this one"
         ) from error
     if not isinstance(row, row_type):
         raise RequestError(

@@ -13,6 +13,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
 from actors.contracts import EvaluationResult, EvaluationSpec
 from actors.evaluation.actor import evaluate_all_on_ray
+from actors.plugins import environment
 from orchestrator.candidates import EvaluateAll
 from orchestrator.config import ClusterMaximumConfig, ExecutionConfig
 from orchestrator.errors import ClusterTooSmallError
@@ -41,7 +42,7 @@ def cluster(address: str | None) -> Iterator[None]:
         address=address,
         include_dashboard=False if address == "local" else None,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": QUIET},
+        runtime_env={"env_vars": QUIET | environment()},
     )
     try:
         yield

@@ -5,13 +5,18 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from actors import plugins
+from orchestrator.config import load_config
 from orchestrator.ledger import Ledger
+from orchestrator.plan import build_plan
 from tests.tiny_campaign import NUM_LAYERS, tiny_campaign, write_campaign
+from tests.unit.orchestrator.command import iterabre
 
 PAGE = (Path(__file__).parents[2] / "docs/plugins.md").read_text(encoding="utf-8")
 
@@ -56,7 +61,7 @@ def command(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
     )
 
 
@@ -90,6 +95,28 @@ def test_the_pages_package_decides_recovers_and_measures(tmp_path: Path) -> None
     assert {kind for kind, _ in added} >= {"score", "recover", "evaluate"}, "a new version, new results"
 
 
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty place of installed packages, of this process."""
+    place = tmp_path / "site"
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.delitem(sys.modules, "my_pruning", raising=False)
+    plugins._registered.cache_clear()
+    yield place
+    plugins._registered.cache_clear()
+    sys.modules.pop("my_pruning", None)
+
+
+def test_a_key_names_the_package_only_where_it_decides(site: Path, tmp_path: Path) -> None:
+    install(site)
+    only_criterion = ["evaluation.probes=[]", "methods.0.recovery.objective=kd"]
+    (trajectory,) = build_plan(load_config(campaign(tmp_path), only_criterion)).trajectories
+    dense = trajectory.dense
+    assert trajectory.key_inputs(trajectory.score_spec(dense))["plugins"] == ["my_pruning 1.0"]
+    assert "plugins" not in trajectory.key_inputs(trajectory.recovery_spec(dense))
+    assert "plugins" not in trajectory.key_inputs(trajectory.evaluation_spec(dense))
+
+
 def two_of_a_name(site: Path) -> None:
     install(site)
     install(site, distribution="their_pruning")
@@ -98,6 +125,13 @@ def two_of_a_name(site: Path) -> None:
 def unimportable(site: Path) -> None:
     install(site)
     (site / "my_pruning.py").write_text("import no_such_module\n")
+
+
+def of_another_version(site: Path) -> None:
+    install(site)
+    (site / "my_pruning.py").write_text(
+        "from actors.scoring import Criterion\nLARGEST = Criterion(since=2)\n"
+    )
 
 
 def no_row(site: Path) -> None:
@@ -123,20 +157,28 @@ def name_of_ours(site: Path) -> None:
             ["my_pruning 1.0 and their_pruning 1.0", "uninstall or rename one"],
         ),
         (unimportable, "largest_weight", ["my_pruning 1.0", "my_pruning:LARGEST", "no_such_module"]),
+        (
+            of_another_version,
+            "largest_weight",
+            ["TypeError", "'since'", "install a version that fits"],
+        ),
         (no_row, "largest_weight", ["is a int", "register a Criterion"]),
         (name_of_ours, "hidden_cosine", ["this project and my_pruning 1.0"]),
     ],
 )
 def test_what_cannot_be_used_is_told(
-    prepare: object, criterion: str, messages: list[str], tmp_path: Path
+    prepare: Callable[[Path], None],
+    criterion: str,
+    messages: list[str],
+    site: Path,
+    tmp_path: Path,
 ) -> None:
-    assert callable(prepare)
-    prepare(tmp_path / "site")
+    prepare(site)
     file = campaign(tmp_path)
     alone = ["evaluation.probes=[]", "methods.0.recovery.objective=kd"]
     settings = [f"methods.0.scoring.criterion={criterion}", *alone]
-    done = command(tmp_path / "site", "plan", file, *(part for s in settings for part in ("--set", s)))
-    assert done.returncode == 2, done.stdout + done.stderr
-    told = " ".join(done.stderr.split())
+    answer = iterabre("plan", file, *(part for setting in settings for part in ("--set", setting)))
+    assert answer.exit_code == 2, answer.out + answer.err
+    told = " ".join(answer.err.split())
     for message in messages:
         assert message in told
