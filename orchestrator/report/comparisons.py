@@ -51,10 +51,10 @@ class Grid:
     best: frozenset[Cell] = frozenset()
     even: frozenset[Cell] = frozenset()
 
-    @property
-    def shown(self) -> list[str]:
-        """The columns of the page, which names the source model above each part."""
-        return [name for name in (self.lines[0] if self.lines else ()) if name != "model"]
+    def shown(self, lines: Sequence[tuple[int, Line]]) -> list[str]:
+        """The columns of a part on the page, which names its source model above: those that hold anything."""
+        names = [name for name in (self.lines[0] if self.lines else ()) if name != "model"]
+        return [name for name in names if any(line[name] is not None for _, line in lines)]
 
     @property
     def parts(self) -> list[tuple[str, list[tuple[int, Line]]]]:

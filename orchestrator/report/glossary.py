@@ -45,9 +45,18 @@ MEANINGS: tuple[tuple[str, str], ...] = (
     (r"arithmetic/top1", "Share of small sums at which the right digit is the likeliest."),
     (r"arithmetic/log_probability.*", "Log-probability of the right digit of a small sum."),
     (r".*/clean", "Share of written programs that compile and name nothing undefined."),
-    (r"throughput/decode_tokens_per_second", "Tokens that the model writes in a second."),
-    (r"throughput/prefill_tokens_per_second", "Tokens of a prompt that the model reads in a second."),
-    (r"throughput/.*speedup", "Speed over that of the unpruned model on the same machine."),
+    (
+        r"throughput/decode_tokens_per_second",
+        "Tokens that the model writes in a second. Other load on the machine lowers it: see the speedup.",
+    ),
+    (
+        r"throughput/prefill_tokens_per_second",
+        "Tokens of a prompt that the model reads in a second. Other load on the machine lowers it.",
+    ),
+    (
+        r"throughput/.*speedup",
+        "Speed over that of the unpruned model, the two measured in turns on the same machine.",
+    ),
 )
 """A pattern of metrics' names and what they tell; the first that fits counts."""
 

@@ -30,7 +30,7 @@ def source_figures(
     """
     figures = [
         _over_share(source, found, methods),
-        _dropped_map(source, ledger, methods),
+        _dropped_map(source, ledger, found, methods),
         _first_scores(source, ledger, criteria),
         _run_distances(source, ledger, criteria),
     ]
@@ -98,7 +98,9 @@ def _heals(method: str, metric: str, found: Sequence[Entry]) -> bool:
     return values[PRUNED] != values[RECOVERED]
 
 
-def _dropped_map(source: str, ledger: pa.Table, methods: Sequence[str]) -> Figure | None:
+def _dropped_map(
+    source: str, ledger: pa.Table, found: Sequence[Entry], methods: Sequence[str]
+) -> Figure | None:
     """A row a method (and seed, where they differ): when each layer went."""
     dropped, removed = dropped_layers(ledger), removed_layers(ledger)
     if not dropped:
@@ -115,7 +117,8 @@ def _dropped_map(source: str, ledger: pa.Table, methods: Sequence[str]) -> Figur
     for (method, seed), went in sorted(seeds.items(), key=lambda one: rank.get(one[0][0], len(rank))):
         if went and went != rows.get(method):
             rows[method if method not in rows else f"{method}, seed {seed}"] = went
-    layers = tuple(range(max(layer for went in rows.values() for layer in went) + 1))
+    deepest = max(layer for went in rows.values() for layer in went)
+    layers = tuple(range(max(deepest + 1, *(entry.layers for entry in found if entry.phase == DENSE), 0)))
     panel = HeatMap(
         title=source,
         x_title="source layer",

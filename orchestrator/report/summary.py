@@ -21,12 +21,14 @@ MOST_METRICS = 3
 class Choice:
     """The method to take at one size, in parts of a sentence.
 
-    `rival` is the next best, `even` whether it is within noise; empty and False where there is none.
+    `metric` is the one that decides. `rival` is the next best, `even` whether it is within noise; empty and
+    False where there is none.
     """
 
     model: str
     size: str
     method: str
+    metric: str
     numbers: tuple[str, ...]
     rival: str
     even: bool
@@ -59,7 +61,7 @@ def _at_depth(rivals: Sequence[Entry], dense: Entry | None) -> Choice | None:
     if others:
         theirs = others[0].numbers[metrics[0]]
         rival, even = f"{others[0].method}, {show(theirs)}", within_noise(best.numbers[metrics[0]], theirs)
-    return Choice(best.model, _size(best, dense), best.method, tuple(numbers), rival, even)
+    return Choice(best.model, _size(best, dense), best.method, metrics[0], tuple(numbers), rival, even)
 
 
 def _size(entry: Entry, dense: Entry | None) -> str:

@@ -85,6 +85,12 @@ def test_languages_show_pruned_and_recovered() -> None:
     assert [(line["state"], line["xnli/acc"].value) for line in grid.lines] == [("P", 0.3), ("P+R", 0.4)]
 
 
+def test_a_part_shows_the_columns_that_hold_anything() -> None:
+    lines = ({"model": "a", "10%": 1.0, "33%": None}, {"model": "b", "10%": None, "33%": 0.0})
+    grid = Grid("ratios", "", "", lines)
+    assert [(model, grid.shown(part)) for model, part in grid.parts] == [("a", ["10%"]), ("b", ["33%"])]
+
+
 def test_the_best_at_each_size_is_told_with_its_rival(tmp_path: Path) -> None:
     ledger = sample_ledger(str(tmp_path), ("smol--good--seed0", "smol--bad--seed0"))
     choices = best_at_each_size(entries(measured_models(ledger)))

@@ -56,6 +56,7 @@ def test_page_shows_table_configuration_and_versions(ledger: pa.Table, tmp_path:
         assert text in page
     assert "10 → 7 layers (30% removed)" in page
     assert "At 7 of 10 layers" in page
+    assert page.count("The method with the best wikitext2/token_perplexity at each size.") == 1
 
 
 def test_every_measured_number_of_a_comparison_leads_to_its_stage(ledger: pa.Table, tmp_path: Path) -> None:
@@ -94,6 +95,7 @@ def test_a_run_under_way_says_how_far_it_is(ledger: pa.Table, tmp_path: Path) ->
     assert "3 of 6 iterations are finished (50 %)" in page
     done = build_report(Source(ledger, planned={"smol-iterabre-s0": 3}), tmp_path).read_text()
     assert "under way" not in _without_scripts(done)
+    assert ("so far" in _without_scripts(page), "so far" in _without_scripts(done)) == (True, False)
     failed = Source(ledger, failures={"other": "no <place>"})
     assert "other failed: no &lt;place&gt;" in build_report(failed, tmp_path).read_text()
 

@@ -4,7 +4,10 @@ from pathlib import Path
 
 from orchestrator.ledger import Ledger, Row
 from orchestrator.report.charts import Chart, HeatMap
+from orchestrator.report.comparisons import entries
+from orchestrator.report.measured import measured_models
 from orchestrator.report.source_charts import source_figures, sweep_figures
+from tests.unit.orchestrator.report.sample_run import DROPPED, NUM_LAYERS, sample_ledger
 
 # Angular distance of each start; where no run of two begins, the largest there is.
 DISTANCES = {1: (0.5, 0.2, 0.3), 2: (0.6, 0.4, 1.0)}
@@ -33,6 +36,16 @@ def test_distances_over_runs_have_a_row_a_length(tmp_path: Path) -> None:
     assert panel.values[0] == (1.0, 0.0, None)
     assert panel.values[1][:2] == (1.0, 0.0)
     assert panel.marked == ((1, 2), (1, 1))
+
+
+def test_the_map_of_dropped_layers_has_a_column_for_every_layer(tmp_path: Path) -> None:
+    ledger = sample_ledger(str(tmp_path))
+    figures = source_figures("smol", ledger, entries(measured_models(ledger)), ["iterabre"], {})
+    (panel,) = next(figure for figure in figures if figure.name == "dropped-smol").panels
+    assert isinstance(panel, HeatMap)
+    assert panel.x == tuple(range(NUM_LAYERS))
+    went = {layer: removed for layer, removed in zip(panel.x, panel.values[0], strict=True) if removed}
+    assert went == {layer: i for i, layer in enumerate(DROPPED, 1)}
 
 
 def test_a_sweep_has_a_panel_a_metric() -> None:
