@@ -39,16 +39,16 @@ def find_row(kind: str, name: str, built_in: Mapping[str, RowT], row_type: type[
             same, or what is registered cannot be imported or is no `row_type`.
         WorkError: this node has another version of the package than the driver, or none.
     """
-    registered = _registered(kind)
-    found = [*registered.select(name=name)]
+    others = registered(kind)
+    found = [*others.select(name=name)]
     _check_as_started(kind, name, [_release(entry) for entry in found])
     if not found:
         if name not in built_in:
-            raise unknown_name(kind, name, {*built_in, *registered.names})
+            raise unknown_name(kind, name, {*built_in, *others.names})
         return built_in[name]
     if name in built_in or len(found) > 1:
-        others = ["this project"] if name in built_in else []
-        holders = " and ".join([*others, *map(_release, found)])
+        ours = ["this project"] if name in built_in else []
+        holders = " and ".join([*ours, *map(_release, found)])
         raise RequestError(f"{kind} {name!r} is registered by {holders}; uninstall or rename one")
     return _loaded(kind, found[0], row_type)
 
@@ -64,12 +64,12 @@ def releases(spec: Any) -> list[str]:
             kind, names = "probe", list(spec.probes)
         case _:
             return []
-    return sorted(_release(entry) for entry in _registered(kind) if entry.name in names)
+    return sorted(_release(entry) for entry in registered(kind) if entry.name in names)
 
 
 def environment() -> dict[str, str]:
     """What a driver sets in the environment of its workers, on whatever node they start."""
-    rows = {kind: {entry.name: _release(entry) for entry in _registered(kind)} for kind in GROUPS}
+    rows = {kind: {entry.name: _release(entry) for entry in registered(kind)} for kind in GROUPS}
     return {STARTED_WITH: json.dumps(rows)}
 
 
@@ -84,7 +84,8 @@ def _check_as_started(kind: str, name: str, here: list[str]) -> None:
 
 
 @cache  # All installed packages are looked through, and keys ask thousands of times.
-def _registered(kind: str) -> EntryPoints:
+def registered(kind: str) -> EntryPoints:
+    """What installed packages register of that kind."""
     return entry_points(group=GROUPS[kind])
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from orchestrator.ledger import Ledger, Row
 from orchestrator.report.html import Source, build_report
+from orchestrator.report.method_charts import GROUPS
 
 MODELS = {
     "llama-3.1-8b": (32, 8.03e9), "llama-3.2-3b": (28, 3.21e9), "llama-3.2-1b": (16, 1.24e9),
@@ -48,12 +49,6 @@ MEANS = {
     "language": ("blimp", "race", "winogrande"),
     "knowledge": ("boolq", "mmlu"),
 }
-BLIMP = (
-    "agreement", "distractor_agreement", "island_constraints", "movement_extraction", "wh_that",
-    "passive_causative", "transitivity", "irregular_forms", "negation_npi", "quantifiers", "binding_theory",
-    "ellipsis_argument", "coordinate_structures",
-)  # fmt: skip
-MMLU = ("humanities", "social_sciences", "stem", "other")
 ITERATIONS, STOPS = 5, (2, 4, 5)
 STEP_METRICS = (
     "loss", "loss_hidden", "loss_logits", "learning_rate", "grad_norm", "step_seconds", "step_tokens",
@@ -173,8 +168,8 @@ def _evaluation(
         return chance + (full - chance) * math.exp(-2 * share) + draw.gauss(0, 0.004) * (removed > 0)
 
     tasks = {f"{task}/acc": accuracy(full) for task, full in TASKS.items()}
-    tasks |= {f"blimp_{name}/acc": accuracy(0.6 + 0.03 * i, 0.5) for i, name in enumerate(BLIMP)}
-    tasks |= {f"mmlu_{name}/acc": accuracy(0.5 + 0.05 * i) for i, name in enumerate(MMLU)}
+    tasks |= {f"blimp_{name}/acc": accuracy(0.6 + 0.03 * i, 0.5) for i, name in enumerate(GROUPS["blimp"])}
+    tasks |= {f"mmlu_{name}/acc": accuracy(0.5 + 0.05 * i) for i, name in enumerate(GROUPS["mmlu"])}
     means = {
         f"{name}/mean": sum(tasks[f"{t}/acc"] for t in members) / len(members)
         for name, members in MEANS.items()

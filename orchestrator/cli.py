@@ -17,8 +17,16 @@ from rich.console import Console
 
 from orchestrator import cli_plan, cli_runs, cli_setup, cli_sweep
 from orchestrator.cli_examples import epilog
-from orchestrator.cli_runs import Json, Run
-from orchestrator.cli_sweep import AllowCodeExecution, Dtype, IncludePath, Model, Probes, TaskSuffix
+from orchestrator.cli_options import (
+    AllowCodeExecution,
+    Dtype,
+    IncludePath,
+    Json,
+    Model,
+    Probes,
+    Run,
+    TaskSuffix,
+)
 from orchestrator.config import CampaignConfig, load_config
 from orchestrator.errors import IterabreError, RequestError, WorkError
 

@@ -5,11 +5,11 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 
+from orchestrator.cli_options import Json, Run
 from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 
 out = Console()
 err = Console(stderr=True)
-
-Run = Annotated[
-    str, typer.Argument(help="Where a run lies: runs/smollm2-demo, s3://bucket/runs/x.", show_default=False)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
 
 
 def status(run: Run, as_json: Json = False) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from orchestrator.cli_runs import Json
+from orchestrator.cli_options import AllowCodeExecution, Dtype, IncludePath, Json, Model, Probes, TaskSuffix
 from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
@@ -17,16 +17,6 @@ if TYPE_CHECKING:
 out = Console()
 err = Console(stderr=True)
 
-Model = Annotated[
-    str, typer.Option("--model", help="Hub id, directory, GGUF file, or package://PACKAGE/FILE.gguf.")
-]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-IncludePath = Annotated[str | None, typer.Option(help="Directory with further lm-eval tasks.")]
-TaskSuffix = Annotated[str, typer.Option(help="Added to the names of suite members.")]
-AllowCodeExecution = Annotated[
-    bool, typer.Option("--allow-code-execution", help="Run code that the model writes, in a sandbox.")
-]
-Probes = Annotated[str, typer.Option(help="degeneration, arithmetic, code_failures; separated by commas.")]
 Layers = Annotated[
     str | None, typer.Option(help="Layers to remove, one at a time, e.g. 0-9,29; all if not given.")
 ]

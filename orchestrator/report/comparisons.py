@@ -78,6 +78,11 @@ class Entry:
     numbers: Mapping[str, Number]
 
 
+def dense_of(model: str, found: Iterable[Entry]) -> Entry | None:
+    """The unpruned model of that source, if it has been measured."""
+    return next((entry for entry in found if (entry.model, entry.phase) == (model, DENSE)), None)
+
+
 def targets(ledger: pa.Table) -> set[tuple[str, int]]:
     """(trajectory, iteration) of every exported model."""
     rows = ledger.filter(pc.field("stage") == "export").select(["trajectory", "iteration"]).to_pylist()
@@ -175,7 +180,7 @@ def retention_grid(found: Sequence[Entry]) -> Grid | None:
 
 
 def _retained(entry: Entry, found: Sequence[Entry]) -> dict[str, Number]:
-    dense = next((e for e in found if e.model == entry.model and e.phase == DENSE), None)
+    dense = dense_of(entry.model, found)
     if dense is None:
         return {}
     shared = [
@@ -199,9 +204,9 @@ def ratio_grid(found: Sequence[Entry]) -> Grid | None:
     """Average retention by method and share of layers removed (*Limits*, the table of moderate ratios)."""
     cells: dict[tuple[str, str], dict[str, Number]] = {}
     for entry in _sorted([e for e in found if e.phase == RECOVERED]):
-        kept, dense = _retained(entry, found), _depth_of_source(entry, found)
+        kept, dense = _retained(entry, found), dense_of(entry.model, found)
         if kept and dense:
-            column = f"{1 - entry.layers / dense:.0%} removed"
+            column = f"{1 - entry.layers / dense.layers:.0%} removed"
             value = Number(mean(number.value for number in kept.values()), None, "")
             cells.setdefault((entry.model, entry.method), {})[column] = value
     columns = sorted(
@@ -323,10 +328,6 @@ def _labels(entry: Entry) -> Line:
         "parameters": entry.parameters,
     }
     return labels | ({"seeds": entry.seeds} if entry.seeds > 1 else {})
-
-
-def _depth_of_source(entry: Entry, found: Sequence[Entry]) -> int | None:
-    return next((e.layers for e in found if e.model == entry.model and e.phase == DENSE), None)
 
 
 def _sorted(found: Iterable[Entry]) -> list[Entry]:

@@ -1,14 +1,14 @@
 """The figures of one method on one source model: quality over depth, groups of tasks, what each drop and each
 recovery did, layer scores, losses, cost."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.report.charts import Chart, Curve, Figure, HeatMap, Panel, chart, figure
-from orchestrator.report.comparisons import Entry, entries
+from orchestrator.report.charts import Chart, Curve, Figure, HeatMap, chart, figure
+from orchestrator.report.comparisons import Entry, dense_of, entries
 from orchestrator.report.measured import (
     DENSE,
     PRUNED,
@@ -85,7 +85,7 @@ def _performance(found: Sequence[Entry]) -> Figure | None:
 
 def _phases(metric: str, found: Sequence[Entry]) -> Chart | None:
     """A metric before and after each recovery (IteRABRe, Figures 2 and 3)."""
-    dense = next((entry for entry in found if entry.phase == DENSE), None)
+    dense = dense_of(found[0].model, found) if found else None
     pruned = [entry for entry in found if entry.phase != DENSE and metric in entry.numbers]
     if not pruned:
         return None
@@ -105,7 +105,7 @@ def titled(metric: str) -> str:
     return metric + {"lower": " ↓", "higher": " ↑", None: ""}[direction(metric)]
 
 
-def _over_depth(name: str, metric: str, start: int, found: Sequence[Entry]) -> Curve | None:
+def _over_depth(name: str, metric: str, start: int, found: Sequence[Entry]) -> Curve:
     points = sorted(found, key=lambda entry: -entry.layers)
     errors = [entry.numbers[metric].stderr for entry in points]
     return Curve(
@@ -127,7 +127,7 @@ def _members(found: Sequence[Entry]) -> Figure | None:
 
 
 def _member_map(group: str, members: Sequence[str], found: Sequence[Entry]) -> HeatMap | None:
-    dense = next((entry for entry in found if entry.phase == DENSE), None)
+    dense = dense_of(found[0].model, found) if found else None
     recovered = sorted([e for e in found if e.phase == RECOVERED], key=lambda entry: -entry.layers)
     if dense is None or not recovered:
         return None
@@ -259,10 +259,10 @@ def _losses(ledger: pa.Table, removed: Mapping[Place, int]) -> Figure | None:
 
 def _score_maps(ledger: pa.Table, removed: Mapping[Place, int]) -> Figure | None:
     """Scores of all layers over the iterations, a panel a seed; seeds that agree have one."""
-    panels: list[Panel] = []
+    panels: list[HeatMap] = []
     for seed in pc.unique(ledger["seed"]).to_pylist():
         panel = _score_map(ledger.filter(pc.field("seed") == seed), removed, f"seed {seed}")
-        if panel and all((panel.values, panel.marked) != (p.values, p.marked) for p in panels):  # type: ignore[union-attr]
+        if panel and all((panel.values, panel.marked) != (p.values, p.marked) for p in panels):
             panels.append(panel)
     return figure(
         "layer-scores",
@@ -320,5 +320,5 @@ def _cost(ledger: pa.Table, removed: Mapping[Place, int]) -> Figure | None:
 
 
 def _bars(name: str, heights: Mapping[int, float]) -> Curve | None:
-    places: Iterable[int] = sorted(heights)
-    return Curve(name, tuple(places), tuple(heights[place] for place in sorted(heights))) if heights else None
+    places = sorted(heights)
+    return Curve(name, tuple(places), tuple(heights[place] for place in places)) if heights else None

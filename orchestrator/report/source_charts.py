@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestrator.report.charts import Chart, Curve, Figure, HeatMap, Panel, chart, figure
-from orchestrator.report.comparisons import Entry
+from orchestrator.report.comparisons import Entry, dense_of
 from orchestrator.report.measured import DENSE, PRUNED, RECOVERED, headline_metrics
 from orchestrator.report.method_charts import dropped_layers, removed_layers, titled
 
@@ -42,7 +42,7 @@ def _over_share(source: str, found: Sequence[Entry], methods: Sequence[str]) -> 
 
     As the accuracy curves of *The Unreasonable Ineffectiveness of the Deeper Layers* (Figure 1).
     """
-    dense = next((entry for entry in found if entry.phase == DENSE), None)
+    dense = dense_of(source, found)
     if dense is None:
         return None
     return figure(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.report.comparisons import Entry
+from orchestrator.report.comparisons import Entry, dense_of
 from orchestrator.report.measured import (
     DENSE,
     RECOVERED,
@@ -42,7 +42,7 @@ def best_at_each_size(found: Sequence[Entry]) -> list[Choice]:
     choices = []
     for model in dict.fromkeys(entry.model for entry in found):
         own = [entry for entry in found if entry.model == model]
-        dense = next((entry for entry in own if entry.phase == DENSE), None)
+        dense = dense_of(model, own)
         recovered = [entry for entry in own if entry.phase == RECOVERED]
         for depth in sorted({entry.layers for entry in recovered}, reverse=True):
             choices.append(_at_depth([entry for entry in recovered if entry.layers == depth], dense))

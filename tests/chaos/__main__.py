@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import secrets
 import shutil
 import signal
 import subprocess
@@ -21,12 +20,11 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from tests.chaos.audit import faults, manifests, repeats, starts
-from tests.chaos.nodes import TITLES, LocalCluster, adopt_orphans, alive, at_work
+from tests.chaos.nodes import TITLES, LocalCluster, adopt_orphans, alive, at_work, environment
 from tests.tiny_models import save_tiny
 
 VICTIMS = ("driver", "trial", "score", "train", "evaluate", "raylet", "gcs_server")
@@ -249,26 +247,6 @@ def main() -> int:
         bad += bool(kill.faults)
     print(f"{asked.runs - bad} of {asked.runs} as undisturbed")
     return 1 if bad else 0
-
-
-def environment(directory: Path) -> dict[str, Any]:
-    """Of every process. The token is the clusters' own: Ray would else take the user's, here and there."""
-    token = directory / "token"
-    if not token.exists():
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
-    return {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "RAY_memory_monitor_refresh_ms": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # How long the other processes look for a head that is gone: a minute if not said.
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
-        "ITERABRE_CACHE": str(directory / "cache"),
-    }
 
 
 if __name__ == "__main__":

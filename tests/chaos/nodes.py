@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -60,8 +61,34 @@ def _title(process: psutil.Process) -> str | None:
         return None
 
 
+def environment(directory: Path) -> dict[str, str]:
+    """What every process of a LocalCluster has set.
+
+    The token is the clusters' own: Ray would else take the user's, here and there.
+    """
+    token = directory / "token"
+    if not token.exists():
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "RAY_memory_monitor_refresh_ms": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # How long the other processes look for a head that is gone: a minute if not said.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+        "ITERABRE_CACHE": str(directory / "cache"),
+    }
+
+
 class LocalCluster:
-    """A head that takes no work and some workers of one CPU each; `address` to join it."""
+    """A head that takes no work and some workers of one CPU each; `address` to join it.
+
+    `environment` must be set.
+    """
 
     def __init__(self, workers: int = 2) -> None:
         # Sockets need short names: not under the run's own, long directory.

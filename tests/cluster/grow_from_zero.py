@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -125,7 +124,7 @@ def main() -> None:
     if campaign.returncode == 0:
         cluster.forget()
     else:
-        print("logs:", Path(cluster.directory))
+        print("logs:", cluster.directory)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.__main__ import environment
+from tests.chaos.nodes import environment
 from tests.cluster.test_campaign import campaign
 
 

@@ -9,8 +9,8 @@ import pytest
 from actors.errors import WorkError
 from actors.plugins import STARTED_WITH, environment
 from actors.scoring import find_criterion
-from tests.chaos.__main__ import environment as of_its_own
 from tests.chaos.nodes import LocalCluster
+from tests.chaos.nodes import environment as of_its_own
 from tests.unit.test_plugins import campaign, command, install, keys
 
 ONCE = ("--set", "targets=[{layers: 3}]")

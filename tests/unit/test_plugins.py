@@ -101,9 +101,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     place = tmp_path / "site"
     monkeypatch.syspath_prepend(place)
     monkeypatch.delitem(sys.modules, "my_pruning", raising=False)
-    plugins._registered.cache_clear()
+    plugins.registered.cache_clear()
     yield place
-    plugins._registered.cache_clear()
+    plugins.registered.cache_clear()
     sys.modules.pop("my_pruning", None)
 
 
