@@ -129,8 +129,10 @@ def compare_speed(options: argparse.Namespace) -> bool:
     """HFLM and ours by turns on each task; the quicker round of each counts."""
     model, tokenizer = load_model(options.model, dtype=options.dtype)
     model.to(device())
-    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
-    ours = PrefixTreeLM(model, tokenizer, options.batch_size)
+    stock = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, max_length=options.max_length
+    )
+    ours = PrefixTreeLM(model, tokenizer, options.batch_size, options.max_length)
     print("| task | requests | stock s | ours s | × | CPU × | FLOP × | scores | log-lik. | ppl. |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)
     agreed = True
@@ -228,6 +230,12 @@ def main() -> None:
     parser.add_argument("--include-path", help="directory with further tasks")
     parser.add_argument("--limit", type=int, default=8, help="documents of each task; 0 is all of them")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=2048,
+        help="context of both where speed is compared: stock's logits of a batch of whole contexts must fit",
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--count", action="store_true", help="count FLOPs, too")
     parser.add_argument("--compare", action="store_true", help="compare numbers with the lm_eval command")
