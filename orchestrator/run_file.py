@@ -8,7 +8,7 @@ from typing import Any
 from pyarrow.fs import FileSelector
 
 from actors.artifacts import explained, filesystem, read_bytes, write_bytes
-from orchestrator.config import parse_config
+from orchestrator.config import holds_credential, parse_config
 from orchestrator.errors import ConfigError, RunExistsError
 from orchestrator.store import Store, installed_versions
 
@@ -111,5 +111,6 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
         if isinstance(item, dict | list) and item:
             flat |= _flatten(item, f"{dotted}.")
         else:
-            flat[dotted] = json.dumps(item)
+            text = json.dumps(item)
+            flat[dotted] = "(a credential)" if holds_credential(text) else text
     return flat

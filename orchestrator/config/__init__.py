@@ -20,7 +20,7 @@ from orchestrator.config.campaign import (
     TrainingConfig,
     WorkerConfig,
 )
-from orchestrator.config.reading import load_config, parse_config
+from orchestrator.config.reading import holds_credential, load_config, parse_config
 from orchestrator.config.schema import campaign_schema
 from orchestrator.config.sections import (
     NAME,
@@ -73,6 +73,7 @@ __all__ = [
     "TrainingConfig",
     "WorkerConfig",
     "campaign_schema",
+    "holds_credential",
     "load_config",
     "parse_config",
 ]

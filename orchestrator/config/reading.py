@@ -39,6 +39,11 @@ _CREDENTIAL = re.compile(
 """User and password in a URI, keys among its options, and what tokens of the hub and keys of AWS are like."""
 
 
+def holds_credential(text: str) -> bool:
+    """Whether it looks as if it should not be repeated."""
+    return _CREDENTIAL.search(text) is not None
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> CampaignConfig:
     """Read a campaign file and apply `--set a.b=c` overrides.
 
@@ -90,7 +95,7 @@ def _credentials(value: Any, *place: int | str) -> Iterator[str]:
     elif isinstance(value, list):
         for position, part in enumerate(value):
             yield from _credentials(part, *place, position)
-    elif isinstance(value, str) and _CREDENTIAL.search(value):
+    elif isinstance(value, str) and holds_credential(value):
         yield (
             f"  {_dotted(place)}: holds a password, token or key; take it out, and give it by the "
             "environment (HF_TOKEN, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or the machine's own role"

@@ -318,6 +318,18 @@ def test_credentials_in_a_campaign_are_refused_and_not_repeated(
     assert not (place / "runs").exists()
 
 
+def test_a_credential_that_an_older_run_recorded_is_not_told(place: Path, tmp_path: Path) -> None:
+    campaign = tiny_campaign(place) | {"storage": {"path": str(tmp_path / "runs")}}
+    recorded = {**campaign, "models": [{"id": "llama", "path": "https://user:plantedsecret@example.org/m"}]}
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "campaign.json").write_text(json.dumps({"format": 1, "config": recorded, "versions": {}}))
+    answer = iterabre("campaign", write_campaign(campaign, tmp_path / "c.yaml"), "--resume")
+    assert answer.exit_code == 2
+    assert "models.0.path: (a credential) → " in answer.err
+    assert "plantedsecret" not in answer.err + answer.out
+
+
 @pytest.mark.parametrize(
     "value",
     [
