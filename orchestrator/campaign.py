@@ -43,6 +43,8 @@ from orchestrator.run_lock import check_unlocked, locked
 from orchestrator.sharing import remaining_stages
 from orchestrator.stages import Backend, OnIteration, StoredStages
 from orchestrator.store import Store
+from orchestrator.trackers import make_trackers
+from orchestrator.tracking import published
 from orchestrator.trajectory import run_trajectory
 
 log = logging.getLogger(__name__)
@@ -85,7 +87,8 @@ def run_campaign(
         address: a Ray cluster to join; RAY_ADDRESS or a cluster of this machine's own if None.
 
     Raises:
-        RequestError: `store` cannot be written, holds another run, or is in use; data of a task are missing.
+        RequestError: `store` cannot be written, holds another run, or is in use; data of a task or what
+            a tracker needs is missing.
         ClusterTooSmallError: the cluster can never give what `config.execution` asks for.
     """
     execution = config.execution
@@ -97,11 +100,13 @@ def run_campaign(
     for task in {trajectory.score_spec(trajectory.dense).task for trajectory in plan.trajectories}:
         if task is not None:
             check_task_data((task.name,), task.include_path, task.num_fewshot)
+    trackers = make_trackers(config, store)
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":
         with _run_log(store, config, plan), locked(store), _stopping_on_sigterm():
-            outcome = _run_in_this_process(config, plan, store, limits)
+            with published(trackers, plan, store):
+                outcome = _run_in_this_process(config, plan, store, limits)
             sweep(store)
             return outcome
     with cluster(address):
@@ -115,7 +120,8 @@ def run_campaign(
             workers_output_to(workers_log),
             _stopping_on_sigterm(),
         ):
-            outcome = run_trials(config, plan, store, limits, overlap=overlap)
+            with published(trackers, plan, store):
+                outcome = run_trials(config, plan, store, limits, overlap=overlap)
             sweep(store)
             return outcome
 

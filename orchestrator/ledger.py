@@ -100,16 +100,22 @@ class Ledger:
         fs, path = filesystem(self._part_uri(part_name))
         return fs.get_file_info(path).type == FileType.File
 
-    def read(self) -> pa.Table:
-        """Every row of every part, in the order of the parts' names.
+    def parts(self) -> list[str]:
+        """The names of all parts, sorted."""
+        names = [info.base_name for info in list_files(self.uri)]
+        return [name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)]
+
+    def read(self, part_names: Sequence[str] | None = None) -> pa.Table:
+        """Every row of those parts, or of every part, in the order of the parts' names.
 
         Raises:
             WorkError: a part cannot be read; the message names it.
         """
-        fs, _ = filesystem(self.uri)
-        parts = [info.path for info in list_files(self.uri) if info.base_name.endswith(SUFFIX)]
-        if not parts:
+        names = self.parts() if part_names is None else part_names
+        if not names:
             return SCHEMA.empty_table()
+        fs, root = filesystem(self.uri)
+        parts = [f"{root}/{safe_name(name)}{SUFFIX}" for name in names]
         try:
             with explained(self.uri, "read"):
                 return ds.dataset(parts, schema=SCHEMA, format="parquet", filesystem=fs).to_table()
