@@ -35,9 +35,10 @@ from orchestrator.estimate import spent_before
 from orchestrator.ledger import Ledger
 from orchestrator.leftovers import sweep
 from orchestrator.limits import Limits, backoff_s, devices_held, start_order
+from orchestrator.metrics import CampaignGauges
 from orchestrator.outcomes import TrajectoryOutcome, read_outcomes, write_outcome
 from orchestrator.plan import CampaignPlan, TrajectoryPlan
-from orchestrator.progress import Board, RemoteReport, Report, live_view
+from orchestrator.progress import Activity, Board, RemoteReport, Report, live_view
 from orchestrator.run_file import check_run, open_run
 from orchestrator.run_lock import check_unlocked, locked
 from orchestrator.sharing import remaining_stages
@@ -212,7 +213,14 @@ def run_trials(
             failure_config=tune.FailureConfig(max_failures=LOST_TRIAL_RETRIES),
         ),
     )
-    with live_view(lambda: ray.get(board.snapshot.remote())):
+    gauges = CampaignGauges(config.name)
+
+    def snapshot() -> list[Activity]:
+        activities: list[Activity] = ray.get(board.snapshot.remote())
+        gauges.show(activities)
+        return activities
+
+    with live_view(snapshot):
         results = tuner.fit()
     return _outcome(results, store, ray.get(coordinator.ended_by.remote()))
 

@@ -1,6 +1,7 @@
 """The trackers that a campaign can tell its numbers; each imports its package when it is asked for."""
 
 import importlib.util
+import logging
 import os
 import tempfile
 from collections import defaultdict
@@ -29,6 +30,7 @@ class TensorBoard:
     """
 
     failures: tuple[type[Exception], ...] = ()
+    keeps = True
 
     def __init__(self, _config: CampaignConfig, store: Store):
         self._store = store
@@ -55,6 +57,7 @@ class TensorBoard:
 class Mlflow:
     """A run of MLflow for each trajectory, found again by a tag."""
 
+    keeps = True
     TAG = "iterabre.trajectory"
     STATUS: Mapping[State, str] = {"done": "FINISHED", "failed": "FAILED", "unfinished": "KILLED"}
 
@@ -133,6 +136,9 @@ class Wandb:
                 "or use mode: offline"
             )
         self.failures: tuple[type[Exception], ...] = (wandb.Error,)
+        logging.getLogger("wandb").setLevel(logging.WARNING)
+        # Every driver writes offline files of its own, and one that is sent replaces those sent before.
+        self.keeps = section.mode == "online"
         self._section: WandbConfig = section
         self._campaign = config.name
         self._store = store

@@ -59,9 +59,14 @@ class Batch:
 
 
 class Tracker(Protocol):
-    """Keeps a run for each trajectory. `failures` are what it raises when it cannot be reached."""
+    """Keeps a run for each trajectory.
+
+    `failures` are what it raises when it cannot be reached, `keeps` says whether what an
+    earlier driver told it is still there and need not be told again.
+    """
 
     failures: tuple[type[Exception], ...]
+    keeps: bool
 
     def write(self, batch: Batch) -> None:
         """Add the points to the trajectory's run, which may be there already."""
@@ -121,7 +126,8 @@ class Publisher:
     def publish(self) -> None:
         """Tell what is new."""
         with self._warned_of_failures():
-            self._told = self._told or json.loads(read_bytes(self._store.told_uri(self._name)) or b"[]")
+            if self._told is None:
+                self._told = self._told_before()
             new = sorted(set(self._ledger.parts()) - set(self._told))
             if not new:
                 return
@@ -134,6 +140,12 @@ class Publisher:
             self._told = [*self._told, *new]
             write_bytes(self._store.told_uri(self._name), json.dumps(self._told).encode())
             self._warned = False
+
+    def _told_before(self) -> list[str]:
+        if not self._tracker.keeps:
+            return []
+        found: list[str] = json.loads(read_bytes(self._store.told_uri(self._name)) or b"[]")
+        return found
 
     def close(self) -> None:
         """Tell what is new, and how far each trajectory is."""

@@ -5,6 +5,7 @@ import logging
 import math
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -203,11 +204,24 @@ def _wandb_records(file: Path) -> Iterator[Record]:
             place += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, place)
+        if place + 7 + length > len(data):
+            return  # still being written
         whole += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last piece
             yield Record.FromString(whole)
             whole = b""
+
+
+def _ended(file: Path) -> list[Record]:
+    """The records once the run's end is among them: another process writes them, a moment later."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        records = list(_wandb_records(file))
+        if any(record.HasField("exit") for record in records):
+            return records
+        time.sleep(0.05)
+    raise AssertionError(f"{file} has no end")
 
 
 def _wandb_curves(records: list[Record], axis: str) -> dict[str, dict[int, float]]:
@@ -227,17 +241,20 @@ def test_wandb_offline_keeps_files_for_sync(
     config = _config(place, wandb={"project": "depth"})
     store = Store(str(tmp_path / "run"))
     store.logs_dir.mkdir(parents=True)
+    _measure(store, "a-dense")
+    _publish(config, plan, store, "wandb")
+    time.sleep(1)  # The name of its directory is the second it is made in.
     _measure(store)
     _publish(config, plan, store, "wandb")
-    _publish(config, plan, store, "wandb")
-    (file,) = store.logs_dir.glob("wandb/offline-run-*/run-*.wandb")
-    records = list(_wandb_records(file))
+    first, second = store.logs_dir.glob("wandb/offline-run-*/run-*.wandb")
+    assert first.name == second.name
+    # The later driver's file holds the whole run, since sending it replaces what was sent of the first.
+    records = _ended(max(first, second))
     (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
     assert (run.project, run.display_name, run.run_group) == ("depth", TRAJECTORY, "tiny")
     given = {update.key: json.loads(update.value_json) for update in run.config.update}
     assert given["recovery.learning_rate"] == 0.001
-    curves = _wandb_curves(records, "iteration") | _wandb_curves(records, "training_step")
-    assert curves == CURVES
+    assert _wandb_curves(records, "iteration") | _wandb_curves(records, "training_step") == CURVES
     contents = [found.read_bytes() for found in store.logs_dir.rglob("*") if found.is_file()]
     assert not any(b"planted0wandb0key" in content for content in contents)
 
@@ -266,8 +283,10 @@ def test_trackers_are_told_while_the_campaign_runs(place: Path, plan: CampaignPl
     told = Path(store.told_uri("tensorboard"))
     with published(make_trackers(config, store), plan, store, interval_s=0.02):
         _measure(store, "a-dense")
+        deadline = time.monotonic() + 10
         while not told.exists():
-            assert not told.exists()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         _measure(store)
     assert sorted(json.loads(told.read_text())) == sorted(PARTS)
     assert _events(store.tensorboard_uri(TRAJECTORY))[0] == CURVES
