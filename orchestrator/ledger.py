@@ -100,18 +100,23 @@ class Ledger:
         fs, path = filesystem(self._part_uri(part_name))
         return fs.get_file_info(path).type == FileType.File
 
-    def parts(self) -> list[str]:
-        """The names of all parts, sorted."""
+    def parts(self, prefix: str = "") -> list[str]:
+        """The sorted names of all parts that begin with `prefix`."""
         names = [info.base_name for info in list_files(self.uri)]
-        return [name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)]
+        return [
+            name.removesuffix(SUFFIX) for name in names if name.startswith(prefix) and name.endswith(SUFFIX)
+        ]
 
-    def read(self, part_names: Sequence[str] | None = None) -> pa.Table:
-        """Every row of those parts, or of every part, in the order of the parts' names.
+    def read(self, prefix: str = "") -> pa.Table:
+        """Every row of every part whose name begins with `prefix`, in the order of the parts' names.
 
         Raises:
             WorkError: a part cannot be read; the message names it.
         """
-        names = self.parts() if part_names is None else part_names
+        return self.read_parts(self.parts(prefix))
+
+    def read_parts(self, names: Sequence[str]) -> pa.Table:
+        """Every row of the parts of those names; raises as `read`."""
         if not names:
             return SCHEMA.empty_table()
         fs, root = filesystem(self.uri)

@@ -132,7 +132,7 @@ class Publisher:
             if not new:
                 return
             by_trajectory: defaultdict[str, list[Any]] = defaultdict(list)
-            for row in self._ledger.read(new).to_pylist():
+            for row in self._ledger.read_parts(new).to_pylist():
                 by_trajectory[row["trajectory"]].append(row)
             for trajectory, rows in by_trajectory.items():
                 described = parameters(self._plan.find(trajectory))
