@@ -35,14 +35,17 @@ from orchestrator.estimate import spent_before
 from orchestrator.ledger import Ledger
 from orchestrator.leftovers import sweep
 from orchestrator.limits import Limits, backoff_s, devices_held, start_order
+from orchestrator.metrics import CampaignGauges
 from orchestrator.outcomes import TrajectoryOutcome, read_outcomes, write_outcome
 from orchestrator.plan import CampaignPlan, TrajectoryPlan
-from orchestrator.progress import Board, RemoteReport, Report, live_view
+from orchestrator.progress import Activity, Board, RemoteReport, Report, live_view
 from orchestrator.run_file import check_run, open_run
 from orchestrator.run_lock import check_unlocked, locked
 from orchestrator.sharing import remaining_stages
 from orchestrator.stages import Backend, OnIteration, StoredStages
 from orchestrator.store import Store
+from orchestrator.trackers import make_trackers
+from orchestrator.tracking import published
 from orchestrator.trajectory import run_trajectory
 
 log = logging.getLogger(__name__)
@@ -85,7 +88,8 @@ def run_campaign(
         address: a Ray cluster to join; RAY_ADDRESS or a cluster of this machine's own if None.
 
     Raises:
-        RequestError: `store` cannot be written, holds another run, or is in use; data of a task are missing.
+        RequestError: `store` cannot be written, holds another run, or is in use; data of a task or what
+            a tracker needs is missing.
         ClusterTooSmallError: the cluster can never give what `config.execution` asks for.
     """
     execution = config.execution
@@ -97,11 +101,13 @@ def run_campaign(
     for task in {trajectory.score_spec(trajectory.dense).task for trajectory in plan.trajectories}:
         if task is not None:
             check_task_data((task.name,), task.include_path, task.num_fewshot)
+    trackers = make_trackers(config, store)
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":
         with _run_log(store, config, plan), locked(store), _stopping_on_sigterm():
-            outcome = _run_in_this_process(config, plan, store, limits)
+            with published(trackers, plan, store):
+                outcome = _run_in_this_process(config, plan, store, limits)
             sweep(store)
             return outcome
     with cluster(address):
@@ -115,7 +121,8 @@ def run_campaign(
             workers_output_to(workers_log),
             _stopping_on_sigterm(),
         ):
-            outcome = run_trials(config, plan, store, limits, overlap=overlap)
+            with published(trackers, plan, store):
+                outcome = run_trials(config, plan, store, limits, overlap=overlap)
             sweep(store)
             return outcome
 
@@ -206,7 +213,14 @@ def run_trials(
             failure_config=tune.FailureConfig(max_failures=LOST_TRIAL_RETRIES),
         ),
     )
-    with live_view(lambda: ray.get(board.snapshot.remote())):
+    gauges = CampaignGauges(config.name)
+
+    def snapshot() -> list[Activity]:
+        activities: list[Activity] = ray.get(board.snapshot.remote())
+        gauges.show(activities)
+        return activities
+
+    with live_view(snapshot):
         results = tuner.fit()
     return _outcome(results, store, ray.get(coordinator.ended_by.remote()))
 

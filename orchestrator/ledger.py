@@ -100,20 +100,27 @@ class Ledger:
         fs, path = filesystem(self._part_uri(part_name))
         return fs.get_file_info(path).type == FileType.File
 
+    def parts(self, prefix: str = "") -> list[str]:
+        """The sorted names of all parts that begin with `prefix`."""
+        names = [info.base_name for info in list_files(self.uri)]
+        return [
+            name.removesuffix(SUFFIX) for name in names if name.startswith(prefix) and name.endswith(SUFFIX)
+        ]
+
     def read(self, prefix: str = "") -> pa.Table:
         """Every row of every part whose name begins with `prefix`, in the order of the parts' names.
 
         Raises:
             WorkError: a part cannot be read; the message names it.
         """
-        fs, _ = filesystem(self.uri)
-        parts = [
-            info.path
-            for info in list_files(self.uri)
-            if info.base_name.startswith(prefix) and info.base_name.endswith(SUFFIX)
-        ]
-        if not parts:
+        return self.read_parts(self.parts(prefix))
+
+    def read_parts(self, names: Sequence[str]) -> pa.Table:
+        """Every row of the parts of those names; raises as `read`."""
+        if not names:
             return SCHEMA.empty_table()
+        fs, root = filesystem(self.uri)
+        parts = [f"{root}/{safe_name(name)}{SUFFIX}" for name in names]
         try:
             with explained(self.uri, "read"):
                 return ds.dataset(parts, schema=SCHEMA, format="parquet", filesystem=fs).to_table()

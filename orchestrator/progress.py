@@ -3,9 +3,9 @@
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
 
 from rich.console import Console, Group
@@ -20,7 +20,7 @@ PLAIN_INTERVAL_S = 15.0
 
 @dataclass(frozen=True)
 class Activity:
-    """What one trajectory is doing. `units` names what is counted, e.g. `steps`."""
+    """What one trajectory is doing. `perplexities` are of the newest measured model, by text."""
 
     trajectory: str
     iteration: int
@@ -34,6 +34,7 @@ class Activity:
     stages_done: int = 0
     stages_total: int = 0
     stages_reused: int = 0
+    perplexities: Mapping[str, float] = field(default_factory=dict)
 
 
 Report = Callable[[Activity], None]

@@ -14,8 +14,8 @@ from orchestrator.store import Store, installed_versions
 
 FORMAT = 1
 
-NOT_COMPARED_ON_RESUME = ("execution", "storage", "cost")
-"""Sections that say where and how fast a campaign runs, not what it computes."""
+NOT_COMPARED_ON_RESUME = ("execution", "storage", "cost", "tracking")
+"""Sections that say where and how fast a campaign runs and who is told, not what it computes."""
 
 
 def open_run(

@@ -191,8 +191,12 @@ class StoredStages:
             lambda progress, _uri, _key: self._backend.evaluate(spec, progress),
         )
         self._write(iteration, stage, _evaluation_numbers(stage.result), phase)
+        metrics = {metric.name: metric.value for metric in stage.result.metrics}
         if phase == "recovered":
-            self._recovered = {metric.name: metric.value for metric in stage.result.metrics}
+            self._recovered = metrics
+        if phase != "pruned":
+            with self._counting:
+                self.activity = dataclasses.replace(self.activity, perplexities=_perplexities(metrics))
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         """Write `model` as a Hugging Face directory, with its card and provenance."""
@@ -238,7 +242,8 @@ class StoredStages:
         key = stage_key(kind, inputs)
         progress: Progress = no_progress
         if kind != "evaluate" or self._background is None:  # what is in the background is not told of
-            self.activity = dataclasses.replace(self.activity, iteration=iteration.index, stage=kind)
+            with self._counting:
+                self.activity = dataclasses.replace(self.activity, iteration=iteration.index, stage=kind)
             progress = StageProgress(self._report, self.activity)
         if stored := self._store.load(kind, key, result_type):
             self._count(reused=True)
@@ -371,6 +376,12 @@ def _evaluation_numbers(result: EvaluationResult) -> Numbers:
     for metric in result.metrics:
         yield metric.name, metric.value, metric.unit, {"stderr": metric.stderr}
     yield "parameters", result.num_parameters, "", {}
+
+
+def _perplexities(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Token perplexities by the name of their text."""
+    ending = "/token_perplexity"
+    return {name.removesuffix(ending): value for name, value in metrics.items() if name.endswith(ending)}
 
 
 def _artifact(result: Any) -> ArtifactRef | None:

@@ -6,7 +6,8 @@
         stages/set-aside/               results that did not match their manifest
         trajectories/<id>.json          how a trajectory ended
         driver.lock                     who has the run open
-        ledger/  models/  train/  tune/  report/  logs/
+        ledger/  models/  train/  tune/  report/  logs/  tensorboard/
+        trackers/<name>.json            what of the ledger a tracker was told
 
 A stage's key is a hash of everything its result depends on, so a result found
 under its key is the result. No manifest, no result.
@@ -168,6 +169,14 @@ class Store:
     def outcome_uri(self, trajectory: str) -> str:
         """How a trajectory ended, as JSON."""
         return join(self.outcomes_uri, safe_name(trajectory) + ".json")
+
+    def tensorboard_uri(self, trajectory: str) -> str:
+        """Event files of a trajectory."""
+        return join(self.uri, "tensorboard", safe_name(trajectory))
+
+    def told_uri(self, tracker: str) -> str:
+        """The parts of the ledger that a tracker was told, as JSON."""
+        return join(self.uri, "trackers", safe_name(tracker) + ".json")
 
     @property
     def lock_uri(self) -> str:

@@ -177,6 +177,33 @@ class StorageConfig(Section):
     path: str = Field("runs", min_length=1, description="Local directory, NFS, s3:// or gs://.")
 
 
+class MlflowConfig(Section):
+    """An MLflow server. It takes user and password, or a token, from the environment (MLFLOW_TRACKING_…)."""
+
+    tracking_uri: str = Field(min_length=1, description="Address of the server, e.g. http://host:5000.")
+    experiment: str | None = Field(
+        None, min_length=1, description="Where the runs go; the campaign's name if not given."
+    )
+
+
+class WandbConfig(Section):
+    """A project of Weights & Biases. It takes its key from the environment (WANDB_API_KEY) or its login."""
+
+    project: str = Field(min_length=1, description="Where the runs go.")
+    entity: str | None = Field(None, min_length=1, description="Whose project; your own if not given.")
+    mode: Literal["offline", "online"] = Field(
+        "offline", description="Offline, runs are files, which `wandb sync` sends."
+    )
+
+
+class TrackingConfig(Section):
+    """Who is told the numbers of the ledger; each trajectory is a run. Nothing here changes a result."""
+
+    tensorboard: bool = Field(True, description="Write event files into the run's directory `tensorboard`.")
+    mlflow: MlflowConfig | None = Field(None, description="An MLflow server, if given.")
+    wandb: WandbConfig | None = Field(None, description="Weights & Biases, if given.")
+
+
 class MachineConfig(Section):
     """What a machine type does and costs, each device of it; what is not given is as in the table."""
 
@@ -209,6 +236,7 @@ class CampaignConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     execution: ExecutionConfig = ExecutionConfig()
     storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = TrackingConfig()
     cost: CostConfig = CostConfig()
 
     @field_validator("seeds")

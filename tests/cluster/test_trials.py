@@ -16,6 +16,7 @@ from orchestrator.limits import Limits
 from orchestrator.outcomes import read_outcomes
 from orchestrator.plan import build_plan
 from orchestrator.store import Store
+from tests.cluster.exported import exported
 from tests.simulated import Simulation
 from tests.tiny_campaign import tiny_campaign
 
@@ -70,9 +71,12 @@ def test_a_stage_that_three_trials_need_is_computed_once(
     scored = table.filter(pc.and_(pc.equal(table["stage"], "score"), pc.equal(table["metric"], "seconds")))
     assert scored.num_rows == 3 * 2
     assert len(set(scored["key"].to_pylist())) == 4
-    assert {name: o.state for name, o in read_outcomes(store).items()} == {
-        f"llama--{method.name}--seed0": "done" for method in config.methods
-    }
+    trajectories = [f"llama--{method.name}--seed0" for method in config.methods]
+    assert {name: o.state for name, o in read_outcomes(store).items()} == dict.fromkeys(trajectories, "done")
+    for name in trajectories:
+        gauges = exported(config.name, f"ray_iterabre_token_perplexity {name} fox")
+        assert gauges[f"ray_iterabre_token_perplexity {name} fox"] >= 10
+        assert gauges[f"ray_iterabre_stages_total {name}"] == 13
 
 
 @pytest.mark.long

@@ -168,6 +168,18 @@ TABLE: dict[str, tuple[Callable[[Campaign, Path], Any], tuple[str, ...]]] = {
         lambda c, _: c["execution"].update(training={"deepspeed": "no.json"}),
         ("execution.training.deepspeed: 'no.json' cannot be read: No such file",),
     ),
+    "tracker that nobody knows": (
+        lambda c, _: c.update(tracking={"comet": True}),
+        ("tracking.comet: unknown key",),
+    ),
+    "MLflow without an address": (
+        lambda c, _: c.update(tracking={"mlflow": {}}),
+        ("tracking.mlflow.tracking_uri: Field required",),
+    ),
+    "MLflow with a password": (
+        lambda c, _: c.update(tracking={"mlflow": {"tracking_uri": "http://me:secret@host:5000"}}),
+        ("tracking.mlflow.tracking_uri: holds a password",),
+    ),
     "two measures of one target": (
         lambda c, _: c.update(targets=[{"layers": 2, "parameters": 1.0e9}]),
         ("targets.0: give exactly one of `layers`, `fraction`, `parameters` and `parameter_fraction`",),

@@ -80,6 +80,27 @@ def test_export_waits_for_the_numbers_that_its_card_tells(plan: TrajectoryPlan, 
     assert seen == [1]
 
 
+def test_the_board_shows_the_perplexity_of_the_newest_healed_model(
+    plan: TrajectoryPlan, tmp_path: Path
+) -> None:
+    class Perplexity(SlowBackend):
+        def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
+            value = 9.0 + 3 * len(spec.model.dropped)
+            return EvaluationResult((Metric("fox/token_perplexity", value), Metric("arc/acc", 0.5)), 100)
+
+    stages = stages_of(plan, Store(str(tmp_path / "runs")), Perplexity())
+    shown = []
+    for iteration, dropped, phase in (
+        (DENSE, (), "dense"),
+        (FIRST, (1,), "pruned"),
+        (FIRST, (2,), "recovered"),
+    ):
+        stages.evaluate(iteration, plan.dense.without(dropped), phase)
+        stages.wait()
+        shown.append(stages.activity.perplexities)
+    assert shown == [{"fox": 9.0}, {"fox": 9.0}, {"fox": 12.0}]
+
+
 def test_a_failed_evaluation_is_tried_once_more_by_itself(plan: TrajectoryPlan, tmp_path: Path) -> None:
     for failures, fails in ((1, False), (2, True)):
         store, backend = Store(str(tmp_path / f"runs{failures}")), SlowBackend(failures)
