@@ -107,7 +107,8 @@ def show_at(page: webdriver.Chrome, width: int, media: str = "screen", scheme: s
 
 def wider_than_the_page(page: webdriver.Chrome) -> int:
     """Pixels that one would have to scroll sideways."""
-    return page.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    script = "const page = document.documentElement; return page.scrollWidth - page.clientWidth"
+    return page.execute_script(script)
 
 
 def lightness(page: webdriver.Chrome) -> float:
