@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
 from actors.contracts import EvaluationResult, EvaluationSpec
 from actors.evaluation.actor import evaluate_all_on_ray
@@ -33,11 +34,17 @@ QUIET = {
 }
 
 
+CREDENTIALS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
+"""What Tune would hand on to trials in their runtime environment: lists of processes show that, and the
+dashboard. Every node has credentials of its own."""
+
+
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
     """A connection to the cluster at `address`, or to one of this process's own."""
     # "local" rather than None: Ray would else join, or wait for, a node that `ray start` once left here.
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    ENV_VARS_TO_PROPAGATE.difference_update(CREDENTIALS)
     ray.init(
         address=address,
         include_dashboard=False if address == "local" else None,

@@ -100,14 +100,18 @@ class Ledger:
         fs, path = filesystem(self._part_uri(part_name))
         return fs.get_file_info(path).type == FileType.File
 
-    def read(self) -> pa.Table:
-        """Every row of every part, in the order of the parts' names.
+    def read(self, prefix: str = "") -> pa.Table:
+        """Every row of every part whose name begins with `prefix`, in the order of the parts' names.
 
         Raises:
             WorkError: a part cannot be read; the message names it.
         """
         fs, _ = filesystem(self.uri)
-        parts = [info.path for info in list_files(self.uri) if info.base_name.endswith(SUFFIX)]
+        parts = [
+            info.path
+            for info in list_files(self.uri)
+            if info.base_name.startswith(prefix) and info.base_name.endswith(SUFFIX)
+        ]
         if not parts:
             return SCHEMA.empty_table()
         try:

@@ -47,6 +47,10 @@ NOT_IN_KEY = frozenset(
 )
 """Fields of a spec that change how its result is computed, but not the result."""
 
+ADDED_LATER: Mapping[str, Any] = {}
+"""Fields that a spec got after results were stored, each with the value that means what was done
+before: at that value they are not in the key, so that older results are found."""
+
 PRECISION = ("bf16", "fp16", "optimizer")
 """The fields of a DeepSpeed JSON that do change the result."""
 
@@ -178,6 +182,9 @@ class TrajectoryPlan:
             return spec.sha256
         if is_dataclass(spec):
             named = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in NOT_IN_KEY}
+            for name in ADDED_LATER.keys() & named.keys():
+                if named[name] == ADDED_LATER[name]:
+                    del named[name]
             if isinstance(spec, EvaluationSpec | TaskSpec):
                 named["include_path"] = self.tasks_fingerprint
                 del named["batch_size"]  # that of recovery does change its result

@@ -197,7 +197,7 @@ class StoredStages:
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         """Write `model` as a Hugging Face directory, with its card and provenance."""
         self.wait()  # the card tells what was measured
-        rows = self._ledger.read().to_pylist()
+        rows = self._ledger.read(f"{self._plan.id}-").to_pylist()
         spec = ExportSpec(
             model,
             card=model_card(self._plan, iteration, model, rows),

@@ -20,9 +20,10 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -77,7 +78,7 @@ class StoredStage(Generic[ResultT]):
     seconds: float
     created_at: str
     host: str
-    versions: dict[str, str]
+    versions: Mapping[str, str]
 
 
 def safe_name(name: str) -> str:
@@ -99,8 +100,9 @@ def stage_key(kind: str, inputs: Mapping[str, Any]) -> str:
     return digest({"kind": kind, "version": STAGE_VERSION[kind], "inputs": inputs})
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages that decide the numbers, of those installed."""
+@cache
+def installed_versions() -> Mapping[str, str]:
+    """Versions of the packages that decide the numbers, of those installed when first asked."""
     found = {}
     for package in ("iterabre", "torch", "transformers", "peft", "deepspeed", "lm-eval", "ray", "pyarrow"):
         try:
@@ -244,7 +246,7 @@ class Store:
             return None
         content = read_bytes(join(home, "result.json"))
         try:
-            return TypeAdapter(result_type).validate_python(self._located(json.loads(content or b"")))
+            return _reader(result_type).validate_python(self._located(json.loads(content or b"")))
         except ValueError:
             return None
 
@@ -285,13 +287,13 @@ class Store:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise CorruptStageError("the manifest is not one of this version")
         content = read_bytes(join(home, "result.json")) or b""
-        expected = TypeAdapter(FileRef).validate_python(manifest["result"])
+        expected = _reader(FileRef).validate_python(manifest["result"])
         if _file_ref("result.json", content) != expected:
             raise CorruptStageError("result.json does not match the manifest")
-        artifact = TypeAdapter(ArtifactRef | None).validate_python(self._located(manifest["payload"]))
+        artifact = _reader(ArtifactRef | None).validate_python(self._located(manifest["payload"]))
         if artifact is not None:
             _verify(artifact)
-        result = TypeAdapter(result_type).validate_python(self._located(json.loads(content)))
+        result = _reader(result_type).validate_python(self._located(json.loads(content)))
         return _stored(manifest, result, artifact, self._located(manifest["inputs"]))
 
     def _check_payload_visible(self, artifact: ArtifactRef) -> None:
@@ -354,6 +356,10 @@ class Store:
         if isinstance(value, str) and value.startswith(RUN_PREFIX):
             return self.uri + value.removeprefix(RUN_PREFIX)
         return value
+
+
+_reader: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+"""What checks and builds a value of a type from JSON; slow to make, so kept."""
 
 
 def _encode(value: Any) -> bytes:

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,18 @@ class SimulatedBackend:
         took = simulation.seconds[kind] * random.Random(repr(spec)).lognormvariate(0, simulation.spread)
         if simulation.device:
             amount = {simulation.device: simulation.devices[kind]}
-            ray.get(sleep_on_device.options(resources=amount).remote(took))
+            ray.get(_sleeper().options(resources=amount).remote(took))
         else:
             time.sleep(took)
         note = simulation.notes / f"{kind}-{uuid.uuid4().hex}.txt"
         note.write_text(f"{os.getpid()} {asked} {time.time()} {took}")
 
 
-@ray.remote(num_cpus=0, scheduling_strategy="DEFAULT", max_retries=0)
-def sleep_on_device(seconds: float) -> None:
-    time.sleep(seconds)
+@cache
+def _sleeper() -> Any:
+    """A task that sleeps; made here, so that it travels by value and its process imports nothing for it."""
+
+    def sleep(seconds: float) -> None:
+        time.sleep(seconds)
+
+    return ray.remote(num_cpus=0, scheduling_strategy="DEFAULT", max_retries=0)(sleep)

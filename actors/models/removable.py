@@ -1,6 +1,7 @@
 """Which removals a family can express at all, found from its config before anything is computed."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from transformers import PreTrainedModel
 
@@ -18,7 +19,7 @@ def check_prunable(spec: ModelSpec, granularity: str, count: int) -> None:
     Raises:
         RequestError: they cannot; names the config field.
     """
-    model = empty_model(spec, load_config(spec))
+    model = _skeleton(spec)
     if granularity != BLOCK:
         check_emptiable(model, granularity)
         return
@@ -40,13 +41,19 @@ def choose_removable(
     Raises:
         RequestError: so many cannot go; names the config field.
     """
-    return _choose(empty_model(spec, load_config(spec)), dropped, order, count)
+    return _choose(_skeleton(spec), dropped, order, count)
 
 
 def removable(spec: ModelSpec, dropped: Sequence[int], layers: Sequence[int]) -> tuple[int, ...]:
     """Those of the source layers that the config lets go, one alone, after those dropped before."""
-    model = empty_model(spec, load_config(spec))
+    model = _skeleton(spec)
     return tuple(layer for layer in layers if _refusal(model, (*dropped, layer)) is None)
+
+
+@lru_cache(maxsize=8)
+def _skeleton(spec: ModelSpec) -> PreTrainedModel:
+    """The model without its weights; kept, since every iteration of every trajectory asks."""
+    return empty_model(spec, load_config(spec))
 
 
 def _choose(

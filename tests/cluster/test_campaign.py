@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,19 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
+def finish_watched(process: subprocess.Popen[str]) -> tuple[str, set[str]]:
+    """Its output, and what a list of processes showed of those that it had started."""
+    seen: set[str] = set()
+    while process.poll() is None:
+        with suppress(subprocess.TimeoutExpired):
+            output, _ = process.communicate(timeout=0.5)
+            assert process.returncode == 0, output
+            return output, seen
+        with suppress(psutil.Error):
+            seen |= {" ".join(p.cmdline()) for p in psutil.Process(process.pid).children(recursive=True)}
+    return finish(process), seen
+
+
 def ledger(run: Path) -> list[dict[str, Any]]:
     return ds.dataset(sorted(str(f) for f in (run / "ledger").glob("*.parquet"))).to_table().to_pylist()
 
@@ -150,9 +164,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(root: Path) -> Path:
     """A run on Ray that nothing disturbed."""
-    output = finish(start(campaign(root, "undisturbed")))
+    output, arguments = finish_watched(start(campaign(root, "undisturbed")))
     assert "undisturbed/models" in output.replace("\n", "")
     assert not any(secret in output for secret in SECRETS.values())
+    assert any("ray::" in line for line in arguments)
+    assert not [line for line in arguments if any(secret in line for secret in SECRETS.values())]
     return root / "runs" / "undisturbed"
 
 

@@ -136,3 +136,12 @@ def test_reader_never_sees_half_a_part(ledger: Ledger, read: Callable[[Path], pd
     writer.join()
     assert row_counts == sorted(row_counts)
     assert len(read(Path(ledger.uri))) == 40 * ROWS_PER_PART
+
+
+def test_reading_by_prefix_leaves_other_parts_closed(ledger: Ledger) -> None:
+    ledger.append("a-000-evaluate", [_row(trajectory="a", value=1.0)])
+    ledger.append("b-000-evaluate", [_row(trajectory="b", value=2.0)])
+    Path(ledger.uri, "b-000-evaluate.parquet").write_bytes(b"damaged")
+    assert ledger.read("a-")["value"].to_pylist() == [1.0]
+    with pytest.raises(WorkError, match="b-000-evaluate"):
+        ledger.read()

@@ -1,5 +1,6 @@
 """What is decided before work starts: depths, portions, trajectories, and what a stage's key depends on."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -300,3 +301,59 @@ def test_only_targets_recover_and_are_measured_on_request() -> None:
     schedule = iterative_schedule(6, [5, 3], 1, recover_at="targets", measure_at="targets")
     assert [i.layers_left for i in schedule if i.recovers] == [5, 3]
     assert [i.is_measured for i in schedule] == [True, False, True]
+
+
+MODEL_FIELDS = "model.adapters model.dropped model.emptied model.merges model.source model.weights"
+KEY_FIELDS = {
+    "score": f"""calibration confidence criterion granularity max_sequences merge {MODEL_FIELDS} num_remove
+        pooling reference seed sequence_length task""",
+    "recover": f"""adapter.alpha adapter.double_quantization adapter.dropout adapter.kind adapter.rank
+        adapter.targets batch_size data learning_rate loss.attention loss.auxiliary loss.hidden
+        loss.logit_loss loss.logits loss.temperature lr_schedule max_grad_norm max_tokens {MODEL_FIELDS}
+        objective packing precision seed sequence_length teacher teacher_layers warmup_steps weight_decay""",
+    "evaluate": f"""allow_code_execution include_path limit max_length max_new_tokens {MODEL_FIELDS}
+        num_fewshot perplexity.context perplexity.data perplexity.max_tokens perplexity.name probes seed
+        suites task_suffix tasks throughput""",
+}
+
+
+def _field_paths(inputs: Any, path: str = "") -> set[str]:
+    """Where the values of a key's inputs are; all items of a list are at one place."""
+    if isinstance(inputs, dict):
+        parts = ((f"{path}.{name}".strip("."), value) for name, value in inputs.items())
+        return {found for part, value in parts for found in _field_paths(value, part)}
+    if isinstance(inputs, (list, tuple)) and any(isinstance(value, dict) for value in inputs):
+        return {found for value in inputs for found in _field_paths(value, path)}
+    return {path}
+
+
+@pytest.mark.parametrize("kind", KEY_FIELDS)
+def test_the_fields_of_a_key_are_those_that_stored_results_have(kind: str, place: Path) -> None:
+    trajectory = _plan(tiny_campaign(place)).trajectories[0]
+    model = trajectory.dense.without((3,)).adapted(ADAPTER)
+    spec = {
+        "score": trajectory.score_spec(model),
+        "recover": trajectory.recovery_spec(model),
+        "evaluate": trajectory.evaluation_spec(model),
+    }[kind]
+    assert _field_paths(trajectory.key_inputs(spec)) == set(KEY_FIELDS[kind].split()), (
+        "with another field, results that users have are not found any more: give a new one to "
+        "ADDED_LATER with what was done before, or raise STAGE_VERSION, and then change this list"
+    )
+
+
+def test_a_key_has_this_form() -> None:
+    written = '{"inputs":{"layer":3},"kind":"score","version":1}'
+    assert stage_key("score", {"layer": 3}) == hashlib.sha256(written.encode()).hexdigest()
+
+
+def test_a_field_added_later_is_in_the_key_when_it_is_used(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trajectory = _plan(tiny_campaign(place)).trajectories[0]
+    spec = trajectory.score_spec(trajectory.dense)
+    before = trajectory.key_inputs(spec)
+    monkeypatch.setattr("orchestrator.plan.ADDED_LATER", {"pooling": spec.pooling})
+    assert trajectory.key_inputs(spec) == {name: before[name] for name in before if name != "pooling"}
+    used = replace(spec, pooling="another")
+    assert trajectory.key_inputs(used) == {**before, "pooling": "another"}
