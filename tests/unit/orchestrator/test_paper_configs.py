@@ -95,7 +95,7 @@ HEADS = {
 
 
 def is_tied(name: str) -> bool:
-    """Whether the head is the embedding, by the same builders (of Llama 3: their `_component_builders.py`)."""
+    """Whether the head is the embedding; of Llama 3 by the `_component_builders.py` beside the builders."""
     return not name.endswith(("7b", "8b"))
 
 
