@@ -18,7 +18,7 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("compress; give it again after any stop", "iterabre compress campaign.yaml --resume"),
         (
             "with a smaller budget than the file says",
-            "iterabre compress campaign.yaml --set methods.0.recovery.max_tokens=4096",
+            "iterabre compress campaign.yaml --set methods.0.recovery.max_tokens=100000",
         ),
     ),
     "campaign": (

@@ -8,7 +8,13 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from orchestrator.config import NAME, parse_config
+from orchestrator.errors import RequestError
 
+SEQUENCE_LENGTH = 512
+BATCH_SIZE, MICRO_BATCH_SIZE = 32, 4
+"""Sequences of an optimizer step, and at most of a worker at a time."""
+CPU_TOKENS = 16_384
+"""Of the test text, where there is no GPU: the whole takes hours."""
 WIKITEXT = "{path: Salesforce/wikitext, config: wikitext-2-raw-v1, split: train}"
 
 
@@ -36,11 +42,13 @@ def campaign_file(answers: Answers, file: str) -> str:
 
     Raises:
         ConfigError: an answer makes no valid campaign.
+        RequestError: the budget does not hold a sequence for each worker.
     """
     environment = Environment(
         loader=PackageLoader("orchestrator"), undefined=StrictUndefined, keep_trailing_newline=True
     )
     model_id = answers.name or short_name(answers.model)
+    batch_size, micro_batch_size = batch_for(answers.max_tokens, max(1, answers.gpus))
     text = environment.get_template("campaign.yaml.j2").render(
         file=file,
         name=_quoted(model_id),
@@ -48,7 +56,11 @@ def campaign_file(answers: Answers, file: str) -> str:
         model=_quoted(answers.model),
         dtype=answers.dtype,
         data=_text(answers),
+        sequence_length=SEQUENCE_LENGTH,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
         max_tokens=answers.max_tokens,
+        test_tokens=None if answers.gpus else CPU_TOKENS,
         fractions=answers.fractions,
         backend="ray",
         workers=max(1, answers.gpus),
@@ -57,6 +69,23 @@ def campaign_file(answers: Answers, file: str) -> str:
     )
     parse_config(yaml.safe_load(_as_floats(text)), file)
     return text
+
+
+def batch_for(max_tokens: int, workers: int) -> tuple[int, int]:
+    """Batch and micro-batch in sequences that `workers` share evenly and a budget in tokens holds.
+
+    Raises:
+        RequestError: it does not hold a sequence for each worker.
+    """
+    share = min(max(BATCH_SIZE, workers), max_tokens // SEQUENCE_LENGTH) // workers
+    if not share:
+        least = workers * SEQUENCE_LENGTH
+        raise RequestError(
+            f"--max-tokens {max_tokens} is less than a sequence of {SEQUENCE_LENGTH} tokens for each worker; "
+            f"give {least} or more"
+        )
+    micro = max(size for size in range(1, MICRO_BATCH_SIZE + 1) if share % size == 0)
+    return share * workers, micro
 
 
 def short_name(model: str) -> str:

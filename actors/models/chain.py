@@ -73,6 +73,7 @@ def merge_adapter(model: PreTrainedModel, adapter: ArtifactRef, kept: tuple[int,
     """
     directory = fetch(adapter)
     config = LoraConfig.from_pretrained(str(directory))
+    config.base_model_name_or_path = None  # a path of another machine or a cache is no reason for a warning
     current = {source: position for position, source in enumerate(kept)}
     trained = config.layers_to_transform
     config.layers_to_transform = [current[i] for i in trained if i in current]

@@ -151,7 +151,7 @@ def method_grid(found: Sequence[Entry]) -> Grid | None:
         "methods",
         "Methods at their targets",
         "As Table 1 of IteRABRe. Bold: best of the pruned models of a source at one depth; ≈: not to be told "
-        "from the best, as they are less than two standard errors of their difference apart.",
+        "from the best, as they are no more than two standard errors of their difference apart.",
         tuple(lines),
         *_best(lines, metrics, ("model", "layers")),
     )
@@ -244,8 +244,8 @@ def schedule_grid(found: Sequence[Entry], methods: Sequence[Mapping[str, Any]]) 
     return Grid(
         "schedules",
         "Direct against iterative",
-        "As Table 2 of IteRABRe: a positive difference means that iterative is better, ≈ that it is less "
-        "than two standard errors from nothing.",
+        "As Table 2 of IteRABRe: a positive difference means that iterative is better, ≈ that it is no "
+        "more than two standard errors from nothing.",
         tuple(lines),
         even=frozenset(
             (row, name)

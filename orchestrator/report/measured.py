@@ -37,7 +37,7 @@ HIGHER_IS_BETTER = (
 )
 """Endings of a metric's measure, or beginnings of its words, that say which way is better."""
 NOISE = 2.0
-"""Differences of fewer standard errors are taken for noise: some one in twenty is, by chance, greater."""
+"""Differences of no more standard errors are taken for noise: some one in twenty is, by chance, greater."""
 
 Direction = Literal["lower", "higher"]
 
@@ -69,7 +69,7 @@ def stderr_of_difference(one: Number, other: Number) -> float | None:
 def within_noise(one: Number, other: Number) -> bool:
     """Whether the two differ by so little that another draw of questions and seeds could turn them round."""
     error = stderr_of_difference(one, other)
-    return error is not None and abs(one.value - other.value) < NOISE * error
+    return error is not None and abs(one.value - other.value) <= NOISE * error
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from orchestrator.report.comparisons import Entry, dense_of
 from orchestrator.report.measured import (
     DENSE,
     RECOVERED,
+    Number,
     direction,
     headline_metrics,
     retention,
     within_noise,
 )
-from orchestrator.report.tables import show
+from orchestrator.report.tables import is_perplexity, show, show_error
 
 MOST_METRICS = 3
 
@@ -21,8 +22,9 @@ MOST_METRICS = 3
 class Choice:
     """The method to take at one size, in parts of a sentence.
 
-    `metric` is the one that decides. `rival` is the next best, `even` whether it is within noise; empty and
-    False where there is none.
+    `metric` is the one that decides. `even` are the other methods that cannot be told from the best, with
+    their numbers; where there are none, `rival` is the next best, empty if there is no other. `error` says
+    what stands behind ±, or why nothing does.
     """
 
     model: str
@@ -30,8 +32,9 @@ class Choice:
     method: str
     metric: str
     numbers: tuple[str, ...]
-    rival: str
-    even: bool
+    error: str
+    rival: str = ""
+    even: tuple[str, ...] = ()
 
 
 def best_at_each_size(found: Sequence[Entry]) -> list[Choice]:
@@ -54,14 +57,42 @@ def _at_depth(rivals: Sequence[Entry], dense: Entry | None) -> Choice | None:
     measured = [entry for entry in rivals if metrics and metrics[0] in entry.numbers]
     if not measured:
         return None
-    highest_first = direction(metrics[0]) == "higher"
-    best, *others = sorted(measured, key=lambda e: e.numbers[metrics[0]].value, reverse=highest_first)
-    numbers = [_against(best, dense, name) for name in metrics[:MOST_METRICS] if name in best.numbers]
-    rival, even = "", False
-    if others:
-        theirs = others[0].numbers[metrics[0]]
-        rival, even = f"{others[0].method}, {show(theirs)}", within_noise(best.numbers[metrics[0]], theirs)
-    return Choice(best.model, _size(best, dense), best.method, metrics[0], tuple(numbers), rival, even)
+    decides, highest_first = metrics[0], direction(metrics[0]) == "higher"
+    best, *others = sorted(measured, key=lambda e: e.numbers[decides].value, reverse=highest_first)
+    even = [one for one in others if within_noise(best.numbers[decides], one.numbers[decides])]
+    shown = [name for name in metrics[:MOST_METRICS] if name in best.numbers]
+    return Choice(
+        best.model,
+        _size(best, dense),
+        best.method,
+        decides,
+        tuple(_against(best, dense, name) for name in shown),
+        _kind_of_error(best, shown),
+        _named(others[0], decides) if others and not even else "",
+        tuple(_named(one, decides) for one in even),
+    )
+
+
+def _named(entry: Entry, metric: str) -> str:
+    return f"{entry.method} ({with_error(entry.numbers[metric])})"
+
+
+def _kind_of_error(entry: Entry, shown: Sequence[str]) -> str:
+    """Which standard error the numbers of a sentence have; the first of them decides."""
+    if entry.seeds > 1:
+        of_tasks = any(not is_perplexity(name) for name in shown)
+        own = ", with that of a task's questions" if of_tasks else ""
+        return f"± is the standard error over {entry.seeds} seeds{own}"
+    known = [entry.numbers[name].stderr is not None for name in shown]
+    parts = ["± is the standard error of a task's questions"] if any(known) else []
+    if not known[0]:
+        parts.append(f"one seed does not tell the error of {shown[0]}")
+    return "; ".join(parts)
+
+
+def with_error(number: Number) -> str:
+    """The value ± its standard error, where it has one."""
+    return show(number.value) + ("" if number.stderr is None else f" ± {show_error(number.stderr)}")
 
 
 def _size(entry: Entry, dense: Entry | None) -> str:
@@ -82,15 +113,14 @@ def counted(parameters: int) -> str:
 
 
 def _against(entry: Entry, dense: Entry | None, metric: str) -> str:
-    """`metric 32.5 (×1.40 of the unpruned)`, or the share that is left of a score."""
-    number = entry.numbers[metric]
-    value = number.value
+    """`metric 32.5 ± 0.4 (unpruned 23.24, ×1.40)`, or the share that is left of a score."""
+    value, told = entry.numbers[metric].value, f"{metric} {with_error(entry.numbers[metric])}"
     if dense is None or metric not in dense.numbers:
-        return f"{metric} {show(number)}"
+        return told
     before = dense.numbers[metric].value
     if direction(metric) == "lower":
-        return f"{metric} {show(number)} (unpruned {show(before)}, ×{value / before:.2f})"
-    return f"{metric} {show(number)} (unpruned {show(before)}, {retention(value, before, metric):.0%} kept)"
+        return f"{told} (unpruned {show(before)}, ×{value / before:.2f})"
+    return f"{told} (unpruned {show(before)}, {retention(value, before, metric):.0%} kept)"
 
 
 def of_method(found: Sequence[Entry]) -> str:
@@ -107,5 +137,5 @@ def of_method(found: Sequence[Entry]) -> str:
         parts.append(f"{counted(first.parameters)} → {counted(last.parameters)} parameters")
     for metric in headline_metrics([first, last])[:MOST_METRICS]:
         if metric in first.numbers.keys() & last.numbers:
-            parts.append(f"{metric} {show(first.numbers[metric].value)} → {show(last.numbers[metric])}")
+            parts.append(f"{metric} {show(first.numbers[metric].value)} → {with_error(last.numbers[metric])}")
     return "; ".join(parts) + "."

@@ -140,11 +140,16 @@ def show(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(show, value))
     if isinstance(value, Number):
-        spread = "" if value.deviation is None else f" ± {value.deviation:.2g}"
+        spread = "" if value.deviation is None else f" ± {show_error(value.deviation)}"
         return show(value.value) + spread
     if isinstance(value, float):
         return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def show_error(value: float) -> str:
+    """An error or deviation as text: two significant digits."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}"
 
 
 def _enter(line: Line, row: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The report in a real browser: the figure obeys its controls, and nothing is fetched or complained about."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,10 +78,69 @@ def test_a_number_leads_to_its_stage(page: webdriver.Chrome) -> None:
     assert "evaluate" in target.text
 
 
-def test_nothing_is_fetched_and_no_error_is_logged(page: webdriver.Chrome) -> None:
-    events: list[dict[str, Any]] = [
-        json.loads(entry["message"])["message"] for entry in page.get_log("performance")
-    ]
+def complaints(page: webdriver.Chrome) -> list[Any]:
+    """Requests that left the machine and errors in the console, since this was last asked."""
+    events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     sent = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    assert [url for url in sent if not url.startswith(("file:", "data:"))] == []
-    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+    outside = [url for url in sent if not url.startswith(("file:", "data:"))]
+    return outside + [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_nothing_is_fetched_and_no_error_is_logged(page: webdriver.Chrome) -> None:
+    assert complaints(page) == []
+
+
+@pytest.fixture
+def emulated(page: webdriver.Chrome) -> Iterator[webdriver.Chrome]:
+    """The page, as it was before when the test is done with it."""
+    yield page
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+
+
+def show_at(page: webdriver.Chrome, width: int, media: str = "screen", scheme: str = "light") -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+
+
+def wider_than_the_page(page: webdriver.Chrome) -> int:
+    """Pixels that one would have to scroll sideways."""
+    script = "const page = document.documentElement; return page.scrollWidth - page.clientWidth"
+    return page.execute_script(script)
+
+
+def lightness(page: webdriver.Chrome) -> float:
+    """Of the paper, between 0 and 255."""
+    colour = page.execute_script("return getComputedStyle(document.body).backgroundColor")
+    return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+
+
+@pytest.mark.parametrize("width", [1400, 400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_the_screen_in_both_schemes(emulated: webdriver.Chrome, width: int, scheme: str) -> None:
+    show_at(emulated, width, scheme=scheme)
+    emulated.refresh()
+    WebDriverWait(emulated, 30).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#explorer .scatterlayer"))
+    emulated.execute_script("document.querySelectorAll('details').forEach(box => { box.open = true; })")
+    for box in emulated.find_elements(By.CSS_SELECTOR, ".plots"):
+        emulated.execute_script("arguments[0].scrollIntoView()", box)
+        WebDriverWait(emulated, 30).until(lambda _, box=box: box.get_attribute("data-drawn"))
+    assert wider_than_the_page(emulated) <= 0
+    assert (lightness(emulated) < 60) == (scheme == "dark")
+    assert complaints(emulated) == []
+
+
+def test_on_paper_all_is_open_light_and_within_the_margins(emulated: webdriver.Chrome) -> None:
+    closed = "return document.querySelectorAll('details:not([open]):not(.lookup)').length"
+    emulated.refresh()
+    before = emulated.execute_script(closed)
+    show_at(emulated, 717, media="print", scheme="dark")  # A4 between Chromium's margins, in CSS pixels
+    emulated.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert emulated.execute_script(closed) == 0 < before
+    assert emulated.execute_script("return document.querySelectorAll('.plots:not([data-drawn])').length") == 0
+    WebDriverWait(emulated, 30).until(lambda page: wider_than_the_page(page) <= 0)
+    assert lightness(emulated) == 255
+    emulated.execute_script("dispatchEvent(new Event('afterprint'))")
+    assert emulated.execute_script(closed) == before

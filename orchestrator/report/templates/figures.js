@@ -106,14 +106,18 @@
   }, { rootMargin: "600px" });
   document.querySelectorAll(".plots").forEach((box) => seen.observe(box));
 
-  // Paper has no "into view", and a width of its own.
+  // Paper cannot be clicked, has no "into view", and a width of its own.
+  let opened = [];
   addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll("details:not([open]):not(.lookup)")];
+    for (const box of opened) box.open = true;
     document.querySelectorAll(".plots").forEach((box) => box.offsetParent && draw(box));
     for (const plot of document.querySelectorAll(".js-plotly-plot")) {
       if (plot.offsetParent) Plotly.relayout(plot, { width: plot.closest(".panels:not(.single)") ? 330 : 680 });
     }
   });
   addEventListener("afterprint", () => {
+    for (const box of opened) box.open = false;
     for (const plot of document.querySelectorAll(".js-plotly-plot")) Plotly.relayout(plot, { width: null, autosize: true });
   });
 

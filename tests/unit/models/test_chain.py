@@ -1,5 +1,6 @@
 """From a `ModelRef` to a model, against weight changes made by hand."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,6 +97,15 @@ def test_an_adapter_follows_its_source_layers(tmp_path: Path) -> None:
         for current, original in current_to_source.items():
             source = source.replace(current, original) if name.startswith(current) else source
         torch.testing.assert_close(weight, want[source], msg=name)
+
+
+def test_an_adapter_of_a_model_at_another_path_gives_no_warning(tmp_path: Path) -> None:
+    layers = [0, 1, 2]
+    settings = {"target_modules": list(TARGETS), "base_model_name_or_path": "package://elsewhere/model.gguf"}
+    adapter = _save_adapter(_draw(layers, seed=1), layers, tmp_path, layers_pattern="layers", **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        merge_adapter(remove_layers(tiny_llama()[0], [3]), adapter, kept=tuple(layers))
 
 
 def test_an_adapter_whose_layers_are_all_gone_changes_nothing(tmp_path: Path) -> None:

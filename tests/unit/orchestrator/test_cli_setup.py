@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from orchestrator.config import CampaignConfig, load_config
-from orchestrator.starter import short_name
+from orchestrator.starter import batch_for, short_name
 from tests.unit.orchestrator.command import iterabre
 
 
@@ -45,8 +45,29 @@ def test_init_takes_a_name_a_budget_and_a_built_in_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("gpus", "tokens"), [(0, 512), (0, 1024), (1, 2_500_000), (3, 5000), (64, 2_500_000)]
+)
+def test_init_writes_a_batch_that_workers_and_budget_can_do(tmp_path: Path, gpus: int, tokens: int) -> None:
+    file = tmp_path / "c.yaml"
+    iterabre("init", file, "--model", "m", "--gpus", str(gpus), "--max-tokens", str(tokens))
+    config = load_config(file)
+    recovery, workers = config.methods[0].recovery, config.execution.training.workers
+    assert recovery.batch_size % (recovery.micro_batch_size * workers) == 0
+    assert recovery.batch_size * recovery.sequence_length <= tokens
+    part = config.evaluation.perplexity[0].max_tokens
+    assert part == (None if gpus else 16_384)
+
+
+def test_the_batch_is_the_papers_where_it_fits() -> None:
+    assert batch_for(2_500_000, 1) == batch_for(2_500_000, 8) == (32, 4)
+    assert batch_for(2_500_000, 3) == (30, 2)  # ten each
+    assert batch_for(1024, 1) == (2, 2)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--model", "m", "--gpus", "8", "--max-tokens", "4000"], "give 4096 or more"),
         ([], "--model says which model"),
         (["--model", "m", "--fractions", "a"], "--fractions 'a'"),
         (["--model", "m", "--fractions", "1.5"], "targets.0.fraction"),

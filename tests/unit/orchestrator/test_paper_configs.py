@@ -79,7 +79,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2.5-7b": ("qwen2", {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}),
     "qwen2.5-0.5b": ("qwen2", {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}),
 }
-"""Family and sizes as the models were published; no hub was at hand to compare with."""
+"""Family and sizes, compared with the builders of pytorch/torchtune under torchtune/models: `llama3_1_8b`
+(llama3_1, commit 1934adb), `llama3_2_3b` and `llama3_2_1b` (llama3_2, 2cb2470), `qwen2_5_7b_base` and
+`qwen2_5_0_5b` (qwen2_5, 47a9e19). All of Llama-3.1-8B's but the width of the MLP is in Meta's own list, too
+(models/sku_list.py of meta-llama/llama-models, 084b88e)."""
 
 HEADS = {
     "llama-3.1-8b": {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
@@ -88,15 +91,29 @@ HEADS = {
     "qwen2.5-7b": {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
     "qwen2.5-0.5b": {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936},
 }
-PARAMETERS = {"llama-3.1-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400, "qwen2.5-7b": 7_615_616_512}
-"""As the authors of the models state them, from memory: the hub was not asked."""
+"""From the same builders."""
+
+
+def is_tied(name: str) -> bool:
+    """Whether the head is the embedding; of Llama 3 by the `_component_builders.py` beside the builders."""
+    return not name.endswith(("7b", "8b"))
+
+
+def parameters(name: str) -> int:
+    """Counted from the shape: gated MLP, grouped-query attention, two norms a block, one at the end."""
+    family, sizes = SHAPES[name]
+    hidden, inner, heads = sizes["hidden_size"], sizes["intermediate_size"], HEADS[name]
+    keys = hidden // heads["num_attention_heads"] * heads["num_key_value_heads"]
+    attention = 2 * hidden * hidden + 2 * hidden * keys + (hidden + 2 * keys) * (family == "qwen2")  # biases
+    block = attention + 3 * hidden * inner + 2 * hidden
+    embeddings = heads["vocab_size"] * hidden * (1 if is_tied(name) else 2)
+    return embeddings + sizes["num_hidden_layers"] * block + hidden
 
 
 def paper_model(directory: Path, name: str) -> str:
     """A directory that is as the model of that name to a plan: its configuration, and no weights."""
     family, sizes = SHAPES[name]
-    tied = not name.endswith(("7b", "8b"))
-    config = AutoConfig.for_model(family, **sizes, **HEADS[name], tie_word_embeddings=tied)
+    config = AutoConfig.for_model(family, **sizes, **HEADS[name], tie_word_embeddings=is_tied(name))
     config.save_pretrained(directory / name)
     (directory / name / "model.safetensors").touch()
     return str(directory / name)
@@ -111,7 +128,7 @@ def test_table_1_is_planned_for_the_papers_models(tmp_path: Path) -> None:
     plan = build_plan(config)
     assert [model.id for model in config.models] == list(SHAPES)
     sizes = {t.model_id: t.model.num_parameters for t in plan.trajectories}
-    assert {name: sizes[name] for name in PARAMETERS} == PARAMETERS
+    assert sizes == {name: parameters(name) for name in SHAPES}
     left = {
         t.model_id: t.iterations[-1].layers_left for t in plan.trajectories if t.method.name == "iterabre"
     }

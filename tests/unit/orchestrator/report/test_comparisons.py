@@ -97,7 +97,7 @@ def test_the_best_at_each_size_is_told_with_its_rival(tmp_path: Path) -> None:
     assert [choice.method for choice in choices] == ["good"] * 3
     assert choices[0].size == "9 of 10 layers (131 M parameters, 3% fewer)"
     assert choices[0].numbers[0] == "wikitext2/token_perplexity 36.25 (unpruned 29, ×1.25)"
-    assert choices[0].rival == "bad, 37.25"
+    assert choices[0].rival == "bad (37.25)"
 
 
 @pytest.mark.parametrize(
