@@ -108,7 +108,11 @@ class LocalCluster:
             "--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--temp-dir={self.directory}",
         )  # fmt: skip
         for _ in range(workers):
-            self._start(f"--address={self.address}", "--num-cpus=1")
+            self.add_worker()
+
+    def add_worker(self) -> None:
+        """Start one more worker of one CPU, and wait for it."""
+        self._start(f"--address={self.address}", "--num-cpus=1")
 
     def daemon(self, name: str) -> int:
         """Id of the head's `gcs_server`, or of the `raylet` of the last worker."""
