@@ -30,6 +30,9 @@ from tests.tiny_models import save_tiny
 VICTIMS = ("driver", "trial", "score", "train", "evaluate", "raylet", "gcs_server")
 TIMEOUT_S = 900
 POLL_S = 0.1
+NOBODY = "nobody"
+DRAWS = 4
+"""So many moments are tried: where all goes quicker than undisturbed, the last process may be gone."""
 TEXT = "The gods and goddesses worshipped in the ancient land give rise to local manifestations .\n"
 
 Moment = tuple[int, float]
@@ -175,7 +178,7 @@ def disturbed(directory: Path, number: int, victim: str, moment: Moment) -> Kill
         for each in clusters:
             each.forget()
     seconds = time.monotonic() - started
-    return Kill(number, victim, moment, title or "nobody", exit_code, resumed, repeats(begun), seconds, wrong)
+    return Kill(number, victim, moment, title or NOBODY, exit_code, resumed, repeats(begun), seconds, wrong)
 
 
 def _kill(cluster: LocalCluster, driver: Driver, clock: Clock, victim: str, moment: Moment) -> str | None:
@@ -239,8 +242,12 @@ def main() -> int:
     bad = 0
     for number in range(asked.first, asked.first + asked.runs):
         victim = order[number % len(order)]
-        count, offset = random.Random(f"{asked.seed}-{number}").choice(moments[victim])
-        kill = disturbed(directory, number, victim, (count, offset))
+        draw = random.Random(f"{asked.seed}-{number}")
+        for _ in range(DRAWS):
+            count, offset = draw.choice(moments[victim])
+            kill = disturbed(directory, number, victim, (count, offset))
+            if kill.title != NOBODY:
+                break
         with (directory / "kills.jsonl").open("a") as file:
             file.write(json.dumps(asdict(kill)) + "\n")
         print(line_of(kill), flush=True)
