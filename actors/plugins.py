@@ -40,7 +40,7 @@ def find_row(kind: str, name: str, built_in: Mapping[str, RowT], row_type: type[
         WorkError: this node has another version of the package than the driver, or none.
     """
     others = registered(kind)
-    found = [*others.select(name=name)]
+    found = sorted(others.select(name=name), key=_release)
     _check_as_started(kind, name, [_release(entry) for entry in found])
     if not found:
         if name not in built_in:
