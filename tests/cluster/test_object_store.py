@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 
 from actors.artifacts import list_files
-from orchestrator.ledger import Ledger
 from orchestrator.store import Store
 from tests.tiny_campaign import tiny_campaign, write_campaign
 from tests.unit.object_store import loopback_s3
 from tests.unit.orchestrator.command import iterabre
+from tests.unit.orchestrator.test_cut_connections import numbers_in
 
-OF_THE_MACHINE = ("s", "tokens/s", "bytes")
 ON_RAY = {
     "scoring": {"actors": 2, "cpus": 0.5},
     "training": {"workers": 2, "cpus": 0.5},
@@ -20,12 +19,6 @@ ON_RAY = {
 }
 
 pytestmark = pytest.mark.long
-
-
-def _numbers(store: Store) -> dict[tuple[Any, ...], float]:
-    names = ("iteration", "stage", "phase", "metric", "step", "layer")
-    rows = Ledger(store.ledger_uri).read().to_pylist()
-    return {tuple(r[name] for name in names): r["value"] for r in rows if r["unit"] not in OF_THE_MACHINE}
 
 
 def test_a_run_on_ray_in_an_object_store_is_that_of_a_local_disk(
@@ -44,7 +37,7 @@ def test_a_run_on_ray_in_an_object_store_is_that_of_a_local_disk(
         done = iterabre("campaign", file)
         assert done.exit_code == 0, done.err
         store = Store.of_campaign(uri, "tiny")
-        got, expected = _numbers(store), _numbers(local)
+        got, expected = numbers_in(store), numbers_in(local)
         assert got.keys() == expected.keys()
         assert got == pytest.approx(expected, rel=2e-4, abs=1e-5)
         assert [info for info in list_files(store.uri + "/models", recursive=True) if info.size]

@@ -25,7 +25,8 @@ RESULTS: dict[str, Any] = {
 OF_THE_MACHINE = ("s", "tokens/s", "bytes")
 
 
-def _numbers(store: Store) -> dict[tuple[Any, ...], float]:
+def numbers_in(store: Store) -> dict[tuple[Any, ...], float]:
+    """Every measured number that says nothing of the machine's speed or memory, by what it is."""
     names = ("iteration", "stage", "phase", "metric", "step", "layer")
     rows = Ledger(store.ledger_uri).read().to_pylist()
     return {tuple(r[name] for name in names): r["value"] for r in rows if r["unit"] not in OF_THE_MACHINE}
@@ -68,13 +69,13 @@ def test_an_upload_that_is_cut_is_no_result_and_resume_completes(
             before = _finished(store)
             assert {kind for kind, _ in before} >= {"score", "evaluate"}
             assert "recover" not in {kind for kind, _ in before}
-            assert len(_numbers(store)) > 0
+            assert len(numbers_in(store)) > 0
 
             resumed = iterabre(*command)
             assert resumed.exit_code == 0, resumed.err
             after = _finished(store)
             assert {stage: after[stage] for stage in before} == before
             assert after.keys() == _finished(undisturbed).keys()
-            assert _numbers(store) == pytest.approx(_numbers(undisturbed), rel=1e-6)
+            assert numbers_in(store) == pytest.approx(numbers_in(undisturbed), rel=1e-6)
             fs, root = filesystem(store.uri)
             assert fs.get_file_info(f"{root}/driver.lock").type.name == "NotFound"
