@@ -34,7 +34,8 @@ from actors.contracts import ModelInfo, ModelSpec
 from orchestrator.campaign import limits_of, run_trials
 from orchestrator.config import CampaignConfig, parse_config
 from orchestrator.cost import MACHINES, START_S, StageCost, block_flops, seconds, training_block_flops
-from orchestrator.plan import CampaignPlan, build_plan
+from orchestrator.plan import CampaignPlan
+from orchestrator.planning import build_plan
 from orchestrator.sharing import count_stages, distinct_stages, planned_stages
 from orchestrator.store import Store
 from tests.simulated import Simulation

@@ -80,7 +80,7 @@ def campaign(config: Config, resume: Resume = False, address: Address = None, se
 
 def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
     from orchestrator.campaign import run_campaign
-    from orchestrator.plan import build_plan
+    from orchestrator.planning import build_plan
     from orchestrator.store import Store
 
     store = Store.of_campaign(config.storage.path, config.name)

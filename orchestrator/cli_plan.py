@@ -37,7 +37,7 @@ def plan(
     """
     from orchestrator.cost import parse_machine
     from orchestrator.estimate import plan_summary
-    from orchestrator.plan import build_plan
+    from orchestrator.planning import build_plan
     from orchestrator.run_file import read_run
     from orchestrator.store import Store
 
@@ -59,7 +59,7 @@ def _factors(run: str, machine: Any) -> dict[str, float]:
     from orchestrator.config import parse_config
     from orchestrator.estimate import calibrate
     from orchestrator.ledger import Ledger
-    from orchestrator.plan import build_plan
+    from orchestrator.planning import build_plan
     from orchestrator.run_file import read_run
     from orchestrator.store import Store
 

@@ -8,7 +8,8 @@ from actors.models import export_model
 from orchestrator.config import parse_config
 from orchestrator.errors import RequestError, unknown_name
 from orchestrator.ledger import Ledger
-from orchestrator.plan import TrajectoryPlan, build_plan
+from orchestrator.plan import TrajectoryPlan
+from orchestrator.planning import build_plan
 from orchestrator.report.card import model_card, provenance
 from orchestrator.run_file import read_run
 from orchestrator.schedule import IterationPlan

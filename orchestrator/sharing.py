@@ -24,10 +24,11 @@ from actors.contracts import (
     TextSpec,
     digest,
 )
+from orchestrator.keys import stage_key
 from orchestrator.plan import CampaignPlan, TrajectoryPlan, stages_of_iteration, stages_once
 from orchestrator.schedule import EVERY_ITERATION, IterationPlan, iterative_schedule
 from orchestrator.stages import removal_order
-from orchestrator.store import Store, stage_key
+from orchestrator.store import Store
 from orchestrator.trajectory import run_trajectory
 
 

@@ -36,12 +36,13 @@ from actors.contracts import (
 from actors.errors import WorkError
 from actors.models import BLOCK, choose_removable
 from orchestrator.coordinator import Claims
+from orchestrator.keys import stage_key
 from orchestrator.ledger import Ledger, Row
 from orchestrator.plan import TrajectoryPlan, num_stages
 from orchestrator.progress import Activity, Report, StageProgress
 from orchestrator.report.card import model_card, provenance
 from orchestrator.schedule import IterationPlan
-from orchestrator.store import Store, StoredStage, stage_key
+from orchestrator.store import Store, StoredStage
 
 log = logging.getLogger(__name__)
 

@@ -50,16 +50,6 @@ from orchestrator.errors import CorruptStageError
 
 log = logging.getLogger(__name__)
 
-STAGE_VERSION: Mapping[str, int] = {
-    "score": 1,
-    "prune": 1,
-    "generate": 1,
-    "recover": 1,
-    "evaluate": 1,
-    "export": 1,
-}
-"""Raise a kind's number when its results change meaning: old ones are then computed anew."""
-
 FORMAT = 1
 RUN_PREFIX = "run:/"
 SET_ASIDE = "set-aside"
@@ -94,11 +84,6 @@ def safe_name(name: str) -> str:
             "beginning with a letter or digit"
         )
     return name
-
-
-def stage_key(kind: str, inputs: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of a stage's kind, its version, and all its result depends on."""
-    return digest({"kind": kind, "version": STAGE_VERSION[kind], "inputs": inputs})
 
 
 @cache

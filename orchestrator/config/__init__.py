@@ -1,7 +1,7 @@
 """The campaign file: pydantic models of the YAML, and how it is read.
 
 Imports neither torch nor ray, so that a wrong file is refused in well under a second.
-Whether the named models, data, criteria and tasks exist is `orchestrator.plan`'s matter.
+Whether the named models, data, criteria and tasks exist is `orchestrator.planning`'s matter.
 """
 
 from orchestrator.config.campaign import (

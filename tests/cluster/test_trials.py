@@ -14,7 +14,7 @@ from orchestrator.coordinator import LEASE_S, AskedClaims, Coordinator
 from orchestrator.ledger import Ledger
 from orchestrator.limits import Limits
 from orchestrator.outcomes import read_outcomes
-from orchestrator.plan import build_plan
+from orchestrator.planning import build_plan
 from orchestrator.store import Store
 from tests.cluster.exported import exported
 from tests.simulated import Simulation

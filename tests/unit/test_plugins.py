@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from actors import plugins
 from orchestrator.config import load_config
 from orchestrator.ledger import Ledger
-from orchestrator.plan import build_plan
+from orchestrator.planning import build_plan
 from tests.tiny_campaign import NUM_LAYERS, tiny_campaign, write_campaign
 from tests.unit.orchestrator.command import iterabre
 

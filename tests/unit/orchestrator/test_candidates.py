@@ -23,9 +23,11 @@ from actors.models import load_model, remove_layers
 from actors.scoring.task import task_scores, task_value
 from orchestrator.backends import LocalBackend
 from orchestrator.config import ExecutionConfig, parse_config
+from orchestrator.keys import stage_key
 from orchestrator.ledger import Ledger
-from orchestrator.plan import TrajectoryPlan, build_plan
-from orchestrator.store import Store, stage_key
+from orchestrator.plan import TrajectoryPlan
+from orchestrator.planning import build_plan
+from orchestrator.store import Store
 from tests.tiny_campaign import tiny_campaign, write_campaign
 from tests.tiny_models import save_tiny
 from tests.unit.orchestrator.command import iterabre

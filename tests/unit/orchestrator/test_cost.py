@@ -31,7 +31,7 @@ from orchestrator.errors import RequestError
 from orchestrator.estimate import costed_stages, estimate, measured_seconds, plan_summary, spent_before
 from orchestrator.ledger import Ledger, Row
 from orchestrator.limits import Limits
-from orchestrator.plan import build_plan
+from orchestrator.planning import build_plan
 from tests.tiny_campaign import tiny_campaign
 from tests.tiny_models import save_tiny, tiny_ids, tiny_llama, tiny_model
 

@@ -13,7 +13,7 @@ from actors.errors import RequestError
 from actors.models import choose_removable, removable, save_pretrained
 from orchestrator.config import parse_config
 from orchestrator.ledger import Ledger
-from orchestrator.plan import build_plan
+from orchestrator.planning import build_plan
 from tests.decoder_zoo import tiny_decoder
 from tests.surgery_truth import branch_off
 from tests.tiny_campaign import tiny_campaign, write_campaign

@@ -9,11 +9,13 @@ import pytest
 from actors.contracts import TextSpec
 from orchestrator.backends import LocalBackend
 from orchestrator.config import parse_config
+from orchestrator.keys import stage_key
 from orchestrator.ledger import Ledger
-from orchestrator.plan import TrajectoryPlan, build_plan, num_stages
+from orchestrator.plan import TrajectoryPlan, num_stages
+from orchestrator.planning import build_plan
 from orchestrator.progress import Activity
 from orchestrator.stages import StoredStages
-from orchestrator.store import Store, stage_key
+from orchestrator.store import Store
 from orchestrator.trajectory import run_trajectory
 from tests.tiny_campaign import claims_of_one, tiny_campaign
 from tests.tiny_models import tiny_tokenizer

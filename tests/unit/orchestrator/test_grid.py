@@ -8,7 +8,8 @@ import pytest
 from actors.contracts import ModelInfo, ModelSpec
 from orchestrator.config import TargetConfig, parse_config
 from orchestrator.errors import ConfigError, RequestError
-from orchestrator.plan import CampaignPlan, build_plan
+from orchestrator.plan import CampaignPlan
+from orchestrator.planning import build_plan
 from orchestrator.schedule import target_depth
 from tests.tiny_campaign import tiny_campaign
 

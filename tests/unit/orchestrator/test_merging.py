@@ -14,7 +14,7 @@ from actors.models import load_model
 from actors.models.merge import merge_layers
 from actors.recovery import check_recovery
 from orchestrator.config import parse_config
-from orchestrator.plan import build_plan
+from orchestrator.planning import build_plan
 from tests.tiny_campaign import tiny_campaign, write_campaign
 from tests.unit.orchestrator.command import iterabre
 

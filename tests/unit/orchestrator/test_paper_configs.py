@@ -12,7 +12,7 @@ from actors.scoring import find_criterion
 from orchestrator.config import load_config
 from orchestrator.cost import parse_machine
 from orchestrator.estimate import plan_summary
-from orchestrator.plan import build_plan
+from orchestrator.planning import build_plan
 from orchestrator.specs import recovery_spec, text_spec
 
 FILES = sorted((Path(__file__).parents[3] / "configs" / "papers").glob("*.yaml"))

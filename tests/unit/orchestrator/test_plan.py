@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from actors.contracts import ArtifactRef, FileRef, ModelInfo, ModelSpec, RecoverySpec
 from orchestrator.config import TargetConfig, parse_config
 from orchestrator.errors import RequestError
-from orchestrator.plan import CampaignPlan, TrajectoryPlan, build_plan, num_stages
+from orchestrator.keys import stage_key
+from orchestrator.plan import CampaignPlan, TrajectoryPlan, num_stages
+from orchestrator.planning import build_plan
 from orchestrator.schedule import iterative_schedule, target_depth
-from orchestrator.store import stage_key
 from tests.tiny_campaign import tiny_campaign
 from tests.tiny_models import save_tiny
 
@@ -353,7 +354,7 @@ def test_a_field_added_later_is_in_the_key_when_it_is_used(
     trajectory = _plan(tiny_campaign(place)).trajectories[0]
     spec = trajectory.score_spec(trajectory.dense)
     before = trajectory.key_inputs(spec)
-    monkeypatch.setattr("orchestrator.plan.ADDED_LATER", {"pooling": spec.pooling})
+    monkeypatch.setattr("orchestrator.keys.ADDED_LATER", {"pooling": spec.pooling})
     assert trajectory.key_inputs(spec) == {name: before[name] for name in before if name != "pooling"}
     used = replace(spec, pooling="another")
     assert trajectory.key_inputs(used) == {**before, "pooling": "another"}

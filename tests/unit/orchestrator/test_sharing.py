@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from orchestrator.config import parse_config
-from orchestrator.plan import CampaignPlan, build_plan, num_stages
+from orchestrator.plan import CampaignPlan, num_stages
+from orchestrator.planning import build_plan
 from orchestrator.sharing import count_stages, planned_stages
 from tests.tiny_campaign import tiny_campaign
 

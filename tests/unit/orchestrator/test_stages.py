@@ -10,7 +10,8 @@ from actors.errors import WorkError
 from orchestrator.cluster import Capacity, has_room_for_both
 from orchestrator.config import ExecutionConfig, parse_config
 from orchestrator.ledger import Ledger
-from orchestrator.plan import TrajectoryPlan, build_plan
+from orchestrator.plan import TrajectoryPlan
+from orchestrator.planning import build_plan
 from orchestrator.schedule import IterationPlan
 from orchestrator.stages import StoredStages
 from orchestrator.store import Store

@@ -24,9 +24,10 @@ from actors.contracts import (
 )
 from actors.errors import RequestError, WorkError
 from orchestrator.errors import RunExistsError
+from orchestrator.keys import stage_key
 from orchestrator.ledger import Ledger, Row
 from orchestrator.run_file import open_run, read_run
-from orchestrator.store import Store, safe_name, stage_key
+from orchestrator.store import Store, safe_name
 from tests.unit.object_store import loopback_s3
 
 INPUTS = {"model": "abc", "dropped": [3, 4]}

@@ -25,7 +25,8 @@ from orchestrator.config import CampaignConfig, parse_config
 from orchestrator.errors import RequestError
 from orchestrator.ledger import Ledger, Row
 from orchestrator.outcomes import TrajectoryOutcome, write_outcome
-from orchestrator.plan import CampaignPlan, build_plan
+from orchestrator.plan import CampaignPlan
+from orchestrator.planning import build_plan
 from orchestrator.store import Store
 from orchestrator.trackers import TRACKERS, make_trackers
 from orchestrator.tracking import Point, Publisher, parameters, points, published

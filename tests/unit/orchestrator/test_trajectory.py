@@ -7,7 +7,8 @@ import pytest
 
 from actors.contracts import ArtifactRef, FileRef, ModelRef
 from orchestrator.config import parse_config
-from orchestrator.plan import TrajectoryPlan, build_plan, num_stages
+from orchestrator.plan import TrajectoryPlan, num_stages
+from orchestrator.planning import build_plan
 from orchestrator.schedule import IterationPlan
 from orchestrator.trajectory import run_trajectory
 from tests.tiny_campaign import tiny_campaign
