@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+BLOCK = "block"
+"""The granularity at which whole blocks are removed; their layers are what depths count."""
+
 Progress = Callable[[int, int, str], None]
 """Called with (units done, units in all, note); must be cheap and never raise."""
 
@@ -59,6 +62,16 @@ class ModelSpec:
     dtype: str = "float32"
     revision: str | None = None
     trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The hub's metadata that an exported model takes over; None where the source does not say."""
+
+    base_model: str | None = None
+    licence: str | None = None
+    licence_name: str | None = None
+    licence_link: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,7 @@ class ModelRef:
 
     def pruned(self, granularity: str, source_layers: tuple[int, ...]) -> "ModelRef":
         """The same model with whole blocks dropped (`block`), or their attention or MLP emptied."""
-        if granularity == "block":
+        if granularity == BLOCK:
             return self.without(source_layers)
         emptied = {*self.emptied, *((layer, granularity) for layer in source_layers)}
         return replace(self, emptied=tuple(sorted(emptied)))
@@ -241,7 +254,7 @@ class ScoreSpec:
     memory_budget_gb: float | None = None
     stream_weights: bool = False
     confidence: float | None = None
-    granularity: str = "block"
+    granularity: str = BLOCK
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A campaign of many trajectories whose stages only sleep, on made-up GPUs, against a plain grid of Ray Tune.
 
-    python -m benchmarks.scheduling [--trajectories 200] [--gpus 64] [--minutes 2]
+    python -m benchmarks.scheduling [--trajectories 200] [--gpus 64] [--minutes 8]
 
 Stages sleep for times that the cost model gives for a 7B model on A100s, scaled so that
 the campaign's distinct stages keep the GPUs busy for `--minutes`, with a log-normal spread.
@@ -8,11 +8,12 @@ All else is real: Tune, the coordinator, the store, the ledger. The plain grid i
 trajectory that does the same stages in a row, shares none, and holds for its whole life as
 many GPUs as its widest stage needs, as a Tune trial does.
 
-Reported for both: time from the first stage to the last, share of the GPU time in which a
-stage was at work, and for ours the time from the end of one stage to the next one's request
-(key, store, ledger, coordinator) where no other trajectory can hold that up, and the driver's
-memory. A sleeping stage is a process on this machine, which a real one would not be: those
-are kept, and start before the clock does.
+Reported for both: time from the first stage to the last, and the share of the GPU time in which a
+stage was at work; for ours also that share while as many trajectories were under way as are meant
+to be, which leaves out that this machine starts their processes two at a time. Before that, a few
+trajectories that never wait for a place tell the time from the end of a stage to the next one's start
+(key, store, ledger, coordinator). A sleeping stage is a process on this machine, which a real one
+would not be: those are kept, and start before the clock does.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from actors.contracts import ModelInfo, ModelSpec
 from orchestrator.campaign import limits_of, run_trials
 from orchestrator.config import CampaignConfig, parse_config
 from orchestrator.cost import MACHINES, START_S, StageCost, block_flops, seconds, training_block_flops
+from orchestrator.places import Places, Room
 from orchestrator.plan import CampaignPlan
 from orchestrator.planning import build_plan
 from orchestrator.sharing import count_stages, distinct_stages, planned_stages
@@ -89,14 +92,14 @@ def stage_times() -> dict[str, float]:
     }
 
 
-def campaign(directory: Path, trajectories: int, concurrent: int) -> CampaignConfig:
+def campaign(directory: Path, trajectories: int, overlap: bool = True) -> CampaignConfig:
     """Trajectories that differ in learning rate and seed, 4 → 3 → 2 layers."""
     raw = tiny_campaign(directory)
     seeds = 4
     rates = [1e-4 * (1 + i) for i in range(max(1, trajectories // seeds))]
     raw["methods"][0]["recovery"]["learning_rate"] = {"grid": rates}
     raw["seeds"] = list(range(seeds))
-    raw["execution"] = {"backend": "ray", "max_concurrent_trajectories": concurrent}
+    raw["execution"] = {"backend": "ray", "overlap_evaluation": overlap}
     return parse_config(raw, "benchmark")
 
 
@@ -115,10 +118,30 @@ def read_notes(notes: Path) -> list[Work]:
     ]
 
 
-def utilisation(work: list[Work], gpus: int) -> tuple[float, float]:
-    """Seconds from the first request to the last end, and the share of GPU time at work in them."""
-    span = max(w.done for w in work) - min(w.asked for w in work)
-    return span, sum(w.took * DEVICES[w.kind] for w in work) / (gpus * span)
+def whole(work: list[Work]) -> tuple[float, float]:
+    """From the first request to the last end."""
+    return min(w.asked for w in work), max(w.done for w in work)
+
+
+def full(work: list[Work]) -> tuple[float, float]:
+    """From when the last process of a trial came to when the first one had nothing more to do."""
+    by_process = grouped(work).values()
+    return max(one[0].asked for one in by_process), min(max(w.done for w in one) for one in by_process)
+
+
+def utilisation(work: list[Work], gpus: int, window: tuple[float, float]) -> float:
+    """The share of the GPU time in the window that was spent at work."""
+    start, end = window
+    at_work = (DEVICES[w.kind] * max(0, min(end, w.done) - max(start, w.done - w.took)) for w in work)
+    return sum(at_work) / (gpus * (end - start))
+
+
+def grouped(work: list[Work]) -> dict[str, list[Work]]:
+    """By process, in the order in which it asked."""
+    by_process: dict[str, list[Work]] = defaultdict(list)
+    for w in sorted(work, key=lambda w: w.asked):
+        by_process[w.process].append(w)
+    return by_process
 
 
 def overheads(work: list[Work]) -> list[float]:
@@ -127,15 +150,29 @@ def overheads(work: list[Work]) -> list[float]:
     Between a recovery and the next export or scoring: what no other trajectory needs, so that
     nobody waits for another.
     """
-    by_process: dict[str, list[Work]] = defaultdict(list)
-    for w in sorted(work, key=lambda w: w.asked):
-        by_process[w.process].append(w)
     return [
         after.asked - before.done
-        for one in by_process.values()
+        for one in grouped(work).values()
         for before, after in itertools.pairwise(one)
         if (before.kind, after.kind) in OWN
     ]
+
+
+def run_ours(
+    config: CampaignConfig,
+    plan: CampaignPlan,
+    times: Mapping[str, float],
+    notes: Path,
+    places: Places,
+    concurrent: int | None = None,
+) -> list[Work]:
+    """The campaign's stages as they were computed."""
+    backend = Simulation(times, notes, DEVICE, DEVICES, spread=SPREAD)
+    at_a_time = concurrent or len(plan.trajectories)
+    store = Store(str(notes / "run"))
+    outcome = run_trials(config, plan, store, limits_of(config), at_a_time, places, backend)
+    assert not outcome.failures, outcome.failures
+    return read_notes(notes)
 
 
 def plain_trial(
@@ -166,12 +203,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--trajectories", type=int, default=200)
     parser.add_argument("--gpus", type=int, default=64)
-    parser.add_argument("--concurrent", type=int, default=32, help="trajectories at a time")
-    parser.add_argument("--minutes", type=float, default=2.0, help="time of the distinct work on all GPUs")
+    parser.add_argument("--concurrent", type=int, help="trajectories at a time; by default as in a campaign")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time of the distinct work on all GPUs")
     parser.add_argument("--no-plain", action="store_true", help="leave the plain grid out")
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="iterabre-scheduling-"))
-    config = campaign(scratch, arguments.trajectories, arguments.concurrent)
+    config = campaign(scratch, arguments.trajectories)
+    places = Places(partial(Room, 0, arguments.gpus), {kind: Room(0, held) for kind, held in DEVICES.items()})
+    concurrent = arguments.concurrent or places.trajectories()
     plan = build_plan(config)
     times = stage_times()
     distinct = distinct_stages(s for t in plan.trajectories for s in planned_stages(t))
@@ -179,7 +218,10 @@ def main() -> None:
     scale = arguments.minutes * 60 * arguments.gpus / work_s
     times = {kind: scale * time_s for kind, time_s in times.items()}
     print(f"stages: {count_stages(plan)}")
-    print("seconds a stage: " + ", ".join(f"{kind} {time_s:.2f}" for kind, time_s in times.items()))
+    print(
+        f"seconds a stage, {scale:.1%} of a real one: "
+        + ", ".join(f"{kind} {time_s:.2f}" for kind, time_s in times.items())
+    )
 
     ray.init(
         address="local",
@@ -187,35 +229,39 @@ def main() -> None:
         resources={DEVICE: arguments.gpus},
         include_dashboard=False,
         log_to_driver=False,
-        _system_config={"num_workers_soft_limit": arguments.gpus + arguments.concurrent},
+        _system_config={"num_workers_soft_limit": arguments.gpus + concurrent},
     )
     start_processes(arguments.gpus)
-    ours, plain = scratch / "ours", scratch / "plain"
-    ours.mkdir()
-    plain.mkdir()
-    started = time.monotonic()
-    backend = Simulation(times, ours, DEVICE, DEVICES, spread=SPREAD)
-    outcome = run_trials(config, plan, Store(str(scratch / "run")), limits_of(config), make_backend=backend)
-    assert not outcome.failures, outcome.failures
-    wall_s = time.monotonic() - started
-    work = read_notes(ours)
-    span, share = utilisation(work, arguments.gpus)
-    gaps = sorted(overheads(work))
-    print(
-        f"ours:  {len(work)} stages computed, {span:.0f} s from first to last "
-        f"({wall_s:.0f} s with start and end), GPUs at work {share:.1%}"
+    notes = {name: scratch / name for name in ("few", "ours", "plain")}
+    for directory in notes.values():
+        directory.mkdir()
+    without_overlap = campaign(scratch, arguments.gpus // max(DEVICES.values()), overlap=False)
+    gaps = sorted(
+        overheads(run_ours(without_overlap, build_plan(without_overlap), times, notes["few"], places))
     )
     print(
-        f"       between stages: median {statistics.median(gaps) * 1e3:.0f} ms, "
+        f"between stages: median {statistics.median(gaps) * 1e3:.0f} ms, "
         f"mean {statistics.mean(gaps) * 1e3:.0f} ms, 95 % below {gaps[int(len(gaps) * 0.95)] * 1e3:.0f} ms"
     )
-    print(f"       driver's memory: {psutil.Process().memory_info().rss / 2**20:.0f} MiB")
+    started = time.monotonic()
+    work = run_ours(config, plan, times, notes["ours"], places, concurrent)
+    wall_s, (first, last) = time.monotonic() - started, whole(work)
+    print(
+        f"ours:  {len(work)} stages computed, {last - first:.0f} s from first to last "
+        f"({wall_s:.0f} s with start and end), "
+        f"GPUs at work {utilisation(work, arguments.gpus, whole(work)):.1%}"
+    )
+    print(
+        f"       {utilisation(work, arguments.gpus, full(work)):.1%} while {concurrent} trajectories were "
+        f"under way; driver's memory {psutil.Process().memory_info().rss / 2**20:.0f} MiB"
+    )
     if not arguments.no_plain:
-        run_plain(plan, times, plain, scratch)
-        work = read_notes(plain)
-        span, share = utilisation(work, arguments.gpus)
+        run_plain(plan, times, notes["plain"], scratch)
+        work = read_notes(notes["plain"])
+        first, last = whole(work)
         print(
-            f"plain: {len(work)} stages computed, {span:.0f} s from first to last, GPUs at work {share:.1%}"
+            f"plain: {len(work)} stages computed, {last - first:.0f} s from first to last, "
+            f"GPUs at work {utilisation(work, arguments.gpus, whole(work)):.1%}"
         )
     ray.shutdown()
 

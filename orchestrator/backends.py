@@ -1,10 +1,12 @@
 """Where a stage's work is done: in this process, or on Ray actors and Ray Train.
 
-Both compute the same numbers; `execution.backend` chooses.
+Both compute the same numbers; `execution.backend` chooses. The rooms load what computes
+when it is first asked for, which for Ray is on the actors alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 
+from actors import evaluation, generation, models, recovery, scoring
 from actors.artifacts import cache_dir, local_path
 from actors.contracts import (
     EvaluationResult,
@@ -20,15 +22,10 @@ from actors.contracts import (
     ScoreSpec,
     no_progress,
 )
-from actors.evaluation import evaluate_model
 from actors.evaluation.actor import evaluate_all_on_ray, evaluate_on_ray
-from actors.generation import generate_locally
 from actors.generation.actor import generate_on_ray
-from actors.models import export_model
-from actors.models.actor import export_on_ray
-from actors.recovery.local import recover_locally
+from actors.models.actor import conducted, export_on_ray
 from actors.recovery.trainer import recover_on_ray
-from actors.scoring import find_criterion, score_locally
 from actors.scoring.actor import score_on_ray
 from orchestrator.candidates import score_by_task
 from orchestrator.config import ExecutionConfig
@@ -43,26 +40,26 @@ class LocalBackend:
         self._store = store
 
     def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult:
-        if find_criterion(spec.criterion).by_task:
+        if spec.task is not None:
             return score_by_task(spec, self._evaluate_all, progress)
-        return score_locally(spec, progress)
+        return scoring.score_locally(spec, progress)
 
     def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult:
-        return generate_locally(spec, uri, progress)
+        return generation.generate_locally(spec, uri, progress)
 
     def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult:
         work_dir = local_path(self._store.train_uri(key)) or cache_dir() / "train" / key
-        return recover_locally(spec, uri, work_dir, progress)
+        return recovery.recover_locally(spec, uri, work_dir, progress)
 
     def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
-        return evaluate_model(spec, progress)
+        return evaluation.evaluate_model(spec, progress)
 
     def _evaluate_all(self, specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
         for position, spec in enumerate(specs):
             yield position, self.evaluate(spec, no_progress)
 
     def export(self, spec: ExportSpec, uri: str) -> ExportResult:
-        return export_model(spec, uri)
+        return models.export_model(spec, uri)
 
 
 class RayBackend:
@@ -78,10 +75,11 @@ class RayBackend:
         self._store = store
 
     def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult:
-        if find_criterion(spec.criterion).by_task:
+        if spec.task is not None:
             return score_by_task(spec, self._evaluate_all, progress)
         pool, timeout_s = self._execution.scoring, self._execution.start_timeout_s
-        return score_on_ray(
+        return conducted(
+            score_on_ray,
             spec,
             actors=pool.actors,
             cpus=pool.cpus,
@@ -92,7 +90,8 @@ class RayBackend:
 
     def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult:
         pool, timeout_s = self._execution.generation, self._execution.start_timeout_s
-        return generate_on_ray(
+        return conducted(
+            generate_on_ray,
             spec,
             uri,
             actors=pool.actors,

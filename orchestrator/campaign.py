@@ -4,62 +4,53 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import RayError
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 
 from actors.evaluation import check_task_data
 from orchestrator.backends import BACKENDS
 from orchestrator.cluster import (
+    HEAD,
     QUIET,
+    ClusterRoom,
     check_resources,
     cluster,
     cluster_capacity,
     grown,
-    has_room_for_both,
+    trajectories_at_a_time,
     workers_output_to,
 )
-from orchestrator.config import CampaignConfig, ExecutionConfig, SearchConfig
-from orchestrator.coordinator import AskedClaims, Coordinator, LimitReachedError
+from orchestrator.config import CampaignConfig, SearchConfig
+from orchestrator.coordinator import Coordinator
 from orchestrator.cost import machine_of
-from orchestrator.errors import IterabreError, unknown_name
 from orchestrator.estimate import spent_before
 from orchestrator.ledger import Ledger
 from orchestrator.leftovers import sweep
-from orchestrator.limits import Limits, backoff_s, devices_held, start_order
+from orchestrator.limits import Limits, start_order
 from orchestrator.metrics import CampaignGauges
 from orchestrator.outcomes import TrajectoryOutcome, read_outcomes, write_outcome
-from orchestrator.plan import CampaignPlan, TrajectoryPlan
-from orchestrator.progress import Activity, Board, RemoteReport, Report, live_view
+from orchestrator.places import Places, devices_held, needs_of
+from orchestrator.plan import CampaignPlan
+from orchestrator.progress import Activity, Board, live_view
 from orchestrator.run_file import check_run, open_run
 from orchestrator.run_lock import check_unlocked, locked
 from orchestrator.sharing import remaining_stages
-from orchestrator.stages import Backend, OnIteration, StoredStages
 from orchestrator.store import Store
 from orchestrator.trackers import make_trackers
 from orchestrator.tracking import published
-from orchestrator.trajectory import run_trajectory
+from orchestrator.trial import LOG_FORMAT, LOST_TRIAL_RETRIES, MakeBackend, follow, last_line, trial
 
 log = logging.getLogger(__name__)
 
-HEAD = "node:__internal_head__"
 TRIAL_PLACE = tune.PlacementGroupFactory([{HEAD: 0.001}])
 """A trial only waits for its stages: it takes no CPU, and lives on the head, never a spot machine."""
-
-LOST_TRIAL_RETRIES = 3
-"""How often a lost trial, or a trajectory that lost the machine of a stage, is tried again."""
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
-
-MakeBackend = Callable[[ExecutionConfig, Store], Backend]
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,8 @@ def run_campaign(
     with cluster(address):
         capacity = grown(cluster_capacity(), execution.cluster_maximum)
         check_resources(execution, capacity)
-        overlap = execution.overlap_evaluation and has_room_for_both(execution, capacity)
+        places = Places(ClusterRoom(execution.cluster_maximum), needs_of(execution))
+        at_a_time = trajectories_at_a_time(execution, places, capacity.head_bytes)
         workers_log = store.logs_dir / "workers.log"
         with (
             _run_log(store, config, plan),
@@ -122,7 +114,7 @@ def run_campaign(
             _stopping_on_sigterm(),
         ):
             with published(trackers, plan, store):
-                outcome = run_trials(config, plan, store, limits, overlap=overlap)
+                outcome = run_trials(config, plan, store, limits, at_a_time, places)
             sweep(store)
             return outcome
 
@@ -162,7 +154,7 @@ def _run_in_this_process(config: CampaignConfig, plan: CampaignPlan, store: Stor
     with live_view(board.snapshot):
         for trajectory_id in _unfinished(plan, store):
             trajectory = plan.find(trajectory_id)
-            failure = _follow(trajectory, backend, store, board.post, call)
+            failure = follow(trajectory, backend, store, board.post, call)
             failures |= {trajectory.id: failure} if failure else {}
     return Outcome(failures, limit=coordinator.ended_by())
 
@@ -172,28 +164,32 @@ def run_trials(
     plan: CampaignPlan,
     store: Store,
     limits: Limits,
+    at_a_time: int,
+    places: Places | None = None,
     make_backend: MakeBackend = BACKENDS["ray"],
-    overlap: bool = False,
 ) -> Outcome:
-    """Run the trajectories as trials of Ray Tune, on the connected cluster.
+    """Run the trajectories as trials of Ray Tune, `at_a_time` of them, on the connected cluster.
 
+    Stages wait for one of `places`, if there are any to wait for.
     Trials begun again find their finished stages in the store, so Tune need not restore anything.
     """
     os.environ.update(QUIET)
     execution = config.execution
     board = ray.remote(num_cpus=0)(Board).remote()
     price = spent_before(Ledger(store.ledger_uri).read(), limits)
-    coordinator = ray.remote(num_cpus=0, max_restarts=-1)(Coordinator).remote(limits, price)
+    # A trajectory may wait for a stage and for one in the background, and renews its claims meanwhile.
+    many = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 3 * at_a_time + 8}
+    coordinator = ray.remote(**many)(Coordinator).remote(limits, price, places)
     trajectories = list(_unfinished(plan, store))
     if not trajectories:
         return Outcome({})
     trainable = tune.with_parameters(
-        _trial,
+        trial,
         plan=plan,
         execution=execution,
         store=store,
         board=board,
-        overlap=overlap,
+        overlap=execution.overlap_evaluation,
         coordinator=coordinator,
         make_backend=make_backend,
         metric=None if config.search.scheduler == "none" else config.search.metric,
@@ -202,7 +198,7 @@ def run_trials(
         tune.with_resources(trainable, TRIAL_PLACE),
         param_space={"trajectory": tune.grid_search(trajectories)},
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=execution.max_concurrent_trajectories,
+            max_concurrent_trials=at_a_time,
             scheduler=trial_scheduler(config.search, max(len(t.iterations) for t in plan.trajectories)),
             reuse_actors=True,
         ),
@@ -232,7 +228,7 @@ def _outcome(results: tune.ResultGrid, store: Store, limit: str | None) -> Outco
     for result in results:
         trajectory, metrics = result.config["trajectory"], result.metrics or {}
         if result.error:
-            failures[trajectory] = _last_line(result.error)
+            failures[trajectory] = last_line(result.error)
             write_outcome(store, trajectory, TrajectoryOutcome("failed", failures[trajectory]))
         elif metrics.get("failure"):
             failures[trajectory] = metrics["failure"]
@@ -258,89 +254,6 @@ def trial_scheduler(search: SearchConfig, iterations: int) -> TrialScheduler | N
         )
     if search.scheduler == "median_stopping":
         return MedianStoppingRule(**compared, grace_period=grace)
-    return None
-
-
-def _trial(
-    parameters: Mapping[str, str],
-    plan: CampaignPlan,
-    execution: ExecutionConfig,
-    store: Store,
-    board: Any,
-    overlap: bool,
-    coordinator: Any,
-    make_backend: MakeBackend,
-    metric: str | None,
-) -> None:
-    """A Tune trial: one trajectory. What was lost is tried again; what is wrong is reported."""
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    trajectory = plan.find(parameters["trajectory"])
-
-    def call(method: str, *arguments: Any) -> Any:
-        return ray.get(getattr(coordinator, method).remote(*arguments))
-
-    def on_iteration(iteration: int, metrics: Mapping[str, float]) -> None:
-        assert metric is not None, "nobody listens without a metric"
-        if metric not in metrics:
-            raise unknown_name("search.metric", metric, metrics)
-        tune.report({"iteration": iteration, "compared": metrics[metric]})
-
-    follow = partial(
-        _follow,
-        trajectory,
-        make_backend(execution, store),
-        store,
-        RemoteReport(board),
-        call,
-        on_iteration if metric else None,
-        overlap,
-    )
-    failure = _despite_losses(follow)
-    tune.report({"failure": failure or "", "ended": True})
-
-
-def _despite_losses(follow: Callable[[], str | None]) -> str | None:
-    """Follow a trajectory, again after a growing pause when a process or machine of a stage was lost."""
-    for attempt in range(LOST_TRIAL_RETRIES):
-        try:
-            return follow()
-        except RayError as lost:
-            pause_s = backoff_s(attempt)
-            log.warning("something was lost (%s); trying again in %.0f s", _last_line(lost), pause_s)
-            time.sleep(pause_s)
-    return follow()
-
-
-def _last_line(error: BaseException) -> str:
-    """What went wrong, without the trace of the processes it went through; the logs have that."""
-    return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-
-
-def _follow(
-    trajectory: TrajectoryPlan,
-    backend: Backend,
-    store: Store,
-    report: Report,
-    call: Callable[..., Any],
-    on_iteration: OnIteration | None = None,
-    overlap: bool = False,
-) -> str | None:
-    """Run one trajectory; the reason if it failed in a way that trying again cannot mend."""
-    stages = StoredStages(trajectory, store, backend, report, AskedClaims(call), on_iteration, overlap)
-    try:
-        run_trajectory(trajectory, stages)
-    except LimitReachedError as limit:
-        log.warning("%s ends at iteration %d: %s", trajectory.id, stages.activity.iteration, limit)
-        report(replace(stages.activity, stage="ended early", finished=True))
-        return None
-    except IterabreError as error:
-        log.error("%s failed: %s", trajectory.id, error)
-        report(replace(stages.activity, stage="failed", finished=True))
-        write_outcome(store, trajectory.id, TrajectoryOutcome("failed", str(error)))
-        call("fail", trajectory.id)
-        return str(error)
-    report(replace(stages.activity, finished=True))
-    write_outcome(store, trajectory.id, TrajectoryOutcome("done"))
     return None
 
 

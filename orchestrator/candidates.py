@@ -2,9 +2,16 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from actors.contracts import EvaluationResult, EvaluationSpec, Progress, ScoreResult, ScoreSpec, TaskSpec
-from actors.models import BLOCK, describe_model, removable
-from actors.scoring.task import task_scores, task_value
+from actors import models, scoring
+from actors.contracts import (
+    BLOCK,
+    EvaluationResult,
+    EvaluationSpec,
+    Progress,
+    ScoreResult,
+    ScoreSpec,
+    TaskSpec,
+)
 
 EvaluateAll = Callable[[Sequence[EvaluationSpec]], Iterable[tuple[int, EvaluationResult]]]
 """Evaluates specs in any order; gives each result with the spec's position as soon as it is there."""
@@ -18,15 +25,15 @@ def score_by_task(spec: ScoreSpec, evaluate_all: EvaluateAll, progress: Progress
     """
     assert spec.task is not None, "the plan gives task_metric its task"
     model = spec.model
-    layers = model.candidates(spec.granularity, describe_model(model.source).num_layers)
+    layers = model.candidates(spec.granularity, models.describe_model(model.source).num_layers)
     if spec.granularity == BLOCK:
-        layers = removable(model.source, model.dropped, layers)
+        layers = models.removable_layers(model.source, model.dropped, layers)
     candidates = [_evaluation(spec, spec.task, layer) for layer in layers]
     values: dict[int, float] = {}
     for position, result in evaluate_all(candidates):
-        values[layers[position]] = task_value(spec.task, result)
+        values[layers[position]] = scoring.task_value(spec.task, result)
         progress(len(values), len(layers), "candidates")
-    return task_scores(spec.model, spec.task, values)
+    return scoring.task_scores(spec.model, spec.task, values)
 
 
 def _evaluation(spec: ScoreSpec, task: TaskSpec, layer: int) -> EvaluationSpec:

@@ -1,7 +1,9 @@
 """The Ray cluster that a campaign runs on: connection, capacity, what its workers print."""
 
 import logging
+import math
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ from actors.plugins import environment
 from orchestrator.candidates import EvaluateAll
 from orchestrator.config import ClusterMaximumConfig, ExecutionConfig
 from orchestrator.errors import ClusterTooSmallError
+from orchestrator.places import Places, Room
 
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -78,15 +81,20 @@ def workers_output_to(file: Path) -> Iterator[None]:
             global_worker_stdstream_dispatcher.remove_handler("iterabre_log")
 
 
+HEAD = "node:__internal_head__"
+"""The resource that marks the head node."""
+
+
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster has or can grow to: in all, and on its largest node."""
+    """What a cluster has or can grow to: in all, and on its largest node; and the head's memory."""
 
     cpus: float
     gpus: float
     node_cpus: float
     node_gpus: float
     can_grow: bool = False
+    head_bytes: float = 0.0
 
 
 def cluster_capacity() -> Capacity:
@@ -99,6 +107,7 @@ def cluster_capacity() -> Capacity:
         node_cpus=max(node.get("CPU", 0) for node in nodes),
         node_gpus=max(node.get("GPU", 0) for node in nodes),
         can_grow=bool(growth),
+        head_bytes=max(node.get("memory", 0) for node in nodes if HEAD in node),
     )
 
 
@@ -170,13 +179,31 @@ def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
                 )
 
 
-def has_room_for_both(execution: ExecutionConfig, capacity: Capacity) -> bool:
-    """Whether every trajectory can be evaluated while its next iteration is scored and trained.
+class ClusterRoom:
+    """What the connected cluster has or can grow to, looked up anew every few seconds: nodes come and go."""
 
-    Otherwise what is asked for later would wait for an evaluation to end, up to its time-out.
+    def __init__(self, maximum: ClusterMaximumConfig | None):
+        self._maximum = maximum
+        self._looked_at = -math.inf
+        self._room = Room(0, 0)
+
+    def __call__(self) -> Room:
+        if time.monotonic() - self._looked_at > LOOK_AGAIN_S:
+            capacity = grown(cluster_capacity(), self._maximum)
+            self._room, self._looked_at = Room(capacity.cpus, capacity.gpus), time.monotonic()
+        return self._room
+
+
+LOOK_AGAIN_S = 5.0
+TRIAL_BYTES = 0.5e9
+"""What the process of a trial takes on the head, with what a Ray Train job adds."""
+
+
+def trajectories_at_a_time(execution: ExecutionConfig, places: Places, head_bytes: float) -> int:
+    """How many are under way: as many as are asked for, or else as keep the cluster busy.
+
+    Each has a process on the head, which may take half of the memory there.
     """
-    evaluation, scoring, training = execution.evaluation, execution.scoring, execution.training
-    cpus = evaluation.actors * evaluation.cpus + max(scoring.cpus, training.workers * training.cpus)
-    gpus = evaluation.actors * evaluation.gpus + max(scoring.gpus, training.workers * training.gpus)
-    at_a_time = execution.max_concurrent_trajectories
-    return at_a_time * cpus <= capacity.cpus and at_a_time * gpus <= capacity.gpus
+    if execution.max_concurrent_trajectories is not None:
+        return execution.max_concurrent_trajectories
+    return max(1, min(places.trajectories(), int(head_bytes / 2 / TRIAL_BYTES)))

@@ -30,10 +30,10 @@ class _FinishedOnly:
 class _NobodyElse:
     """Claims of a walk that only looks up."""
 
-    def take(self, kind: str, key: str) -> None:
+    def take(self, kind: str, key: str, stages_left: int) -> None:
         """Granted."""
 
-    def give_back(self, kind: str, key: str, seconds: float) -> None:
+    def give_back(self, key: str, seconds: float) -> None:
         """Nobody waits for it."""
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from actors import data
 from actors.contracts import (
     ArtifactRef,
     EvaluationSpec,
@@ -15,7 +16,6 @@ from actors.contracts import (
     TextSpec,
     digest,
 )
-from actors.data import describe_text
 from actors.plugins import releases
 
 STAGE_VERSION: Mapping[str, int] = {
@@ -65,7 +65,8 @@ def key_inputs(
     if isinstance(spec, ModelSpec):
         return fingerprints[spec]
     if isinstance(spec, TextSpec):
-        return describe_text(spec).fingerprint if spec.generated else fingerprints[spec]
+        # A plan cannot know responses: they are generated while it runs.
+        return data.describe_text(spec).fingerprint if spec.generated else fingerprints[spec]
     if isinstance(spec, ArtifactRef):
         return spec.sha256
     if is_dataclass(spec):

@@ -6,8 +6,6 @@ Pure decisions; `orchestrator.campaign` carries them out.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.config import ExecutionConfig
-
 FIRST_BACKOFF_S = 5.0
 LONGEST_BACKOFF_S = 300.0
 
@@ -49,21 +47,6 @@ def limit_reached(limits: Limits, spent: Spent) -> str | None:
     if limits.budget is not None and spent.price >= limits.budget:
         return f"{spent.price:.2f} is spent (execution.budget: {limits.budget:g})"
     return None
-
-
-def devices_held(execution: ExecutionConfig) -> dict[str, float]:
-    """Devices that a stage of each kind holds: its GPUs, or its CPUs if the campaign uses no GPU."""
-    scoring, training, evaluation = execution.scoring, execution.training, execution.evaluation
-    generation = execution.generation
-    held = {
-        "score": (scoring.actors * scoring.gpus, scoring.actors * scoring.cpus),
-        "generate": (generation.actors * generation.gpus, generation.actors * generation.cpus),
-        "recover": (training.workers * training.gpus, training.workers * training.cpus),
-        "evaluate": (evaluation.gpus, evaluation.cpus),
-        "export": (evaluation.gpus, evaluation.cpus),
-    }
-    on_gpus = any(gpus for gpus, _ in held.values())
-    return {kind: gpus if on_gpus else cpus for kind, (gpus, cpus) in held.items()}
 
 
 def start_order(remaining: Mapping[str, int]) -> Sequence[str]:

@@ -5,20 +5,19 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from actors.contracts import (
+    BLOCK,
     EvaluationSpec,
     GenerationSpec,
     MergeSpec,
     ModelInfo,
     ModelRef,
     ModelSpec,
+    Origin,
     RecoverySpec,
     ScoreSpec,
     TaskSpec,
     TextSpec,
 )
-from actors.models import BLOCK
-from actors.recovery import find_objective
-from actors.scoring import find_criterion
 from orchestrator.config import MethodConfig
 from orchestrator.keys import key_inputs
 from orchestrator.schedule import IterationPlan
@@ -26,8 +25,30 @@ from orchestrator.specs import recovery_spec, text_spec
 
 
 @dataclass(frozen=True)
+class Traits:
+    """What a plan has to know of a method's criterion and objective.
+
+    Their rows hold functions, and so all that these import; a plan goes to every trial.
+
+    Attributes:
+        seeded: the scores depend on the seed.
+        chooses_run: the layers to go are chosen together, so that scores depend on how many go.
+        heals: anything is done to the pruned model.
+        trains_on: kind of data, as in `Objective`.
+    """
+
+    seeded: bool
+    chooses_run: bool
+    heals: bool
+    trains_on: str
+
+
+@dataclass(frozen=True)
 class TrajectoryPlan:
-    """One model taken by one method, with one seed, from full depth to the deepest target."""
+    """One model taken by one method, with one seed, from full depth to the deepest target.
+
+    `any_layers` if the model's config can be without any of its layers, not only some.
+    """
 
     id: str
     campaign: str
@@ -40,6 +61,9 @@ class TrajectoryPlan:
     also_before_recovery: bool
     deepspeed: str
     fingerprints: Mapping[TextSpec | ModelSpec, str]
+    traits: Traits
+    any_layers: bool
+    origin: Origin
     tasks_fingerprint: str | None = None
 
     @property
@@ -50,16 +74,15 @@ class TrajectoryPlan:
     @property
     def recovery_tokens(self) -> int:
         """Tokens of one recovery, at most; none where nothing is trained."""
-        return self.method.recovery.max_tokens if heals(self.method) else 0
+        return self.method.recovery.max_tokens if self.traits.heals else 0
 
     def recovers(self, iteration: IterationPlan) -> bool:
         """Whether the pruned model of the iteration is healed."""
-        return iteration.recovers and heals(self.method)
+        return iteration.recovers and self.traits.heals
 
     def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
         """What to ask of scoring for `model`, from which so many layers are to go."""
         scoring = self.method.scoring
-        criterion = find_criterion(scoring.criterion)
         return ScoreSpec(
             model=model,
             calibration=text_spec(scoring.calibration),
@@ -69,8 +92,8 @@ class TrajectoryPlan:
             max_sequences=scoring.max_sequences,
             sequence_length=scoring.sequence_length,
             # Seed and portion are left out where they do not matter, so that all share one stage.
-            seed=self.seed if criterion.seeded or scoring.confidence else 0,
-            num_remove=layers_to_drop if criterion.chooses_run or scoring.confidence else 1,
+            seed=self.seed if self.traits.seeded or scoring.confidence else 0,
+            num_remove=layers_to_drop if self.traits.chooses_run or scoring.confidence else 1,
             task=self._task(),
             merge=MergeSpec(**scoring.merge.model_dump()) if scoring.merge else None,
             memory_budget_gb=scoring.memory_budget_gb,
@@ -106,7 +129,7 @@ class TrajectoryPlan:
     def generation_spec(self) -> GenerationSpec | None:
         """What the unpruned model has to generate before the first recovery; None if nothing."""
         recovery = self.method.recovery
-        if find_objective(recovery.objective).trains_on != "responses":
+        if self.traits.trains_on != "responses":
             return None
         generation = recovery.generation
         # Nothing is drawn at temperature 0, so all seeds share one stage.
@@ -171,11 +194,6 @@ class CampaignPlan:
     def find(self, trajectory_id: str) -> TrajectoryPlan:
         """The trajectory of that id."""
         return next(t for t in self.trajectories if t.id == trajectory_id)
-
-
-def heals(method: MethodConfig) -> bool:
-    """Whether the method heals what it prunes."""
-    return find_objective(method.recovery.objective).heals
 
 
 def _trajectory_bytes(trajectory: TrajectoryPlan) -> int:

@@ -4,18 +4,19 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from actors.contracts import EvaluationSpec, ModelSpec, TextSpec, digest
+from actors.contracts import BLOCK, EvaluationSpec, ModelSpec, TextSpec, digest
 from actors.data import chat_template, describe_text
 from actors.data.text import builtin_file
 from actors.evaluation import check_probes, check_tasks
-from actors.models import BLOCK, check_prunable, describe_model, load_tokenizer
+from actors.models import any_layers, check_prunable, describe_model, load_tokenizer
+from actors.models.licence import origin
 from actors.models.merge import MERGES
 from actors.recovery import check_data, check_recovery, find_objective
 from actors.scoring import find_criterion
 from orchestrator.config import CampaignConfig, MethodConfig, SearchConfig
 from orchestrator.errors import RequestError, unknown_name
 from orchestrator.grid import check_exclusions, trajectories_of
-from orchestrator.plan import CampaignPlan, TextSize, TrajectoryPlan, heals
+from orchestrator.plan import CampaignPlan, TextSize, Traits, TrajectoryPlan
 from orchestrator.specs import evaluation_spec, model_spec, text_spec
 
 
@@ -39,6 +40,7 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
         _check_scoring(method, evaluations[model.id].include_path)
         check_data(method.recovery.objective, text_spec(method.recovery.data))
     infos = {model.id: describe_model(model_spec(model)) for model in config.models}
+    origins = {model.id: origin(infos[model.id].spec) for model in config.models}
     deepspeed = _read_deepspeed(config.execution.training.deepspeed)
     methods = [method for _, method in grid]
     texts = {text: describe_text(text) for text in _texts(methods, evaluations.values())}
@@ -57,6 +59,9 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
             also_before_recovery=config.evaluation_for(model).also_before_recovery,
             deepspeed=deepspeed,
             fingerprints=fingerprints,
+            traits=_traits(method),
+            any_layers=any_layers(infos[model.id].spec),
+            origin=origins[model.id],
             tasks_fingerprint=_folder_fingerprint(evaluations[model.id].include_path),
         )
         for model, method in grid
@@ -119,9 +124,9 @@ def _misfit(method: MethodConfig) -> str | None:
         return "has no use for scoring.merge; leave it out"
     if criterion.by_merge and method.schedule.mode != "direct":
         return "merges all layers at once; set schedule.mode: direct"
-    if criterion.by_merge and heals(method):
+    if criterion.by_merge and _heals(method):
         return "changes weights that recovery trains on; set recovery.objective: none"
-    if scoring.granularity != BLOCK and heals(method):
+    if scoring.granularity != BLOCK and _heals(method):
         return f"empties {scoring.granularity}, which recovery would fill again; set recovery.objective: none"
     return None
 
@@ -140,11 +145,20 @@ def _teachers(methods: Iterable[MethodConfig]) -> set[ModelSpec]:
     return {model_spec(m.recovery.teacher) for m in methods if m.recovery.teacher is not None}
 
 
+def _traits(method: MethodConfig) -> Traits:
+    criterion, objective = find_criterion(method.scoring.criterion), find_objective(method.recovery.objective)
+    return Traits(criterion.seeded, criterion.chooses_run, objective.heals, objective.trains_on)
+
+
+def _heals(method: MethodConfig) -> bool:
+    return _traits(method).heals
+
+
 def _texts(methods: Iterable[MethodConfig], evaluations: Iterable[EvaluationSpec]) -> set[TextSpec]:
     texts = {perplexity.data for evaluation in evaluations for perplexity in evaluation.perplexity}
     for method in methods:
         texts.add(text_spec(method.scoring.calibration))
-        if heals(method):
+        if _heals(method):
             texts.add(text_spec(method.recovery.data))
     return texts
 

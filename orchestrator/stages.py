@@ -16,7 +16,9 @@ from functools import partial
 from threading import Lock
 from typing import Any, Protocol, TypeVar
 
+from actors import models
 from actors.contracts import (
+    BLOCK,
     ArtifactRef,
     EvaluationResult,
     EvaluationSpec,
@@ -34,13 +36,11 @@ from actors.contracts import (
     no_progress,
 )
 from actors.errors import WorkError
-from actors.models import BLOCK, choose_removable
 from orchestrator.coordinator import Claims
 from orchestrator.keys import stage_key
 from orchestrator.ledger import Ledger, Row
 from orchestrator.plan import TrajectoryPlan, num_stages
 from orchestrator.progress import Activity, Report, StageProgress
-from orchestrator.report.card import model_card, provenance
 from orchestrator.schedule import IterationPlan
 from orchestrator.store import Store, StoredStage
 
@@ -201,6 +201,8 @@ class StoredStages:
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         """Write `model` as a Hugging Face directory, with its card and provenance."""
+        from orchestrator.report.card import model_card, provenance
+
         self.wait()  # the card tells what was measured
         rows = self._ledger.read(f"{self._plan.id}-").to_pylist()
         spec = ExportSpec(
@@ -249,7 +251,7 @@ class StoredStages:
         if stored := self._store.load(kind, key, result_type):
             self._count(reused=True)
             return stored
-        self._claims.take(kind, key)
+        self._claims.take(kind, key, self.activity.stages_total - self.activity.stages_done)
         seconds = 0.0
         try:
             # Another trajectory may have finished it while this one waited.
@@ -264,7 +266,7 @@ class StoredStages:
                 seconds = time.monotonic() - started
             stage = self._store.commit(kind, key, result, inputs, _artifact(result), seconds)
         finally:
-            self._claims.give_back(kind, key, seconds)
+            self._claims.give_back(key, seconds)
         log.info(
             "%s iteration %d: %s %s took %.1f s", self._plan.id, iteration.index, kind, key[:12], seconds
         )
@@ -327,10 +329,10 @@ def removal_order(
 ) -> Sequence[int]:
     """The removal order, with layers in front that the model's config lets go together."""
     order = scored.removal_order
-    if plan.granularity != BLOCK or scored.merges:
+    if plan.any_layers or plan.granularity != BLOCK or scored.merges:
         return order
     count = iteration.layers_to_drop
-    chosen = choose_removable(model.source, model.dropped, order, count)
+    chosen = models.choose_removable(model.source, model.dropped, order, count)
     if chosen != order[:count]:
         log.warning(
             "%s iteration %d: the config of the model cannot be without layers %s, which score best; "

@@ -1,22 +1,5 @@
 """Evaluation: perplexity, lm-eval tasks, probes and throughput of a model on a trajectory."""
 
-from actors.evaluation.evaluate import evaluate, evaluate_model
-from actors.evaluation.harness import check_task_data, check_tasks, evaluate_tasks
-from actors.evaluation.perplexity import Perplexity, token_perplexity
-from actors.evaluation.probes import PROBES, Probe, check_probes
-from actors.evaluation.suites import SUITES, suite_tasks
+import lazy_loader
 
-__all__ = [
-    "PROBES",
-    "Perplexity",
-    "Probe",
-    "SUITES",
-    "check_probes",
-    "check_task_data",
-    "check_tasks",
-    "evaluate",
-    "evaluate_model",
-    "evaluate_tasks",
-    "suite_tasks",
-    "token_perplexity",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.actor import ActorHandle
 
 from actors.contracts import EvaluationResult, EvaluationSpec, Progress, no_progress
-from actors.evaluation.evaluate import evaluate_model, measure_tasks
-from actors.evaluation.harness import Answer, answering, check_task_data
-from actors.models import device, materialize
-from actors.models.actor import placement, result_of, share_out, wait_for_place
+from actors.models.actor import conducted, placement, result_of, share_out, wait_for_place
+
+if TYPE_CHECKING:
+    from actors.evaluation.harness import Answer
 
 SHARES_PER_ACTOR = 8
 """More shares than actors, so that a fast actor takes over from a slow or lost one."""
@@ -33,11 +33,16 @@ class EvalActor:
         `progress` crosses to the actor's process, so it must pickle; to be told
         in another process, give one that sends to an actor handle it holds.
         """
+        from actors.evaluation.evaluate import evaluate_model
+
         return evaluate_model(spec, progress)
 
     def answer(self, spec: EvaluationSpec, kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         """Answers of `spec.model` to lm-eval's requests; the model is kept, so every call names the same."""
         if self._answer is None:
+            from actors.evaluation.harness import answering
+            from actors.models import device, materialize
+
             model, tokenizer = materialize(spec.model)
             self._answer = answering(model.to(device()), tokenizer, spec.batch_size, spec.max_length)
         return self._answer(kind, arguments)
@@ -70,8 +75,7 @@ def evaluate_on_ray(
             return result_of(pool[0].evaluate.remote(spec, progress))
         (first,), later = ray.wait(list(placed), num_returns=1)
         ordered = [placed[first], *(placed[ready] for ready in later)]
-        conductor = ray.remote(_conduct).options(**placement(0, 0), max_retries=3)
-        return result_of(conductor.remote(spec, ordered, progress))
+        return conducted(_conduct, spec, ordered, progress)
     finally:
         for actor in pool:
             ray.kill(actor)
@@ -83,6 +87,9 @@ def _conduct(spec: EvaluationSpec, pool: list[ActorHandle], progress: Progress) 
     A process of its own: lm-eval redirects output and sets random states for
     the whole process it runs in.
     """
+    from actors.evaluation.evaluate import measure_tasks
+    from actors.evaluation.harness import check_task_data
+
     check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
     besides = replace(spec, tasks=(), suites=())
     rest = pool[0].evaluate.options(max_task_retries=3).remote(besides)

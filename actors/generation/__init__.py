@@ -1,6 +1,5 @@
 """Having the unpruned model answer prompts (self-generated responses)."""
 
-from actors.generation.engines import ENGINES, generate_locally
-from actors.generation.generate import generate_responses
+import lazy_loader
 
-__all__ = ["ENGINES", "generate_locally", "generate_responses"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,13 +1,15 @@
 """Generation on Ray: a pool of actors that share the prompts."""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import ray
 
 from actors.contracts import GenerationResult, GenerationSpec, Progress, no_progress
-from actors.generation.engines import open_engine
-from actors.generation.responses import Engine, Response, Share, conduct
 from actors.models.actor import placement, pool_of, share_out, wait_for_place
+
+if TYPE_CHECKING:
+    from actors.generation.responses import Engine, Response, Share
 
 
 class GenerateActor:
@@ -21,9 +23,11 @@ class GenerateActor:
         """Answers once the actor has been placed."""
         return True
 
-    def work(self, share: Share) -> list[Response]:
+    def work(self, share: "Share") -> "list[Response]":
         """Responses to the share's prompts."""
         if self._engine is None:
+            from actors.generation.engines import open_engine
+
             # Not opened when the actor is made: Ray would tell of its death instead of what is wrong.
             self._engine = open_engine(self._spec)
         return self._engine.answer(share)
@@ -47,6 +51,8 @@ def generate_on_ray(
     Raises:
         WorkError: no actor got a place within `start_timeout_s`, or all were lost.
     """
+    from actors.generation.responses import conduct
+
     remote = ray.remote(GenerateActor).options(**placement(cpus, gpus), max_restarts=3)
     with pool_of(actors, partial(remote.remote, spec)) as pool:
         wait_for_place([actor.ready.remote() for actor in pool], "generation", cpus, gpus, start_timeout_s)

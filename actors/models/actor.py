@@ -1,4 +1,8 @@
-"""Placing work on a Ray cluster: what scoring, generation, evaluation and export have in common."""
+"""Placing work on a Ray cluster: what scoring, generation, evaluation and export have in common.
+
+Modules that place work import what computes where it is done: the trial that asks for it
+need not load torch and transformers.
+"""
 
 import logging
 import time
@@ -13,11 +17,11 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from actors.contracts import ExportResult, ExportSpec
 from actors.errors import IterabreError, WorkError
-from actors.models.export import export_model
 
 log = logging.getLogger(__name__)
 
 ShareT = TypeVar("ShareT")
+ResultT = TypeVar("ResultT")
 
 RETRY_S = 0.5
 """Pause before an actor that does not answer is asked again."""
@@ -125,7 +129,24 @@ def share_out(
             yield share, answer
 
 
+def conducted(work: Callable[..., ResultT], *arguments: Any, **named: Any) -> ResultT:
+    """Run `work`, which has others compute, in a process of its own; again elsewhere if that is lost.
+
+    A trial lives as long as its trajectory and so only waits: it would else hold the
+    libraries of every stage.
+    """
+    task = ray.remote(work).options(**placement(0, 0), max_retries=3)
+    result: ResultT = result_of(task.remote(*arguments, **named))
+    return result
+
+
 def export_on_ray(spec: ExportSpec, uri: str, *, cpus: float, gpus: float) -> ExportResult:
     """Export as a task of its own, run again elsewhere if its machine is lost."""
-    task = ray.remote(export_model).options(**placement(cpus, gpus), max_retries=3)
+    task = ray.remote(_export).options(**placement(cpus, gpus), max_retries=3)
     return result_of(task.remote(spec, uri))
+
+
+def _export(spec: ExportSpec, uri: str) -> ExportResult:
+    from actors.models.export import export_model
+
+    return export_model(spec, uri)

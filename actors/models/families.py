@@ -204,7 +204,10 @@ def index_rules(config: PretrainedConfig) -> list[str]:
     return [
         f"{name}={value}"
         for name, value in sorted(vars(config).items())
-        if INDEX_RULE.search(name) and isinstance(value, (int, float)) and not name.startswith("_")
+        if INDEX_RULE.search(name)
+        and isinstance(value, (int, float))
+        and value is not False
+        and not name.startswith("_")
     ]
 
 

@@ -1,6 +1,5 @@
 """Under which licence a source model came, and from which model of the hub it is."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import yaml
 from gguf import GGUFReader
 from huggingface_hub import ModelCardData, RepoCard, hf_hub_download
 
-from actors.contracts import ModelSpec
+from actors.contracts import ModelSpec, Origin
 from actors.errors import RequestError
 from actors.models.load import source_path
 
@@ -26,16 +25,6 @@ TITLES = {
 
 HEAD = 400
 """Characters of a licence's text that its title is looked for in."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The hub's metadata that an exported model takes over; None where the source does not say."""
-
-    base_model: str | None = None
-    licence: str | None = None
-    licence_name: str | None = None
-    licence_link: str | None = None
 
 
 def origin(spec: ModelSpec) -> Origin:

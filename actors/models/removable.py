@@ -10,7 +10,7 @@ from actors.errors import RequestError
 from actors.models.families import depth
 from actors.models.load import empty_model, load_config
 from actors.models.subblocks import BLOCK, check_emptiable
-from actors.models.surgery import check_removal
+from actors.models.surgery import blocks_alike, check_removal
 
 
 def check_prunable(spec: ModelSpec, granularity: str, count: int) -> None:
@@ -25,6 +25,11 @@ def check_prunable(spec: ModelSpec, granularity: str, count: int) -> None:
         return
     # Rules that go by a layer's index let the last layers go if any.
     _choose(model, (), range(depth(model.config) - 1, -1, -1), count)
+
+
+def any_layers(spec: ModelSpec) -> bool:
+    """Whether any layers of the model can go if as many others can: its blocks differ in weights alone."""
+    return blocks_alike(_skeleton(spec))
 
 
 def choose_removable(
@@ -44,7 +49,7 @@ def choose_removable(
     return _choose(_skeleton(spec), dropped, order, count)
 
 
-def removable(spec: ModelSpec, dropped: Sequence[int], layers: Sequence[int]) -> tuple[int, ...]:
+def removable_layers(spec: ModelSpec, dropped: Sequence[int], layers: Sequence[int]) -> tuple[int, ...]:
     """Those of the source layers that the config lets go, one alone, after those dropped before."""
     model = _skeleton(spec)
     return tuple(layer for layer in layers if _refusal(model, (*dropped, layer)) is None)

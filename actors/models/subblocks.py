@@ -14,12 +14,11 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
+from actors.contracts import BLOCK
 from actors.errors import RequestError, unknown_name
 from actors.models.families import check_layers_apart, find_layers, text_config
 from actors.models.replay import LayerwisePass
 from actors.models.surgery import check_reads_back, read_back, remaining, traits
-
-BLOCK = "block"
 
 SUB_BLOCKS: dict[str, tuple[str, ...]] = {
     "attention": (

@@ -66,6 +66,23 @@ def check_removal(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
     return kept
 
 
+def blocks_alike(model: PreTrainedModel) -> bool:
+    """Whether weights alone tell one block from another: nothing else does, nor any field of the config."""
+    config, blocks = text_config(model.config), list(find_layers(model).modules)
+    if index_rules(config) or kept_overrides(config, range(len(blocks))) is not None:
+        return False
+    for value in kept_fields(config, range(len(blocks))).values():
+        listed = isinstance(value, (list, tuple))
+        if any(item != value[0] for item in value) if listed else value not in (0, len(blocks)):
+            return False
+    first, buffers = dict(traits(blocks[0])), dict(_unsaved_buffers(blocks[0]))
+    return all(
+        dict(traits(block)) == first
+        and all(b.device.type == "meta" or b.equal(buffers[name]) for name, b in _unsaved_buffers(block))
+        for block in blocks
+    )
+
+
 def without_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """A model without those blocks that shares its weights with `model`, which stays as it is.
 

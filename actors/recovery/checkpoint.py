@@ -23,9 +23,8 @@ from torch import Tensor
 
 from actors.artifacts import explained, sha256_of
 from actors.errors import WorkError
-from actors.recovery.workplace import Write
+from actors.recovery.workplace import KEPT_CHECKPOINTS, Write
 
-KEPT_CHECKPOINTS = 2
 STATE = "state.json"
 
 

@@ -10,14 +10,11 @@ from tempfile import TemporaryDirectory
 from ray import train as ray_train
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from actors.artifacts import explained, join
 from actors.contracts import Progress, RecoveryResult, RecoverySpec, no_progress
 from actors.errors import IterabreError, RequestError, WorkError
-from actors.recovery.checkpoint import KEPT_CHECKPOINTS
-from actors.recovery.train_loop import DivergenceError, train
-from actors.recovery.workplace import Workplace, Write
+from actors.recovery.workplace import KEPT_CHECKPOINTS, Workplace, Write
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
@@ -80,6 +77,8 @@ def recover_on_ray(
 
 def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryResult:
     """Run the job to its end; failures are raised as what caused them."""
+    from ray.train.torch import TorchTrainer
+
     trainer = TorchTrainer(
         _work, train_loop_config={"job": job}, scaling_config=scaling, run_config=run_config
     )
@@ -114,6 +113,8 @@ def _run_config(name: str, storage_path: str, max_failures: int) -> RunConfig:
 
 def _work(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
     """One worker. Errors that another try would meet again are returned: Ray retries what is raised."""
+    from actors.recovery.train_loop import DivergenceError, train
+
     job, context = config["job"], ray_train.get_context()
     workplace = Workplace(
         rank=context.get_world_rank(),

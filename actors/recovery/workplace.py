@@ -8,6 +8,9 @@ from pathlib import Path
 from actors.artifacts import read_bytes, write_bytes
 from actors.contracts import Progress
 
+KEPT_CHECKPOINTS = 2
+"""Checkpoints of a recovery that are kept: the newest may turn out damaged."""
+
 Write = Callable[[Path], None]
 """Writes this worker's share of a checkpoint into an empty directory."""
 

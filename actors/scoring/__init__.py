@@ -1,7 +1,5 @@
 """Scoring the layers of a model as candidates for removal."""
 
-from actors.scoring.criteria import CRITERIA, Criterion, find_criterion
-from actors.scoring.pooling import POOLING
-from actors.scoring.score import Scorer, score_layers, score_locally
+import lazy_loader
 
-__all__ = ["CRITERIA", "POOLING", "Criterion", "Scorer", "find_criterion", "score_layers", "score_locally"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,13 +1,15 @@
 """Scoring on Ray: a pool of actors that share the calibration sequences, and the candidates if need be."""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import ray
 
 from actors.contracts import Progress, ScoreResult, ScoreSpec, no_progress
 from actors.models.actor import placement, pool_of, result_of, share_out, wait_for_place
-from actors.scoring.merge import merge_result
-from actors.scoring.score import Scorer, Share, ShareScores, conduct
+
+if TYPE_CHECKING:
+    from actors.scoring.score import Share, ShareScores
 
 SHARES_PER_ACTOR = 4
 """More shares than actors, so that a fast actor takes over from a slow or lost one."""
@@ -17,13 +19,15 @@ class ScoreActor:
     """Scores shares of one spec; holds its models between shares."""
 
     def __init__(self, spec: ScoreSpec):
+        from actors.scoring.score import Scorer
+
         self._scorer = Scorer(spec)
 
     def ready(self) -> bool:
         """Answers once the actor has been placed."""
         return True
 
-    def work(self, share: Share) -> ShareScores:
+    def work(self, share: "Share") -> "ShareScores":
         """Scores of the share's candidates on its sequences."""
         return self._scorer.score(share)
 
@@ -46,6 +50,9 @@ def score_on_ray(
     Raises:
         WorkError: no actor got a place within `start_timeout_s`, or all were lost.
     """
+    from actors.scoring.merge import merge_result
+    from actors.scoring.score import Scorer, conduct
+
     scorer = Scorer(spec)
     if scorer.criterion.by_merge:
         task = ray.remote(merge_result).options(**placement(cpus, gpus), max_retries=3)

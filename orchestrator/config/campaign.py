@@ -149,9 +149,11 @@ class ExecutionConfig(Section):
     evaluation: WorkerConfig = WorkerConfig()
     overlap_evaluation: bool = Field(
         True,
-        description="Evaluate while the next iteration is scored and trained, if there is room for both.",
+        description="Evaluate while the next iteration is scored and trained, where there is room for both.",
     )
-    max_concurrent_trajectories: int = Field(1, ge=1, description="Trajectories that run at a time.")
+    max_concurrent_trajectories: int | None = Field(
+        None, ge=1, description="Trajectories under way at a time; as many as keep the cluster busy if None."
+    )
     cluster_maximum: ClusterMaximumConfig | None = Field(
         None, description="What the autoscaler may grow the cluster to; else what is up now must suffice."
     )

@@ -9,8 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from actors.contracts import ModelRef, TextSpec
-from actors.models.licence import Origin, origin
+from actors.contracts import ModelRef, Origin, TextSpec
 from orchestrator.plan import TrajectoryPlan
 from orchestrator.schedule import IterationPlan
 from orchestrator.store import installed_versions
@@ -92,7 +91,7 @@ def model_card(
     table = [f"| {name} | {before.get(name, float('nan')):.4g} | {after[name]:.4g} |" for name in after]
     unit = plan.unit
     title = f"{plan.model_id}, {iteration.layers_left} of {plan.model.num_layers} {unit}"
-    source = origin(plan.model.spec)
+    source = plan.origin
     lines = [
         "---",
         _metadata(plan, title, source, after, tokens).to_yaml(),

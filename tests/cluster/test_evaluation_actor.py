@@ -13,8 +13,9 @@ import ray
 
 from actors.contracts import EvaluationResult, EvaluationSpec, ModelRef, ModelSpec, PerplexitySpec, TextSpec
 from actors.errors import RequestError
-from actors.evaluation import actor, evaluate
+from actors.evaluation import actor
 from actors.evaluation.actor import EvalActor, evaluate_all_on_ray, evaluate_on_ray
+from actors.evaluation.evaluate import evaluate
 from actors.models import materialize
 from tests.tiny_models import save_tiny
 from tests.unit.orchestrator.command import iterabre

@@ -33,15 +33,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run(place: Path, tmp_path: Path, change: Change) -> tuple[Outcome, CampaignConfig, Store]:
     campaign = tiny_campaign(place)
-    campaign["execution"] |= {"backend": "ray", "max_concurrent_trajectories": 3}
+    campaign["execution"] |= {"backend": "ray"}
     campaign["storage"]["path"] = str(tmp_path / "runs")
     change(campaign)
     config = parse_config(campaign, "campaign.yaml")
     store = Store.of_campaign(config.storage.path, config.name)
     notes = tmp_path / "notes"
     notes.mkdir(exist_ok=True)
+    at_a_time = config.execution.max_concurrent_trajectories or 3
     outcome = run_trials(
-        config, build_plan(config), store, limits_of(config), make_backend=Simulation(SECONDS, notes)
+        config,
+        build_plan(config),
+        store,
+        limits_of(config),
+        at_a_time,
+        make_backend=Simulation(SECONDS, notes),
     )
     return outcome, config, store
 

@@ -8,7 +8,8 @@ import pytest
 from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, PerplexitySpec, TextSpec
 from actors.data import load_texts, tokenize_text
 from actors.errors import RequestError
-from actors.evaluation import evaluate, evaluate_model, token_perplexity
+from actors.evaluation import evaluate_model, token_perplexity
+from actors.evaluation.evaluate import evaluate
 from actors.evaluation.suites import SUITES, Suite
 from tests.tiny_models import tiny_llama
 

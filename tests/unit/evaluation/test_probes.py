@@ -7,8 +7,9 @@ import torch
 
 from actors.contracts import EvaluationSpec, ModelRef, ModelSpec
 from actors.errors import RequestError
-from actors.evaluation import PROBES, check_probes, evaluate
+from actors.evaluation import PROBES, check_probes
 from actors.evaluation.degeneration import repetition, self_bleu
+from actors.evaluation.evaluate import evaluate
 from actors.evaluation.generation import respond
 from actors.evaluation.probes import PROMPTS
 from tests.tiny_models import tiny_llama

@@ -5,7 +5,7 @@ import torch
 
 from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, ThroughputSpec
 from actors.errors import RequestError
-from actors.evaluation import evaluate
+from actors.evaluation.evaluate import evaluate
 from actors.evaluation.throughput import measure_speed, throughput
 from actors.models import without_layers
 from tests.tiny_models import save_tiny, tiny_ids, tiny_llama

@@ -1,5 +1,6 @@
 """The truth test of surgery over model types, and docs/families.md as its outcome."""
 
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from transformers import BartConfig
 
 from actors.errors import RequestError
 from actors.models import depth
-from tests.decoder_zoo import decoder_types
+from actors.models.surgery import blocks_alike, check_removal
+from tests.decoder_zoo import NUM_LAYERS, decoder_types, tiny_decoder
 from tests.surgery_truth import judge
 from tests.tiny_models import VOCAB_SIZE
 
@@ -18,6 +20,11 @@ REPRESENTATIVE = (
     "qwen3_next", "rwkv", "smollm3",
 )  # fmt: skip
 
+ALIKE = {
+    "llama": True, "phi3": True, "gpt2": True, "opt": True,
+    "gemma3_text": False, "jamba": False, "deepseek_v3": False, "smollm3": False, "diffllama": False,
+}  # fmt: skip
+
 
 def _rows() -> dict[str, str]:
     lines = DOCS.read_text(encoding="utf-8").splitlines()
@@ -27,6 +34,19 @@ def _rows() -> dict[str, str]:
 @pytest.mark.parametrize("model_type", REPRESENTATIVE)
 def test_a_family_passes_or_is_refused_as_documented(model_type: str) -> None:
     assert str(judge(model_type)) == _rows()[model_type]
+
+
+@pytest.mark.parametrize("model_type", REPRESENTATIVE)
+def test_where_blocks_are_alike_any_of_them_can_go(model_type: str) -> None:
+    model = tiny_decoder(model_type)
+    if blocks_alike(model):
+        for layers in (*combinations(range(NUM_LAYERS), 1), *combinations(range(NUM_LAYERS), 3)):
+            check_removal(model, layers)
+
+
+def test_blocks_are_alike_in_plain_families_and_not_in_patterned_ones() -> None:
+    alike = {model_type: blocks_alike(tiny_decoder(model_type)) for model_type in ALIKE}
+    assert alike == ALIKE
 
 
 @pytest.mark.long

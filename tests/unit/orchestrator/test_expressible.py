@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.contracts import ModelSpec
 from actors.errors import RequestError
-from actors.models import choose_removable, removable, save_pretrained
+from actors.models import choose_removable, removable_layers, save_pretrained
 from orchestrator.config import parse_config
 from orchestrator.ledger import Ledger
 from orchestrator.planning import build_plan
@@ -79,13 +79,13 @@ def test_recovery_of_emptied_sub_blocks_is_refused_by_the_plan(tmp_path: Path) -
 def test_the_first_in_order_that_can_go_are_chosen(tmp_path: Path) -> None:
     """DiffLlama's λ goes by a layer's index, so that only its last layers can go."""
     diffllama = ModelSpec(_saved(tiny_model("diffllama"), tmp_path / "diffllama"))
-    assert removable(diffllama, (), range(6)) == (5,)
+    assert removable_layers(diffllama, (), range(6)) == (5,)
     assert choose_removable(diffllama, (), (4, 1, 5, 3, 0, 2), 2) == (5, 4)
     assert choose_removable(diffllama, (5,), (2, 3, 4, 0, 1), 1) == (4,)
     with pytest.raises(RequestError, match=r"lambda_init.*; 2 of 3 layers can go"):
         choose_removable(diffllama, (), (4, 1, 5), 3)
     llama = ModelSpec(_saved(tiny_model("llama"), tmp_path / "llama"))
-    assert removable(llama, (2,), (0, 1, 3, 5)) == (0, 1, 3, 5)
+    assert removable_layers(llama, (2,), (0, 1, 3, 5)) == (0, 1, 3, 5)
     assert choose_removable(llama, (), (4, 1, 5, 3), 2) == (4, 1)
 
 

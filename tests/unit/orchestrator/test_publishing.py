@@ -12,8 +12,8 @@ import pytest
 from gguf import GGUFWriter
 from huggingface_hub import ModelCard, constants
 
-from actors.contracts import ModelSpec
-from actors.models.licence import Origin, origin
+from actors.contracts import ModelSpec, Origin
+from actors.models.licence import origin
 from orchestrator.errors import RequestError, WorkError
 from orchestrator.publishing import upload
 from tests.tiny_campaign import tiny_campaign, write_campaign

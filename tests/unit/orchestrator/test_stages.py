@@ -7,8 +7,7 @@ import pytest
 
 from actors.contracts import EvaluationResult, EvaluationSpec, Metric, Progress
 from actors.errors import WorkError
-from orchestrator.cluster import Capacity, has_room_for_both
-from orchestrator.config import ExecutionConfig, parse_config
+from orchestrator.config import parse_config
 from orchestrator.ledger import Ledger
 from orchestrator.plan import TrajectoryPlan
 from orchestrator.planning import build_plan
@@ -114,18 +113,3 @@ def test_a_failed_evaluation_is_tried_once_more_by_itself(plan: TrajectoryPlan, 
         else:
             stages.wait()
             assert measured(store) == {("dense", "arc/acc"): 0.8}
-
-
-@pytest.mark.parametrize(
-    ("cpus", "concurrent", "room"), [(2, 1, False), (3, 1, True), (3, 2, False), (6, 2, True)]
-)
-def test_evaluation_overlaps_where_training_fits_beside_it(cpus: float, concurrent: int, room: bool) -> None:
-    execution = ExecutionConfig.model_validate(
-        {
-            "training": {"workers": 2, "cpus": 0.5},
-            "scoring": {"cpus": 0.4},
-            "evaluation": {"actors": 2, "cpus": 1.0},
-            "max_concurrent_trajectories": concurrent,
-        }
-    )
-    assert has_room_for_both(execution, Capacity(cpus, 0, cpus, 0)) is room

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from actors.contracts import EvaluationSpec, ModelRef, ModelSpec
-from actors.evaluation import evaluate
+from actors.evaluation.evaluate import evaluate
 from actors.models import materialize
 from orchestrator.sweep import run_sweep, write_sweep
 from tests.tiny_models import save_tiny

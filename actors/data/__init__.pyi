@@ -1,0 +1,60 @@
+from .batches import BlockData, TokenBatch, TrainingData
+from .conversations import chat_template, conversation_sequences, read_prompts, render
+from .packing import (
+    PackedData,
+    Sequence,
+    collect,
+    cut_into_blocks,
+    pack_whole,
+    shuffled,
+    spool,
+    up_to,
+)
+from .text import (
+    BUILTIN_TEXTS,
+    builtin_file,
+    chat_template_text,
+    describe_text,
+    documents,
+    load_texts,
+    open_records,
+)
+from .tokens import (
+    batch_order,
+    calibration_sequences,
+    pack_blocks,
+    tokenize_documents,
+    tokenize_text,
+    tokenizer_fingerprint,
+)
+
+__all__ = [
+    "BUILTIN_TEXTS",
+    "BlockData",
+    "PackedData",
+    "Sequence",
+    "TokenBatch",
+    "TrainingData",
+    "batch_order",
+    "builtin_file",
+    "calibration_sequences",
+    "chat_template",
+    "chat_template_text",
+    "collect",
+    "conversation_sequences",
+    "cut_into_blocks",
+    "describe_text",
+    "documents",
+    "load_texts",
+    "open_records",
+    "pack_blocks",
+    "pack_whole",
+    "read_prompts",
+    "render",
+    "shuffled",
+    "spool",
+    "tokenize_documents",
+    "tokenize_text",
+    "tokenizer_fingerprint",
+    "up_to",
+]

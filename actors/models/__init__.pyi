@@ -1,0 +1,59 @@
+from .adapter_deltas import Deltas, join_deltas, read_deltas
+from .chain import device, load_source, materialize, prune_to
+from .export import export_model, save_pretrained
+from .families import depth, find_layers, text_config
+from .load import describe_model, load_model, load_tokenizer
+from .removable import any_layers, check_prunable, choose_removable, removable_layers
+from .replay import LayerwisePass
+from .sharded import prune_checkpoint
+from .streaming import load_streamed, resident
+from .subblocks import (
+    BLOCK,
+    GRANULARITIES,
+    check_granularity,
+    check_sub_blocks,
+    empty_sub_blocks,
+    sub_block_weights,
+    without_sub_block,
+)
+from .surgery import remove_layers, without_layers
+from .weights import put_weights, read_weights, save_weights, weight_shapes
+
+__all__ = [
+    "BLOCK",
+    "Deltas",
+    "GRANULARITIES",
+    "LayerwisePass",
+    "any_layers",
+    "check_granularity",
+    "check_prunable",
+    "check_sub_blocks",
+    "choose_removable",
+    "depth",
+    "describe_model",
+    "device",
+    "empty_sub_blocks",
+    "export_model",
+    "find_layers",
+    "join_deltas",
+    "load_model",
+    "load_source",
+    "load_streamed",
+    "load_tokenizer",
+    "materialize",
+    "prune_checkpoint",
+    "removable_layers",
+    "prune_to",
+    "put_weights",
+    "read_deltas",
+    "read_weights",
+    "remove_layers",
+    "resident",
+    "save_pretrained",
+    "save_weights",
+    "sub_block_weights",
+    "text_config",
+    "weight_shapes",
+    "without_layers",
+    "without_sub_block",
+]
