@@ -18,6 +18,7 @@ would not be: those are kept, and start before the clock does.
 
 import argparse
 import itertools
+import logging
 import statistics
 import tempfile
 import time
@@ -47,6 +48,9 @@ from tests.tiny_campaign import tiny_campaign
 DEVICE = "made_up_gpu"
 DEVICES = {"score": 2, "recover": 4, "evaluate": 1, "export": 1}
 SPREAD = 0.2
+FEW = 8
+"""Trajectories that tell the time between stages: no more than find their places and processors free."""
+
 OWN = {("recover", "evaluate"), ("evaluate", "export")}
 LLAMA_7B = ModelInfo(
     ModelSpec("7b", "bfloat16"),
@@ -229,13 +233,14 @@ def main() -> None:
         resources={DEVICE: arguments.gpus},
         include_dashboard=False,
         log_to_driver=False,
+        logging_level=logging.ERROR,
         _system_config={"num_workers_soft_limit": arguments.gpus + concurrent},
     )
     start_processes(arguments.gpus)
     notes = {name: scratch / name for name in ("few", "ours", "plain")}
     for directory in notes.values():
         directory.mkdir()
-    without_overlap = campaign(scratch, arguments.gpus // max(DEVICES.values()), overlap=False)
+    without_overlap = campaign(scratch, FEW, overlap=False)
     gaps = sorted(
         overheads(run_ours(without_overlap, build_plan(without_overlap), times, notes["few"], places))
     )

@@ -1,5 +1,6 @@
 """Trials of one campaign side by side: single flight, early stopping, limits. Stages only sleep."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ import pytest
 import ray
 
 from orchestrator.campaign import Outcome, limits_of, run_trials
+from orchestrator.cluster import ClusterRoom
 from orchestrator.config import CampaignConfig, parse_config
+from orchestrator.config.campaign import ClusterMaximumConfig
 from orchestrator.coordinator import LEASE_S, AskedClaims, Coordinator
 from orchestrator.ledger import Ledger
 from orchestrator.limits import Limits
 from orchestrator.outcomes import read_outcomes
+from orchestrator.places import Places, Room
 from orchestrator.planning import build_plan
 from orchestrator.store import Store
 from tests.cluster.exported import exported
@@ -31,7 +35,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def _run(place: Path, tmp_path: Path, change: Change) -> tuple[Outcome, CampaignConfig, Store]:
+def _run(
+    place: Path, tmp_path: Path, change: Change, places: Places | None = None
+) -> tuple[Outcome, CampaignConfig, Store]:
     campaign = tiny_campaign(place)
     campaign["execution"] |= {"backend": "ray"}
     campaign["storage"]["path"] = str(tmp_path / "runs")
@@ -47,6 +53,7 @@ def _run(place: Path, tmp_path: Path, change: Change) -> tuple[Outcome, Campaign
         store,
         limits_of(config),
         at_a_time,
+        places,
         make_backend=Simulation(SECONDS, notes),
     )
     return outcome, config, store
@@ -62,6 +69,24 @@ def _rates(*rates: float, **search: Any) -> Change:
         campaign["search"] = search
 
     return change
+
+
+def test_no_more_stages_at_a_time_than_there_is_room_for(
+    ray_two_cpus: None, place: Path, tmp_path: Path
+) -> None:
+    two = Places(lambda: Room(2, 0), dict.fromkeys(SECONDS, Room(1, 0)))
+    outcome, _, _ = _run(place, tmp_path, _rates(0.1, 0.2, 0.3), two)
+    assert outcome == Outcome({})
+    notes = [file.read_text().split() for file in (tmp_path / "notes").glob("*.txt")]
+    ends = [(float(done), -1) for _, _, done, _ in notes]
+    starts = [(float(done) - float(took), 1) for _, _, done, took in notes]
+    at_work = list(itertools.accumulate(change for _, change in sorted(starts + ends)))
+    assert max(at_work) == 2
+
+
+def test_the_room_is_what_the_cluster_has_or_may_grow_to(ray_two_cpus: None) -> None:
+    assert ClusterRoom(None)() == Room(2, 0)
+    assert ClusterRoom(ClusterMaximumConfig(nodes=3, cpus=4, gpus=1))() == Room(12, 3)
 
 
 def test_a_stage_that_three_trials_need_is_computed_once(
