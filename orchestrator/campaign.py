@@ -23,6 +23,7 @@ from orchestrator.cluster import (
     check_resources,
     cluster,
     cluster_capacity,
+    end_helpers_of_dead_drivers,
     grown,
     trajectories_at_a_time,
     workers_output_to,
@@ -104,6 +105,7 @@ def run_campaign(
     with cluster(address):
         capacity = grown(cluster_capacity(), execution.cluster_maximum)
         check_resources(execution, capacity)
+        end_helpers_of_dead_drivers()
         places = Places(ClusterRoom(execution.cluster_maximum), needs_of(execution))
         at_a_time = trajectories_at_a_time(execution, places, capacity.head_bytes)
         workers_log = store.logs_dir / "workers.log"

@@ -5,14 +5,16 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.contracts import EvaluationResult, EvaluationSpec
 from actors.evaluation.actor import evaluate_all_on_ray
@@ -80,6 +82,8 @@ def workers_output_to(file: Path) -> Iterator[None]:
         finally:
             global_worker_stdstream_dispatcher.remove_handler("iterabre_log")
 
+
+LEFT_HELPER = "PlacementGroupCleaner"
 
 HEAD = "node:__internal_head__"
 """The resource that marks the head node."""
@@ -177,6 +181,29 @@ def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
                     f"lower execution.{section}, use a larger cluster, or say in "
                     "execution.cluster_maximum what an autoscaler makes of this one"
                 )
+
+
+def end_helpers_of_dead_drivers() -> None:
+    """End the process that Ray Train leaves for ever if its driver is killed while a training starts.
+
+    The helper outlives its training, in order to clean up after it; one that was not yet told what
+    to watch when all others died waits for that.
+    """
+    dead = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
+    for actor in ray._private.state.actors().values():
+        left = actor["State"] == "ALIVE" and actor["JobID"] in dead
+        if left and actor["ActorClassName"] == LEFT_HELPER:
+            there = NodeAffinitySchedulingStrategy(actor["Address"]["NodeID"], soft=False)
+            end = ray.remote(_end_process).options(num_cpus=0, scheduling_strategy=there)
+            ray.get(end.remote(actor["Pid"], f"ray::{LEFT_HELPER}"))
+
+
+def _end_process(pid: int, title: str) -> None:
+    """End that process of this machine, if it still is what it was."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if " ".join(process.cmdline()).startswith(title):
+            process.kill()
 
 
 class ClusterRoom:

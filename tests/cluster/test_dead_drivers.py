@@ -1,0 +1,37 @@
+"""What a killed driver leaves on the cluster, besides what Ray itself takes away."""
+
+import subprocess
+import sys
+import time
+
+import ray
+
+from orchestrator.cluster import end_helpers_of_dead_drivers
+
+DRIVER = """
+import os, sys, ray
+from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+helper = ray.remote(num_cpus=0)(PlacementGroupCleaner).options(lifetime="detached")
+ray.get(helper.remote("controller", 1.0, 1.0, None).__ray_ready__.remote())
+os._exit(0)
+"""
+
+
+def _helpers() -> list[str]:
+    actors = ray._private.state.actors().values()
+    return [a["State"] for a in actors if a["ActorClassName"] == "PlacementGroupCleaner"]
+
+
+def test_a_helper_of_ray_train_that_was_never_told_what_to_watch_is_ended(ray_two_cpus: None) -> None:
+    address = ray.get_runtime_context().gcs_address
+    subprocess.run([sys.executable, "-c", DRIVER, address], check=True, timeout=120)
+    deadline = time.monotonic() + 60
+    while not all(job["IsDead"] for job in ray._private.state.jobs()[1:]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _helpers() == ["ALIVE"]
+    end_helpers_of_dead_drivers()
+    while _helpers() != ["DEAD"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _helpers() == ["DEAD"]
