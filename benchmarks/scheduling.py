@@ -37,7 +37,7 @@ from actors.contracts import ModelInfo, ModelSpec
 from orchestrator.campaign import limits_of, run_trials
 from orchestrator.config import CampaignConfig, parse_config
 from orchestrator.cost import MACHINES, START_S, StageCost, block_flops, seconds, training_block_flops
-from orchestrator.places import Places, Room
+from orchestrator.places import Need, Places, Room
 from orchestrator.plan import CampaignPlan
 from orchestrator.planning import build_plan
 from orchestrator.sharing import count_stages, distinct_stages, planned_stages
@@ -213,7 +213,8 @@ def main() -> None:
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="iterabre-scheduling-"))
     config = campaign(scratch, arguments.trajectories)
-    places = Places(partial(Room, 0, arguments.gpus), {kind: Room(0, held) for kind, held in DEVICES.items()})
+    held = {kind: Room(0, devices) for kind, devices in DEVICES.items()}
+    places = Places(partial(Room, 0, arguments.gpus), {kind: Need(room, room) for kind, room in held.items()})
     concurrent = arguments.concurrent or places.trajectories()
     plan = build_plan(config)
     times = stage_times()

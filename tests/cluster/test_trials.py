@@ -17,7 +17,7 @@ from orchestrator.coordinator import LEASE_S, AskedClaims, Coordinator
 from orchestrator.ledger import Ledger
 from orchestrator.limits import Limits
 from orchestrator.outcomes import read_outcomes
-from orchestrator.places import Places, Room
+from orchestrator.places import Need, Places, Room
 from orchestrator.planning import build_plan
 from orchestrator.store import Store
 from tests.cluster.exported import exported
@@ -74,7 +74,7 @@ def _rates(*rates: float, **search: Any) -> Change:
 def test_no_more_stages_at_a_time_than_there_is_room_for(
     ray_two_cpus: None, place: Path, tmp_path: Path
 ) -> None:
-    two = Places(lambda: Room(2, 0), dict.fromkeys(SECONDS, Room(1, 0)))
+    two = Places(lambda: Room(2, 0), dict.fromkeys(SECONDS, Need(Room(1, 0), Room(1, 0))))
     outcome, _, _ = _run(place, tmp_path, _rates(0.1, 0.2, 0.3), two)
     assert outcome == Outcome({})
     notes = [file.read_text().split() for file in (tmp_path / "notes").glob("*.txt")]

@@ -11,9 +11,10 @@ from orchestrator.cluster import TRIAL_BYTES, trajectories_at_a_time
 from orchestrator.config import ExecutionConfig
 from orchestrator.coordinator import LEASE_S, Answer, AskedClaims, Coordinator, LimitReachedError, Request
 from orchestrator.limits import Limits
-from orchestrator.places import Places, Room, needs_of
+from orchestrator.places import Need, Places, Room, needs_of
 
-FOUR_GPUS = Places(lambda: Room(100, 4), {"recover": Room(1, 4), "score": Room(1, 2), "evaluate": Room(1, 1)})
+HELD = {"recover": Room(1, 4), "score": Room(1, 2), "evaluate": Room(1, 1)}
+FOUR_GPUS = Places(lambda: Room(100, 4), {kind: Need(room, room) for kind, room in HELD.items()})
 
 
 class _Clock:
@@ -126,15 +127,32 @@ def test_a_stage_wider_than_the_cluster_runs_alone() -> None:
 
 
 def test_a_cluster_that_grows_takes_more() -> None:
-    rooms = iter([Room(8, 1), Room(8, 2)])
-    coordinator = Coordinator(Limits(), places=Places(lambda: next(rooms), FOUR_GPUS.needs))
+    rooms = [Room(8, 1)]
+    coordinator = Coordinator(Limits(), places=Places(lambda: rooms[-1], FOUR_GPUS.needs))
     assert coordinator.ask(Request("evaluate", "a", "a")).granted
     assert not coordinator.ask(Request("evaluate", "b", "b")).granted
+    rooms.append(Room(8, 2))
     assert coordinator.ask(Request("evaluate", "b", "b")).granted
 
 
+def test_a_pool_begins_with_what_there_is() -> None:
+    pool = {**FOUR_GPUS.needs, "score": Need(Room(1, 1), Room(8, 8)), "recover": Need(Room(1, 2), Room(1, 2))}
+    coordinator = Coordinator(Limits(), places=Places(lambda: Room(100, 4), pool))
+    training, evaluation = Request("recover", "a", "a", 5), Request("evaluate", "c", "c", 5)
+    assert coordinator.ask(training).granted
+    assert coordinator.ask(Request("score", "b", "b", 5)).granted
+    # It holds the other two GPUs now, and takes those of the training when that ends.
+    assert not coordinator.ask(evaluation).granted
+    coordinator.give_back(training, 1.0)
+    assert not coordinator.ask(evaluation).granted
+    coordinator.give_back(Request("score", "b", "b", 5), 1.0)
+    assert coordinator.ask(evaluation).granted
+
+
 def test_fractions_of_a_gpu_fill_it() -> None:
-    coordinator = Coordinator(Limits(), places=Places(lambda: Room(8, 1), {"evaluate": Room(0, 0.1)}))
+    coordinator = Coordinator(
+        Limits(), places=Places(lambda: Room(8, 1), {"evaluate": Need(Room(0, 0.1), Room(0, 0.1))})
+    )
     granted = [coordinator.ask(Request("evaluate", f"{i}", f"{i}")).granted for i in range(11)]
     assert granted == [True] * 10 + [False]
 
