@@ -83,10 +83,17 @@ def workers_output_to(file: Path) -> Iterator[None]:
             global_worker_stdstream_dispatcher.remove_handler("iterabre_log")
 
 
-LEFT_HELPER = "PlacementGroupCleaner"
-
 HEAD = "node:__internal_head__"
 """The resource that marks the head node."""
+
+LEFT_HELPER = "PlacementGroupCleaner"
+"""The class of Ray Train's that can outlive a killed driver."""
+
+LOOK_AGAIN_S = 5.0
+"""How long what the cluster has is taken for granted."""
+
+TRIAL_BYTES = 0.5e9
+"""What the process of a trial takes on the head, with what a Ray Train job adds."""
 
 
 @dataclass(frozen=True)
@@ -219,11 +226,6 @@ class ClusterRoom:
             capacity = grown(cluster_capacity(), self._maximum)
             self._room, self._looked_at = Room(capacity.cpus, capacity.gpus), time.monotonic()
         return self._room
-
-
-LOOK_AGAIN_S = 5.0
-TRIAL_BYTES = 0.5e9
-"""What the process of a trial takes on the head, with what a Ray Train job adds."""
 
 
 def trajectories_at_a_time(execution: ExecutionConfig, places: Places, head_bytes: float) -> int:

@@ -40,7 +40,8 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
         _check_scoring(method, evaluations[model.id].include_path)
         check_data(method.recovery.objective, text_spec(method.recovery.data))
     infos = {model.id: describe_model(model_spec(model)) for model in config.models}
-    origins = {model.id: origin(infos[model.id].spec) for model in config.models}
+    origins = {name: origin(info.spec) for name, info in infos.items()}
+    free = {name: any_layers(info.spec) for name, info in infos.items()}
     deepspeed = _read_deepspeed(config.execution.training.deepspeed)
     methods = [method for _, method in grid]
     texts = {text: describe_text(text) for text in _texts(methods, evaluations.values())}
@@ -60,7 +61,7 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
             deepspeed=deepspeed,
             fingerprints=fingerprints,
             traits=_traits(method),
-            any_layers=any_layers(infos[model.id].spec),
+            any_layers=free[model.id],
             origin=origins[model.id],
             tasks_fingerprint=_folder_fingerprint(evaluations[model.id].include_path),
         )
