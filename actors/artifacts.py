@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -27,8 +27,39 @@ CHUNK_BYTES = 8 * 2**20
 
 
 def cache_dir() -> Path:
-    """This node's directory for downloads: `ITERABRE_CACHE`, else `~/.cache/iterabre`."""
-    return Path(os.environ.get("ITERABRE_CACHE") or "~/.cache/iterabre").expanduser()
+    """Return this node's directory for downloads: `ITERABRE_CACHE`, else `~/.cache/iterabre`.
+
+    Raises:
+        RequestError: it is in the home directory of a user who has none.
+    """
+    chosen = os.environ.get("ITERABRE_CACHE") or "~/.cache/iterabre"
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise _no_cache(chosen, "this user has no home directory") from error
+
+
+def cache_entry(kind: str, key: str) -> Path:
+    """Return the place of `key` in the cache, which is there or can be made.
+
+    Raises:
+        RequestError: it is not there, and the cache cannot be written.
+    """
+    entry = cache_dir() / kind / key
+    try:
+        if not entry.exists():
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=entry.parent):
+                pass
+    except OSError as error:
+        raise _no_cache(str(entry.parent), error.strerror or str(error)) from error
+    return entry
+
+
+def _no_cache(place: str, reason: str) -> RequestError:
+    return RequestError(
+        f"the cache {place} cannot be written: {reason}; set ITERABRE_CACHE to a directory that can"
+    )
 
 
 def filesystem(uri: str) -> tuple[FileSystem, str]:
@@ -77,7 +108,7 @@ def fetch(ref: ArtifactRef) -> Path:
     """
     directory = local_path(ref.uri)
     if directory is None:
-        directory = cache_dir() / "artifacts" / ref.sha256
+        directory = cache_entry("artifacts", ref.sha256)
         if not directory.is_dir():
             _download(ref, directory)
     elif not directory.is_dir():
@@ -144,16 +175,23 @@ def sha256_of(stream: IO[bytes], copy_to: IO[bytes] | None = None) -> tuple[str,
 
 
 def file_sha256(file: Path) -> str:
-    """SHA-256 of a local file, remembered on this node by path, size and time of change."""
+    """Return the SHA-256 of a local file, remembered on this node for as long as the file is left alone.
+
+    It is remembered by the file's path, number, size and times of change, where the cache can be written.
+    """
     status = file.stat()
-    identity = digest([str(file.resolve()), status.st_size, status.st_mtime_ns])
-    memo = cache_dir() / "sha256" / identity
-    if memo.is_file() and len(known := json.loads(memo.read_text() or '""')) == 64:
-        return known
+    stamp = [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    identity = digest([str(file.resolve()), *stamp])
+    with suppress(OSError, ValueError, RequestError):
+        known = json.loads((cache_dir() / "sha256" / identity).read_text(encoding="utf-8"))
+        if isinstance(known, str) and len(known) == 64:
+            return known
     with file.open("rb") as stream:
         value, _ = sha256_of(stream)
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    memo.write_text(json.dumps(value))
+    with suppress(OSError, RequestError):
+        memo = cache_entry("sha256", identity)
+        with _open_then_rename(memo) as target:
+            target.write(json.dumps(value).encode())
     return value
 
 

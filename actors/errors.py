@@ -7,7 +7,8 @@ Messages name the thing, the place and the remedy.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class IterabreError(Exception):
@@ -34,3 +35,31 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> RequestError:
     near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(choices[:20])}"
     return RequestError(f"unknown {kind} {name!r}; {hint}")
+
+
+LONGEST_REASON = 400
+"""Characters of a library's message that are passed on."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an exception of a library says, in one line; its type too where that alone explains it."""
+    said = " ".join(str(error).split())
+    said = f"{said[:LONGEST_REASON]}…" if len(said) > LONGEST_REASON else said
+    return said if " " in said else f"{type(error).__name__} {said}".strip()
+
+
+@contextmanager
+def refusing(what: str | Callable[[], str], remedy: str) -> Iterator[None]:
+    """Turn any exception of a library that reads the user's files into one `RequestError`.
+
+    Args:
+        what: what cannot be read, and where it is: the head of the message, or what finds it out.
+        remedy: a sentence that says what to do.
+    """
+    try:
+        yield
+    except (IterabreError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        head = what if isinstance(what, str) else what()
+        raise RequestError(f"{head}: {reason_of(error).rstrip('.')}. {remedy}") from error

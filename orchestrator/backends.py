@@ -7,7 +7,7 @@ when it is first asked for, which for Ray is on the actors alone.
 from collections.abc import Callable, Iterator, Sequence
 
 from actors import evaluation, generation, models, recovery, scoring
-from actors.artifacts import cache_dir, local_path
+from actors.artifacts import cache_entry, local_path
 from actors.contracts import (
     EvaluationResult,
     EvaluationSpec,
@@ -48,7 +48,7 @@ class LocalBackend:
         return generation.generate_locally(spec, uri, progress)
 
     def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult:
-        work_dir = local_path(self._store.train_uri(key)) or cache_dir() / "train" / key
+        work_dir = local_path(self._store.train_uri(key)) or cache_entry("train", key)
         return recovery.recover_locally(spec, uri, work_dir, progress)
 
     def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:

@@ -33,7 +33,7 @@ from pyarrow.fs import LocalFileSystem
 from pydantic import TypeAdapter
 
 from actors.artifacts import (
-    cache_dir,
+    cache_entry,
     explained,
     filesystem,
     join,
@@ -136,7 +136,7 @@ class Store:
     def logs_dir(self) -> Path:
         """Directory for log files; on this node when the run lies in an object store."""
         local = local_path(self.uri)
-        return local / "logs" if local is not None else cache_dir() / "logs" / digest(self.uri)[:16]
+        return local / "logs" if local is not None else cache_entry("logs", digest(self.uri)[:16])
 
     def train_uri(self, key: str) -> str:
         """Checkpoints of the training behind the recovery stage `key`."""

@@ -10,8 +10,8 @@ from actors.artifacts import publish
 from actors.contracts import ExportResult, ExportSpec, ModelRef
 from actors.models.chain import emptied_layers, materialize
 from actors.models.families import depth, find_layers
+from actors.models.gguf_file import drop_quantization
 from actors.models.licence import licence_files
-from actors.models.load import drop_quantization
 from actors.models.subblocks import SUB_BLOCKS, sub_block_weights
 
 

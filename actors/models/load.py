@@ -1,16 +1,16 @@
 """Finding, describing and loading source models: hub id, directory, GGUF file or package file."""
 
 import importlib.util
-import os
-import shutil
-import tempfile
+import re
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,17 +20,36 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from actors.artifacts import cache_dir, file_sha256
+from actors.artifacts import file_sha256
 from actors.contracts import ModelInfo, ModelSpec, digest
-from actors.errors import RequestError
+from actors.errors import RequestError, refusing
+from actors.models.checkpoint import (
+    ADAPTER,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    read_checkpoint,
+    read_json,
+    weight_names,
+)
+from actors.models.completeness import check_complete, check_layer_count
 from actors.models.families import depth, find_layers, text_config
+from actors.models.gguf_file import converted
+from actors.models.tokens import check_has_vocabulary, watch_token_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGE_SCHEME = "package://"
 MODEL_FILES = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja", ".py"})
 """Endings of the files that make a model what it is: configurations, weights, tokenizer, code."""
 
-PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+QUANTIZED = ("quantization_config", "compression_config")
+"""Config fields by which transformers quantises a model as it loads it."""
+
+REMEDY = "Give a hub id that this machine can reach, a local directory, or a .gguf file"
+
+NO_LANGUAGE_MODEL = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|MaskedLM)$")
+"""Architectures whose weights lack the head of a causal language model."""
 
 
 def load_model(
@@ -49,130 +68,236 @@ def load_model(
         trust_remote_code: run code that the model's repository brings; off by default.
 
     Raises:
-        RequestError: the model does not exist, is not readable as one, or has
-            only pickled weights (safetensors are the only weights ever read).
+        RequestError: the model does not exist, is not readable as one, has only pickled
+            weights (safetensors are the only weights ever read), or is quantised.
     """
-    spec = ModelSpec(path, dtype, revision, trust_remote_code)
+    return open_model(ModelSpec(path, dtype, revision, trust_remote_code))
+
+
+def open_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model that `spec` names, and its tokenizer, as `load_model` does."""
     check_dtype(spec)
+    directory = model_checkpoint(spec).directory
     tokenizer = load_tokenizer(spec)
-    try:
+    with _opening(spec, "its weights"):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            resolve(spec),
-            dtype=DTYPES[dtype],
+            directory,
+            dtype=DTYPES[spec.dtype],
             use_safetensors=True,
             output_loading_info=True,
-            **_hub_options(spec),
+            trust_remote_code=spec.trust_remote_code,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _unreadable(spec, error) from error
     if missing := loading["missing_keys"]:
         # transformers draws missing weights at random and goes on.
         raise RequestError(
-            f"model {path!r}: its safetensors lack {len(missing)} weights, such as {min(missing)!r}; "
+            f"model {spec.path!r}: its safetensors lack {len(missing)} weights, such as {min(missing)!r}; "
             "get the model again"
         )
+    watch_token_ids(model, tokenizer)
     return model.eval(), tokenizer
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, without its weights."""
-    try:
-        return AutoTokenizer.from_pretrained(resolve(spec), **_hub_options(spec))
-    except (OSError, ValueError) as error:
-        raise _unreadable(spec, error) from error
+    """Load the model's tokenizer, without its weights."""
+    directory = snapshot(spec, weights=False)
+    remedy = (
+        f"Get it again if it is damaged; if the tokenizers {version('tokenizers')} installed here do not "
+        "know what is in it, install another version of tokenizers"
+    )
+    with refusing(
+        lambda: f"model {spec.path!r}: {_damaged_tokenizer_file(directory)} cannot be read", remedy
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
+        check_has_vocabulary(tokenizer, directory)
+    return tokenizer
+
+
+def _damaged_tokenizer_file(directory: Path) -> str:
+    """Return the name of the file that is to blame: the one that is no JSON, or else tokenizer.json."""
+    for name in TOKENIZER_FILES:
+        try:
+            read_json(directory / name)
+        except RequestError:
+            if (directory / name).exists():
+                return name
+    return TOKENIZER_FILES[0]
 
 
 def load_config(spec: ModelSpec) -> PretrainedConfig:
-    """The model's configuration, without its weights."""
-    try:
-        return AutoConfig.from_pretrained(resolve(spec), **_hub_options(spec))
-    except (OSError, ValueError) as error:
-        raise _unreadable(spec, error) from error
+    """Load the model's configuration, without its weights.
+
+    Raises:
+        RequestError: as `load_model`; names the field.
+    """
+    directory = snapshot(spec, weights=False)
+    with _opening(spec, "its config.json"):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
+        for field in QUANTIZED:
+            if any(getattr(part, field, None) is not None for part in (config, text_config(config))):
+                raise RequestError(
+                    f"model {spec.path!r} is quantised (config field {field!r}); score, prune and recover "
+                    "the unquantised model, and quantise the result"
+                )
+        if getattr(config, "transformers_weights", None) is not None:
+            raise RequestError(
+                f"model {spec.path!r}: config field 'transformers_weights' names other weights than those of "
+                f"model.safetensors or {INDEX}; rename the files and remove the field"
+            )
+        for name in config.architectures or ():
+            if NO_LANGUAGE_MODEL.search(name):
+                raise RequestError(
+                    f"model {spec.path!r} is a {name} (config field 'architectures'), which is no causal "
+                    "language model"
+                )
+    return config
 
 
 def describe_model(spec: ModelSpec) -> ModelInfo:
-    """What is known of a source model without reading its weights into memory.
+    """Describe a source model from its configuration, its tokenizer and the headers of its weights.
+
+    Of a hub model whose weights are not on this machine yet, they are not fetched for that.
 
     Raises:
         RequestError: as `load_model`, or the model is no decoder language model.
     """
     check_dtype(spec)
+    directory = snapshot(spec, weights=False)
+    if has_weights(spec, directory):
+        model_checkpoint(spec)
+    load_tokenizer(spec)
     config = load_config(spec)
     model = empty_model(spec, config)
-    blocks = find_layers(model).modules
-    decoder = text_config(config)
-    hidden_size, heads = _number(decoder, "hidden_size"), _number(decoder, "num_attention_heads") or 1
-    return ModelInfo(
-        spec=spec,
-        model_type=config.model_type,
-        num_layers=depth(config),
-        num_parameters=model.num_parameters(),
-        vocab_size=decoder.vocab_size,
-        fingerprint=_fingerprint(spec, config),
-        block_parameters=tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks),
-        hidden_size=hidden_size,
-        attention_width=heads * (_number(decoder, "head_dim") or hidden_size // heads),
-        num_heads=heads,
-        block_widths=sum(sum(w.shape) for w in blocks.parameters() if w.dim() == 2) // len(blocks),
-    )
+    with _opening(spec, "its config.json"):
+        blocks = find_layers(model).modules
+        decoder = text_config(config)
+        hidden_size, heads = _number(decoder, "hidden_size"), _number(decoder, "num_attention_heads") or 1
+        return ModelInfo(
+            spec=spec,
+            model_type=config.model_type,
+            num_layers=depth(config),
+            num_parameters=model.num_parameters(),
+            vocab_size=decoder.vocab_size,
+            fingerprint=model_fingerprint(spec),
+            block_parameters=tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks),
+            hidden_size=hidden_size,
+            attention_width=heads * (_number(decoder, "head_dim") or hidden_size // heads),
+            num_heads=heads,
+            block_widths=sum(sum(w.shape) for w in blocks.parameters() if w.dim() == 2) // len(blocks),
+        )
 
 
 def _number(config: PretrainedConfig, name: str) -> int:
-    """A field of the config; 0 where the family has none or one for each layer."""
+    """Return a field of the config; 0 where the family has none or one for each layer."""
     # Not by getattr, which fails where the layers differ.
     value = config.to_dict().get(config.attribute_map.get(name, name))
     return value if isinstance(value, int) else 0
 
 
-def empty_model(spec: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:
-    """The model with its parameters on the meta device: modules, shapes and computed buffers, no weights."""
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
-    except ValueError as error:
-        raise RequestError(
-            f"model {spec.path!r} ({config.model_type}) is no causal language model"
-        ) from error
-    # Each parameter was moved by itself, so that tied ones are no longer one.
-    model.tie_weights()
+def model_checkpoint(spec: ModelSpec) -> Checkpoint:
+    """Return the headers of the model's weights, once they are checked against its config.json.
+
+    Raises:
+        RequestError: as `read_checkpoint` and `check_complete`.
+    """
+    directory = snapshot(spec)
+    with _opening(spec, "its files"):
+        files = sorted(file for file in directory.iterdir() if file.is_file())
+        states = [(file, file.stat()) for file in files]
+    stamp = tuple((f.name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in states)
+    return _checked_checkpoint(spec, directory, stamp)
+
+
+@lru_cache(maxsize=16)
+def _checked_checkpoint(
+    spec: ModelSpec, directory: Path, _stamp: tuple[tuple[object, ...], ...]
+) -> Checkpoint:
+    """Read and check headers, once for as long as no file changes."""
+    config = load_config(spec)
+    with _opening(spec, "its weights"):
+        checkpoint = read_checkpoint(directory)
+        check_layer_count(checkpoint, config)
+        check_complete(checkpoint, empty_model(spec, config))
+    return checkpoint
+
+
+def empty_model(spec: ModelSpec, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """Build the model without weights: modules, computed buffers, and parameters on the meta device.
+
+    Args:
+        options: of transformers' `from_config`, such as `dtype`.
+    """
+    with _opening(spec, "its config.json"):
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=spec.trust_remote_code, **options
+                )
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise RequestError(
+                f"model {spec.path!r} ({config.model_type}) is no causal language model"
+            ) from error
+        # Each parameter was moved by itself, so that tied ones are no longer one.
+        model.tie_weights()
     return model
 
 
-def snapshot(spec: ModelSpec) -> Path:
-    """The local directory with the model's files; a hub model's are downloaded."""
+def snapshot(spec: ModelSpec, *, weights: bool = True) -> Path:
+    """Return the local directory with the model's files; a hub model's are downloaded.
+
+    Args:
+        weights: download the weights, too; without, they may be there or not.
+    """
     path = resolve(spec)
     if Path(path).is_dir():
         return Path(path)
-    patterns = [f"*{ending}" for ending in sorted(MODEL_FILES)]
-    try:
-        return Path(snapshot_download(path, revision=spec.revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise _unreadable(spec, error) from error
+    with _opening(spec):
+        return _download(path, spec.revision, weights)
+
+
+@lru_cache(maxsize=32)
+def _download(path: str, revision: str | None, weights: bool) -> Path:
+    """Download a hub model, of one commit: the same one as long as this process lives."""
+    if not weights:
+        described = [f"*{ending}" for ending in sorted(MODEL_FILES - {".safetensors"})]
+        return Path(snapshot_download(path, revision=revision, allow_patterns=described))
+    directory = _download(path, revision, False)
+    names = {SINGLE, *weight_names(directory)}
+    return Path(snapshot_download(path, revision=directory.name, allow_patterns=sorted(names)))
+
+
+def has_weights(spec: ModelSpec, directory: Path) -> bool:
+    """Tell if the model's weights are on this machine; those of a local directory must be."""
+    return Path(resolve(spec)).is_dir() or all(
+        (directory / name).exists() for name in weight_names(directory)
+    )
 
 
 def resolve(spec: ModelSpec) -> str:
-    """A hub id, or the local directory that transformers can open.
+    """Return a hub id, or the local directory that transformers can open.
 
     GGUF files are converted to safetensors once a machine and kept in the cache.
 
     Raises:
         RequestError: a local path that is no model, with what is missing.
     """
-    path = source_path(spec)
-    if path.suffix == ".gguf":
-        return str(_converted(path))
-    if path.is_dir():
-        _check_model_directory(path)
-        return str(path)
-    if path.exists():
-        raise RequestError(f"model {spec.path!r} is a file; give a model directory or a .gguf file")
+    with refusing(f"model path {spec.path!r} cannot be used", REMEDY):
+        path = source_path(spec)
+        if path.suffix == ".gguf":
+            return str(converted(path))
+        if path.is_dir():
+            _check_model_directory(path)
+            return str(path)
+        if path.exists():
+            raise RequestError(f"model {spec.path!r} is a file; give a model directory or a .gguf file")
     if _looks_local(spec.path):
         raise RequestError(f"model path {spec.path!r} does not exist")
     return spec.path
 
 
 def source_path(spec: ModelSpec) -> Path:
-    """Where the source lies if it is on this machine; a hub id stays one.
+    """Return where the source lies if it is on this machine; a hub id stays one.
 
     Raises:
         RequestError: a package that is not installed, or has no such file.
@@ -181,6 +306,7 @@ def source_path(spec: ModelSpec) -> Path:
 
 
 def check_dtype(spec: ModelSpec) -> None:
+    """Refuse a type of weights that is not in `DTYPES`."""
     if spec.dtype not in DTYPES:
         raise RequestError(f"model {spec.path!r}: unknown dtype {spec.dtype!r}; known: {', '.join(DTYPES)}")
 
@@ -189,34 +315,28 @@ def _looks_local(path: str) -> bool:
     return path.startswith(("/", ".", "~")) or path.count("/") > 1
 
 
-def _hub_options(spec: ModelSpec) -> dict[str, Any]:
-    return {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-
-
-def _unreadable(spec: ModelSpec, error: Exception) -> RequestError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return RequestError(
-        f"model {spec.path!r} cannot be opened as a causal language model: {reason}. "
-        "Give a hub id that this machine can reach, a local directory, or a .gguf file"
+def _opening(spec: ModelSpec, part: str = "", remedy: str = "") -> AbstractContextManager[None]:
+    """Fence what reads a part of the model: any exception becomes a refusal that names model and part."""
+    head = f"model {spec.path!r} cannot be opened as a causal language model"
+    return refusing(
+        f"{head}: {part}" if part else head,
+        remedy or REMEDY,
     )
 
 
 def _check_model_directory(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise RequestError(f"directory {str(path)!r} is no model: it has no config.json")
-    if any(path.glob("*.safetensors")):
+    if (path / "config.json").is_file():
         return
-    pickled = [file.name for pattern in PICKLED_WEIGHTS for file in path.glob(pattern)]
-    if pickled:
+    if (path / ADAPTER).is_file():
         raise RequestError(
-            f"model {str(path)!r} has only pickled weights ({pickled[0]}), which can run code when read; "
-            "convert it to safetensors first"
+            f"directory {str(path)!r} is no model: it has an adapter ({ADAPTER}) and no config.json; merge "
+            "the adapter into its model first"
         )
-    raise RequestError(f"directory {str(path)!r} is no model: it has no *.safetensors")
+    raise RequestError(f"directory {str(path)!r} is no model: it has no config.json")
 
 
 def _package_file(path: str) -> Path:
-    """The file that `package://PACKAGE/FILE` names; the package is found but not imported."""
+    """Return the file that `package://PACKAGE/FILE` names; the package is found but not imported."""
     package, _, name = path.removeprefix(PACKAGE_SCHEME).partition("/")
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:
@@ -231,47 +351,11 @@ def _package_file(path: str) -> Path:
     return file
 
 
-def _converted(gguf: Path) -> Path:
-    """The directory with the GGUF file's weights as float32 safetensors."""
-    if not gguf.is_file():
-        raise RequestError(f"GGUF file {str(gguf)!r} does not exist")
-    target = cache_dir() / "gguf" / file_sha256(gguf)
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
-    try:
-        _convert(gguf, scratch)
-        os.rename(scratch, target)
-    except OSError:
-        # Another process converted the same file meanwhile: its directory is as good.
-        if not target.is_dir():
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
-
-
-def _convert(gguf: Path, target: Path) -> None:
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    drop_quantization(model.config)
-    model.hf_quantizer = None
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
-
-
-def drop_quantization(config: PretrainedConfig) -> None:
-    """Forget that the weights once were quantised: transformers refuses to save them otherwise."""
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-
-
-def _fingerprint(spec: ModelSpec, config: PretrainedConfig) -> str:
-    """Changes whenever weights, configuration or tokenizer change; a hub model's is its commit."""
-    source = Path(resolve(spec))
-    if not source.is_dir():
-        commit = getattr(config, "_commit_hash", None) or spec.revision
-        return digest(["hub", spec.path, commit, spec.dtype])
-    files = sorted(file for file in source.iterdir() if file.suffix in MODEL_FILES)
-    return digest(["files", [(file.name, file_sha256(file)) for file in files], spec.dtype])
+def model_fingerprint(spec: ModelSpec) -> str:
+    """Return a hash that weights, configuration and tokenizer change; a hub model's is of its commit."""
+    directory = snapshot(spec, weights=False)
+    if not Path(resolve(spec)).is_dir():
+        return digest(["hub", spec.path, directory.name, spec.dtype])
+    with _opening(spec, "its files"):
+        files = sorted(file for file in directory.iterdir() if file.suffix in MODEL_FILES and file.is_file())
+        return digest(["files", [(file.name, file_sha256(file)) for file in files], spec.dtype])

@@ -9,7 +9,6 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from actors.contracts import ModelSpec
 from actors.errors import RequestError
+from actors.models.checkpoint import FLOATING, INDEX, SINGLE, Checkpoint, StoredTensor
 from actors.models.export import save_pretrained
 from actors.models.families import depth, find_layers
 from actors.models.load import (
@@ -28,7 +28,7 @@ from actors.models.load import (
     load_config,
     load_model,
     load_tokenizer,
-    snapshot,
+    model_checkpoint,
 )
 from actors.models.subblocks import (
     BLOCK,
@@ -40,23 +40,9 @@ from actors.models.subblocks import (
 )
 from actors.models.surgery import remaining, remove_layers
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 COPY_BYTES = 16 << 20
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in FLOATING.items()}
 """Floating-point types as safetensors name them; tensors of other types are never converted."""
-NAMES = {dtype: name for name, dtype in STORED.items()}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file: its type, its shape and where its bytes lie."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 def prune_checkpoint(
@@ -89,7 +75,8 @@ def prune_checkpoint(
     check_granularity(granularity)
     spec = ModelSpec(source, dtype or "float32")
     check_dtype(spec)
-    directory, config = snapshot(spec), load_config(spec)
+    checkpoint, config = model_checkpoint(spec), load_config(spec)
+    load_tokenizer(spec)  # refused now rather than when the weights are written
     model = empty_model(spec, config)
     num_layers = depth(config)
     kept = remaining(num_layers, layers)
@@ -102,28 +89,23 @@ def prune_checkpoint(
         kept = list(range(num_layers))
     if not in_place:
         return _prune_in_memory(spec, layers, output, granularity)
-    if hasattr(config, "quantization_config"):
-        raise RequestError(
-            f"model {source!r} is quantised (config field 'quantization_config'), by layer names that "
-            "pruning would change; prune the unquantised model"
-        )
-    tensors = [tensor for file in shard_files(directory) for tensor in read_header(file)]
-    prefix = _layers_prefix([tensor.name for tensor in tensors], block_list.path, num_layers)
+    prefix = _layers_prefix(checkpoint.tensors, block_list.path, num_layers)
     zeros: set[str] | None = set()
     if granularity != BLOCK:
-        zeros = _sub_block_tensors(block_list.modules, granularity, layers, prefix, tensors)
+        stored = checkpoint.tensors.values()
+        zeros = _sub_block_tensors(block_list.modules, granularity, layers, prefix, stored)
     if zeros is None:
         return _prune_in_memory(spec, layers, output, granularity)
     renumbered = {old: new for new, old in enumerate(kept)}
     Path(output).mkdir(parents=True, exist_ok=True)
     written = DTYPES[dtype] if dtype else None
-    _write_shards(directory, Path(output), prefix, renumbered, written, zeros)
-    _write_descriptions(spec, model, directory, Path(output), written)
+    _write_shards(checkpoint, Path(output), prefix, renumbered, written, zeros)
+    _write_descriptions(spec, model, checkpoint.directory, Path(output), written)
     return depth(model.config), model.num_parameters()
 
 
 def _sub_block_tensors(
-    blocks: nn.ModuleList, kind: str, layers: Sequence[int], prefix: str, tensors: Sequence[Stored]
+    blocks: nn.ModuleList, kind: str, layers: Sequence[int], prefix: str, tensors: Collection[StoredTensor]
 ) -> set[str] | None:
     """Names in the files of the sub-blocks' parameters; None if the files name them otherwise than the model.
 
@@ -160,48 +142,6 @@ def _tied_across_layers(model: PreTrainedModel, path: str) -> bool:
     return any(name.startswith(f"{path}.") for pair in tied.items() for name in pair)
 
 
-def shard_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order.
-
-    Raises:
-        RequestError: a shard that the index names is not there.
-    """
-    index = directory / INDEX
-    if not index.is_file():
-        return [directory / SINGLE]
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    if missing := [name for name in names if not (directory / name).is_file()]:
-        raise RequestError(
-            f"model {str(directory)!r} lacks {missing[0]!r}, which its index names; get it again"
-        )
-    return [directory / name for name in names]
-
-
-def read_header(file: Path) -> list[Stored]:
-    """The tensors of a safetensors file, in the order of their bytes.
-
-    Raises:
-        RequestError: the file is cut off or is no safetensors file.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        text = stream.read(min(length, size))
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise RequestError(f"{str(file)!r} is no safetensors file: its header is unreadable") from error
-    header.pop("__metadata__", None)
-    data = 8 + length
-    tensors = [
-        Stored(name, entry["dtype"], tuple(entry["shape"]), *(data + at for at in entry["data_offsets"]))
-        for name, entry in header.items()
-    ]
-    if any(tensor.end > size for tensor in tensors):
-        raise RequestError(f"{str(file)!r} is cut off; get it again")
-    return sorted(tensors, key=lambda tensor: tensor.start)
-
-
 def _layers_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
     """What stands before a layer's index in the file; older files leave out the model's own prefix.
 
@@ -233,7 +173,7 @@ def _renamed(name: str, prefix: str, renumbered: Mapping[int, int]) -> str | Non
 
 
 def _write_shards(
-    directory: Path,
+    checkpoint: Checkpoint,
     output: Path,
     prefix: str,
     renumbered: Mapping[int, int],
@@ -241,11 +181,11 @@ def _write_shards(
     zeros: Collection[str],
 ) -> None:
     shards = []
-    for file in shard_files(directory):
+    for file in checkpoint.files:
         kept = [
             (new, tensor)
-            for tensor in read_header(file)
-            if (new := _renamed(tensor.name, prefix, renumbered))
+            for tensor in checkpoint.tensors.values()
+            if tensor.file == file and (new := _renamed(tensor.name, prefix, renumbered))
         ]
         shards += [(file, kept)] if kept else []
     weight_map: dict[str, str] = {}
@@ -262,7 +202,7 @@ def _write_shards(
 def _write_shard(
     source: Path,
     target: Path,
-    kept: Sequence[tuple[str, Stored]],
+    kept: Sequence[tuple[str, StoredTensor]],
     dtype: torch.dtype | None,
     zeros: Collection[str],
 ) -> int:
@@ -295,18 +235,18 @@ def _write_zeros(size: int, write: BinaryIO) -> None:
         write.write(bytes(min(COPY_BYTES, size - start)))
 
 
-def _written_dtype(tensor: Stored, dtype: torch.dtype | None) -> str:
-    return NAMES[dtype] if dtype and tensor.dtype in STORED else tensor.dtype
+def _written_dtype(tensor: StoredTensor, dtype: torch.dtype | None) -> str:
+    return NAMES[dtype] if dtype and tensor.dtype in FLOATING else tensor.dtype
 
 
-def _size_bytes(tensor: Stored, dtype: torch.dtype | None) -> int:
+def _size_bytes(tensor: StoredTensor, dtype: torch.dtype | None) -> int:
     stored = tensor.end - tensor.start
     if (written := _written_dtype(tensor, dtype)) == tensor.dtype:
         return stored
-    return stored // STORED[tensor.dtype].itemsize * STORED[written].itemsize
+    return stored // FLOATING[tensor.dtype].itemsize * FLOATING[written].itemsize
 
 
-def _copy(tensor: Stored, read: BinaryIO, write: BinaryIO, dtype: torch.dtype | None) -> None:
+def _copy(tensor: StoredTensor, read: BinaryIO, write: BinaryIO, dtype: torch.dtype | None) -> None:
     read.seek(tensor.start)
     left = tensor.end - tensor.start
     convert = _written_dtype(tensor, dtype) != tensor.dtype
@@ -314,7 +254,7 @@ def _copy(tensor: Stored, read: BinaryIO, write: BinaryIO, dtype: torch.dtype | 
         block = read.read(min(left, COPY_BYTES))
         left -= len(block)
         if convert:
-            values = torch.frombuffer(bytearray(block), dtype=STORED[tensor.dtype]).to(dtype)
+            values = torch.frombuffer(bytearray(block), dtype=FLOATING[tensor.dtype]).to(dtype)
             block = values.view(torch.uint8).numpy().tobytes()
         write.write(block)
 

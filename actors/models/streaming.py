@@ -4,69 +4,25 @@ Tensors are read rather than mapped, so that no more than two blocks are in memo
 whatever the operating system would keep of the file.
 """
 
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from actors.artifacts import fetch
 from actors.contracts import ModelRef, ModelSpec
 from actors.errors import RequestError
 from actors.models.adapter_deltas import Deltas, read_deltas
+from actors.models.checkpoint import StoredTensor, read_checkpoint
+from actors.models.completeness import stored_as
 from actors.models.families import depth, find_layers
-from actors.models.load import DTYPES, load_config, resolve
+from actors.models.load import DTYPES, empty_model, load_config, model_checkpoint
 from actors.models.subblocks import SUB_BLOCKS, check_emptiable, sub_block_weights
 from actors.models.surgery import remove_layers
-
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a safetensors file: where its bytes begin and what they mean."""
-
-    file: Path
-    offset: int
-    num_bytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        raw = torch.empty(self.num_bytes, dtype=torch.uint8)
-        view, done = memoryview(raw.numpy()), 0
-        with self.file.open("rb", buffering=0) as stream:
-            stream.seek(self.offset)
-            # One call reads at most 2 GiB.
-            while done < self.num_bytes and (count := stream.readinto(view[done:])):
-                done += count
-        if done < self.num_bytes:
-            raise RequestError(f"{str(self.file)!r} ends too early: it is damaged; get the model again")
-        return raw.view(self.dtype).view(self.shape)
-
-
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every floating-point tensor of the directory's safetensors files, by name; reads their headers only."""
-    found: dict[str, StoredTensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
-        for name, entry in header.items():
-            if name != "__metadata__" and entry["dtype"] in STORED_DTYPES:
-                start, stop = entry["data_offsets"]
-                dtype = STORED_DTYPES[entry["dtype"]]
-                found[name] = StoredTensor(file, 8 + size + start, stop - start, dtype, tuple(entry["shape"]))
-    return found
 
 
 class LayerStream:
@@ -140,13 +96,10 @@ def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:
     if ref.merges:
         raise RequestError("a model with merged layers cannot be streamed; turn scoring.stream_weights off")
     spec = ref.source
-    stored = stored_tensors(_directory(spec))
+    stored = dict(model_checkpoint(spec).tensors)
     if ref.weights is not None:
-        stored |= stored_tensors(fetch(ref.weights))
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            load_config(spec), dtype=DTYPES[spec.dtype], trust_remote_code=spec.trust_remote_code
-        ).eval()
+        stored |= read_checkpoint(fetch(ref.weights)).tensors
+    model = empty_model(spec, load_config(spec), dtype=DTYPES[spec.dtype]).eval()
     kept = ref.kept(depth(model.config))
     path = find_layers(model).path
     weights = [_block_weights(model, f"{path}.{index}", stored, spec) for index in kept]
@@ -175,27 +128,12 @@ def _emptied(model: PreTrainedModel, ref: ModelRef, kept: Sequence[int]) -> list
     ]
 
 
-def _directory(spec: ModelSpec) -> Path:
-    """The local directory of the model's files."""
-    path = Path(resolve(spec))
-    if path.is_dir():
-        return path
-    return Path(
-        snapshot_download(spec.path, revision=spec.revision, allow_patterns=["*.safetensors", "*.json"])
-    )
-
-
-def _find(name: str, model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> StoredTensor | None:
-    """A file written from the bare backbone lacks the name's first part."""
-    return stored.get(name) or stored.get(name.removeprefix(f"{model.base_model_prefix}."))
-
-
 def _block_weights(
     model: PreTrainedModel, path: str, stored: Mapping[str, StoredTensor], spec: ModelSpec
 ) -> dict[str, StoredTensor]:
     found = {}
     for name, _ in model.get_submodule(path).named_parameters():
-        tensor = _find(f"{path}.{name}", model, stored)
+        tensor = stored_as(f"{path}.{name}", model, stored)
         if tensor is None:
             raise _not_streamable(spec, f"{path}.{name}")
         found[name] = tensor
@@ -205,18 +143,23 @@ def _block_weights(
 def _load_outside(
     model: PreTrainedModel, path: str, stored: Mapping[str, StoredTensor], spec: ModelSpec
 ) -> None:
-    """Embeddings, final norm and head, and what the blocks hold besides weights."""
+    """Load embeddings, final norm, head and stored buffers: all but the blocks' weights."""
     inside = re.compile(rf"{re.escape(path)}\.\d+\.")
+    twins: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found = {}
-    for name, _ in model.named_parameters():
-        tensor = None if inside.match(name) else _find(name, model, stored)
-        if tensor is not None:
-            found[name] = tensor.read().to(model.dtype)
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point() or (name in parameters and inside.match(name)):
+            continue
+        # Of two tied weights a file may hold either.
+        names = (name, *(twin for twin, source in twins.items() if source == name))
+        held = next((held for held in (stored_as(each, model, stored) for each in names) if held), None)
+        if held is not None:
+            found[name] = held.read().to(tensor.dtype)
+        elif name not in twins:
+            raise _not_streamable(spec, name)
     model.load_state_dict(found, strict=False, assign=True)
     model.tie_weights()
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta and not inside.match(name):
-            raise _not_streamable(spec, name)
 
 
 def _move(model: PreTrainedModel, device: torch.device) -> None:

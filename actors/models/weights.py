@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.artifacts import fetch
 from actors.contracts import ArtifactRef
 from actors.errors import WorkError
+from actors.models.checkpoint import read_checkpoint
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -30,19 +29,12 @@ def save_weights(tensors: Mapping[str, Tensor], directory: Path) -> None:
 
 def weight_shapes(weights: ArtifactRef) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the stored tensors; reads no tensor."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(fetch(weights).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stored:
-            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-    return shapes
+    return {name: tensor.shape for name, tensor in read_checkpoint(fetch(weights)).tensors.items()}
 
 
 def read_weights(weights: ArtifactRef) -> dict[str, Tensor]:
     """Every stored tensor by its source name."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(fetch(weights).glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
+    return {name: tensor.read() for name, tensor in read_checkpoint(fetch(weights)).tensors.items()}
 
 
 @torch.no_grad()

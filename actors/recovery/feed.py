@@ -9,7 +9,7 @@ import torch
 from torch import LongTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.artifacts import cache_dir
+from actors.artifacts import cache_entry
 from actors.contracts import RecoverySpec, TextSpec, digest
 from actors.data import (
     BlockData,
@@ -60,9 +60,7 @@ def training_data(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Tra
                 *(spec.packing, spec.sequence_length, spec.max_tokens, spec.seed),
             ]
         )
-        data = spool(
-            lambda: up_to(_sequences(spec, tokenizer), spec.max_tokens), cache_dir() / "tokens" / key
-        )
+        data = spool(lambda: up_to(_sequences(spec, tokenizer), spec.max_tokens), cache_entry("tokens", key))
     elif text.conversations or spec.packing == "documents":
         data = collect(_sequences(spec, tokenizer))
     else:

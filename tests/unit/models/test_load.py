@@ -122,7 +122,7 @@ def test_damaged_directories_are_refused(
 def test_a_cut_off_weight_file_is_refused(directory: Path) -> None:
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(RequestError, match="cannot be opened as a causal language model"):
+    with pytest.raises(RequestError, match=r"model\.safetensors' is cut off"):
         load_model(str(directory))
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from actors.errors import RequestError
 from actors.models import load_model, prune_checkpoint, remove_layers, save_pretrained
-from actors.models.sharded import INDEX, read_header, shard_files
+from actors.models.checkpoint import INDEX, read_checkpoint, read_header
 from tests.tiny_models import tiny_ids, tiny_model, tiny_tokenizer
 
 FAMILIES = ["llama", "gpt2", "mixtral", "gemma2", "smollm3"]
@@ -26,7 +26,9 @@ def _save(family: str, directory: Path, shard_size: str = "40KB", **overrides: o
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in shard_files(directory) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor for file in read_checkpoint(directory).files for name, tensor in load_file(file).items()
+    }
 
 
 @pytest.mark.parametrize("shard_size", ["40KB", "1GB"])
@@ -95,7 +97,7 @@ def test_what_cannot_be_said_is_refused_before_a_byte_is_written(tmp_path: Path)
 
 def test_a_missing_shard_is_told(tmp_path: Path) -> None:
     source = _save("llama", tmp_path / "source")
-    gone = shard_files(Path(source))[1]
+    gone = read_checkpoint(Path(source)).files[1]
     gone.unlink()
     with pytest.raises(RequestError, match=gone.name):
         prune_checkpoint(source, [1], tmp_path / "disk")
@@ -103,7 +105,7 @@ def test_a_missing_shard_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "message"), [(-100, "cut off"), (20, "no safetensors file")])
 def test_a_file_cut_off_is_told(size: int, message: str, tmp_path: Path) -> None:
-    file = shard_files(Path(_save("llama", tmp_path / "source")))[0]
+    file = read_checkpoint(Path(_save("llama", tmp_path / "source"))).files[0]
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(RequestError, match=message):
         read_header(file)
@@ -138,7 +140,7 @@ def _save_large(directory: Path, shard_bytes: int) -> int:
         zeros = {name: torch.zeros(tensor.shape, dtype=torch.bfloat16) for name, tensor in shard.items()}
         save_file(zeros, directory / f"{number}.safetensors", metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, f"{number}.safetensors")
-    (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from actors.contracts import ModelRef, ModelSpec
 from actors.errors import RequestError
 from actors.models import LayerwisePass, depth, find_layers, load_model, load_streamed, resident
-from actors.models.streaming import stored_tensors
+from actors.models.checkpoint import read_checkpoint
 from tests.tiny_models import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_blocks_are_read_once_and_only_two_are_there(tmp_path: Path) -> None:
         with resident(model, index):
             assert present() == [index]
     assert present() == []
-    of_blocks = [t for name, t in stored_tensors(tmp_path).items() if ".layers." in name]
+    of_blocks = [t for name, t in read_checkpoint(tmp_path).tensors.items() if ".layers." in name]
     assert model.layer_stream.bytes_read == sum(t.num_bytes for t in of_blocks)
 
 
@@ -60,7 +60,7 @@ def test_tensors_are_read_as_stored(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     model, _ = load_model(str(tmp_path))
     weights = model.state_dict()
-    stored = stored_tensors(tmp_path)
+    stored = read_checkpoint(tmp_path).tensors
     assert len(stored) >= 4 * 9
     for name, tensor in stored.items():
         assert tensor.read().equal(weights[name])
