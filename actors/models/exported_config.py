@@ -216,7 +216,7 @@ def _complete(fields: Json, config: PretrainedConfig) -> None:
 def _computed_lists(
     fields: Mapping[str, Any], config: PretrainedConfig, described: PretrainedConfig, **rules: Any
 ) -> dict[str, list[Any] | None]:
-    """Return the per-layer lists that transformers computes for the depth of `described` if the file has none.
+    """Return the lists that transformers computes for as many layers as `described` has if none are written.
 
     Args:
         rules: periods to read in place of the file's.

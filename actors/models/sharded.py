@@ -48,7 +48,7 @@ STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """Floating-point types as safetensors name them; tensors of other types are never converted."""
 NAMES = {dtype: name for name, dtype in STORED.items()}
 MTP = re.compile(r"(^|\.)mtp[._]")
-"""Tensors of multi-token prediction, which transformers does not load: they predict from the unpruned model."""
+"""Tensors of multi-token prediction, which transformers does not load."""
 
 
 @dataclass(frozen=True)

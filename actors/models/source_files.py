@@ -47,7 +47,7 @@ OF_BACKENDS = ("backend", "is_local", "local_files_only")
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The directory that a model was read from, how transformers reads its configuration, and if its code may run."""
+    """The directory that a model was read from, its configuration, and if the code in it may run."""
 
     directory: Path
     config: PretrainedConfig
