@@ -51,6 +51,9 @@ OLDER_ROPE = frozenset(
 )
 """Fields that transformers 5 has replaced by `rope_parameters`."""
 
+OLDER_NAMES = {"qwen3_moe": {"num_experts": "num_local_experts"}}
+"""Fields that transformers 5 writes under a name that transformers 4 does not know, by model type."""
+
 UNREADABLE = (ValueError, TypeError, AttributeError, ArithmeticError, LookupError)
 """What configurations raise at fields that do not suit each other."""
 
@@ -111,6 +114,9 @@ def add_older_fields(fields: Json) -> None:
     written_by_5 = str(fields.get("transformers_version", "")).partition(".")[0] not in ("", *"01234")
     if written_by_5 and isinstance(fields.get("dtype"), str):
         fields.setdefault("torch_dtype", fields["dtype"])
+    for older, name in OLDER_NAMES.get(str(fields.get("model_type")), {}).items():
+        if name in fields:
+            fields.setdefault(older, fields[name])
     rope = fields.get("rope_parameters")
     if isinstance(rope, dict) and not OLDER_ROPE & fields.keys():
         fields |= _older_rope(rope, str(fields.get("model_type", "")))
@@ -195,7 +201,7 @@ def _shorten(
 def _write(fields: Json, read: Json, wanted: Json, config: PretrainedConfig, *, add: bool) -> None:
     """Write into `fields` those values of `wanted` that are not as `read`; new fields only if `add`."""
     for name, value in wanted.items():
-        if name in NOT_OF_LAYERS or name.startswith("_") or read.get(name) == value:
+        if name in NOT_OF_LAYERS | PERIODS or name.startswith("_") or read.get(name) == value:
             continue
         part = getattr(config, name, None) if name in config.sub_configs else None
         if isinstance(part, PretrainedConfig) and isinstance(read.get(name), dict):
