@@ -1,10 +1,12 @@
 """Tiny models of many families, made and opened by whatever transformers this process imports.
 
 `python -m tests.export_matrix make DIR` saves one of each family under DIR; `... logits DIR OUT` writes the
-logits and the tokens of a sentence that each directory under DIR gives. Run with transformers 4 before the
+logits and the tokens of a sentence that each directory under DIR gives; `... perplexity MODEL OUT` that of the
+built-in test text. Run with transformers 4 before the
 installed one on PYTHONPATH, they tell what that version writes and reads.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,28 +91,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Config fields of each family beyond the common sizes, as transformers 4 names them."""
 
 
-def tiny_config(family: str) -> Any:
-    """The configuration of a tiny model of six layers, as the transformers of this process makes it."""
-    sizes = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": MAX_POSITIONS,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return AutoConfig.for_model(family, **(sizes | FAMILIES[family]))
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def make(directory: Path) -> None:
     """Save a random model and its tokenizer for every family."""
     for family in FAMILIES:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_config(family)).float()
+        config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family]))
+        model = AutoModelForCausalLM.from_config(config).float()
         for parameter in model.parameters():
             # Drawn wide, so that a layer that works otherwise changes the output by more than rounding.
             if parameter.ndim > 1:
@@ -124,7 +124,7 @@ def logits(directory: Path, output: Path) -> None:
     """Write the logits [B, T, V] and the tokens of `SENTENCE` of every model under `directory`."""
     found = {}
     for model_directory in sorted(directory.iterdir()):
-        # Versions differ in which implementations of attention cap its scores (Gemma 2); this one does in all.
+        # Versions differ in which attention caps its scores (Gemma 2); eager does in all.
         model, loading = AutoModelForCausalLM.from_pretrained(
             model_directory, attn_implementation="eager", output_loading_info=True
         )
@@ -134,5 +134,15 @@ def logits(directory: Path, output: Path) -> None:
     torch.save(found, output)
 
 
+@torch.no_grad()
+def perplexity(directory: Path, output: Path, windows: int = 12, context: int = 256) -> None:
+    """Write the perplexity over `windows` windows of `context` tokens."""
+    text = Path("actors/data/builtin/wikitext-2-raw-test.txt").read_text(encoding="utf-8")
+    ids = torch.tensor(AutoTokenizer.from_pretrained(directory)(text[:30000]).input_ids)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    batch = ids[: windows * context].view(windows, context)
+    output.write_text(str(math.exp(model(input_ids=batch, labels=batch).loss)))
+
+
 if __name__ == "__main__":
-    {"make": make, "logits": logits}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    {"make": make, "logits": logits, "perplexity": perplexity}[sys.argv[1]](*map(Path, sys.argv[2:]))

@@ -168,7 +168,7 @@ def kept_fields(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]
         if isinstance(value, (list, tuple)):
             kept_list = _kept_list(name, value, num_layers, kept)
             fields |= {} if kept_list is None else {name: kept_list}
-        elif name in LEADING_COUNTS and isinstance(value, int):
+        elif name in LEADING_COUNTS and isinstance(value, int) and value < num_layers:
             fields[name] = sum(old < value for old in kept)
         elif name in DEPTHS and value == num_layers:
             fields[name] = len(kept)
