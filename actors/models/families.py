@@ -54,8 +54,11 @@ NOT_PER_LAYER = frozenset(
 LEADING_COUNTS = frozenset({"first_k_dense_replace", "max_window_layers", "num_dense_layers"})
 """Config fields that say how many layers, from layer 0 on, are of another kind."""
 
-DEPTHS = frozenset({"num_blocks"})
-"""Config fields that repeat the depth (xLSTM)."""
+DEPTHS = frozenset({"n_layer", "n_layers", "num_blocks", "num_layers"})
+"""Config fields that repeat the depth under a family's own name."""
+
+MTP_COUNTS = frozenset({"mtp_num_hidden_layers", "num_mtp_layers", "num_nextn_predict_layers"})
+"""Config fields that say how many layers of multi-token prediction follow; transformers leaves them out."""
 
 RANGES = {"moe_layer_start_index": "moe_layer_end_index"}
 """Config fields with the first and the last index of the layers of another kind (Ernie 4.5)."""
@@ -165,10 +168,12 @@ def kept_fields(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]
         if isinstance(value, (list, tuple)):
             kept_list = _kept_list(name, value, num_layers, kept)
             fields |= {} if kept_list is None else {name: kept_list}
-        elif name in LEADING_COUNTS and isinstance(value, int):
+        elif name in LEADING_COUNTS and isinstance(value, int) and value < num_layers:
             fields[name] = sum(old < value for old in kept)
         elif name in DEPTHS and value == num_layers:
             fields[name] = len(kept)
+        elif name in MTP_COUNTS and isinstance(value, int):
+            fields[name] = 0
     for first, last in RANGES.items():
         if isinstance(values.get(first), int) and isinstance(values.get(last), int):
             fields[first] = sum(old < values[first] for old in kept)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from actors.contracts import ModelSpec
 from actors.errors import RequestError
 from actors.models.checkpoint import FLOATING, INDEX, SINGLE, Checkpoint, StoredTensor
-from actors.models.export import save_pretrained
+from actors.models.export import save_with_files, write_config
 from actors.models.families import depth, find_layers
 from actors.models.load import (
     DTYPES,
@@ -30,6 +30,7 @@ from actors.models.load import (
     load_tokenizer,
     model_checkpoint,
 )
+from actors.models.source_files import copy_source_files, source_files
 from actors.models.subblocks import (
     BLOCK,
     check_emptiable,
@@ -43,6 +44,8 @@ from actors.models.surgery import remaining, remove_layers
 COPY_BYTES = 16 << 20
 NAMES = {dtype: name for name, dtype in FLOATING.items()}
 """Floating-point types as safetensors name them; tensors of other types are never converted."""
+MTP = re.compile(r"(^|\.)mtp[._]")
+"""Tensors of multi-token prediction, which transformers does not load."""
 
 
 def prune_checkpoint(
@@ -52,6 +55,8 @@ def prune_checkpoint(
     *,
     dtype: str | None = None,
     granularity: str = BLOCK,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[int, int]:
     """Write the checkpoint `source` without some of its blocks, or with sub-blocks empty, in little memory.
 
@@ -65,6 +70,7 @@ def prune_checkpoint(
         output: an empty or new directory.
         granularity: `block`, or `attention` or `mlp` to fill only that part of the blocks with zeros.
         dtype: convert floating-point weights to `float32`, `bfloat16` or `float16`; as stored if not given.
+        revision, trust_remote_code: as for `load_model`.
 
     Returns:
         Number of blocks left, number of parameters left.
@@ -73,7 +79,7 @@ def prune_checkpoint(
         RequestError: as `load_model`, `remove_layers` and `empty_sub_blocks`.
     """
     check_granularity(granularity)
-    spec = ModelSpec(source, dtype or "float32")
+    spec = ModelSpec(source, dtype or "float32", revision, trust_remote_code)
     check_dtype(spec)
     checkpoint, config = model_checkpoint(spec), load_config(spec)
     load_tokenizer(spec)  # refused now rather than when the weights are written
@@ -97,10 +103,12 @@ def prune_checkpoint(
     if zeros is None:
         return _prune_in_memory(spec, layers, output, granularity)
     renumbered = {old: new for new, old in enumerate(kept)}
+    files = source_files(spec)
     Path(output).mkdir(parents=True, exist_ok=True)
     written = DTYPES[dtype] if dtype else None
+    copy_source_files(files, Path(output))
+    write_config(model, Path(output), files, kept=kept, dtype=written)
     _write_shards(checkpoint, Path(output), prefix, renumbered, written, zeros)
-    _write_descriptions(spec, model, checkpoint.directory, Path(output), written)
     return depth(model.config), model.num_parameters()
 
 
@@ -128,12 +136,19 @@ def _prune_in_memory(
     spec: ModelSpec, layers: Sequence[int], output: str | Path, granularity: str
 ) -> tuple[int, int]:
     """For files that are no image of the model: a decoder among others, weights shared or named otherwise."""
-    model, tokenizer = load_model(spec.path, dtype=spec.dtype)
+    model, _ = load_model(
+        spec.path,
+        dtype=spec.dtype,
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    kept = list(range(depth(model.config)))
     if granularity == BLOCK:
+        kept = remaining(len(kept), layers)
         remove_layers(model, layers)
     else:
         empty_sub_blocks(model, granularity, layers)
-    save_pretrained(model, output, tokenizer=tokenizer)
+    save_with_files(model, Path(output), source_files(spec), kept)
     return depth(model.config), model.num_parameters()
 
 
@@ -166,9 +181,11 @@ def _layers_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
 def _renamed(name: str, prefix: str, renumbered: Mapping[int, int]) -> str | None:
     """The tensor's name in the pruned model, None if its layer goes."""
     layer, _, rest = name.removeprefix(prefix).partition(".")
+    if MTP.search(name):
+        return None
     if not name.startswith(prefix) or not layer.isdecimal():
         return name
-    # Layers beyond the last are those of multi-token prediction, which transformers does not load either.
+    # Layers beyond the last are those of multi-token prediction, too.
     return f"{prefix}{renumbered[int(layer)]}.{rest}" if int(layer) in renumbered else None
 
 
@@ -257,17 +274,3 @@ def _copy(tensor: StoredTensor, read: BinaryIO, write: BinaryIO, dtype: torch.dt
             values = torch.frombuffer(bytearray(block), dtype=FLOATING[tensor.dtype]).to(dtype)
             block = values.view(torch.uint8).numpy().tobytes()
         write.write(block)
-
-
-def _write_descriptions(
-    spec: ModelSpec, model: PreTrainedModel, directory: Path, output: Path, dtype: torch.dtype | None
-) -> None:
-    """Config, generation config and tokenizer beside the weights."""
-    model.config.architectures = [type(model).__name__]
-    if dtype is not None:
-        model.config.dtype = dtype
-    model.config.save_pretrained(output)
-    generation = directory / "generation_config.json"
-    if generation.is_file():
-        (output / generation.name).write_bytes(generation.read_bytes())
-    load_tokenizer(spec).save_pretrained(output)
