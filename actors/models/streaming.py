@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from actors.artifacts import fetch
 from actors.contracts import ModelRef, ModelSpec
 from actors.errors import RequestError
 from actors.models.adapter_deltas import Deltas, read_deltas
+from actors.models.dispatch import loaded_weights
 from actors.models.families import depth, find_layers
 from actors.models.load import DTYPES, load_config, resolve
 from actors.models.subblocks import SUB_BLOCKS, check_emptiable, sub_block_weights
@@ -122,9 +123,9 @@ class LayerStream:
 
 
 def resident(model: PreTrainedModel, index: int) -> AbstractContextManager[None]:
-    """A context in which block `index` of `model` has its weights; nothing to do unless they are streamed."""
+    """A context in which block `index` of `model` has its weights, if they are streamed or offloaded."""
     stream = getattr(model, "layer_stream", None)
-    return nullcontext() if stream is None else stream.resident(index)
+    return loaded_weights(find_layers(model).modules[index]) if stream is None else stream.resident(index)
 
 
 def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:
