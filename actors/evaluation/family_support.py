@@ -102,7 +102,7 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
 
 
 def _window(model: PreTrainedModel) -> int | None:
-    """Return the smallest number of tokens that the config lets a token see, None if it sets no such bound."""
+    """Return the smallest number of tokens that the config lets a token see, None if it sets no bound."""
     values = vars(text_config(model.config)).items()
     bounds = [
         value

@@ -8,8 +8,8 @@ from inspect import signature
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.models.dispatch import input_device
 from actors.models.decoding import end_tokens, plain_greedy
+from actors.models.dispatch import input_device
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Return the device that `model` takes its inputs on: that of its first weight, be it offloaded or not."""
+    """Return the device that `model` takes its inputs on: that of its first weight, offloaded or not."""
     if model.device.type != "meta":
         return model.device
     places = (hook.execution_device for part in model.modules() for hook in _hooks(part))
@@ -38,7 +38,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 @contextmanager
 def loaded_weights(module: nn.Module) -> Iterator[None]:
-    """The module's offloaded weights are on the device where it computes, and stay there inside this context."""
+    """The module's offloaded weights are inside this context on the device where it computes, and stay."""
     offloading = [(part, hook) for part in module.modules() for hook in _hooks(part) if hook.offload]
     loaded: list[tuple[nn.Module, AlignDevicesHook]] = []
     try:

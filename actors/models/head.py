@@ -36,6 +36,7 @@ class LogitHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         hidden_BTD = hidden if hidden.dim() == 3 else hidden[None]
         token_ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden.device)
+
         def give_hidden(*_args: Any, **_kwargs: Any) -> _OnlyHidden:
             return _OnlyHidden(last_hidden_state=hidden_BTD)
 

@@ -144,7 +144,7 @@ def _sub_block_tensors(
 
 
 def _model_names(model: PreTrainedModel, tensors: Sequence[Stored]) -> dict[str, str]:
-    """By name in the files, the parameter of `model` that transformers makes of a tensor, or makes with it."""
+    """By name in the files, the parameter of `model` that transformers makes of a tensor."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from actors.artifacts import fetch
 from actors.contracts import ModelRef, ModelSpec
 from actors.errors import RequestError
-from actors.models.adapter_deltas import Deltas, read_deltas
+from actors.models.adapter_deltas import Deltas, add_deltas, read_deltas
 from actors.models.dispatch import loaded_weights
 from actors.models.families import depth, find_layers
 from actors.models.load import DTYPES, load_config, resolve
@@ -116,8 +116,7 @@ class LayerStream:
                 continue
             tensor = stored.read().to(self._device, self._dtype)
             self.bytes_read += stored.num_bytes
-            for deltas in self._deltas:
-                deltas.add_to(tensor, index, name)
+            add_deltas(tensor, self._deltas, index, name)
             tensors[name] = tensor
         return tensors
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from actors.contracts import BLOCK
 from actors.errors import RequestError, unknown_name
-from actors.models.families import check_layers_apart, find_layers, text_config
 from actors.models.dispatch import loaded_weights
+from actors.models.families import check_layers_apart, find_layers, text_config
 from actors.models.hollow import hollow_model, zeros
 from actors.models.replay import LayerwisePass
 from actors.models.surgery import check_reads_back, remaining, traits
