@@ -9,9 +9,11 @@ from actors import data
 from actors.contracts import (
     ArtifactRef,
     EvaluationSpec,
+    ExportSpec,
     GenerationSpec,
     ModelSpec,
     RecoverySpec,
+    ScoreSpec,
     TaskSpec,
     TextSpec,
     digest,
@@ -90,6 +92,22 @@ def _named_inputs(spec: Any, tasks_fingerprint: str | None) -> dict[str, Any]:
     if isinstance(spec, RecoverySpec):
         theirs = {k: v for k, v in json.loads(spec.deepspeed).items() if k in PRECISION}
         named["precision"] = [spec.precision, theirs]
+    named |= _computed_anew(spec)
     if plugged := releases(spec):
         named["plugins"] = plugged
     return named
+
+
+def _computed_anew(spec: Any) -> dict[str, str]:
+    """What has come to be computed otherwise, for the specs alone whose results it changes."""
+    changed: dict[str, str] = {}
+    if not isinstance(spec, EvaluationSpec | ExportSpec | ScoreSpec):
+        return changed
+    rounded = spec.model.source.dtype != "float32"
+    if rounded and spec.model.adapters:
+        changed["adapters_summed_in"] = "float32"
+    if rounded and (spec.tasks if isinstance(spec, EvaluationSpec) else getattr(spec, "task", None)):
+        changed["softmax"] = "float32"
+    if isinstance(spec, EvaluationSpec) and set(spec.probes) & {"degeneration", "code_failures"}:
+        changed["decoding"] = "greedy"
+    return changed

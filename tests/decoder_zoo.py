@@ -148,7 +148,7 @@ def tiny_decoder(model_type: str) -> PreTrainedModel:
 
     Matrices are drawn wide, so that every layer changes the output by far more than rounding does.
     """
-    config = _tiny_config(model_type)
+    config = tiny_decoder_config(model_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
@@ -162,7 +162,8 @@ def tiny_decoder(model_type: str) -> PreTrainedModel:
     return model.float().eval()
 
 
-def _tiny_config(model_type: str) -> PretrainedConfig:
+def tiny_decoder_config(model_type: str) -> PretrainedConfig:
+    """The config of `tiny_decoder`; of a multimodal model, around that of its decoder."""
     fields = _small_fields(AutoConfig.for_model(model_type))
     special = SPECIAL.get(model_type, {})
     if isinstance(fields.get("text_config"), dict):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.errors import RequestError
 from actors.evaluation.generation import last_logits_only
+from actors.models.dispatch import input_device
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 DIGITS = tuple("0123456789")
@@ -87,7 +88,7 @@ def answer_problems(
     for alike in by_length.values():
         for start in range(0, len(alike), batch_size):
             chosen = alike[start : start + batch_size]
-            ids_BT = torch.tensor([encoded[i][0] for i in chosen], device=model.device)
+            ids_BT = torch.tensor([encoded[i][0] for i in chosen], device=input_device(model))
             logits_BV = model(ids_BT, use_cache=False, **last_only).logits[:, -1].float()
             for index, logits_V in zip(chosen, logits_BV, strict=True):
                 answers[index] = _answer(logits_V, encoded[index][1], problems[index].answer)

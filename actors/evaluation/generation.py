@@ -8,6 +8,9 @@ from inspect import signature
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actors.models.decoding import end_tokens, plain_greedy
+from actors.models.dispatch import input_device
+
 
 @dataclass(frozen=True)
 class Response:
@@ -28,6 +31,8 @@ def respond(
 ) -> list[Response]:
     """The likeliest next tokens after each prompt, up to `max_new_tokens`, in the order of the prompts.
 
+    The model's own generation configuration gives the end tokens and nothing else: no penalty, no sampling.
+
     A tokenizer with a chat template is given the prompt as a user's turn, any
     other the prompt as it stands. Prompts of similar length share a batch; they are
     padded on the left and the padding is masked.
@@ -38,18 +43,19 @@ def respond(
     padder.pad_token = padder.pad_token or padder.eos_token or padder.convert_ids_to_tokens(0)
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": ends or None,
+        "pad_token_id": padder.pad_token_id,
+    }
+    place = input_device(model)
     answers: dict[int, Response] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = padder.pad({"input_ids": [encoded[i] for i in chosen]}, return_tensors="pt").to(model.device)
-        generated = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=padder.pad_token_id,
-        )
+        batch = padder.pad({"input_ids": [encoded[i] for i in chosen]}, return_tensors="pt").to(place)
+        with plain_greedy(model, **settings) as config:
+            generated = model.generate(**batch, generation_config=config)
         for index, row in zip(chosen, generated[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             answers[index] = _response(row, ends, tokenizer)
     return [answers[index] for index in range(len(prompts))]
@@ -63,13 +69,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    declared = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
-    return {token for token in ends if token is not None}
-
-
-def _response(row: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> Response:
+def _response(row: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Response:
     stop = next((position for position, token in enumerate(row) if token in ends), None)
     tokens = tuple(row[:stop])
     return Response(tokens, tokenizer.decode(tokens, skip_special_tokens=True), stop is not None)

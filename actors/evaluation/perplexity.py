@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from actors.errors import RequestError
+from actors.models.dispatch import input_device
 
 _CHUNK = 512
 """Positions whose logits exist at one time on the way through the plain head."""
@@ -47,7 +48,7 @@ def token_perplexity(
     """
     _check(model, len(input_ids), context)
     model.eval()
-    windows = input_ids.to(model.device).split(context)
+    windows = input_ids.to(input_device(model)).split(context)
     full = [w for w in windows if len(w) == context]
     batches = [torch.stack(full[i : i + batch_size]) for i in range(0, len(full), batch_size)]
     if 2 <= len(windows[-1]) < context:
@@ -100,4 +101,4 @@ def _full_nats(model: PreTrainedModel, ids_BT: Tensor) -> float:
 
 
 def _nats(logits: Tensor, targets: Tensor) -> float:
-    return F.cross_entropy(logits.float(), targets, reduction="none").double().sum().item()
+    return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none").double().sum().item()

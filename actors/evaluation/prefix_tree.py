@@ -5,10 +5,10 @@ attend to them and to itself alone. Its position is its depth. Whatever a causal
 model computes at a node is what it computes at that token of any sequence that
 passes through it.
 
-Shape letters: Q nodes of a row.
+Shape letters: B rows, Q nodes of a row, D hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -93,6 +93,33 @@ def _joins(tree: PrefixTree, sequence: Sequence[int], shared: int, most_nodes: i
     if most_nodes is not None and nodes > most_nodes:
         return False
     return nodes <= ROW or (2 * shared >= len(sequence) and nodes <= 2 * len(sequence))
+
+
+def run_rows(
+    body: Callable[..., Tensor], rows: Sequence[PrefixTree], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Hidden states [B, Q, D] of rows of nodes; what stands after a row's last node means nothing.
+
+    Args:
+        body: from token ids [B, Q], and a mask and positions where a row branches, to hidden states.
+        dtype: that of the mask, which the model adds to its attention scores.
+    """
+    width = max(len(tree) for tree in rows)
+    ids_BQ = torch.tensor([_padded(tree.tokens, width) for tree in rows], device=device)
+    if all(tree.is_chain for tree in rows):
+        return body(ids_BQ)
+    positions_BQ = torch.tensor([_padded(tree.depths, width) for tree in rows], device=device)
+    # Padding sees itself, since a softmax over nothing is not a number.
+    sees_BQQ = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)
+    for row, tree in enumerate(rows):
+        sees_BQQ[row, : len(tree), : len(tree)] = tree.sees()
+    mask_BQQ = torch.zeros(sees_BQQ.shape, dtype=dtype, device=device)
+    mask_BQQ.masked_fill_(~sees_BQQ.to(device), torch.finfo(dtype).min)
+    return body(ids_BQ, attention_mask=mask_BQQ[:, None], position_ids=positions_BQ)
+
+
+def _padded(values: list[int], length: int) -> list[int]:
+    return values + [0] * (length - len(values))
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from actors.contracts import Metric, ThroughputSpec
 from actors.errors import RequestError
 from actors.evaluation.generation import last_logits_only
+from actors.models.dispatch import input_device
 
 WARM_UPS = 1
 
@@ -70,7 +71,7 @@ def measure_speed(
     runs: list[list[_Run]] = [[] for _ in models]
     for _ in range(WARM_UPS + spec.repeats):
         for model, own in zip(models, runs, strict=True):
-            own.append(_run(model.eval(), ids_BT.to(model.device), spec.new_tokens))
+            own.append(_run(model.eval(), ids_BT.to(input_device(model)), spec.new_tokens))
     return [_speed(model, own[WARM_UPS:], spec) for model, own in zip(models, runs, strict=True)]
 
 
@@ -108,7 +109,7 @@ def check_length(model: PreTrainedModel, spec: ThroughputSpec) -> None:
 
 @torch.inference_mode()
 def _run(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> _Run:
-    cuda = model.device.type == "cuda"
+    cuda = input_device(model).type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -22,6 +21,7 @@ from actors.contracts import GenerationSpec, ModelRef, digest
 from actors.data import chat_template, render
 from actors.generation.responses import Prompt, Response, Share
 from actors.models import device, materialize, text_config
+from actors.models.decoding import end_tokens, plain_greedy
 
 log = logging.getLogger(__name__)
 
@@ -95,27 +95,16 @@ def _complete(
         [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device
     )
     ends = end_tokens(model, tokenizer)
-    config = GenerationConfig(
-        max_new_tokens=spec.max_new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=PADDING,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        use_cache=True,
-    )
-    with torch.no_grad():
+    settings = {
+        "max_new_tokens": spec.max_new_tokens,
+        "eos_token_id": ends or None,
+        "pad_token_id": PADDING,
+    }
+    with torch.no_grad(), plain_greedy(model, **settings) as config:
         out_BT = model.generate(
             ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=_draws(spec, seeds)
         )
     return [_until_end(row, ends) for row in out_BT[:, longest:].tolist()]
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: those of the model's generation configuration and the tokenizer's."""
-    known = model.generation_config.eos_token_id
-    listed = known if isinstance(known, list) else [known]
-    return sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})
 
 
 def _until_end(ids: list[int], ends: list[int]) -> list[int]:

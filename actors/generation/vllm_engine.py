@@ -36,6 +36,11 @@ class VllmEngine:
                 n=spec.responses_per_prompt,
                 temperature=spec.temperature,
                 top_p=spec.top_p,
+                top_k=-1,
+                min_p=0.0,
+                repetition_penalty=1.0,
+                presence_penalty=0.0,
+                frequency_penalty=0.0,
                 max_tokens=spec.max_new_tokens,
                 seed=int(digest([spec.seed, share.first + i])[:8], 16),
             )

@@ -1,4 +1,4 @@
-from .adapter_deltas import Deltas, join_deltas, read_deltas
+from .adapter_deltas import Deltas, add_deltas, join_deltas, read_deltas
 from .chain import device, load_source, materialize, prune_to
 from .export import export_model, save_pretrained
 from .families import depth, find_layers, text_config
@@ -24,6 +24,7 @@ __all__ = [
     "Deltas",
     "GRANULARITIES",
     "LayerwisePass",
+    "add_deltas",
     "any_layers",
     "check_granularity",
     "check_prunable",

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from actors.artifacts import fetch
 from actors.contracts import ArtifactRef
 from actors.errors import RequestError
-from actors.models.chain import ADAPTER_WEIGHTS
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,26 @@ class Deltas:
         """The largest r."""
         return max((len(a) for a, _ in self.factors.values()), default=0)
 
-    def add_to(self, weight: Tensor, block: int, name: str) -> None:
-        """Add the update of this block's weight, if it has one, in place."""
-        if (block, name) not in self.factors:
-            return
-        a, b = (factor.to(weight.device) for factor in self.factors[block, name])
+    def update(self, block: int, name: str, device: torch.device) -> Tensor:
+        """The update of this block's weight, in float32 and as the weight is kept."""
+        a, b = (factor.to(device) for factor in self.factors[block, name])
         delta = self.scale * (b @ a)
-        weight += (delta.T if self.transposed else delta).to(weight.dtype)
+        return delta.T if self.transposed else delta
+
+
+@torch.no_grad()
+def add_deltas(weight: Tensor, chain: Sequence[Deltas], block: int, name: str) -> None:
+    """Add the chain's updates of this block's weight to it in place.
+
+    They are summed in float32 and the sum is rounded once: in bfloat16, one addition after the other
+    would lose more of each.
+    """
+    updating = [deltas for deltas in chain if (block, name) in deltas.factors]
+    if updating:
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for deltas in updating:
+            total += deltas.update(block, name, weight.device)
+        weight.copy_(total)
 
 
 def join_deltas(chain: Sequence[Deltas]) -> Deltas:
@@ -61,14 +75,29 @@ def join_deltas(chain: Sequence[Deltas]) -> Deltas:
 
 
 def read_deltas(adapter: ArtifactRef, layers_path: str, kept: tuple[int, ...]) -> Deltas:
+    """The updates of an adapter whose tensors are named by source layer index; see `plain_deltas`.
+
+    Raises:
+        RequestError: the adapter is more than plain LoRA on the blocks.
+    """
+    deltas = plain_deltas(adapter, layers_path, kept)
+    if deltas is None:
+        raise RequestError(
+            f"adapter {adapter.uri!r} is more than plain LoRA on the layers: its model can neither be "
+            "streamed (set scoring.stream_weights to false) nor trained on"
+        )
+    return deltas
+
+
+def plain_deltas(adapter: ArtifactRef, layers_path: str, kept: tuple[int, ...]) -> Deltas | None:
     """The updates of an adapter whose tensors are named by source layer index.
+
+    None if the adapter is more than plain LoRA on matrices of the blocks: weight-decomposed, of a rank
+    or scale that differs between layers, or with weights of other kinds or elsewhere.
 
     Args:
         layers_path: where the blocks are in the model, e.g. `model.layers`.
         kept: source index of each block that is left.
-
-    Raises:
-        RequestError: the adapter is more than plain LoRA on the blocks.
     """
     directory = fetch(adapter)
     config = LoraConfig.from_pretrained(str(directory))
@@ -76,11 +105,9 @@ def read_deltas(adapter: ArtifactRef, layers_path: str, kept: tuple[int, ...]) -
     factors: dict[tuple[int, str], dict[str, Tensor]] = {}
     for name, tensor in load_file(directory / ADAPTER_WEIGHTS).items():
         match = pattern.fullmatch(name)
-        if match is None or config.use_dora or config.rank_pattern or config.alpha_pattern:
-            raise RequestError(
-                f"adapter {adapter.uri!r} is more than plain LoRA on the layers ({name}): "
-                "its model can neither be streamed (set scoring.stream_weights to false) nor trained on"
-            )
+        uneven = config.use_dora or config.rank_pattern or config.alpha_pattern
+        if match is None or uneven or tensor.dim() != 2:
+            return None
         layer, weight, factor = int(match[1]), f"{match[2]}.weight", match[3]
         if layer in kept:
             factors.setdefault((kept.index(layer), weight), {})[factor] = tensor.to(torch.float32)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from actors.models.dispatch import replaced_forward
 from actors.models.families import find_backbone
 
 
@@ -35,14 +36,10 @@ class LogitHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         hidden_BTD = hidden if hidden.dim() == 3 else hidden[None]
         token_ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden.device)
-        backbone = find_backbone(self._model)
 
         def give_hidden(*_args: Any, **_kwargs: Any) -> _OnlyHidden:
             return _OnlyHidden(last_hidden_state=hidden_BTD)
 
-        backbone.forward = give_hidden
-        try:
+        with replaced_forward(find_backbone(self._model), give_hidden):
             logits_BTV = self._model(input_ids=token_ids_BT, use_cache=False).logits
-        finally:
-            del backbone.forward
         return logits_BTV if hidden.dim() == 3 else logits_BTV[0]

@@ -8,7 +8,7 @@ by a stand-in that only takes notes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from inspect import signature
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.errors import RequestError
+from actors.models.dispatch import replaced_forward
 from actors.models.families import find_backbone, find_layers
 
 StandIn = Callable[[int, Tensor], Tensor]
@@ -102,13 +103,10 @@ class LayerwisePass:
     @contextmanager
     def _stand_ins(self, compute: StandIn, capture: bool = False) -> Iterator[None]:
         """Replace every block's forward by `compute(index, hidden)`."""
-        for index, block in enumerate(self._blocks):
-            block.forward = self._stand_in(index, compute, capture)
-        try:
+        with ExitStack() as replaced:
+            for index, block in enumerate(self._blocks):
+                replaced.enter_context(replaced_forward(block, self._stand_in(index, compute, capture)))
             yield
-        finally:
-            for block in self._blocks:
-                del block.forward
 
     def _check_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(value is _NOT_CARRIED for value in (*args, *kwargs.values())):

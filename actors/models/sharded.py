@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from actors.contracts import ModelSpec
 from actors.errors import RequestError
@@ -36,7 +37,6 @@ from actors.models.subblocks import (
     check_emptiable,
     check_granularity,
     empty_sub_blocks,
-    sub_block_paths,
     sub_block_weights,
 )
 from actors.models.surgery import remaining, remove_layers
@@ -94,14 +94,13 @@ def prune_checkpoint(
         check_emptiable(model, granularity)
         kept = list(range(num_layers))
     if not in_place:
-        return _prune_in_memory(spec, layers, output, granularity)
+        return _prune_in_memory(spec, checkpoint, dtype, layers, output, granularity)
     prefix = _layers_prefix(checkpoint.tensors, block_list.path, num_layers)
     zeros: set[str] | None = set()
     if granularity != BLOCK:
-        stored = checkpoint.tensors.values()
-        zeros = _sub_block_tensors(block_list.modules, granularity, layers, prefix, stored)
+        zeros = _sub_block_tensors(model, granularity, layers, checkpoint.tensors.values())
     if zeros is None:
-        return _prune_in_memory(spec, layers, output, granularity)
+        return _prune_in_memory(spec, checkpoint, dtype, layers, output, granularity)
     renumbered = {old: new for new, old in enumerate(kept)}
     files = source_files(spec)
     Path(output).mkdir(parents=True, exist_ok=True)
@@ -113,35 +112,65 @@ def prune_checkpoint(
 
 
 def _sub_block_tensors(
-    blocks: nn.ModuleList, kind: str, layers: Sequence[int], prefix: str, tensors: Collection[StoredTensor]
+    model: PreTrainedModel, kind: str, layers: Sequence[int], tensors: Collection[StoredTensor]
 ) -> set[str] | None:
-    """Names in the files of the sub-blocks' parameters; None if the files name them otherwise than the model.
+    """Names in the files of the sub-blocks' parameters; None if the files do not hold them all, and whole.
 
-    Files may hold experts one by one that the model holds together: what counts is
-    that all stored under a sub-block's modules, but for buffers, is as much as its parameters.
+    Files may name them otherwise than the model does, and hold experts one by one that it holds together.
     """
+    block_list, model_names = find_layers(model), _model_names(model, tensors)
     found: set[str] = set()
     for layer in layers:
-        paths = tuple(f"{prefix}{layer}.{path}." for path in sub_block_paths(blocks[layer], kind))
-        buffers = {f"{prefix}{layer}.{name}" for name, _ in blocks[layer].named_buffers()}
-        stored = [t for t in tensors if t.name.startswith(paths) and t.name not in buffers]
-        held = sum(parameter.numel() for parameter in sub_block_weights(blocks[layer], kind).values())
-        if sum(math.prod(tensor.shape) for tensor in stored) != held:
+        weights = {
+            f"{block_list.path}.{layer}.{name}": parameter.numel()
+            for name, parameter in sub_block_weights(block_list.modules[layer], kind).items()
+        }
+        stored = [tensor for tensor in tensors if model_names[tensor.name] in weights]
+        if sum(math.prod(tensor.shape) for tensor in stored) != sum(weights.values()):
             return None
         found |= {tensor.name for tensor in stored}
     return found
 
 
+def _model_names(model: PreTrainedModel, tensors: Collection[StoredTensor]) -> dict[str, str]:
+    """By name in the files, the parameter of `model` that transformers makes of a tensor."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix, parameters = model.base_model_prefix, model.state_dict()
+    return {
+        tensor.name: rename_source_key(tensor.name, renamings, converters, prefix, parameters)[0]
+        for tensor in tensors
+    }
+
+
 def _prune_in_memory(
-    spec: ModelSpec, layers: Sequence[int], output: str | Path, granularity: str
+    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    dtype: str | None,
+    layers: Sequence[int],
+    output: str | Path,
+    granularity: str,
 ) -> tuple[int, int]:
-    """For files that are no image of the model: a decoder among others, weights shared or named otherwise."""
+    """For files that are no image of the model: a decoder among others, weights shared or named otherwise.
+
+    Each parameter is written in `dtype` or, without one, in the type that it is stored in.
+    """
+    tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.dtype in FLOATING]
+    stored = {FLOATING[tensor.dtype] for tensor in tensors}
+    only = next(iter(stored)) if len(stored) == 1 else torch.float32
+    as_loaded = next((name for name, known in DTYPES.items() if known == only), "float32")
     model, _ = load_model(
         spec.path,
-        dtype=spec.dtype,
+        dtype=dtype or as_loaded,
         revision=spec.revision,
         trust_remote_code=spec.trust_remote_code,
     )
+    if dtype is None and len(stored) > 1:
+        names = _model_names(model, tensors)
+        types = {names[tensor.name]: FLOATING[tensor.dtype] for tensor in tensors}
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(types.get(name, parameter.dtype))
     kept = list(range(depth(model.config)))
     if granularity == BLOCK:
         kept = remaining(len(kept), layers)

@@ -7,7 +7,7 @@ whatever the operating system would keep of the file.
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from actors.artifacts import fetch
 from actors.contracts import ModelRef, ModelSpec
 from actors.errors import RequestError
-from actors.models.adapter_deltas import Deltas, read_deltas
+from actors.models.adapter_deltas import Deltas, add_deltas, read_deltas
 from actors.models.checkpoint import StoredTensor, read_checkpoint
 from actors.models.completeness import stored_as
+from actors.models.dispatch import loaded_weights
 from actors.models.families import depth, find_layers
 from actors.models.load import DTYPES, empty_model, load_config, model_checkpoint
 from actors.models.subblocks import SUB_BLOCKS, check_emptiable, sub_block_weights
@@ -71,16 +72,15 @@ class LayerStream:
                 continue
             tensor = stored.read().to(self._device, self._dtype)
             self.bytes_read += stored.num_bytes
-            for deltas in self._deltas:
-                deltas.add_to(tensor, index, name)
+            add_deltas(tensor, self._deltas, index, name)
             tensors[name] = tensor
         return tensors
 
 
 def resident(model: PreTrainedModel, index: int) -> AbstractContextManager[None]:
-    """A context in which block `index` of `model` has its weights; nothing to do unless they are streamed."""
+    """A context in which block `index` of `model` has its weights, if they are streamed or offloaded."""
     stream = getattr(model, "layer_stream", None)
-    return nullcontext() if stream is None else stream.resident(index)
+    return loaded_weights(find_layers(model).modules[index]) if stream is None else stream.resident(index)
 
 
 def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:

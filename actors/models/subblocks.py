@@ -10,15 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
 from actors.contracts import BLOCK
 from actors.errors import RequestError, unknown_name
+from actors.models.dispatch import loaded_weights
 from actors.models.families import check_layers_apart, find_layers, text_config
+from actors.models.hollow import hollow_model, zeros
 from actors.models.replay import LayerwisePass
-from actors.models.surgery import check_reads_back, read_back, remaining, traits
+from actors.models.surgery import check_reads_back, remaining, traits
 
 SUB_BLOCKS: dict[str, tuple[str, ...]] = {
     "attention": (
@@ -103,15 +104,16 @@ def empty_sub_blocks(model: PreTrainedModel, kind: str, layers: Sequence[int]) -
 @contextmanager
 def without_sub_block(block: nn.Module, kind: str) -> Iterator[None]:
     """The block computes as if the sub-block's parameters were zero."""
-    weights = sub_block_weights(block, kind).values()
-    kept = [parameter.data for parameter in weights]
-    for parameter in weights:
-        parameter.data = torch.zeros_like(parameter.data)
-    try:
-        yield
-    finally:
-        for parameter, data in zip(weights, kept, strict=True):
-            parameter.data = data
+    with loaded_weights(block):
+        weights = sub_block_weights(block, kind).values()
+        kept = [parameter.data for parameter in weights]
+        for parameter in weights:
+            parameter.data = torch.zeros_like(parameter.data)
+        try:
+            yield
+        finally:
+            for parameter, data in zip(weights, kept, strict=True):
+                parameter.data = data
 
 
 def check_emptiable(model: PreTrainedModel, kind: str) -> None:
@@ -128,7 +130,7 @@ def check_emptiable(model: PreTrainedModel, kind: str) -> None:
     check_sub_blocks(model, kind)
     check_layers_apart(text_config(model.config), range(len(find_layers(model).modules)))
     check_reads_back(model.config, {})
-    hollow = _hollow(model)
+    hollow = hollow_model(model, zeros)
     walk = LayerwisePass(hollow, torch.zeros(1, 3, dtype=torch.long))
     blocks = find_layers(hollow).modules
     seen = set()
@@ -146,19 +148,6 @@ def check_emptiable(model: PreTrainedModel, kind: str) -> None:
                 "residual stream even without attention and MLP, so that no checkpoint can leave out its "
                 f"{kind} alone; remove whole blocks (granularity: block)"
             )
-
-
-def _hollow(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same modules whose parameters are zeros that take no memory."""
-    with init_empty_weights(include_buffers=False):
-        hollow = type(model)(read_back(model.config)).eval()
-    # The grouped matrix product of experts does not take such zeros.
-    hollow.set_experts_implementation("eager")
-    for module in hollow.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            zeros = torch.zeros(()).expand(parameter.shape)
-            module.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
-    return hollow
 
 
 def _draw_outside_sub_blocks(block: nn.Module) -> None:

@@ -28,6 +28,7 @@ from actors.data import TokenBatch, TrainingData
 from actors.errors import RequestError
 from actors.models import (
     LayerwisePass,
+    add_deltas,
     depth,
     device,
     find_layers,
@@ -259,12 +260,12 @@ def _under_the_chain(
 ) -> dict[str, Tensor]:
     """The student's changed weights by source name, less what the adapter chain will add to them again."""
     path = find_layers(source).path
-    chain = [read_deltas(adapter, path, kept) for adapter in spec.model.adapters]
+    added = [read_deltas(adapter, path, kept) for adapter in spec.model.adapters]
+    chain = [replace(deltas, scale=-deltas.scale) for deltas in added]
     tensors = read_weights(spec.model.weights) if spec.model.weights else {}
     for (block, name), module in changed.items():
         weight = module.weight.detach().float().clone()
-        for deltas in chain:
-            replace(deltas, scale=-deltas.scale).add_to(weight, block, f"{name}.weight")
+        add_deltas(weight, chain, block, f"{name}.weight")
         place = f"{path}.{kept[block]}.{name}"
         tensors[f"{place}.weight"] = weight.to(source.dtype)
         if module.bias is not None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from actors.errors import RequestError
 from actors.models import find_layers, text_config
+from actors.models.dispatch import input_device
 
 GIB = 2**30
 
@@ -82,7 +83,7 @@ def costs_of(model: PreTrainedModel) -> Costs:
     is_matrix = getattr(config, "_attn_implementation", "eager") == "eager"
     # Scores, mask added, and their softmax in float32.
     pair = config.num_attention_heads * (itemsize + 8) if is_matrix else 0
-    chunk_tokens = CHUNK_TOKENS.get(model.device.type, CHUNK_TOKENS["cuda"])
+    chunk_tokens = CHUNK_TOKENS.get(input_device(model).type, CHUNK_TOKENS["cuda"])
     return Costs(config.hidden_size * itemsize, 2 * max(widths) * itemsize, pair, chunk_tokens)
 
 

@@ -28,7 +28,7 @@ def negative_log_likelihoods(
     at_once = max(1, room // (num_rows * vocabulary * BYTES_PER_LOGIT))
     nats_B = torch.zeros(num_rows, dtype=torch.float64, device=targets_BT.device)
     for tokens_K in torch.arange(num_tokens - 1, device=targets_BT.device).split(at_once):
-        logits_BKV = outcome.walk.logits(outcome.hidden_BTD, tokens_K).float()
+        logits_BKV = outcome.walk.logits(outcome.hidden_BTD, tokens_K).to(targets_BT.device).float()
         nats = cross_entropy(
             logits_BKV.flatten(0, 1), targets_BT[:, tokens_K + 1].flatten(), reduction="none"
         )

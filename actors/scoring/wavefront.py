@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.models import BLOCK, LayerwisePass, depth, find_layers, resident, without_sub_block
+from actors.models.dispatch import input_device
 from actors.scoring.budget import Group, Wave, costs_of, default_budget, plan_waves
 
 UNPRUNED = -1
@@ -162,7 +163,7 @@ def wavefront(
 
 
 def _stacked(model: PreTrainedModel, sequences: Sequence[Tensor], group: Group) -> Tensor:
-    return torch.stack([sequences[i] for i in group.positions]).to(model.device)
+    return torch.stack([sequences[i] for i in group.positions]).to(input_device(model))
 
 
 def waves(
@@ -175,7 +176,7 @@ def waves(
     if candidates is None:
         candidates = range(depth(model.config))
     if budget is None:
-        budget = default_budget(model.device)
+        budget = default_budget(input_device(model))
     return plan_waves([len(sequence) for sequence in sequences], candidates, costs_of(model), budget)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from actors.errors import RequestError
 from actors.models import BLOCK, LayerwisePass, find_layers, sub_block_weights
+from actors.models.dispatch import loaded_weights
 
 
 def matrices(block: nn.Module, granularity: str = BLOCK) -> list[nn.Parameter]:
@@ -25,8 +26,10 @@ def matrices(block: nn.Module, granularity: str = BLOCK) -> list[nn.Parameter]:
 @torch.no_grad()
 def weight_norms(model: PreTrainedModel, order: int, granularity: str = BLOCK) -> Tensor:
     """Σ_k ‖W_k‖_p over the matrices of each block, entrywise norms of order p. [N]"""
-    blocks = find_layers(model).modules
-    norms = [sum(_norm(weight, order) for weight in matrices(block, granularity)) for block in blocks]
+    norms = []
+    for block in find_layers(model).modules:
+        with loaded_weights(block):
+            norms.append(sum(_norm(weight, order) for weight in matrices(block, granularity)))
     return torch.tensor(norms, dtype=torch.float64)
 
 
@@ -62,14 +65,15 @@ def first_order_taylor(
     ]
     scores = torch.zeros(len(blocks), dtype=torch.float64)
     for index in reversed(range(len(blocks))):
-        weights = matrices(blocks[index], granularity)
-        gradients = [torch.zeros_like(weight) for weight in weights]
-        for i, walk in enumerate(walks):
-            hidden = received[i].pop()
-            upstream[i], *found = _backward(walk, index, hidden, upstream[i], weights)
-            for total, gradient in zip(gradients, found, strict=True):
-                total += gradient
-        scores[index] = sum(map(_first_order_change, weights, gradients))
+        with loaded_weights(blocks[index]):
+            weights = matrices(blocks[index], granularity)
+            gradients = [torch.zeros_like(weight) for weight in weights]
+            for i, walk in enumerate(walks):
+                hidden = received[i].pop()
+                upstream[i], *found = _backward(walk, index, hidden, upstream[i], weights)
+                for total, gradient in zip(gradients, found, strict=True):
+                    total += gradient
+            scores[index] = sum(map(_first_order_change, weights, gradients))
     return scores
 
 

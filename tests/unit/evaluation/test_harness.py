@@ -118,6 +118,44 @@ def test_a_group_gives_its_aggregate_under_its_own_name(user_tasks: Path) -> Non
     assert values["tiny_group/acc"] == expected["tiny_group"]["acc,none"]
 
 
+CHOICE_TASK = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: 0
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+def test_ties_are_counted_and_accuracy_is_still_that_of_lm_eval(tmp_path: Path) -> None:
+    """Three documents of ten offer the same choice twice; with a low one twice, nothing is tied."""
+    choices = [["fox", "fox"]] * 3 + [["dog", "quick"]] * 6 + [["the quick brown fox"] * 2 + ["a"]]
+    rows = [{"question": f"The lazy {i}", "choices": pair} for i, pair in enumerate(choices)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "choice.yaml").write_text(CHOICE_TASK.format(data=tmp_path / "data.jsonl"))
+    (tmp_path / "group.yaml").write_text("group: tiny_choices\ntask: [tiny_choice, blimp_sample]\n")
+    metrics, _ = evaluate_tasks(*tiny_llama(), ["tiny_choices"], include_path=str(tmp_path), limit=10)
+    found = {metric.name: metric for metric in metrics}
+    assert [(m.name, m.value, m.unit) for m in metrics if m.name.endswith("/ties")] == [
+        ("tiny_choice/ties", 3, "documents"),
+        ("tiny_choices/ties", 3, "documents"),
+    ]
+    expected = stock(["tiny_choice"], tmp_path)["tiny_choice"]
+    assert found["tiny_choice/acc"].value == expected["acc,none"]
+    assert found["tiny_choice/acc_norm"].value == expected["acc_norm,none"]
+
+
+def test_sentences_are_not_tied_by_rounding() -> None:
+    """Log-likelihoods of some hundred nats are 1 or 2 nats apart in bfloat16."""
+    model, tokenizer = tiny_llama()
+    metrics, _ = evaluate_tasks(model.bfloat16(), tokenizer, ["blimp_sample"], limit=60)
+    assert [metric.name for metric in metrics] == ["blimp_sample/acc"]
+
+
 def test_unknown_tasks_and_folders_are_refused_before_anything_runs(user_tasks: Path) -> None:
     check_tasks([])
     check_tasks(["blimp_sample", "tiny_group"], str(user_tasks))

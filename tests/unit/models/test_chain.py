@@ -12,8 +12,8 @@ from torch import Tensor
 
 from actors.artifacts import publish
 from actors.contracts import ArtifactRef, ModelRef, ModelSpec
-from actors.models import load_model, materialize, remove_layers
-from actors.models.chain import merge_adapter, rename_layers
+from actors.models import load_model, load_streamed, materialize, remove_layers, resident
+from actors.models.chain import merge_adapters, rename_layers
 from tests.tiny_models import save_tiny, skipped, tiny_ids, tiny_llama, tiny_model
 
 RANK, ALPHA = 2, 6.0
@@ -89,7 +89,7 @@ def test_an_adapter_follows_its_source_layers(tmp_path: Path) -> None:
     model, _ = tiny_llama()
     want = _changed_by_hand(model.state_dict(), factors)
 
-    merged = merge_adapter(remove_layers(model, [1, 2]), adapter, kept=(0, 3)).state_dict()
+    merged = merge_adapters(remove_layers(model, [1, 2]), [adapter], kept=(0, 3)).state_dict()
     assert not [name for name in merged if "lora" in name]
     current_to_source = {"model.layers.0.": "model.layers.0.", "model.layers.1.": "model.layers.3."}
     for name, weight in merged.items():
@@ -105,14 +105,14 @@ def test_an_adapter_of_a_model_at_another_path_gives_no_warning(tmp_path: Path) 
     adapter = _save_adapter(_draw(layers, seed=1), layers, tmp_path, layers_pattern="layers", **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        merge_adapter(remove_layers(tiny_llama()[0], [3]), adapter, kept=tuple(layers))
+        merge_adapters(remove_layers(tiny_llama()[0], [3]), [adapter], kept=tuple(layers))
 
 
 def test_an_adapter_whose_layers_are_all_gone_changes_nothing(tmp_path: Path) -> None:
     _, adapter = _llama_adapter(tmp_path, layers=[1, 2], seed=1)
     pruned = remove_layers(tiny_llama()[0], [1, 2])
     before = {name: weight.clone() for name, weight in pruned.state_dict().items()}
-    after = merge_adapter(pruned, adapter, kept=(0, 3)).state_dict()
+    after = merge_adapters(pruned, [adapter], kept=(0, 3)).state_dict()
     assert before.keys() == after.keys()
     assert all(after[name].equal(before[name]) for name in before)
 
@@ -134,7 +134,7 @@ def test_transposed_weights_of_gpt2(tmp_path: Path) -> None:
     adapter = _save_adapter({name: (a, b)}, [5], tmp_path, **targets)
     model = tiny_model("gpt2")
     want = model.state_dict()[f"{name}.weight"] + ALPHA / RANK * (b @ a).T
-    merged = merge_adapter(remove_layers(model, [3, 4]), adapter, kept=(0, 1, 2, 5))
+    merged = merge_adapters(remove_layers(model, [3, 4]), [adapter], kept=(0, 1, 2, 5))
     torch.testing.assert_close(merged.transformer.h[3].attn.c_attn.weight, want)
 
 
@@ -156,3 +156,81 @@ def test_materialize_folds_the_whole_chain(tmp_path: Path, dropped: tuple[int, .
     assert model.config.num_hidden_layers == 4 - len(dropped)
     assert len(tokenizer) == model.config.vocab_size
     torch.testing.assert_close(model(tiny_ids(), use_cache=False).logits, want, atol=1e-4, rtol=1e-4)
+
+
+def _seven_small_adapters(directory: Path, **settings: object) -> tuple[list[Factors], list[ArtifactRef]]:
+    """As a campaign leaves them: each changes a weight by little more than bfloat16 resolves."""
+    chain, refs = [], []
+    for seed in range(7):
+        factors = {
+            name: (a, 2e-3 * b)
+            for name, (a, b) in _draw([0, 1, 2, 3], seed).items()
+            if seed or ".0." not in name
+        }
+        targets = {"target_modules": list(TARGETS), "layers_pattern": "layers"} | settings
+        refs.append(_save_adapter(factors, [0, 1, 2, 3], directory / str(seed), **targets))
+        chain.append(factors)
+    return chain, refs
+
+
+def _lost(found: Tensor, source: Tensor, change: Tensor) -> float:
+    """Share of a change, in float64, that is missing in the weight that was found."""
+    return ((found.double() - source.double() - change).norm() / change.norm()).item()
+
+
+@pytest.mark.parametrize("dropped", [(), (1,)])
+def test_a_chain_is_rounded_once(tmp_path: Path, dropped: tuple[int, ...]) -> None:
+    path = save_tiny(tmp_path / "model")
+    chain, refs = _seven_small_adapters(tmp_path)
+    ref = ModelRef(ModelSpec(path, "bfloat16")).without(dropped)
+    for adapter in refs:
+        ref = ref.adapted(adapter)
+    source = load_model(path, dtype="bfloat16")[0].state_dict()
+    found = materialize(ref)[0].state_dict()
+    kept = [layer for layer in range(4) if layer not in dropped]
+    for position, layer in enumerate(kept):
+        for target in TARGETS:
+            name = f"model.layers.{layer}.{target}"
+            change = torch.zeros(TARGETS[target], dtype=torch.float64)
+            for factors in chain:
+                if name in factors:
+                    a, b = factors[name]
+                    change += ALPHA / RANK * (b.double() @ a.double())
+            weight = source[f"{name}.weight"]
+            best = _lost((weight.double() + change).bfloat16(), weight, change)
+            merged = found[f"model.layers.{position}.{target}.weight"]
+            assert merged.dtype == torch.bfloat16
+            assert _lost(merged, weight, change) <= 1.001 * best
+
+
+def test_a_streamed_chain_has_the_same_bits(tmp_path: Path) -> None:
+    ref = ModelRef(ModelSpec(save_tiny(tmp_path / "model"), "bfloat16"))
+    for adapter in _seven_small_adapters(tmp_path)[1]:
+        ref = ref.adapted(adapter)
+    merged, streamed = materialize(ref)[0], load_streamed(ref, torch.device("cpu"))
+    for index in range(4):
+        with resident(streamed, index):
+            blocks = (streamed.model.layers[index], merged.model.layers[index])
+            states = [block.state_dict() for block in blocks]
+            assert all(states[0][name].equal(states[1][name]) for name in states[1])
+
+
+@torch.no_grad()
+def test_other_adapters_are_merged_in_float32_too(tmp_path: Path) -> None:
+    """Ranks that differ between layers, which PEFT merges: in float32 and rounded once."""
+    path = save_tiny(tmp_path / "model")
+    patterns = {"alpha_pattern": {"model.layers.2.mlp.down_proj": 2 * ALPHA}}
+    chain, refs = _seven_small_adapters(tmp_path, **patterns)
+    ref = ModelRef(ModelSpec(path, "bfloat16")).without((0,))
+    for adapter in refs:
+        ref = ref.adapted(adapter)
+    merged = materialize(ref)[0]
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+    found, source = merged.state_dict(), load_model(path, dtype="bfloat16")[0].state_dict()
+    for layer in (1, 2, 3):
+        name = f"model.layers.{layer}.mlp.down_proj"
+        scale = (2 if layer == 2 else 1) * ALPHA / RANK
+        change = sum(scale * (f[name][1].double() @ f[name][0].double()) for f in chain)
+        weight = source[f"{name}.weight"]
+        best = _lost((weight.double() + change).bfloat16(), weight, change)
+        assert _lost(found[f"model.layers.{layer - 1}.mlp.down_proj.weight"], weight, change) <= 1.001 * best
