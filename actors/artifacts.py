@@ -146,7 +146,8 @@ def sha256_of(stream: IO[bytes], copy_to: IO[bytes] | None = None) -> tuple[str,
 def file_sha256(file: Path) -> str:
     """SHA-256 of a local file, remembered on this node by path, size and time of change."""
     status = file.stat()
-    identity = digest([str(file.resolve()), status.st_size, status.st_mtime_ns])
+    # A copy can take over the time of change; the time of the inode's change shows that it was exchanged.
+    identity = digest([str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
     memo = cache_dir() / "sha256" / identity
     if memo.is_file() and len(known := json.loads(memo.read_text() or '""')) == 64:
         return known

@@ -151,7 +151,7 @@ def test_a_model_without_chat_format_needs_a_template(tmp_path: Path) -> None:
         path=path, prompt_column="q", response_column="a", chat_template=str(tmp_path / "own.jinja")
     )
     assert learnt(own, bare) == ["The dog .</s>"]
-    assert chat_template(bare, own.chat_template) == CHAT
+    assert chat_template(bare, own) == CHAT
 
 
 @pytest.mark.parametrize(
