@@ -144,16 +144,16 @@ def _decoded(stream: pa.NativeFile | BytesIO) -> Iterator[str]:
     offset = 0
     for number, raw in enumerate(BufferedReader(stream), start=1):
         if offset == 0 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise ValueError("byte 0: a byte order mark of UTF-16, as some programs write; save it as UTF-8")
+            raise ValueError("byte 0: the byte order mark of UTF-16; save the file as UTF-8")
         try:
             line = raw.decode()
         except UnicodeDecodeError as error:
             place = f"line {number}, byte {offset + error.start} of the file"
             byte = f"0x{raw[error.start]:02X}"
-            raise ValueError(f"{place}: {byte} is not UTF-8; save the file in that encoding") from error
+            raise ValueError(f"{place}: {byte} is not UTF-8; save the file as UTF-8") from error
         if "\0" in line:
             place = f"line {number}, byte {offset + raw.index(0)} of the file"
-            raise ValueError(f"{place}: a zero byte, as in UTF-16 or binary files; save it as UTF-8 text")
+            raise ValueError(f"{place}: a zero byte, as in UTF-16 or what is no text; save it as UTF-8")
         yield line.removeprefix("\ufeff") if offset == 0 else line
         offset += len(raw)
 
@@ -181,7 +181,7 @@ def _read_jsonl(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Ro
         if not line.strip():
             continue
         try:
-            record = json.loads(line, object_pairs_hook=_unique)
+            record = json.loads(line.rstrip("\n"), object_pairs_hook=_unique)
             if not isinstance(record, dict):
                 raise ValueError(f"{NO_RECORD}, not {type(record).__name__}")
         except Exception as error:

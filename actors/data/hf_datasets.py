@@ -15,6 +15,7 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.utils import logging
 
 from actors.artifacts import file_sha256
 from actors.contracts import TextSpec, digest
@@ -23,6 +24,8 @@ from actors.errors import IterabreError, RequestError
 
 SAVED_SPLITS, SAVED_STATE = "dataset_dict.json", "state.json"
 """Files that `DatasetDict.save_to_disk` and `Dataset.save_to_disk` leave."""
+
+METADATA = ("dataset_info.json", "dataset_infos.json", SAVED_SPLITS, SAVED_STATE)
 
 
 def open_dataset(spec: TextSpec) -> tuple[Dataset, str]:
@@ -59,6 +62,8 @@ def dataset_fingerprint(spec: TextSpec) -> str:
 @contextmanager
 def explained(spec: TextSpec) -> Iterator[None]:
     """Turn what `datasets` raises while it loads or reads into one RequestError that names the remedy."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what it logs of an error is in its exception
     try:
         yield
     except (IterabreError, MemoryError):
@@ -70,6 +75,8 @@ def explained(spec: TextSpec) -> Iterator[None]:
         raise RequestError(
             f"cannot load the data set {spec.path!r} ({where}): {reason}. {_remedy(spec, reason)}"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _remedy(spec: TextSpec, message: str) -> str:
@@ -80,11 +87,15 @@ def _remedy(spec: TextSpec, message: str) -> str:
             "If a local file was meant, it does not exist here; give its path with a known ending "
             f"({', '.join(READERS)})"
         )
-    if scripts := sorted(file.name for file in directory.glob("*.py")):
-        return f"Scripts that load data ({', '.join(scripts)}) are not run; leave only files of data there"
     if "split" in message:
         return "Name a split that it has"
     files = [f for f in sorted(directory.rglob("*")) if suffix_of(f.name) in READERS and f.is_file()]
+    files = [file for file in files if file.name not in METADATA]
+    if (directory / SAVED_STATE).is_file() or (directory / SAVED_SPLITS).is_file():
+        return "Files of it are missing or damaged; write it again with save_to_disk"
+    scripts = sorted(file.name for file in directory.glob("*.py"))
+    if scripts and ("script" in message or not files):
+        return f"Scripts that load data ({', '.join(scripts)}) are not run; leave only files of data there"
     columns: dict[Path, list[str]] = {}
     for file in files:
         try:
@@ -94,7 +105,7 @@ def _remedy(spec: TextSpec, message: str) -> str:
     if len(set(map(tuple, columns.values()))) > 1:
         each = "; ".join(f"{file.name}: {', '.join(names)}" for file, names in columns.items())
         return f"All files of a split need the same columns. Theirs are {each[:500]}"
-    return f"It holds {len(files)} files that end with {', '.join(READERS)}"
+    return f"Of the files that it may hold ({', '.join(READERS)}), it has {len(files)}"
 
 
 def _place(spec: TextSpec) -> str:

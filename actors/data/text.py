@@ -305,5 +305,8 @@ def _file_of(spec: TextSpec) -> str | None:
     path = spec.path or ""
     if Path(path).expanduser().is_dir():
         return None
-    looks_local = path.startswith((".", "/", "~")) or "://" in path or suffix_of(path) in READERS
-    return path if looks_local or Path(path).is_file() else None
+    if suffix_of(path) in READERS or "://" in path or Path(path).expanduser().exists():
+        return path
+    if path.startswith((".", "/", "~")):
+        raise RequestError(f"there is no file or directory {path!r}; give the path of a text")
+    return None

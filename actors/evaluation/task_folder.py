@@ -30,8 +30,8 @@ def check_tasks_unchanged(spec: EvaluationSpec) -> None:
     found = tasks_fingerprint(spec.include_path)
     if spec.tasks and spec.tasks_fingerprint not in (None, found):
         raise ChangedError(
-            f"the folder of lm-eval tasks {spec.include_path!r} is not the one that the run was planned with: "
-            f"it was changed since, or differs on {socket.gethostname()} (fingerprint {str(found)[:12]}, "
-            f"planned with {str(spec.tasks_fingerprint)[:12]}). Put the former files back and continue with "
-            "--resume, or start a new run for these"
+            f"the folder of lm-eval tasks {spec.include_path!r} is not the one that the run was planned "
+            f"with: it was changed since, or differs on {socket.gethostname()} (fingerprint "
+            f"{str(found)[:12]}, planned with {str(spec.tasks_fingerprint)[:12]}). Put the former files back "
+            "and continue with --resume, or start a new run for these"
         )

@@ -158,7 +158,13 @@ def test_a_model_without_chat_format_needs_a_template(tmp_path: Path) -> None:
     ("template", "messages", "message"),
     [
         (FORGETFUL, TURNS, "changes earlier turns"),
-        (NO_SYSTEM, [{"role": "system", "content": "x"}, *TURNS], r"\(system, user, .*no system role"),
+        (
+            NO_SYSTEM,
+            [{"role": "system", "content": "x"}, *TURNS],
+            r"row 0 of '.*a\.jsonl': .*\(system, user, .*no system role",
+        ),
+        ("{{ messages[0].nothing.at_all }}", TURNS, r"row 0 of '.*a\.jsonl': "),
+        ("{{ 'a' + 1 }}", TURNS, r"row 0 of '.*a\.jsonl': .*cannot read it"),
         (CHAT, [], r"row 0 of column 'm' is no list of messages"),
         (CHAT, [{"role": "user"}], r"row 0 of column 'm' is no list of messages"),
         (CHAT, "hello", r"row 0 of column 'm' is no list of messages"),
