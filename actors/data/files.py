@@ -221,7 +221,8 @@ def _repeated(names: Collection[str]) -> str:
 
 def _read_csv(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(chain.from_iterable(map(CSV_LINE.findall, _decoded(stream))), strict=True)
+    lines = ([line] if "\r" not in line else CSV_LINE.findall(line) for line in _decoded(stream))
+    reader = csv.reader(chain.from_iterable(lines), strict=True)
     header: list[str] = []
     while True:
         line = reader.line_num + 1

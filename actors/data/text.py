@@ -190,13 +190,18 @@ def _read(spec: TextSpec) -> tuple[Iterator[Row], str]:
     content = read_file(file)
     source = hashlib.sha256(content).hexdigest()
     there: dict[str, None] = {}
-    rows: list[Row] = []
+    lines: list[int | None] = []
+    table: dict[str, list[Any]] = {name: [] for name in names}
     for line, record in parse_rows(content, file, names):
-        there |= dict.fromkeys(record)
-        rows.append((line, {name: record.get(name) for name in names}))
-    if rows:
+        if not record.keys() <= there.keys():
+            there |= dict.fromkeys(record)
+        lines.append(line)
+        for name, values in table.items():
+            values.append(record.get(name))
+    if lines:
         _check_columns(there, names, spec)
-    return iter(rows), _fingerprint(spec, source, BytesIO(content).readline())
+    records = (dict(zip(names, row, strict=True)) for row in zip(*table.values(), strict=True))
+    return zip(lines, records, strict=True), _fingerprint(spec, source, BytesIO(content).readline())
 
 
 def _stream(spec: TextSpec, seed: int = 0) -> Iterator[Row]:
@@ -253,41 +258,41 @@ def _check_unchanged(spec: TextSpec, fingerprint: str) -> None:
 
 def _checked(rows: Iterable[Row], spec: TextSpec) -> Iterator[Record]:
     """The records, each found to have its columns; at least one that is not blank."""
-    blank, index = True, -1
+    columns, names, blank, index = _columns(spec), _all_columns(spec), True, -1
     for index, (line, record) in enumerate(rows):
-        place = f"row {index}" if line is None else f"line {line}, row {index}"
-        _check_columns(record, _columns(spec), spec, f": {place}" if index else "")
-        for name in _columns(spec):
-            _check_value(record[name], name, f"{spec.name!r}: {place} of column {name!r}", spec)
-            blank = blank and not str(record[name]).strip()
-        if spec.input_column and record.get(spec.input_column) is not None:
-            name = spec.input_column
-            _check_value(record[name], name, f"{spec.name!r}: {place} of column {name!r}", spec)
+        for name in names:
+            value = record.get(name)
+            if value is None and name not in columns:
+                continue
+            if problem := _problem(value, name, spec):
+                place = f"row {index}" if line is None else f"line {line}, row {index}"
+                _check_columns(record, columns, spec, f": {place}" if index else "")
+                raise RequestError(f"{spec.name!r}: {place} of column {name!r} {problem}")
+            blank = blank and (name not in columns or not str(value).strip())
         yield record
     if index < 0:
         raise RequestError(f"{spec.name!r} holds no rows; give a file with text in it")
     if blank:
-        raise RequestError(f"{spec.name!r}: column {_columns(spec)[0]!r} holds no text in any row")
+        raise RequestError(f"{spec.name!r}: column {columns[0]!r} holds no text in any row")
 
 
-def _check_value(value: Any, name: str, where: str, spec: TextSpec) -> None:
-    """Text that a tokenizer can take, or a list of messages where the column holds such."""
+def _problem(value: Any, name: str, spec: TextSpec) -> str | None:
+    """Why a value is not text that a tokenizer can read, or a list of messages where it must be one."""
     if name == spec.messages_column or (spec.generated and name == "prompt"):
         if not isinstance(value, list) or not value or not all(_is_message(message) for message in value):
-            raise RequestError(f"{where} is no list of messages, each with role and content that are text")
+            return "is no list of messages, each with role and content that are text"
         texts = [message[key] for message in value for key in ("role", "content")]
     elif isinstance(value, str):
         texts = [value]
     else:
-        raise RequestError(f"{where} is not text but {type(value).__name__}")
+        return f"is not text but {type(value).__name__}"
     for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RequestError(
-                f"{where} holds half of a character, \\u{ord(text[error.start]):04x}, at position "
-                f"{error.start}, which no tokenizer can read; mend the row or leave it out"
-            ) from error
+            half = f"\\u{ord(text[error.start]):04x}, at position {error.start}"
+            return f"holds half of a character, {half}, which no tokenizer can read; mend or drop the row"
+    return None
 
 
 def _is_message(value: Any) -> bool:
