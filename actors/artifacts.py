@@ -178,6 +178,7 @@ def file_sha256(file: Path) -> str:
     """Return the SHA-256 of a local file, remembered on this node for as long as the file is left alone.
 
     It is remembered by the file's path, number, size and times of change, where the cache can be written.
+    A copy can take over the time of change; that of the inode's change shows that it was exchanged.
     """
     status = file.stat()
     stamp = [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

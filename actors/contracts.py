@@ -172,6 +172,9 @@ class TextSpec:
     `input_column` added to it where that is not empty, and `response_column`.
     `chat_template` is the tokenizer's own if None, `plain`, or a Jinja file.
     With `streaming`, records are read as they are needed and never all held.
+
+    A plan adds what it found: the text's `fingerprint`, so that another text in its
+    place is refused where it is read, and the content `template` of a Jinja file.
     """
 
     builtin: str | None = None
@@ -186,6 +189,13 @@ class TextSpec:
     chat_template: str | None = None
     streaming: bool = False
     generated: ArtifactRef | None = None
+    fingerprint: str | None = field(default=None, compare=False)
+    template: str | None = field(default=None, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The text in messages: its built-in name, its path as given, or where responses lie."""
+        return self.builtin or self.path or (self.generated.uri if self.generated else "")
 
     @property
     def conversations(self) -> bool:
@@ -195,7 +205,7 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class TextInfo:
-    """What is known of a text before it is used."""
+    """What is known of a text before it is used; `spec` holds what was found (see `TextSpec`)."""
 
     spec: TextSpec
     fingerprint: str
@@ -204,7 +214,10 @@ class TextInfo:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """The lm-eval task that decides for the criterion `task_metric`."""
+    """The lm-eval task that decides for the criterion `task_metric`.
+
+    `tasks_fingerprint` is as in `EvaluationSpec`.
+    """
 
     name: str
     metric: str = "acc"
@@ -213,6 +226,7 @@ class TaskSpec:
     num_fewshot: int | None = None
     include_path: str | None = None
     batch_size: int | None = None
+    tasks_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -409,6 +423,11 @@ class GenerationSpec:
     seed: int = 0
     engine: str = "transformers"
 
+    def responses(self, artifact: ArtifactRef) -> TextSpec:
+        """The responses as a text to train on, written by the template of the prompts."""
+        prompts = self.prompts
+        return TextSpec(generated=artifact, chat_template=prompts.chat_template, template=prompts.template)
+
 
 @dataclass(frozen=True)
 class GenerationResult:
@@ -457,7 +476,8 @@ class EvaluationSpec:
     `probes` are names in `PROBES`; `limit` holds for them as for tasks, and
     `max_new_tokens` bounds the texts that they have the model write. Code in them is
     run only with `allow_code_execution`. `throughput` is measured beside the
-    unpruned model.
+    unpruned model. `tasks_fingerprint` is that of the folder `include_path` when the
+    campaign was planned; another folder in its place is refused.
     """
 
     model: ModelRef
@@ -475,6 +495,7 @@ class EvaluationSpec:
     max_new_tokens: int = 128
     allow_code_execution: bool = False
     throughput: ThroughputSpec | None = None
+    tasks_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,10 @@ class WorkError(IterabreError):
     exit_code = 1
 
 
+class ChangedError(WorkError):
+    """What a run was planned with was changed or exchanged meanwhile; trying again finds the same."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> RequestError:
     """Error for a name that is in no table, with the nearest names that are."""
     choices = sorted(known)

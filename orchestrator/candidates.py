@@ -44,5 +44,6 @@ def _evaluation(spec: ScoreSpec, task: TaskSpec, layer: int) -> EvaluationSpec:
         limit=task.limit,
         num_fewshot=task.num_fewshot,
         batch_size=task.batch_size,
+        tasks_fingerprint=task.tasks_fingerprint,
         seed=spec.seed,
     )

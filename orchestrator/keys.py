@@ -38,9 +38,11 @@ NOT_IN_KEY = frozenset(
         "deepspeed",
         "memory_budget_gb",
         "stream_weights",
+        "tasks_fingerprint",
     }
 )
-"""Fields of a spec that change how its result is computed, but not the result."""
+"""Fields of a spec that change how its result is computed, but not the result, or that are in the key
+under another name."""
 
 ADDED_LATER: Mapping[str, Any] = {}
 """Fields that a spec got after results were stored, each with the value that means what was done

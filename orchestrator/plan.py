@@ -48,6 +48,7 @@ class TrajectoryPlan:
     """One model taken by one method, with one seed, from full depth to the deepest target.
 
     `any_layers` if the model's config can be without any of its layers, not only some.
+    `texts` gives each text as it was found, so that another in its place is refused.
     """
 
     id: str
@@ -65,6 +66,7 @@ class TrajectoryPlan:
     any_layers: bool
     origin: Origin
     tasks_fingerprint: str | None = None
+    texts: Mapping[TextSpec, TextSpec] = field(default_factory=dict)
 
     @property
     def dense(self) -> ModelRef:
@@ -85,7 +87,7 @@ class TrajectoryPlan:
         scoring = self.method.scoring
         return ScoreSpec(
             model=model,
-            calibration=text_spec(scoring.calibration),
+            calibration=self._found(text_spec(scoring.calibration)),
             criterion=scoring.criterion,
             reference=scoring.reference,
             pooling=scoring.pooling,
@@ -118,13 +120,19 @@ class TrajectoryPlan:
             return None
         evaluation = self.evaluation
         return TaskSpec(
-            **task.model_dump(), include_path=evaluation.include_path, batch_size=evaluation.batch_size
+            **task.model_dump(),
+            include_path=evaluation.include_path,
+            batch_size=evaluation.batch_size,
+            tasks_fingerprint=self.tasks_fingerprint,
         )
 
     @property
     def recovery_text(self) -> TextSpec:
         """The text that recovery is configured with; for generated responses, the prompts."""
-        return text_spec(self.method.recovery.data)
+        return self._found(text_spec(self.method.recovery.data))
+
+    def _found(self, text: TextSpec) -> TextSpec:
+        return self.texts.get(text, text)
 
     def generation_spec(self) -> GenerationSpec | None:
         """What the unpruned model has to generate before the first recovery; None if nothing."""
@@ -158,7 +166,7 @@ class TrajectoryPlan:
     def recovery_spec(self, model: ModelRef, data: TextSpec | None = None) -> RecoverySpec:
         """What to ask of recovery for the pruned `model`, on `data` if it is not the configured text."""
         spec = recovery_spec(model, self.method, self.seed, self.deepspeed)
-        return spec if data is None else replace(spec, data=data)
+        return replace(spec, data=data or self.recovery_text)
 
     def evaluation_spec(self, model: ModelRef) -> EvaluationSpec:
         """What to ask of evaluation for `model`."""

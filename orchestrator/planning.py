@@ -1,13 +1,13 @@
 """From a campaign file to its plan: everything is checked and decided before work starts."""
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from actors.contracts import BLOCK, EvaluationSpec, ModelSpec, TextSpec, digest
+from actors.contracts import BLOCK, EvaluationSpec, ModelSpec, TextSpec
 from actors.data import chat_template, describe_text
 from actors.data.text import builtin_file
-from actors.evaluation import check_probes, check_tasks
+from actors.evaluation import check_probes, check_tasks, tasks_fingerprint
 from actors.models import any_layers, check_prunable, describe_model, load_tokenizer
 from actors.models.licence import origin
 from actors.models.merge import MERGES
@@ -45,6 +45,8 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     deepspeed = _read_deepspeed(config.execution.training.deepspeed)
     methods = [method for _, method in grid]
     texts = {text: describe_text(text) for text in _texts(methods, evaluations.values())}
+    found = {text: info.spec for text, info in texts.items()}
+    evaluations = {name: _with_fingerprints(spec, found) for name, spec in evaluations.items()}
     fingerprints: dict[TextSpec | ModelSpec, str] = {spec: text.fingerprint for spec, text in texts.items()}
     fingerprints |= {teacher: describe_model(teacher).fingerprint for teacher in _teachers(methods)}
     trajectories = tuple(
@@ -63,7 +65,8 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
             traits=_traits(method),
             any_layers=free[model.id],
             origin=origins[model.id],
-            tasks_fingerprint=_folder_fingerprint(evaluations[model.id].include_path),
+            tasks_fingerprint=evaluations[model.id].tasks_fingerprint,
+            texts=found,
         )
         for model, method in grid
         for seed in config.seeds
@@ -88,7 +91,7 @@ def _check_recovery(trajectory: TrajectoryPlan, workers: int) -> None:
         if method.recovery.start is not None:
             find_objective(method.recovery.start)
         if trajectory.recovery_text.conversations:
-            chat_template(load_tokenizer(trajectory.model.spec), method.recovery.data.chat_template)
+            chat_template(load_tokenizer(trajectory.model.spec), trajectory.recovery_text)
     except RequestError as error:
         raise RequestError(f"method {method.name!r}: {error}") from error
 
@@ -164,20 +167,16 @@ def _texts(methods: Iterable[MethodConfig], evaluations: Iterable[EvaluationSpec
     return texts
 
 
+def _with_fingerprints(evaluation: EvaluationSpec, found: Mapping[TextSpec, TextSpec]) -> EvaluationSpec:
+    perplexity = tuple(replace(text, data=found[text.data]) for text in evaluation.perplexity)
+    folder = tasks_fingerprint(evaluation.include_path)
+    return replace(evaluation, perplexity=perplexity, tasks_fingerprint=folder)
+
+
 def _text_bytes(text: TextSpec) -> int | None:
     """Size of a text that lies in a file of this machine."""
     file = builtin_file(text.builtin) if text.builtin else Path(text.path or "").expanduser()
     return file.stat().st_size if file.is_file() else None
-
-
-def _folder_fingerprint(path: str | None) -> str | None:
-    """Hash of the names and contents of all files under `path`."""
-    if path is None:
-        return None
-    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-    return digest(
-        [[file.relative_to(path).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
-    )
 
 
 def _read_deepspeed(path: str | None) -> str:

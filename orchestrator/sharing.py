@@ -168,7 +168,7 @@ class _Foreseen:
         _, result = self._generated
         if result is None:
             return self._plan.recovery_text
-        return TextSpec(generated=result.artifact, chat_template=spec.prompts.chat_template)
+        return spec.responses(result.artifact)
 
     def _heal(self, iteration: IterationPlan, spec: RecoverySpec, trains: bool) -> ModelRef:
         key, result = self._note("recover", iteration, iteration.layers_left, spec, RecoveryResult)

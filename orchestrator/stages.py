@@ -148,7 +148,7 @@ class StoredStages:
             )
             self._write(iteration, stage, _generation_numbers(stage.result))
             self._responses = stage.artifact
-        return TextSpec(generated=self._responses, chat_template=spec.prompts.chat_template)
+        return spec.responses(self._responses)
 
     def _heal(self, iteration: IterationPlan, spec: RecoverySpec, phase: str | None = None) -> ModelRef:
         stage = self._once(

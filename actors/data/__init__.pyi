@@ -22,6 +22,7 @@ from .text import (
 from .tokens import (
     batch_order,
     calibration_sequences,
+    naming,
     pack_blocks,
     tokenize_documents,
     tokenize_text,
@@ -46,6 +47,7 @@ __all__ = [
     "describe_text",
     "documents",
     "load_texts",
+    "naming",
     "open_records",
     "pack_blocks",
     "pack_whole",

@@ -19,6 +19,7 @@ from actors.contracts import TextSpec
 from actors.data.files import Record
 from actors.data.packing import Sequence
 from actors.data.text import PLAIN, chat_template_text, open_records
+from actors.data.tokens import naming
 from actors.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -47,16 +48,15 @@ class Conversation:
     finished: bool = True
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> str:
-    """The Jinja text of the chat template that `TextSpec.chat_template` chooses.
+def chat_template(tokenizer: PreTrainedTokenizerBase, spec: TextSpec) -> str:
+    """The Jinja text of the chat template that `spec.chat_template` chooses.
 
     Raises:
         RequestError: the tokenizer has none, or the file cannot be read.
     """
-    if choice == PLAIN:
-        return PLAIN_TEMPLATE
-    if choice is not None:
-        return str(chat_template_text(choice))
+    chosen = chat_template_text(spec)
+    if chosen is not None:
+        return PLAIN_TEMPLATE if chosen == PLAIN else chosen
     if not isinstance(tokenizer.chat_template, str):
         raise RequestError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, so it cannot write "
@@ -77,7 +77,7 @@ def read_prompts(spec: TextSpec, limit: int | None = None) -> list[tuple[Message
         if len(prompts) == limit:
             break
     if not prompts:
-        raise RequestError(f"{spec.path!r} holds no prompt that is not blank")
+        raise RequestError(f"{spec.name!r} holds no prompt that is not blank")
     return prompts
 
 
@@ -92,10 +92,11 @@ def conversation_sequences(
     Raises:
         RequestError: no chat template, or one that cannot write a conversation; none is left.
     """
-    template = chat_template(tokenizer, spec.chat_template)
+    template = chat_template(tokenizer, spec)
     kept = skipped = 0
-    for record in open_records(spec, seed):
-        sequence = encode(_conversation(record, spec), tokenizer, template, sequence_length)
+    for row, record in enumerate(open_records(spec, seed)):
+        with naming(f"row {row} of {spec.name!r}", tokenizer):
+            sequence = encode(_conversation(record, spec), tokenizer, template, sequence_length)
         if sequence is None:
             skipped += 1
             continue

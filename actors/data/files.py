@@ -1,29 +1,42 @@
-"""Reading text files and tables, whole or a record at a time.
+"""Reading text files and tables, a record at a time.
 
 Files may lie on the local disk or at a URI that `pyarrow.fs` opens (s3://,
 gs://, ...), for clusters without a shared disk. A `.txt` file is a table of one
-column, `text`, with a record a line.
+column, `text`, with a record a line. A byte order mark is no part of a text.
 """
 
+import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from io import BufferedReader, TextIOWrapper
+from io import BufferedReader, BytesIO, StringIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv as pacsv
 import pyarrow.parquet as papq
 
 from actors.artifacts import filesystem
-from actors.errors import RequestError
+from actors.errors import IterabreError, RequestError
 
 Record = dict[str, Any]
-Table = dict[str, list[Any]]
+Row = tuple[int | None, Record]
+"""The line that a record begins in, from 1 (None where a file has no lines), and its columns."""
 
 LINE_COLUMN = "text"
 """Column of the lines of a `.txt` file."""
+
+ROWS_AT_A_TIME = 256
+
+COMPRESSED = (".bz2", ".gz", ".lz4", ".xz", ".zip", ".zst")
+
+NO_RECORD = "every record must be a JSON object"
+
+CSV_LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 
 
 def suffix_of(file: str) -> str:
@@ -33,8 +46,10 @@ def suffix_of(file: str) -> str:
 
 def check_suffix(file: str) -> None:
     """Raises RequestError if the file's ending does not tell what it holds."""
-    if suffix_of(file) not in TABLE_READERS:
-        endings = ", ".join(TABLE_READERS)
+    if suffix_of(file) in COMPRESSED:
+        raise RequestError(f"{file!r} is compressed; unpack it and give the path of the file that it holds")
+    if suffix_of(file) not in READERS:
+        endings = ", ".join(READERS)
         raise RequestError(f"cannot tell what {file!r} holds: its name must end with {endings}")
 
 
@@ -47,25 +62,50 @@ def read_file(file: str) -> bytes:
     return content
 
 
-def parse_table(content: bytes, file: str) -> Table:
-    """All records of a file, as columns. Raises RequestError if it is not what its ending says."""
-    check_suffix(file)
+def read_text(file: str) -> str:
+    """The file's content as text, with the line ends that it has.
+
+    Raises:
+        RequestError: it cannot be read, is blank, or is not UTF-8; says where.
+    """
+    content = read_file(file)
     with _explained(file):
-        return TABLE_READERS[suffix_of(file)](content)
+        return "".join(_decoded(BytesIO(content)))
 
 
-def stream_records(file: str) -> Iterator[Record]:
-    """The records of a file one after another, a small part of it in memory at a time.
+def parse_rows(content: bytes, file: str, columns: Collection[str] = ()) -> Iterator[Row]:
+    """Yield the records of a file that was read, with at least `columns` of those that it has.
+
+    Raises:
+        RequestError: it is not what its ending says; names the line or row.
+    """
+    check_suffix(file)
+    with _explained(file), pa.BufferReader(content) as stream:
+        yield from READERS[suffix_of(file)](stream, columns)
+
+
+def stream_rows(file: str, columns: Collection[str] = ()) -> Iterator[Row]:
+    """Yield what `parse_rows` yields, with a small part of the file in memory at a time.
 
     Raises:
         RequestError: the file cannot be read, or its format only as a whole (`.json`).
     """
     check_suffix(file)
-    reader = RECORD_READERS.get(suffix_of(file))
-    if reader is None:
+    if suffix_of(file) == ".json":
         raise RequestError(f"{file!r} cannot be streamed, a .json file is one value; write it as .jsonl")
     with _open(file) as stream, _explained(file):
-        yield from reader(stream)
+        yield from READERS[suffix_of(file)](stream, columns)
+
+
+def read_rows(file: str) -> Iterator[Row]:
+    """Yield the records of a file of any format, with as little of it in memory as its format allows."""
+    return parse_rows(read_file(file), file) if suffix_of(file) == ".json" else stream_rows(file)
+
+
+def first_line(file: str) -> bytes:
+    """The bytes up to and with the first newline."""
+    with _open(file) as stream, _explained(file):
+        return BufferedReader(stream).readline()
 
 
 @contextmanager
@@ -79,87 +119,172 @@ def _open(file: str) -> Iterator[pa.NativeFile]:
 
 @contextmanager
 def _explained(file: str) -> Iterator[None]:
+    """Turn what a reader raises into a RequestError that names the file, and what the reader names."""
     try:
         yield
-    except pa.ArrowInvalid as error:
-        raise RequestError(f"{file!r} is not a valid {suffix_of(file)} file: {error}") from error
+    except (IterabreError, MemoryError):
+        raise
     except OSError as error:
         raise RequestError(f"cannot read the text file {file!r}: {error}") from error
-    except ValueError as error:
-        raise RequestError(f"{file!r} is not a valid {suffix_of(file)} file: {error}") from error
+    except Exception as error:
+        raise RequestError(f"{file!r} is not a valid {suffix_of(file)} file: {reason_of(error)}") from error
 
 
-def _as_columns(values: Iterable[Any]) -> Table:
-    records = [_object(value) for value in values]
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: [record.get(name) for record in records] for name in names}
+def reason_of(error: BaseException) -> str:
+    """What an exception of a library says, in one line; its type if it says nothing or only a value."""
+    message = " ".join(str(error).split())
+    if isinstance(error, RecursionError):
+        return "values are nested too deeply"
+    speaks = message and not isinstance(error, AssertionError | KeyError | ImportError)
+    return message if speaks else f"{type(error).__name__}: {message}".rstrip(": ")
 
 
-def _object(value: Any) -> Record:
-    if not isinstance(value, dict):
-        raise ValueError("every record must be a JSON object")
-    return value
-
-
-def _read_txt(content: bytes) -> Table:
-    # Not str.splitlines: it also cuts at form feeds and Unicode separators inside a sentence.
-    lines = content.decode().replace("\r\n", "\n").split("\n")
-    return {LINE_COLUMN: [line + "\n" for line in lines[:-1]] + lines[-1:] * bool(lines[-1])}
-
-
-def _read_jsonl(content: bytes) -> Table:
-    return _as_columns(json.loads(line) for line in content.decode().split("\n") if line.strip())
-
-
-def _read_json(content: bytes) -> Table:
-    return _as_columns(json.loads(content))
-
-
-def _read_csv(content: bytes) -> Table:
-    return pacsv.read_csv(pa.BufferReader(content), parse_options=CSV_OPTIONS).to_pydict()
-
-
-def _read_parquet(content: bytes) -> Table:
-    return papq.read_table(pa.BufferReader(content)).to_pydict()
+def _decoded(stream: pa.NativeFile | BytesIO) -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends, each ended by a newline but perhaps the last."""
+    offset = 0
+    for number, raw in enumerate(BufferedReader(stream), start=1):
+        if offset == 0 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise ValueError("byte 0: the byte order mark of UTF-16; save the file as UTF-8")
+        try:
+            line = raw.decode()
+        except UnicodeDecodeError as error:
+            place = f"line {number}, byte {offset + error.start} of the file"
+            byte = f"0x{raw[error.start]:02X}"
+            raise ValueError(f"{place}: {byte} is not UTF-8; save the file as UTF-8") from error
+        if "\0" in line:
+            place = f"line {number}, byte {offset + raw.index(0)} of the file"
+            raise ValueError(f"{place}: a zero byte, as in UTF-16 or what is no text; save it as UTF-8")
+        yield line.removeprefix("\ufeff") if offset == 0 else line
+        offset += len(raw)
 
 
 def _lines(stream: pa.NativeFile) -> Iterator[str]:
-    with TextIOWrapper(BufferedReader(stream), encoding="utf-8", newline="\n") as text:
-        for line in text:
-            yield line.replace("\r\n", "\n")
+    r"""The lines of a text file, ended by `\n` where they were by `\r\n`.
+
+    Only in a file without any `\n` do lines end with `\r`, as old Macs wrote them.
+    """
+    # Not str.splitlines: it also cuts at form feeds and Unicode separators inside a sentence.
+    for number, line in enumerate(_decoded(stream)):
+        if number == 0 and not line.endswith("\n"):
+            yield from StringIO(line.replace("\r", "\n"), newline="\n")
+        else:
+            yield line[:-2] + "\n" if line.endswith("\r\n") else line
 
 
-def _stream_txt(stream: pa.NativeFile) -> Iterator[Record]:
-    return ({LINE_COLUMN: line} for line in _lines(stream))
+def _read_txt(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row]:
+    for number, line in enumerate(_lines(stream), start=1):
+        yield number, {LINE_COLUMN: line}
 
 
-def _stream_jsonl(stream: pa.NativeFile) -> Iterator[Record]:
-    return (_object(json.loads(line)) for line in _lines(stream) if line.strip())
+def _read_jsonl(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row]:
+    for number, line in enumerate(_lines(stream), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.rstrip("\n"), object_pairs_hook=_unique)
+            if not isinstance(record, dict):
+                raise ValueError(f"{NO_RECORD}, not {type(record).__name__}")
+        except Exception as error:
+            whole = number == 1 and (line.strip() == "{" or line.startswith("["))
+            hint = "; a file that is one JSON value must end with .json" if whole else ""
+            if isinstance(error, json.JSONDecodeError):
+                raise ValueError(f"line {number}, column {error.colno}: {error.msg}{hint}") from error
+            raise ValueError(f"line {number}: {reason_of(error)}{hint}") from error
+        yield number, record
 
 
-def _stream_csv(stream: pa.NativeFile) -> Iterator[Record]:
-    for batch in pacsv.open_csv(stream, parse_options=CSV_OPTIONS):
-        yield from batch.to_pylist()
+def _read_json(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row]:
+    try:
+        value = json.loads("".join(_decoded(stream)), object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        lines = "; a file with a record a line must end with .jsonl" if error.msg == "Extra data" else ""
+        raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}{lines}") from error
+    if not isinstance(value, list):
+        kind = f"an object with {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"it holds {kind}, not a list of records, each a JSON object")
+    for row, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise ValueError(f"row {row}: {NO_RECORD}, not {type(item).__name__}")
+        yield None, item
 
 
-def _stream_parquet(stream: pa.NativeFile) -> Iterator[Record]:
-    for batch in papq.ParquetFile(stream).iter_batches(batch_size=ROWS_AT_A_TIME):
-        yield from batch.to_pylist()
+def _unique(pairs: list[tuple[str, Any]]) -> Record:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError(f"an object names {_repeated([name for name, _ in pairs])} twice")
+    return record
 
 
-ROWS_AT_A_TIME = 256
-CSV_OPTIONS = pacsv.ParseOptions(newlines_in_values=True)
+def _repeated(names: Collection[str]) -> str:
+    return ", ".join(repr(name) for name, count in Counter(names).items() if count > 1)
 
-TABLE_READERS: dict[str, Callable[[bytes], Table]] = {
+
+def _read_csv(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)
+    lines = ([line] if "\r" not in line else CSV_LINE.findall(line) for line in _decoded(stream))
+    reader = csv.reader(chain.from_iterable(lines), strict=True)
+    header: list[str] = []
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"line {line}: {error}") from error
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if not header:
+            header = cells
+            if repeated := _repeated([name for name in header if name]):
+                raise ValueError(f"line {line}: the header names {repeated} twice")
+            continue
+        if len(cells) != len(header):
+            raise ValueError(f"line {line} has {len(cells)} cells, the header {len(header)}")
+        yield line, dict(zip(header, cells, strict=True))
+
+
+def _read_parquet(stream: pa.NativeFile, columns: Collection[str]) -> Iterator[Row]:
+    table = papq.ParquetFile(stream)
+    names = table.schema_arrow.names
+    if repeated := _repeated(names):
+        raise ValueError(f"it has the column {repeated} twice")
+    # Where one is missing, all are read, so that whoever looks for it can say what there is.
+    wanted = list(columns) if columns and set(columns) <= set(names) else names
+    row = 0
+    batches = table.iter_batches(batch_size=ROWS_AT_A_TIME, columns=wanted)
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:
+            raise ValueError(f"damaged at or after row {row}: {reason_of(error)}") from error
+        if batch is None:
+            return
+        yield from ((None, record) for record in _values(batch, row))
+        row += batch.num_rows
+
+
+def _values(batch: pa.RecordBatch, first_row: int) -> list[Record]:
+    try:
+        return batch.to_pylist()
+    except Exception:
+        for index in range(batch.num_rows):  # only to say which row it is
+            try:
+                batch.slice(index, 1).to_pylist()
+            except Exception as error:
+                raise ValueError(f"row {first_row + index}: {reason_of(error)}") from error
+        raise
+
+
+READERS: dict[str, Callable[[pa.NativeFile, Collection[str]], Iterator[Row]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
-RECORD_READERS: dict[str, Callable[[pa.NativeFile], Iterator[Record]]] = {
-    ".txt": _stream_txt,
-    ".jsonl": _stream_jsonl,
-    ".csv": _stream_csv,
-    ".parquet": _stream_parquet,
-}
+
+
+def is_normalized(first: bytes) -> bool:
+    """Whether a `.txt` file with this first line has a byte order mark or the line ends of old Macs."""
+    return first.startswith(b"\xef\xbb\xbf") or (b"\r" in first and not first.endswith(b"\n"))

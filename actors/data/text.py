@@ -13,27 +13,31 @@ row is a document.
 import hashlib
 import random
 import re
+import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetBuilder, IterableDataset, load_dataset, load_dataset_builder
-
 from actors.artifacts import fetch, file_sha256, local_path, place_and_date
 from actors.contracts import TextInfo, TextSpec, digest
 from actors.data.files import (
-    TABLE_READERS,
+    READERS,
     Record,
-    Table,
+    Row,
     check_suffix,
-    parse_table,
+    first_line,
+    is_normalized,
+    parse_rows,
     read_file,
-    stream_records,
+    read_text,
+    stream_rows,
     suffix_of,
 )
-from actors.errors import RequestError, unknown_name
+from actors.data.hf_datasets import dataset_fingerprint, explained, open_dataset, stream_dataset
+from actors.errors import ChangedError, RequestError, unknown_name
 
 BUILTIN_TEXTS = ("iterabre-appendix-a", "wikitext-2-raw-test", "wikitext-2-raw-validation")
 PLAIN = "plain"
@@ -57,34 +61,50 @@ def describe_text(spec: TextSpec) -> TextInfo:
     columns; where a file lies and what it is called do not matter. Only a
     streamed file at a URI, which is not read twice, is known by place, size and date.
 
-    Raises RequestError: no source or two, unknown built-in, file missing or
-    empty, no such column, data set unknown or out of reach.
+    Raises:
+        RequestError: no source or two, unknown built-in, file missing or
+            empty, no such column, data set unknown or out of reach.
+        ChangedError: the fingerprint is not the one that `spec` expects.
     """
+    num_rows = None
     if spec.generated is not None:
-        return TextInfo(spec, digest([spec.generated.sha256, *_format(spec)]), num_rows=None)
-    if spec.streaming:
+        fingerprint = digest([spec.generated.sha256, *_format(spec)])
+    elif spec.streaming:
         next(_checked(_stream(spec), spec))
-        return TextInfo(spec, digest(["streamed", _fingerprint(spec, _source_identity(spec))]), num_rows=None)
-    records, source = _read(spec)
-    num_rows = sum(1 for _ in _checked(records, spec))
-    return TextInfo(spec, _fingerprint(spec, source), num_rows)
+        fingerprint = digest(["streamed", _fingerprint(spec, *_source_identity(spec))])
+    else:
+        rows, fingerprint = _read(spec)
+        num_rows = sum(1 for _ in _checked(rows, spec))
+    _check_unchanged(spec, fingerprint)
+    return TextInfo(replace(spec, fingerprint=fingerprint, template=_template(spec)), fingerprint, num_rows)
 
 
 def load_texts(spec: TextSpec) -> list[str]:
-    """The rows of a text, in order. Raises RequestError as `describe_text` does."""
+    """The rows of a text, in order. Raises RequestError and ChangedError as `describe_text` does."""
     return [record[spec.text_column] for record in open_records(spec)]
 
 
 def open_records(spec: TextSpec, seed: int = 0) -> Iterator[Record]:
-    """The records of a text, one after another; each has the columns that `spec` names.
+    """Yield the records of a text, one after another; each has the columns that `spec` names.
 
     With `spec.streaming` they are read as they are taken. Then a hub data set's
     shards come in an order drawn from `seed`; a file is read from its beginning.
+    A stream is compared with what `spec` expects before its first record and after
+    its last; who takes fewer compares with `describe_text`.
 
-    Raises RequestError: as `describe_text`.
+    Raises:
+        RequestError, ChangedError: as `describe_text`.
     """
-    records = _stream(spec, seed) if spec.streaming else _read(spec)[0]
-    return _checked(records, spec)
+    if not spec.streaming:
+        rows, fingerprint = _read(spec)
+        _check_unchanged(spec, fingerprint)
+        yield from _checked(rows, spec)
+        return
+    if spec.fingerprint is not None:
+        describe_text(spec)
+    yield from _checked(_stream(spec, seed), spec)
+    if spec.fingerprint is not None:
+        describe_text(spec)
 
 
 def documents(rows: Iterable[str]) -> Iterator[str]:
@@ -110,12 +130,19 @@ def _joined(lines: list[str]) -> Iterator[str]:
         yield text
 
 
-def chat_template_text(choice: str | None) -> str | None:
-    """The content of the template file that `TextSpec.chat_template` names; else `choice` itself.
+def chat_template_text(spec: TextSpec) -> str | None:
+    """The template that `spec.chat_template` chooses: a file's content, `plain`, or None.
 
-    Raises RequestError if it cannot be read.
+    Raises:
+        RequestError: the file cannot be read.
     """
-    return choice if choice in (None, PLAIN) else read_file(choice).decode()
+    return spec.chat_template if spec.chat_template in (None, PLAIN) else _template(spec)
+
+
+def _template(spec: TextSpec) -> str | None:
+    if spec.chat_template in (None, PLAIN):
+        return None
+    return spec.template if spec.template is not None else read_text(spec.chat_template)
 
 
 def _format(spec: TextSpec) -> list[str | None]:
@@ -123,55 +150,74 @@ def _format(spec: TextSpec) -> list[str | None]:
     if not spec.conversations:
         return [spec.text_column]
     columns = [spec.prompt_column, spec.input_column, spec.response_column, spec.messages_column]
-    return [*columns, chat_template_text(spec.chat_template)]
+    return [*columns, chat_template_text(spec)]
 
 
-def _fingerprint(spec: TextSpec, source: str) -> str:
+def _fingerprint(spec: TextSpec, source: str, first: bytes = b"") -> str:
+    """The text's fingerprint, from that of its source and, of a file, the first line."""
     file = _file_of(spec)
     if file is None:
         return digest([source, spec.split, *_format(spec)])
-    return source if suffix_of(file) == ".txt" else digest([source, *_format(spec)])
+    if suffix_of(file) == ".txt":
+        # Such rows were others in earlier releases, whose results are not to be found for them.
+        return digest([source, "normalized"]) if is_normalized(first) else source
+    return digest([source, *_format(spec)])
 
 
-def _source_identity(spec: TextSpec) -> str:
+def _source_identity(spec: TextSpec) -> tuple[str, bytes]:
+    """What a stream's source is known by, and the first line of a file."""
     file = _file_of(spec)
     if file is None:
-        return _hub_builder(spec)._get_dataset_fingerprint(spec.split)
+        return dataset_fingerprint(spec), b""
     path = local_path(file)
-    return file_sha256(path) if path is not None else place_and_date(file)
+    source = file_sha256(path) if path is not None else place_and_date(file)
+    return source, first_line(file) if suffix_of(file) == ".txt" else b""
 
 
-def _read(spec: TextSpec) -> tuple[Iterator[Record], str]:
-    """All records, and the identity of the source that they come from."""
+def _read(spec: TextSpec) -> tuple[Iterator[Row], str]:
+    """All records, and the fingerprint of the bytes that they come from."""
+    names = _all_columns(spec)
     if spec.generated is not None:
         directory = fetch(spec.generated)
-        parts = [stream_records(str(directory / file.name)) for file in spec.generated.files]
-        return chain.from_iterable(parts), spec.generated.sha256
+        parts = [stream_rows(str(directory / file.name)) for file in spec.generated.files]
+        return chain.from_iterable(parts), digest([spec.generated.sha256, *_format(spec)])
     file = _file_of(spec)
     if file is None:
-        dataset = _hub_dataset(spec)
-        table = {name: dataset[name] for name in dataset.column_names}
-        return _records(table, spec), dataset._fingerprint
+        dataset, source = open_dataset(spec)
+        _check_columns(dataset.column_names, names, spec)
+        return _dataset_rows(dataset.select_columns(names), spec), _fingerprint(spec, source)
     check_suffix(file)
     content = read_file(file)
-    return _records(parse_table(content, file), spec), hashlib.sha256(content).hexdigest()
+    source = hashlib.sha256(content).hexdigest()
+    there: dict[str, None] = {}
+    lines: list[int | None] = []
+    table: dict[str, list[Any]] = {name: [] for name in names}
+    for line, record in parse_rows(content, file, names):
+        if not record.keys() <= there.keys():
+            there |= dict.fromkeys(record)
+        lines.append(line)
+        for name, values in table.items():
+            values.append(record.get(name))
+    if lines:
+        _check_columns(there, names, spec)
+    records = (dict(zip(names, row, strict=True)) for row in zip(*table.values(), strict=True))
+    return zip(lines, records, strict=True), _fingerprint(spec, source, BytesIO(content).readline())
 
 
-def _records(table: Table, spec: TextSpec) -> Iterator[Record]:
-    names = [*_columns(spec), *([spec.input_column] if spec.input_column else [])]
-    _check_columns(table, names, spec)
-    return (dict(zip(names, row, strict=True)) for row in zip(*(table[name] for name in names), strict=True))
-
-
-def _stream(spec: TextSpec, seed: int = 0) -> Iterator[Record]:
+def _stream(spec: TextSpec, seed: int = 0) -> Iterator[Row]:
     file = _file_of(spec)
     if file is not None:
-        return stream_records(file)
-    dataset = _hub_stream(spec)
+        return stream_rows(file, _all_columns(spec))
+    dataset = stream_dataset(spec)
     shards = list(range(dataset.num_shards))
     # Only shards are shuffled here: documents of several rows must stay whole.
     random.Random(seed).shuffle(shards)
-    return chain.from_iterable(dataset.shard(len(shards), index) for index in shards)
+    return _dataset_rows(chain.from_iterable(dataset.shard(len(shards), i) for i in shards), spec)
+
+
+def _dataset_rows(records: Iterable[Record], spec: TextSpec) -> Iterator[Row]:
+    with explained(spec):
+        yield from ((None, record) for record in records)
 
 
 def _columns(spec: TextSpec) -> tuple[str, ...]:
@@ -184,37 +230,69 @@ def _columns(spec: TextSpec) -> tuple[str, ...]:
     return tuple(name for name in named if name)
 
 
-def _check_columns(there: Iterable[str], names: Iterable[str], spec: TextSpec) -> None:
+def _all_columns(spec: TextSpec) -> list[str]:
+    """The columns that a record must have, and the one that it may have."""
+    return list(dict.fromkeys([*_columns(spec), *([spec.input_column] if spec.input_column else [])]))
+
+
+def _check_columns(there: Iterable[str], names: Iterable[str], spec: TextSpec, place: str = "") -> None:
     fields = ("text_column", "prompt_column", "input_column", "response_column", "messages_column")
     for name in names:
         if name not in there:
             field = next((field for field in fields if getattr(spec, field) == name), "generated")
             raise RequestError(
-                f"{spec.path!r} has no column {name!r} ({field}); its columns are: {', '.join(there)}"
+                f"{spec.name!r}{place} has no column {name!r} ({field}); its columns are: {', '.join(there)}"
             )
 
 
-def _checked(records: Iterable[Record], spec: TextSpec) -> Iterator[Record]:
+def _check_unchanged(spec: TextSpec, fingerprint: str) -> None:
+    """Refuse a text in the place of the one that was planned with."""
+    if spec.fingerprint not in (None, fingerprint):
+        raise ChangedError(
+            f"the text {spec.name!r} is not the one that the run was planned with: it was changed since, or "
+            f"differs on {socket.gethostname()} (fingerprint {fingerprint[:12]}, planned with "
+            f"{str(spec.fingerprint)[:12]}). Put the former one back and continue with --resume, or start "
+            "a new run for this one"
+        )
+
+
+def _checked(rows: Iterable[Row], spec: TextSpec) -> Iterator[Record]:
     """The records, each found to have its columns; at least one that is not blank."""
-    blank = True
-    for index, record in enumerate(records):
-        _check_columns(record, _columns(spec), spec)
-        for name in _columns(spec):
-            _check_value(record[name], name, index, spec)
-            blank = blank and not str(record[name]).strip()
+    columns, names, blank, index = _columns(spec), _all_columns(spec), True, -1
+    for index, (line, record) in enumerate(rows):
+        for name in names:
+            value = record.get(name)
+            if value is None and name not in columns:
+                continue
+            if problem := _problem(value, name, spec):
+                place = f"row {index}" if line is None else f"line {line}, row {index}"
+                _check_columns(record, columns, spec, f": {place}" if index else "")
+                raise RequestError(f"{spec.name!r}: {place} of column {name!r} {problem}")
+            blank = blank and (name not in columns or not str(value).strip())
         yield record
+    if index < 0:
+        raise RequestError(f"{spec.name!r} holds no rows; give a file with text in it")
     if blank:
-        raise RequestError(f"{spec.path!r}: column {_columns(spec)[0]!r} holds no text in any row")
+        raise RequestError(f"{spec.name!r}: column {columns[0]!r} holds no text in any row")
 
 
-def _check_value(value: Any, name: str, index: int, spec: TextSpec) -> None:
-    """Text, or a list of messages where the column holds such."""
-    where = f"{spec.path!r}: row {index} of column {name!r}"
+def _problem(value: Any, name: str, spec: TextSpec) -> str | None:
+    """Why a value is not text that a tokenizer can read, or a list of messages where it must be one."""
     if name == spec.messages_column or (spec.generated and name == "prompt"):
         if not isinstance(value, list) or not value or not all(_is_message(message) for message in value):
-            raise RequestError(f"{where} is no list of messages, each with role and content that are text")
-    elif not isinstance(value, str):
-        raise RequestError(f"{where} is not text but {type(value).__name__}")
+            return "is no list of messages, each with role and content that are text"
+        texts = [message[key] for message in value for key in ("role", "content")]
+    elif isinstance(value, str):
+        texts = [value]
+    else:
+        return f"is not text but {type(value).__name__}"
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(text[error.start]):04x}, at position {error.start}"
+            return f"holds half of a character, {half}, which no tokenizer can read; mend or drop the row"
+    return None
 
 
 def _is_message(value: Any) -> bool:
@@ -232,37 +310,8 @@ def _file_of(spec: TextSpec) -> str | None:
     path = spec.path or ""
     if Path(path).expanduser().is_dir():
         return None
-    looks_local = path.startswith((".", "/", "~")) or "://" in path or suffix_of(path) in TABLE_READERS
-    return path if looks_local or Path(path).is_file() else None
-
-
-def _hub_dataset(spec: TextSpec) -> Dataset:
-    with _hub_errors(spec):
-        return load_dataset(_hub_path(spec), spec.config, split=spec.split)
-
-
-def _hub_builder(spec: TextSpec) -> DatasetBuilder:
-    with _hub_errors(spec):
-        return load_dataset_builder(_hub_path(spec), spec.config)
-
-
-def _hub_stream(spec: TextSpec) -> IterableDataset:
-    with _hub_errors(spec):
-        return load_dataset(_hub_path(spec), spec.config, split=spec.split, streaming=True)
-
-
-def _hub_path(spec: TextSpec) -> str:
-    directory = Path(spec.path or "").expanduser()
-    return str(directory) if directory.is_dir() else str(spec.path)
-
-
-@contextmanager
-def _hub_errors(spec: TextSpec) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:  # unknown id, configuration or split; no network; no access
-        where = f"config {spec.config!r}, split {spec.split!r}"
-        raise RequestError(
-            f"cannot load the data set {spec.path!r} ({where}): {error}. If a local file was meant, "
-            f"it does not exist here; give its path with a known ending ({', '.join(TABLE_READERS)})"
-        ) from error
+    if suffix_of(path) in READERS or "://" in path or Path(path).expanduser().exists():
+        return path
+    if path.startswith((".", "/", "~")):
+        raise RequestError(f"there is no file or directory {path!r}; give the path of a text")
+    return None

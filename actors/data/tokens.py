@@ -3,38 +3,84 @@
 Shape letters: S sequences of a data set, B sequences of one optimizer step, T tokens.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
 
 from actors.contracts import digest
-from actors.errors import RequestError
+from actors.data.files import reason_of
+from actors.errors import IterabreError, RequestError
 
 DOCUMENTS_AT_A_TIME = 256
 """Documents that the tokenizer is handed at once: it works on several cores."""
 
 
+@contextmanager
+def naming(row: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Turn what a tokenizer or a chat template raises into a RequestError that begins with `row`."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"{row}: {error}") from error
+    except (IterabreError, MemoryError):
+        raise
+    except Exception as error:
+        raise RequestError(
+            f"{row}: the tokenizer of {tokenizer.name_or_path!r} cannot read it ({reason_of(error)}); mend "
+            "the row or leave it out, and use the tokenizer that belongs to the model"
+        ) from error
+
+
+def encode_rows(
+    rows: list[str], tokenizer: PreTrainedTokenizerBase, name: Callable[[int], str], **options: Any
+) -> list[list[int]]:
+    """Token ids of each row.
+
+    Raises:
+        RequestError: the tokenizer cannot read a row; `name` says from its place in `rows` what it is called.
+    """
+    options = {"verbose": False, **options}
+    try:
+        return tokenizer(rows, **options)["input_ids"]
+    except Exception:
+        for place, row in enumerate(rows):  # only to say which row it is
+            with naming(name(place), tokenizer):
+                tokenizer(row, **options)
+        raise
+
+
 def tokenize_text(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None = None,
+    source: str = "the text",
 ) -> LongTensor:
     """All texts as one run of token ids, at most `max_tokens` of them: LongTensor [T].
 
     The texts are concatenated before tokenising, as language modelling on
     WikiText is done since GPT-2, and no special tokens are added. A text that
     does not end its line is followed by a newline, so that documents of a
-    JSONL file do not run into each other.
+    JSONL file do not run into each other. `source` is what messages call the text.
     """
     parts: list[str] = []
-    for text in texts:
+    rows = list(texts)
+    for text in rows:
         if parts and not parts[-1].endswith("\n"):
             parts.append("\n")
         if text:
             parts.append(text)
     # verbose=False: the text is longer than the model's context on purpose; it is cut into windows later.
-    ids = tokenizer("".join(parts), add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        ids = tokenizer("".join(parts), add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception:
+        encode_rows(rows, tokenizer, lambda row: f"row {row} of {source}", add_special_tokens=False)
+        raise
     return torch.tensor(ids[:max_tokens], dtype=torch.long)
 
 
@@ -43,6 +89,7 @@ def pack_blocks(
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
     max_tokens: int | None = None,
+    source: str = "the text",
 ) -> LongTensor:
     """Cut the concatenated texts into full blocks: LongTensor [S, T], T = `sequence_length`.
 
@@ -51,18 +98,20 @@ def pack_blocks(
 
     Raises RequestError if there are fewer tokens than one block holds.
     """
-    ids = tokenize_text(texts, tokenizer, max_tokens)
+    ids = tokenize_text(texts, tokenizer, max_tokens, source)
     num_blocks = len(ids) // sequence_length
     if num_blocks == 0:
         limit = "" if max_tokens is None else f" (max_tokens is {max_tokens})"
         raise RequestError(
-            f"the text gives {len(ids)} tokens{limit}, fewer than one sequence of {sequence_length}; "
+            f"{source} gives {len(ids)} tokens{limit}, fewer than one sequence of {sequence_length}; "
             "give more text or a smaller sequence_length"
         )
     return ids[: num_blocks * sequence_length].view(num_blocks, sequence_length)
 
 
-def tokenize_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+def tokenize_documents(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, source: str = "the text"
+) -> Iterator[list[int]]:
     """Token ids of each document by itself, without special tokens, as they are taken.
 
     As in `tokenize_text`, a document that does not end its line is followed by a newline.
@@ -70,7 +119,13 @@ def tokenize_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase)
     remaining = iter(texts)
     while chunk := list(islice(remaining, DOCUMENTS_AT_A_TIME)):
         whole = [text if text.endswith("\n") else text + "\n" for text in chunk]
-        yield from tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        name = partial(_beginning, whole, source)
+        yield from encode_rows(whole, tokenizer, name, add_special_tokens=False)
+
+
+def _beginning(documents: list[str], source: str, place: int) -> str:
+    """A document by its first words: in a shuffled stream, it has no number."""
+    return f"the document of {source} that begins with {documents[place][:40]!r}"
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -84,6 +139,7 @@ def calibration_sequences(
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
     max_sequences: int | None = None,
+    source: str = "the calibration text",
 ) -> list[LongTensor]:
     """One sequence for each of the first `max_sequences` rows that are not blank.
 
@@ -92,10 +148,16 @@ def calibration_sequences(
 
     Raises RequestError if every row is blank.
     """
-    rows = [text.rstrip("\r\n") for text in texts if text.strip()][:max_sequences]
+    rows = [(row, text.rstrip("\r\n")) for row, text in enumerate(texts) if text.strip()][:max_sequences]
     if not rows:
-        raise RequestError("the calibration text has no row that is not blank")
-    encoded = tokenizer(rows, truncation=True, max_length=sequence_length, verbose=False)["input_ids"]
+        raise RequestError(f"{source} has no row that is not blank")
+    encoded = encode_rows(
+        [text for _, text in rows],
+        tokenizer,
+        lambda place: f"row {rows[place][0]} of {source}",
+        truncation=True,
+        max_length=sequence_length,
+    )
     return [torch.tensor(ids, dtype=torch.long) for ids in encoded]
 
 

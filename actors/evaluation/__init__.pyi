@@ -3,6 +3,7 @@ from .harness import check_task_data, check_tasks, evaluate_tasks
 from .perplexity import Perplexity, token_perplexity
 from .probes import PROBES, Probe, check_probes
 from .suites import SUITES, suite_tasks
+from .task_folder import tasks_fingerprint
 
 __all__ = [
     "PROBES",
@@ -15,5 +16,6 @@ __all__ = [
     "evaluate_model",
     "evaluate_tasks",
     "suite_tasks",
+    "tasks_fingerprint",
     "token_perplexity",
 ]

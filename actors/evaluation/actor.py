@@ -89,8 +89,10 @@ def _conduct(spec: EvaluationSpec, pool: list[ActorHandle], progress: Progress) 
     """
     from actors.evaluation.evaluate import measure_tasks
     from actors.evaluation.harness import check_task_data
+    from actors.evaluation.task_folder import check_tasks_unchanged
 
     check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
+    check_tasks_unchanged(spec)
     besides = replace(spec, tasks=(), suites=())
     rest = pool[0].evaluate.options(max_task_retries=3).remote(besides)
 

@@ -21,6 +21,7 @@ from actors.evaluation.perplexity import token_perplexity
 from actors.evaluation.probes import check_probes, run_probe
 from actors.evaluation.sandbox import check_sandbox
 from actors.evaluation.suites import suite_means
+from actors.evaluation.task_folder import check_tasks_unchanged
 from actors.evaluation.throughput import check_length, throughput
 from actors.models import device, load_source, materialize, text_config
 
@@ -58,6 +59,7 @@ def evaluate(
     has run, WorkError if generated code that is to be run cannot be shut in.
     """
     check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
+    check_tasks_unchanged(spec)
     check_probes(spec.probes)
     if spec.allow_code_execution:
         check_sandbox()
@@ -120,7 +122,7 @@ def _perplexity(
     batch_size: int,
 ) -> list[Metric]:
     """Loss over log V is 1 for a model that knows nothing, whatever its vocabulary (Gromov et al., §4)."""
-    input_ids = tokenize_text(texts, tokenizer, spec.max_tokens)
+    input_ids = tokenize_text(texts, tokenizer, spec.max_tokens, repr(spec.data.name))
     vocab_size = text_config(model.config).vocab_size
     measured = token_perplexity(model, input_ids, spec.context, batch_size)
     return [

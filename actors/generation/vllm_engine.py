@@ -25,7 +25,7 @@ class VllmEngine:
         self._spec = spec
         directory, remote_code = str(snapshot(spec.model)), spec.model.trust_remote_code
         self._model = LLM(model=directory, dtype=spec.model.dtype, trust_remote_code=remote_code)
-        self._template = chat_template(self._model.get_tokenizer(), spec.prompts.chat_template)
+        self._template = chat_template(self._model.get_tokenizer(), spec.prompts)
 
     def answer(self, share: Share) -> list[Response]:
         from vllm import SamplingParams

@@ -49,6 +49,7 @@ def training_data(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Tra
 
     Raises:
         RequestError: data that cannot be read, too little of it, or no chat template.
+        ChangedError: the data are not those that were planned with.
     """
     text = spec.data
     data: TrainingData
@@ -60,11 +61,13 @@ def training_data(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Tra
                 *(spec.packing, spec.sequence_length, spec.max_tokens, spec.seed),
             ]
         )
-        data = spool(lambda: up_to(_sequences(spec, tokenizer), spec.max_tokens), cache_entry("tokens", key))
+        data = spool(lambda: _first_tokens(spec, tokenizer), cache_entry("tokens", key))
     elif text.conversations or spec.packing == "documents":
         data = collect(_sequences(spec, tokenizer))
     else:
-        data = BlockData(pack_blocks(load_texts(text), tokenizer, spec.sequence_length))
+        data = BlockData(
+            pack_blocks(load_texts(text), tokenizer, spec.sequence_length, source=repr(text.name))
+        )
     _check_amount(spec, data)
     return data
 
@@ -122,6 +125,13 @@ def check_data(objective: str, text: TextSpec) -> None:
         raise RequestError(f"{where} needs the prompts to respond to: prompt_column or messages_column")
 
 
+def _first_tokens(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence]:
+    """The first `max_tokens` tokens of a stream, which is found to be the same afterwards."""
+    before = describe_text(spec.data).spec
+    yield from up_to(_sequences(spec, tokenizer), spec.max_tokens)
+    describe_text(before)
+
+
 def _sequences(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence]:
     text, length, apart = spec.data, spec.sequence_length, spec.packing == "documents"
     if text.conversations:
@@ -132,7 +142,7 @@ def _sequences(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterat
     texts = documents(record[text.text_column] for record in open_records(text, spec.seed))
     if text.streaming:
         texts = shuffled(texts, spec.seed, SHUFFLE_BUFFER)
-    return cut_into_blocks(tokenize_documents(texts, tokenizer), length, apart)
+    return cut_into_blocks(tokenize_documents(texts, tokenizer, repr(text.name)), length, apart)
 
 
 def _check_amount(spec: RecoverySpec, data: TrainingData) -> None:

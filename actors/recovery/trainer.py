@@ -13,7 +13,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 
 from actors.artifacts import explained, join
 from actors.contracts import Progress, RecoveryResult, RecoverySpec, no_progress
-from actors.errors import IterabreError, RequestError, WorkError
+from actors.errors import ChangedError, IterabreError, RequestError, WorkError
 from actors.recovery.workplace import KEPT_CHECKPOINTS, Workplace, Write
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -128,7 +128,7 @@ def _work(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
     )
     try:
         return train(job.spec, workplace)
-    except (RequestError, DivergenceError) as error:
+    except (RequestError, ChangedError, DivergenceError) as error:
         return error
 
 

@@ -103,7 +103,11 @@ def merge_result(spec: ScoreSpec) -> ScoreResult:
     settings = spec.merge or MergeSpec()
     model, tokenizer = materialize(spec.model)
     sequences = calibration_sequences(
-        load_texts(spec.calibration), tokenizer, spec.sequence_length, spec.max_sequences
+        load_texts(spec.calibration),
+        tokenizer,
+        spec.sequence_length,
+        spec.max_sequences,
+        repr(spec.calibration.name),
     )
     kept = spec.model.kept(depth(model.config) + len(spec.model.dropped))
     here = [sequence.to(device()) for sequence in sequences]

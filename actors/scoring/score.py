@@ -141,9 +141,11 @@ class Scorer:
         """Token ids of every calibration sequence; none if the criterion does not read text."""
         if not self.criterion.uses_sequences:
             return []
-        texts = load_texts(self.spec.calibration)
+        text = self.spec.calibration
         tokenizer = load_tokenizer(self.spec.model.source)
-        return calibration_sequences(texts, tokenizer, self.spec.sequence_length, self.spec.max_sequences)
+        return calibration_sequences(
+            load_texts(text), tokenizer, self.spec.sequence_length, self.spec.max_sequences, repr(text.name)
+        )
 
     @cached_property
     def source_layers(self) -> tuple[int, ...]:

@@ -151,14 +151,20 @@ def test_a_model_without_chat_format_needs_a_template(tmp_path: Path) -> None:
         path=path, prompt_column="q", response_column="a", chat_template=str(tmp_path / "own.jinja")
     )
     assert learnt(own, bare) == ["The dog .</s>"]
-    assert chat_template(bare, own.chat_template) == CHAT
+    assert chat_template(bare, own) == CHAT
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
         (FORGETFUL, TURNS, "changes earlier turns"),
-        (NO_SYSTEM, [{"role": "system", "content": "x"}, *TURNS], r"\(system, user, .*no system role"),
+        (
+            NO_SYSTEM,
+            [{"role": "system", "content": "x"}, *TURNS],
+            r"row 0 of '.*a\.jsonl': .*\(system, user, .*no system role",
+        ),
+        ("{{ messages[0].nothing.at_all }}", TURNS, r"row 0 of '.*a\.jsonl': "),
+        ("{{ 'a' + 1 }}", TURNS, r"row 0 of '.*a\.jsonl': .*cannot read it"),
         (CHAT, [], r"row 0 of column 'm' is no list of messages"),
         (CHAT, [{"role": "user"}], r"row 0 of column 'm' is no list of messages"),
         (CHAT, "hello", r"row 0 of column 'm' is no list of messages"),

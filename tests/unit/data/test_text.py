@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,16 @@ import pyarrow.parquet
 import pytest
 
 from actors.contracts import TextSpec
-from actors.data import BUILTIN_TEXTS, builtin_file, describe_text, documents, load_texts, open_records
-from actors.errors import RequestError
+from actors.data import (
+    BUILTIN_TEXTS,
+    builtin_file,
+    chat_template_text,
+    describe_text,
+    documents,
+    load_texts,
+    open_records,
+)
+from actors.errors import ChangedError, RequestError
 
 ROWS = ["one\n", "", 'two, with "quotes"\nand a second line', "drei – vier"]
 
@@ -251,3 +260,60 @@ def test_a_json_file_cannot_be_streamed(tmp_path: Path) -> None:
     path = write_table(tmp_path / "rows.json")
     with pytest.raises(RequestError, match=r"cannot be streamed.*\.jsonl"):
         describe_text(TextSpec(path=path, streaming=True))
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".json"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_another_file_in_the_place_of_the_described_one_is_refused(
+    tmp_path: Path, suffix: str, streaming: bool
+) -> None:
+    if streaming and suffix == ".json":
+        return
+    file = tmp_path / f"rows{suffix}"
+    spec = TextSpec(path=(write_text if suffix == ".txt" else write_table)(file), streaming=streaming)
+    described = describe_text(spec).spec
+    assert (described, hash(described)) == (spec, hash(spec))
+    assert load_texts(described) == load_texts(spec)
+    before = file.stat()
+    changed = file.read_bytes().replace(b"drei", b"vier").replace(b"last", b"next")
+    assert len(changed) == before.st_size
+    file.write_bytes(changed)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for use in (describe_text, load_texts):
+        with pytest.raises(ChangedError) as refused:
+            use(described)
+        now = describe_text(spec).fingerprint
+        for said in (str(file), now[:12], str(described.fingerprint)[:12], "Put the former one back"):
+            assert said in str(refused.value)
+
+
+def test_a_stream_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one"}\n' * 9)
+    records = open_records(describe_text(TextSpec(path=str(file), streaming=True)).spec)
+    assert next(records) == {"text": "one"}
+    file.write_text('{"text": "two"}\n' * 9)
+    with pytest.raises(ChangedError, match=r"a\.jsonl"):
+        list(records)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_that_changed_is_refused(shards: Path, streaming: bool) -> None:
+    described = describe_text(TextSpec(path=str(shards), streaming=streaming)).spec
+    assert len(load_texts(described)) == 12
+    pa.parquet.write_table(
+        pa.Table.from_pylist([{"text": "new"}]), shards / "data" / "train-00001-of-00003.parquet"
+    )
+    with pytest.raises(ChangedError, match="set"):
+        load_texts(described)
+
+
+def test_a_template_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": "x"}\n')
+    (tmp_path / "t.jinja").write_text("one")
+    template = str(tmp_path / "t.jinja")
+    spec = TextSpec(path=str(tmp_path / "a.jsonl"), prompt_column="q", chat_template=template)
+    described = describe_text(spec).spec
+    (tmp_path / "t.jinja").write_text("two")
+    assert (chat_template_text(described), chat_template_text(spec)) == ("one", "two")
+    assert load_texts(replace(described, text_column="q")) == ["x"]

@@ -6,7 +6,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from actors.contracts import TextSpec
-from actors.data import batch_order, calibration_sequences, load_texts, pack_blocks, tokenize_text
+from actors.data import (
+    batch_order,
+    calibration_sequences,
+    load_texts,
+    pack_blocks,
+    tokenize_documents,
+    tokenize_text,
+)
 from actors.errors import RequestError
 from tests.tiny_models import MAX_POSITIONS, tiny_tokenizer
 
@@ -90,3 +97,30 @@ def test_order_depends_on_the_seed_alone_and_continues() -> None:
     assert batch_order(7, 3, 0, seed=1).shape == (0, 3)
     with pytest.raises(RequestError, match="no training sequences"):
         batch_order(0, 3, 1, seed=1)
+
+
+HALF = "x \ud800"
+"""Half of a character, which no tokenizer encodes."""
+
+
+def test_a_row_that_the_tokenizer_cannot_read_is_told() -> None:
+    tokenizer, rows = tiny_tokenizer(), ["a\n", "\n", "b\n", HALF, "c"]
+    tokenizer.name_or_path = "some-tokenizer"
+    row = r"row 3 of 'a\.txt': the tokenizer of 'some-tokenizer' cannot read it.*leave it out"
+    with pytest.raises(RequestError, match=row):
+        calibration_sequences(rows, tokenizer, 8, source="'a.txt'")
+    assert len(calibration_sequences(rows, tokenizer, 8, max_sequences=2)) == 2
+    with pytest.raises(RequestError, match=row):
+        pack_blocks(rows, tokenizer, 2, source="'a.txt'")
+    with pytest.raises(RequestError, match=r"the document of 'a\.txt' that begins with 'x "):
+        list(tokenize_documents(rows, tokenizer, "'a.txt'"))
+
+
+def test_what_a_tokenizer_of_its_own_raises_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: object, *_: object, **__: object) -> None:
+        raise KeyError("missing")
+
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "__call__", fails)
+    with pytest.raises(RequestError, match=r"row 0 of the calibration text: .*KeyError: 'missing'"):
+        calibration_sequences(["a"], tokenizer, 8)

@@ -2,15 +2,17 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from actors.contracts import AdapterSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
-from actors.data import PackedData, TrainingData, load_texts
-from actors.errors import RequestError
+from actors.data import PackedData, TrainingData, describe_text, load_texts
+from actors.errors import ChangedError, RequestError
 from actors.recovery import feed
 from actors.recovery.feed import check_data, check_vocabulary, training_data, training_order
 from actors.recovery.local import recover_locally
@@ -204,3 +206,29 @@ def test_data_must_have_what_the_objective_trains_on(
     else:
         with pytest.raises(RequestError, match=f"objective 'some'.*{message}"):
             check_data("some", TextSpec(path="x.jsonl", **columns))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_exchanged_since_they_were_described_are_refused(tmp_path: Path, kind: str) -> None:
+    spec = request(tmp_path, kind)
+    spec = replace(spec, data=describe_text(spec.data).spec)
+    training_data(spec, TOKENIZER)
+    file = tmp_path / "data.jsonl"
+    file.write_text(file.read_text().replace("lazy dog", "calm cat"))
+    with pytest.raises(ChangedError, match=r"data\.jsonl"):
+        training_data(spec, TOKENIZER)
+
+
+def test_a_stream_that_changes_before_it_is_kept_is_not_kept(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, file, sequences = request(tmp_path, "streamed"), tmp_path / "data.jsonl", feed._sequences
+
+    def changed_meanwhile(*arguments: Any) -> Iterator[Any]:
+        yield from sequences(*arguments)
+        file.write_text(file.read_text().replace("lazy dog", "calm cat"))
+
+    monkeypatch.setattr(feed, "_sequences", changed_meanwhile)
+    with pytest.raises(ChangedError, match=r"data\.jsonl"):
+        training_data(replace(spec, max_tokens=10**6), TOKENIZER)
+    assert list((cache / "tokens").iterdir()) == []
