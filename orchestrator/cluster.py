@@ -12,16 +12,28 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private import services
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray._raylet import GcsClient
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.artifacts import DRIVER_DIRECTORY
 from actors.contracts import EvaluationResult, EvaluationSpec
 from actors.evaluation.actor import evaluate_all_on_ray
 from actors.plugins import environment
 from orchestrator.candidates import EvaluateAll
 from orchestrator.config import ClusterMaximumConfig, ExecutionConfig
-from orchestrator.errors import ClusterTooSmallError
+from orchestrator.connection import (
+    CONNECT_TIMEOUT_S,
+    LOCAL,
+    check_answers,
+    check_open_files,
+    cluster_address,
+    ray_temp_dir,
+    unreachable,
+)
+from orchestrator.errors import ClusterTooSmallError, RequestError
 from orchestrator.places import Places, Room
 
 QUIET = {
@@ -46,20 +58,56 @@ dashboard. Every node has credentials of its own."""
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """A connection to the cluster at `address`, or to one of this process's own."""
+    """A connection to the cluster at `address`, or to one of this process's own.
+
+    Raises:
+        RequestError: the address is none, nothing that can be joined is there, or Ray cannot start here.
+    """
     # "local" rather than None: Ray would else join, or wait for, a node that `ray start` once left here.
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = cluster_address(address)
+    own = address == LOCAL
     ENV_VARS_TO_PROPAGATE.difference_update(CREDENTIALS)
-    ray.init(
-        address=address,
-        include_dashboard=False if address == "local" else None,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": QUIET | environment()},
-    )
+    if own:
+        check_open_files()
+    else:
+        address = _found(address)
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False if own else None,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": QUIET | environment() | {DRIVER_DIRECTORY: os.getcwd()}},
+            _temp_dir=ray_temp_dir() if own else None,
+        )
+    except RequestError:
+        raise
+    except Exception as error:  # whatever Ray meets: it has no exceptions of its own for this
+        ray.shutdown()
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if own:
+            raise RequestError(f"Ray cannot start on this machine: {reason}") from error
+        raise unreachable(address, reason) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _found(address: str) -> str:
+    """Return HOST:PORT of the cluster at `address`, which answers there.
+
+    Raises:
+        RequestError: none does. Ray would try for minutes.
+    """
+    try:
+        found = services.canonicalize_bootstrap_address(address) or address
+        check_answers(found)
+        GcsClient(address=found).get_all_node_info(timeout=CONNECT_TIMEOUT_S)
+    except RequestError:
+        raise
+    except Exception as error:
+        raise unreachable(address, " ".join(str(error).split())) from error
+    return found
 
 
 @contextmanager
@@ -153,11 +201,11 @@ def evaluate_on_cluster(
     return evaluate_all
 
 
-def capacity_at(address: str) -> Capacity:
+def capacity_at(address: str | None) -> Capacity:
     """The capacity of the cluster at `address`.
 
     Raises:
-        ConnectionError: none answers there.
+        RequestError: none can be joined there.
     """
     with cluster(address):
         return cluster_capacity()
