@@ -247,3 +247,7 @@ def test_a_run_is_exported_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
     exported = iterabre("export", place / "runs/tiny", *only, "--output", tmp_path / "out")
     assert exported.exit_code == 0, exported.err
     assert (tmp_path / "out/config.json").is_file()
+    # A path of this machine means nothing to those who get the model.
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Made from `model`" in card
+    assert str(tmp_path) not in card
