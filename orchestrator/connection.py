@@ -44,7 +44,7 @@ def cluster_address(option: str | None, environment: Mapping[str, str] = os.envi
     if address in (LOCAL, AUTO) or (match and 0 < int(match["port"]) < 65536):
         return address
     shown = "(not shown, it holds a credential)" if holds_credential(address) else repr(address)
-    remedy = "give HOST:PORT of the cluster's head, e.g. 10.0.0.1:6379, auto for the one that runs here, or local"
+    remedy = "give HOST:PORT of the cluster's head, e.g. 10.0.0.1:6379, auto for one that runs here, or local"
     if address.startswith("ray://"):
         kind = "is Ray Client's, over which no campaign can run"
     elif address.startswith(("http://", "https://")):
@@ -105,8 +105,8 @@ def ray_temp_dir(environment: Mapping[str, str] = os.environ) -> str | None:
         usable = False
     if not usable:
         raise RequestError(
-            f"{variable} {environment[variable]!r} is too long a path for Ray's sockets ({LONGEST_SOCKET_PATH} "
-            f"bytes), and {short} cannot be used instead; set RAY_TMPDIR to a short directory"
+            f"{variable} {environment[variable]!r} is too long a path for Ray's sockets "
+            f"({LONGEST_SOCKET_PATH} bytes), and {short} cannot be used; set RAY_TMPDIR to a short one"
         )
     return str(short)
 
@@ -120,6 +120,6 @@ def check_open_files() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < LEAST_OPEN_FILES:
         raise RequestError(
-            f"the limit of open files (ulimit -n) is {hard}, and Ray needs {LEAST_OPEN_FILES} or more: raise it "
-            "(ulimit -Hn 8192, or the limits of the batch system or container), or set execution.backend: local"
+            f"the limit of open files (ulimit -n) is {hard}, and Ray needs {LEAST_OPEN_FILES} or more: raise "
+            "it (ulimit -Hn 8192, or the limits of the batch system), or set execution.backend: local"
         )

