@@ -56,58 +56,62 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN
 dashboard. Every node has credentials of its own."""
 
 
+def find_cluster(address: str | None) -> str:
+    """Return HOST:PORT of the cluster at `address`, which answers there, or `local` for one of our own.
+
+    Raises:
+        RequestError: the address is none, no cluster answers there (Ray would try for minutes), or Ray
+            could not start here.
+    """
+    # "local" rather than None: Ray would else join, or wait for, a node that `ray start` once left here.
+    wanted = cluster_address(address)
+    if wanted == LOCAL:
+        check_open_files()
+        ray_temp_dir()
+        return LOCAL
+    try:
+        found = services.canonicalize_bootstrap_address(wanted) or wanted
+        check_answers(found)
+        GcsClient(address=found).get_all_node_info(timeout=CONNECT_TIMEOUT_S)
+    except RequestError:
+        raise
+    except Exception as error:  # Ray has many, and none of its own for this
+        raise unreachable(wanted, _first_line(error)) from error
+    return found
+
+
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
     """A connection to the cluster at `address`, or to one of this process's own.
 
     Raises:
-        RequestError: the address is none, nothing that can be joined is there, or Ray cannot start here.
+        RequestError: as `find_cluster`, or that cluster cannot be joined.
     """
-    # "local" rather than None: Ray would else join, or wait for, a node that `ray start` once left here.
-    address = cluster_address(address)
-    own = address == LOCAL
+    found = find_cluster(address)
+    own = found == LOCAL
     ENV_VARS_TO_PROPAGATE.difference_update(CREDENTIALS)
-    if own:
-        check_open_files()
-    else:
-        address = _found(address)
+    environment_of_workers = QUIET | environment() | {DRIVER_DIRECTORY: os.getcwd()}
     try:
         ray.init(
-            address=address,
+            address=found,
             include_dashboard=False if own else None,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": QUIET | environment() | {DRIVER_DIRECTORY: os.getcwd()}},
+            runtime_env={"env_vars": environment_of_workers},
             _temp_dir=ray_temp_dir() if own else None,
         )
-    except RequestError:
-        raise
-    except Exception as error:  # whatever Ray meets: it has no exceptions of its own for this
+    except Exception as error:
         ray.shutdown()
-        reason = " ".join(str(error).split()) or type(error).__name__
         if own:
-            raise RequestError(f"Ray cannot start on this machine: {reason}") from error
-        raise unreachable(address, reason) from error
+            raise RequestError(f"Ray cannot start on this machine: {_first_line(error)}") from error
+        raise unreachable(found, _first_line(error)) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _found(address: str) -> str:
-    """Return HOST:PORT of the cluster at `address`, which answers there.
-
-    Raises:
-        RequestError: none does. Ray would try for minutes.
-    """
-    try:
-        found = services.canonicalize_bootstrap_address(address) or address
-        check_answers(found)
-        GcsClient(address=found).get_all_node_info(timeout=CONNECT_TIMEOUT_S)
-    except RequestError:
-        raise
-    except Exception as error:
-        raise unreachable(address, " ".join(str(error).split())) from error
-    return found
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

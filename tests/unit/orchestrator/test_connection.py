@@ -18,6 +18,8 @@ from orchestrator.connection import (
     ray_temp_dir,
 )
 from orchestrator.errors import RequestError
+from tests.tiny_campaign import tiny_campaign, write_campaign
+from tests.unit.orchestrator.command import iterabre
 
 
 @pytest.mark.parametrize(
@@ -135,3 +137,32 @@ def test_too_few_open_files_are_refused_by_the_name_of_the_limit() -> None:
     assert "(ulimit -n)" in done.stdout
     assert str(LEAST_OPEN_FILES - 1) in done.stdout
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= LEAST_OPEN_FILES
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"RAY_ADDRESS": "http://127.0.0.1:8265"},
+            "RAY_ADDRESS 'http://127.0.0.1:8265' is that of a dashboard",
+        ),
+        ({"RAY_ADDRESS": "ray://127.0.0.1:10001"}, "RAY_ADDRESS 'ray://127.0.0.1:10001' is Ray Client's"),
+        ({"RAY_ADDRESS": "127.0.0.1:1"}, "no Ray cluster can be joined at"),
+        ({"RAY_ADDRESS": "", "TMPDIR": "/no/such/directory"}, "TMPDIR '/no/such/directory' is no directory"),
+    ],
+)
+def test_a_campaign_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    raw = tiny_campaign(tmp_path)
+    raw["execution"] = {"backend": "ray"}
+    file = write_campaign(raw, tmp_path / "campaign.yaml")
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    answer = iterabre("campaign", file)
+    assert answer.exit_code == 2, answer.err
+    assert message in answer.err
+    assert "Traceback" not in answer.err
+    assert not (tmp_path / "runs").exists()
