@@ -45,6 +45,7 @@ def open_run(
     header = {"format": FORMAT, "config": config, "versions": installed_versions()}
     header["planned"] = dict(planned or {})
     header["directories"] = list(directories)
+    header["local_paths"] = sorted(_local_paths(config, directories))
     header["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     write_bytes(store.run_file_uri, json.dumps(header, indent=2).encode())
 
@@ -70,9 +71,16 @@ def check_run(store: Store, config: dict[str, Any], resume: bool, directories: S
         raise RunExistsError(
             f"{store.uri} holds a run; continue it with --resume or choose another storage.path or name"
         )
-    written = _differences(_located(stored["config"], ()), json.loads(json.dumps(config)))
     before = _located(stored["config"], stored.get("directories") or directories)
+    written = _differences(_located(stored["config"], ()), json.loads(json.dumps(config)))
     found = _differences(before, _located(config, directories))
+    here = _local_paths(config, directories)
+    other = (here ^ set(stored.get("local_paths", here))) - written.keys()
+    if other:
+        raise RunExistsError(
+            f"{store.uri} was started where other paths were found than here: {', '.join(sorted(other))}; "
+            "give the command in the same directory as before, or absolute paths"
+        )
     if changes := [line for field, line in written.items() if field in found]:
         raise RunExistsError(
             f"{store.uri} was started with another configuration; undo these changes or choose another "
@@ -116,6 +124,11 @@ def _holds_something(uri: str) -> bool:
     with explained(uri, "list"):
         entries = fs.get_file_info(FileSelector(path, allow_not_found=True))
     return any(not entry.base_name.startswith(".") for entry in entries)
+
+
+def _local_paths(config: dict[str, Any], directories: Sequence[str]) -> set[str]:
+    """Return the fields with a relative path that leads somewhere on this machine."""
+    return set(_differences(_located(config, ()), _located(config, directories)))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:

@@ -204,6 +204,25 @@ def test_a_run_goes_on_from_another_directory_and_by_another_name_of_the_same_pl
         _check(load_config(file, ["models.0.path=project/other"]), store)
 
 
+def test_a_run_does_not_go_on_with_a_hub_model_in_place_of_a_directory_or_the_reverse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _write(tmp_path / "files", {**MINIMAL, "models": [{"id": "m", "path": "org/m"}]})
+    (tmp_path / "project/org/m").mkdir(parents=True)
+    local, hub = Store(str(tmp_path / "local")), Store(str(tmp_path / "hub"))
+    other = r"other paths were found than here: models\.0\.path;"
+    monkeypatch.chdir(tmp_path / "project")
+    _record(load_config(file), local)
+    monkeypatch.chdir(tmp_path)
+    _record(load_config(file), hub)
+    with pytest.raises(RunExistsError, match=other):
+        _check(load_config(file), local)
+    monkeypatch.chdir(tmp_path / "project")
+    with pytest.raises(RunExistsError, match=other):
+        _check(load_config(file), hub)
+    _check(load_config(file), local)
+
+
 def test_a_run_that_moves_with_its_model_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "old/org/m").mkdir(parents=True)
     file = _write(tmp_path / "old", {**MINIMAL, "models": [{"id": "m", "path": "org/m"}]})
