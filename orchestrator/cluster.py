@@ -69,14 +69,14 @@ def find_cluster(address: str | None) -> str:
         check_open_files()
         ray_temp_dir()
         return LOCAL
+    found = wanted
     try:
         found = services.canonicalize_bootstrap_address(wanted) or wanted
         check_answers(found)
         GcsClient(address=found).get_all_node_info(timeout=CONNECT_TIMEOUT_S)
-    except RequestError:
-        raise
     except Exception as error:  # Ray has many, and none of its own for this
-        raise unreachable(wanted, _first_line(error)) from error
+        shown = wanted if found == wanted else f"{wanted} ({found})"
+        raise unreachable(shown, _first_line(error)) from error
     return found
 
 
