@@ -25,6 +25,9 @@ from actors.errors import RequestError, WorkError
 
 CHUNK_BYTES = 8 * 2**20
 
+DRIVER_DIRECTORY = "ITERABRE_DRIVER_DIRECTORY"
+"""The variable by which workers, which have directories of their own, know the driver's."""
+
 
 def cache_dir() -> Path:
     """Return this node's directory for downloads: `ITERABRE_CACHE`, else `~/.cache/iterabre`.

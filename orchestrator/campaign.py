@@ -85,7 +85,7 @@ def run_campaign(
         ClusterTooSmallError: the cluster can never give what `config.execution` asks for.
     """
     execution = config.execution
-    check_run(store, config.model_dump(mode="json"), resume)
+    check_run(store, config.model_dump(mode="json"), resume, config.directories)
     limits = limits_of(config)
     check_unlocked(store)
     for evaluation in {trajectory.evaluation for trajectory in plan.trajectories}:
@@ -263,7 +263,7 @@ def trial_scheduler(search: SearchConfig, iterations: int) -> TrialScheduler | N
 def _run_log(store: Store, config: CampaignConfig, plan: CampaignPlan) -> Iterator[None]:
     """Open the run and keep this process's log in it."""
     planned = {trajectory.id: len(trajectory.iterations) for trajectory in plan.trajectories}
-    open_run(store, config.model_dump(mode="json"), resume=True, planned=planned)
+    open_run(store, config.model_dump(mode="json"), True, planned, config.directories)
     store.logs_dir.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(store.logs_dir / "driver.log")
     handler.setFormatter(logging.Formatter(LOG_FORMAT))

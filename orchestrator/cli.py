@@ -80,11 +80,14 @@ def campaign(config: Config, resume: Resume = False, address: Address = None, se
 
 def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
     from orchestrator.campaign import run_campaign
+    from orchestrator.cluster import find_cluster
     from orchestrator.planning import build_plan
     from orchestrator.store import Store
 
     store = Store.of_campaign(config.storage.path, config.name)
     err.print(f"Checking the request: {config.name}", style="dim")
+    if config.execution.backend == "ray":
+        find_cluster(address)
     try:
         outcome = run_campaign(config, build_plan(config), store, resume=resume, address=address)
     except KeyboardInterrupt as stopped:

@@ -56,18 +56,16 @@ def plan(
 
 
 def _factors(run: str, machine: Any) -> dict[str, float]:
-    from orchestrator.config import parse_config
     from orchestrator.estimate import calibrate
     from orchestrator.ledger import Ledger
     from orchestrator.planning import build_plan
-    from orchestrator.run_file import read_run
+    from orchestrator.run_file import recorded_config
     from orchestrator.store import Store
 
     store = Store(run)
-    stored = read_run(store)
-    if stored is None:
+    config = recorded_config(store)
+    if config is None:
         raise RequestError(f"--calibrate {run!r} holds no run: there is no campaign.json in it")
-    config = parse_config(stored["config"], store.run_file_uri)
     factors = calibrate(config, build_plan(config), store, Ledger(store.ledger_uri).read(), machine)
     if not factors:
         raise RequestError(f"--calibrate {run!r}: that run has finished no stage yet")

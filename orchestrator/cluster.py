@@ -12,16 +12,28 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private import services
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray._raylet import GcsClient
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.artifacts import DRIVER_DIRECTORY
 from actors.contracts import EvaluationResult, EvaluationSpec
 from actors.evaluation.actor import evaluate_all_on_ray
 from actors.plugins import environment
 from orchestrator.candidates import EvaluateAll
 from orchestrator.config import ClusterMaximumConfig, ExecutionConfig
-from orchestrator.errors import ClusterTooSmallError
+from orchestrator.connection import (
+    CONNECT_TIMEOUT_S,
+    LOCAL,
+    check_answers,
+    check_open_files,
+    cluster_address,
+    ray_temp_dir,
+    unreachable,
+)
+from orchestrator.errors import ClusterTooSmallError, RequestError
 from orchestrator.places import Places, Room
 
 QUIET = {
@@ -44,22 +56,62 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN
 dashboard. Every node has credentials of its own."""
 
 
+def find_cluster(address: str | None) -> str:
+    """Return HOST:PORT of the cluster at `address`, which answers there, or `local` for one of our own.
+
+    Raises:
+        RequestError: the address is none, no cluster answers there (Ray would try for minutes), or Ray
+            could not start here.
+    """
+    # "local" rather than None: Ray would else join, or wait for, a node that `ray start` once left here.
+    wanted = cluster_address(address)
+    if wanted == LOCAL:
+        check_open_files()
+        ray_temp_dir()
+        return LOCAL
+    found = wanted
+    try:
+        found = services.canonicalize_bootstrap_address(wanted) or wanted
+        check_answers(found)
+        GcsClient(address=found).get_all_node_info(timeout=CONNECT_TIMEOUT_S)
+    except Exception as error:  # Ray has many, and none of its own for this
+        shown = wanted if found == wanted else f"{wanted} ({found})"
+        raise unreachable(shown, _first_line(error)) from error
+    return found
+
+
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """A connection to the cluster at `address`, or to one of this process's own."""
-    # "local" rather than None: Ray would else join, or wait for, a node that `ray start` once left here.
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    """A connection to the cluster at `address`, or to one of this process's own.
+
+    Raises:
+        RequestError: as `find_cluster`, or that cluster cannot be joined.
+    """
+    found = find_cluster(address)
+    own = found == LOCAL
     ENV_VARS_TO_PROPAGATE.difference_update(CREDENTIALS)
-    ray.init(
-        address=address,
-        include_dashboard=False if address == "local" else None,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": QUIET | environment()},
-    )
+    environment_of_workers = QUIET | environment() | {DRIVER_DIRECTORY: os.getcwd()}
+    try:
+        ray.init(
+            address=found,
+            include_dashboard=False if own else None,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": environment_of_workers},
+            _temp_dir=ray_temp_dir() if own else None,
+        )
+    except Exception as error:
+        ray.shutdown()
+        if own:
+            raise RequestError(f"Ray cannot start on this machine: {_first_line(error)}") from error
+        raise unreachable(found, _first_line(error)) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager
@@ -153,11 +205,11 @@ def evaluate_on_cluster(
     return evaluate_all
 
 
-def capacity_at(address: str) -> Capacity:
+def capacity_at(address: str | None) -> Capacity:
     """The capacity of the cluster at `address`.
 
     Raises:
-        ConnectionError: none answers there.
+        RequestError: none can be joined there.
     """
     with cluster(address):
         return cluster_capacity()

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from actors.artifacts import cache_dir, local_path
+from orchestrator.connection import LOCAL, cluster_address
 from orchestrator.errors import RequestError
 
 State = Literal["ok", "note", "fail"]
@@ -123,17 +123,17 @@ def check_hub(_place: Place) -> Iterator[Finding]:
 
 def check_cluster(place: Place) -> Iterator[Finding]:
     """What the cluster could give, were it idle."""
-    if place.address is None:
-        yield Finding("Ray cluster", "note", "none asked for", "name one with --address auto or HOST:PORT")
-        return
-    from orchestrator.cluster import capacity_at
-
     try:
-        _knock(place.address)
+        if cluster_address(place.address) == LOCAL:
+            remedy = "name one with --address auto or HOST:PORT"
+            yield Finding("Ray cluster", "note", "none asked for", remedy)
+            return
+        from orchestrator.cluster import capacity_at
+
         has = capacity_at(place.address)
-    except (OSError, RuntimeError, ValueError) as error:
-        remedy = "start one: ray start --head, or ray up cluster.yaml"
-        yield Finding("Ray cluster", "fail", str(error).splitlines()[0], remedy)
+    except RequestError as error:
+        found, _, remedy = str(error).partition("; ")
+        yield Finding("Ray cluster", "fail", found, remedy)
         return
     growth = "with what its autoscaler may add: " if has.can_grow else ""
     yield Finding("Ray cluster", "ok", f"{growth}{has.cpus:g} CPUs, {has.gpus:g} GPUs")
@@ -157,13 +157,6 @@ def _requirements() -> list[Requirement]:
     except PackageNotFoundError:
         return []
     return [Requirement(line) for line in lines if not re.search(r"\bextra\b", line)]
-
-
-def _knock(address: str) -> None:
-    """Find out at once whether anybody listens at HOST:PORT: Ray itself tries for a minute."""
-    host, _, port = address.rpartition("/")[2].rpartition(":")
-    if port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
 
 
 def _nearest_existing(path: str) -> str:

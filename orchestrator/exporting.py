@@ -5,13 +5,12 @@ from typing import Any
 
 from actors.contracts import ExportResult, ExportSpec, ModelRef
 from actors.models import export_model
-from orchestrator.config import parse_config
 from orchestrator.errors import RequestError, unknown_name
 from orchestrator.ledger import Ledger
 from orchestrator.plan import TrajectoryPlan
 from orchestrator.planning import build_plan
 from orchestrator.report.card import model_card, provenance
-from orchestrator.run_file import read_run
+from orchestrator.run_file import recorded_config
 from orchestrator.schedule import IterationPlan
 from orchestrator.stages import StoredStages
 from orchestrator.store import Store
@@ -71,10 +70,10 @@ def model_at(plan: TrajectoryPlan, store: Store, iteration: int) -> ModelRef:
 
 
 def _trajectory(store: Store, trajectory_id: str) -> TrajectoryPlan:
-    stored = read_run(store)
-    if stored is None:
+    config = recorded_config(store)
+    if config is None:
         raise RequestError(f"{store.uri!r} holds no run: there is no campaign.json in it")
-    plan = build_plan(parse_config(stored["config"], store.run_file_uri))
+    plan = build_plan(config)
     known = [trajectory.id for trajectory in plan.trajectories]
     if trajectory_id not in known:
         raise unknown_name("trajectory", trajectory_id, known)

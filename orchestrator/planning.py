@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from actors.contracts import BLOCK, EvaluationSpec, ModelSpec, TextSpec
@@ -13,7 +14,7 @@ from actors.models.licence import origin
 from actors.models.merge import MERGES
 from actors.recovery import check_data, check_recovery, find_objective
 from actors.scoring import find_criterion
-from orchestrator.config import CampaignConfig, MethodConfig, SearchConfig
+from orchestrator.config import CampaignConfig, MethodConfig, SearchConfig, with_absolute_paths
 from orchestrator.errors import RequestError, unknown_name
 from orchestrator.grid import check_exclusions, trajectories_of
 from orchestrator.plan import CampaignPlan, TextSize, Traits, TrajectoryPlan
@@ -29,20 +30,26 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
         RequestError: a model, text, task, criterion, objective or target that
             cannot be had, with the place in the config.
     """
+    located = partial(with_absolute_paths, directories=config.directories)
     evaluations = {
-        model.id: evaluation_spec(config.evaluation_for(model), min(config.seeds)) for model in config.models
+        model.id: evaluation_spec(located(config.evaluation_for(model)), min(config.seeds))
+        for model in config.models
     }
     for evaluation in evaluations.values():
         check_tasks(evaluation.tasks, evaluation.include_path)
         check_probes(evaluation.probes)
-    grid = [(model, config.method_for(model, method)) for model in config.models for method in config.methods]
+    grid = [
+        (model, located(config.method_for(model, method)))
+        for model in config.models
+        for method in config.methods
+    ]
     for model, method in grid:
         _check_scoring(method, evaluations[model.id].include_path)
         check_data(method.recovery.objective, text_spec(method.recovery.data))
-    infos = {model.id: describe_model(model_spec(model)) for model in config.models}
+    infos = {model.id: describe_model(model_spec(located(model))) for model in config.models}
     origins = {name: origin(info.spec) for name, info in infos.items()}
     free = {name: any_layers(info.spec) for name, info in infos.items()}
-    deepspeed = _read_deepspeed(config.execution.training.deepspeed)
+    deepspeed = _read_deepspeed(located(config.execution.training).deepspeed)
     methods = [method for _, method in grid]
     texts = {text: describe_text(text) for text in _texts(methods, evaluations.values())}
     found = {text: info.spec for text, info in texts.items()}

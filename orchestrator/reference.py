@@ -15,6 +15,12 @@ One YAML file describes a campaign. This page is written from the config models
 (`python -m orchestrator.reference > docs/configuration.md`); a test keeps it so.
 Unknown keys are refused. Any field can be overridden on the command line:
 `--set methods.0.recovery.max_tokens=4096`; lists are counted from 0.
+
+Relative paths of models, texts, templates, tasks and the DeepSpeed file, in the file and in `--set`, are of
+the current directory; what is not there is looked for beside the campaign file. They are made absolute once,
+when the campaign is planned, and mean the same on every machine of a cluster. A hub id that is also a
+directory here means the directory. `storage.path` is of the current directory, and has to be absolute or a
+URI in a Ray job.
 """
 
 

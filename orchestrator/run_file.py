@@ -1,14 +1,15 @@
 """The file that makes a directory a run: the configuration it was started with."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from pyarrow.fs import FileSelector
 
 from actors.artifacts import explained, filesystem, read_bytes, write_bytes
-from orchestrator.config import holds_credential, parse_config
+from orchestrator.config import CampaignConfig, holds_credential, parse_config, with_absolute_paths
 from orchestrator.errors import ConfigError, RunExistsError
 from orchestrator.store import Store, installed_versions
 
@@ -19,7 +20,11 @@ NOT_COMPARED_ON_RESUME = ("execution", "storage", "cost", "tracking")
 
 
 def open_run(
-    store: Store, config: dict[str, Any], resume: bool, planned: Mapping[str, int] | None = None
+    store: Store,
+    config: dict[str, Any],
+    resume: bool,
+    planned: Mapping[str, int] | None = None,
+    directories: Sequence[str] = (),
 ) -> None:
     """Start a run at `store`, or continue the one that is there.
 
@@ -27,22 +32,29 @@ def open_run(
     job can always be given the same command.
 
     Args:
+        config: as it is written, with relative paths.
         planned: iterations of each trajectory, for those who want to know how far the run is.
+        directories: where relative paths of `config` are looked for.
 
     Raises:
         RunExistsError: as `check_run`.
     """
-    check_run(store, config, resume)
+    check_run(store, config, resume, directories)
     if read_run(store) is not None:
         return
     header = {"format": FORMAT, "config": config, "versions": installed_versions()}
     header["planned"] = dict(planned or {})
+    header["directories"] = list(directories)
+    header["local_paths"] = sorted(_local_paths(config, directories))
     header["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     write_bytes(store.run_file_uri, json.dumps(header, indent=2).encode())
 
 
-def check_run(store: Store, config: dict[str, Any], resume: bool) -> None:
+def check_run(store: Store, config: dict[str, Any], resume: bool, directories: Sequence[str] = ()) -> None:
     """Whether `open_run` would go ahead; changes nothing.
+
+    A path is the same if it is written the same, so that run, model and data may move together, or
+    if it leads to the same place, so that a run may go on from another directory.
 
     Raises:
         RunExistsError: a run is there and `resume` is off, it was started with
@@ -59,7 +71,17 @@ def check_run(store: Store, config: dict[str, Any], resume: bool) -> None:
         raise RunExistsError(
             f"{store.uri} holds a run; continue it with --resume or choose another storage.path or name"
         )
-    if changes := _differences(_completed(stored["config"]), json.loads(json.dumps(config))):
+    before = _located(stored["config"], stored.get("directories") or directories)
+    written = _differences(_located(stored["config"], ()), json.loads(json.dumps(config)))
+    found = _differences(before, _located(config, directories))
+    here = _local_paths(config, directories)
+    other = (here ^ set(stored.get("local_paths", here))) - written.keys()
+    if other:
+        raise RunExistsError(
+            f"{store.uri} was started where other paths were found than here: {', '.join(sorted(other))}; "
+            "give the command in the same directory as before, or absolute paths"
+        )
+    if changes := [line for field, line in written.items() if field in found]:
         raise RunExistsError(
             f"{store.uri} was started with another configuration; undo these changes or choose another "
             "name:\n" + "\n".join(f"  {line}" for line in changes)
@@ -67,20 +89,33 @@ def check_run(store: Store, config: dict[str, Any], resume: bool) -> None:
 
 
 def read_run(store: Store) -> dict[str, Any] | None:
-    """What `open_run` wrote (`config`, `versions`, `planned`, `created_at`), or None if there is no run."""
+    """What `open_run` wrote (`config`, `versions`, `planned`, …), or None if there is no run."""
     text = read_bytes(store.run_file_uri)
     return None if text is None else json.loads(text)
 
 
-def _completed(config: dict[str, Any]) -> dict[str, Any]:
-    """A recorded configuration as this version would record it: fields that came later at their defaults.
+def recorded_config(store: Store) -> CampaignConfig | None:
+    """Return the configuration that a run was started with, or None if there is no run.
 
-    What this version cannot read is compared as it stands.
+    Its relative paths are looked for where they were, and else in the current directory.
+    """
+    stored = read_run(store)
+    if stored is None:
+        return None
+    config = parse_config(stored["config"], store.run_file_uri)
+    return config.read_in((*stored.get("directories", ()), os.getcwd()))
+
+
+def _located(config: dict[str, Any], directories: Sequence[str]) -> dict[str, Any]:
+    """Return a configuration as this version would record it, with those paths absolute that are found.
+
+    Fields that came later have their defaults. What this version cannot read stays as it stands.
     """
     try:
-        return parse_config(config, "campaign.json").model_dump(mode="json")
+        parsed = parse_config(config, "campaign.json")
     except ConfigError:
-        return config
+        return json.loads(json.dumps(config))
+    return with_absolute_paths(parsed, directories).model_dump(mode="json")
 
 
 def _holds_something(uri: str) -> bool:
@@ -91,16 +126,21 @@ def _holds_something(uri: str) -> bool:
     return any(not entry.base_name.startswith(".") for entry in entries)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`field: old → new` for every dotted field that changes what is computed."""
+def _local_paths(config: dict[str, Any], directories: Sequence[str]) -> set[str]:
+    """Return the fields with a relative path that leads somewhere on this machine."""
+    return set(_differences(_located(config, ()), _located(config, directories)))
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """`field: old → new` for every dotted field that changes what is computed, by the field."""
     before, after = _flatten(old), _flatten(new)
     absent = "(absent)"
-    return [
-        f"{name}: {before.get(name, absent)} → {after.get(name, absent)}"
+    return {
+        name: f"{name}: {before.get(name, absent)} → {after.get(name, absent)}"
         for name in sorted(before.keys() | after.keys())
         if before.get(name, absent) != after.get(name, absent)
         and name.split(".")[0] not in NOT_COMPARED_ON_RESUME
-    ]
+    }
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:

@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 RUN_PREFIX = "run:/"
 SET_ASIDE = "set-aside"
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for what it runs as a job (`ray job submit`, a RayJob of Kubernetes), and for nothing else."""
 
 ResultT = TypeVar("ResultT")
 
@@ -109,7 +111,18 @@ class Store:
 
     @classmethod
     def of_campaign(cls, storage_path: str, name: str) -> "Store":
-        """The store of campaign `name` under the configured `storage.path`."""
+        """The store of campaign `name` under the configured `storage.path`.
+
+        Raises:
+            RequestError: the path is relative, and this is a job of a Ray cluster.
+        """
+        relative = "://" not in storage_path and not os.path.isabs(os.path.expanduser(storage_path))
+        if relative and RAY_JOB_VARIABLE in os.environ:
+            raise RequestError(
+                f"storage.path {storage_path!r} is relative, and in a Ray job that is the job's own "
+                f"directory ({os.getcwd()}), which Ray deletes: give an absolute path that every node sees "
+                "(NFS), or s3:// or gs://, e.g. --set storage.path=s3://bucket/runs"
+            )
         return cls(join(storage_path, safe_name(name)))
 
     @property

@@ -28,6 +28,7 @@ from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actors.artifacts import DRIVER_DIRECTORY
 from actors.contracts import Metric
 from actors.errors import RequestError, unknown_name
 from actors.evaluation.code_tasks import code_task_metrics
@@ -298,8 +299,12 @@ def _load(tasks: tuple[str, ...], include_path: str | None, num_fewshot: int | N
     itself is not called: it also runs `git` and `pip` at every call, to describe
     a machine that the ledger describes anyway.
     """
+    manager = _task_manager(tasks, include_path)
+    # Only the user's own tasks have data files, whose paths lm-eval takes as they stand.
+    directory = os.environ.get(DRIVER_DIRECTORY, ".") if include_path else "."
     try:
-        loaded = _task_manager(tasks, include_path).load(list(tasks))
+        with contextlib.chdir(directory if os.path.isdir(directory) else "."):
+            loaded = manager.load(list(tasks))
     except OSError as error:  # a hub data set out of reach, a local file that is not there
         raise RequestError(
             f"cannot read the data of the tasks {', '.join(tasks)}: {error}; download them first where "

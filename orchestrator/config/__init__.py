@@ -23,6 +23,7 @@ from orchestrator.config.campaign import (
     WandbConfig,
     WorkerConfig,
 )
+from orchestrator.config.paths import LocalPath, absolute_path, with_absolute_paths
 from orchestrator.config.reading import holds_credential, load_config, parse_config
 from orchestrator.config.schema import campaign_schema
 from orchestrator.config.sections import (
@@ -53,6 +54,7 @@ __all__ = [
     "ClusterMaximumConfig",
     "ExecutionConfig",
     "GenerationConfig",
+    "LocalPath",
     "LossConfig",
     "MachineConfig",
     "MergeConfig",
@@ -78,8 +80,10 @@ __all__ = [
     "TrainingConfig",
     "WandbConfig",
     "WorkerConfig",
+    "absolute_path",
     "campaign_schema",
     "holds_credential",
     "load_config",
     "parse_config",
+    "with_absolute_paths",
 ]

@@ -1,10 +1,13 @@
 """The campaign file as a whole: its grid, and where and how wide it runs."""
 
+import os
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from orchestrator.config.paths import LocalPath
 from orchestrator.config.sections import EvaluationConfig, MethodConfig, ModelConfig, Name, Section
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -127,7 +130,9 @@ class TrainingConfig(Section):
     workers: int = Field(1, ge=1, description="Workers that share a batch.")
     cpus: float = Field(1.0, gt=0, description="CPUs a worker.")
     gpus: float = Field(0.0, ge=0, description="GPUs a worker.")
-    deepspeed: str | None = Field(None, description="DeepSpeed JSON file, merged into ours.")
+    deepspeed: Annotated[str | None, LocalPath()] = Field(
+        None, description="DeepSpeed JSON file, merged into ours."
+    )
     max_failures: int = Field(3, ge=0, description="Lost workers before the recovery is given up.")
 
 
@@ -240,6 +245,18 @@ class CampaignConfig(Section):
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
     cost: CostConfig = CostConfig()
+    _directories: tuple[str, ...] = PrivateAttr(default_factory=lambda: (os.getcwd(),))
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """Where relative paths are looked for, in this order."""
+        return self._directories
+
+    def read_in(self, directories: Iterable[str]) -> "CampaignConfig":
+        """Return the same campaign, with its relative paths looked for in these directories."""
+        config = self.model_copy()
+        config._directories = tuple(dict.fromkeys(map(os.path.abspath, directories)))
+        return config
 
     @field_validator("seeds")
     @classmethod

@@ -1,5 +1,6 @@
 """Reading a campaign file: YAML, overrides from the command line, and errors that name the place."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -47,6 +48,8 @@ def holds_credential(text: str) -> bool:
 def load_config(path: str | Path, overrides: list[str] | None = None) -> CampaignConfig:
     """Read a campaign file and apply `--set a.b=c` overrides.
 
+    Relative paths in it are of the current directory, or else of the file's own.
+
     Raises:
         ConfigError: no such file, no YAML, an unknown key or a wrong value; names the place.
     """
@@ -63,7 +66,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Campaig
         )
     for override in overrides or []:
         _apply(raw, override)
-    return parse_config(raw, str(path))
+    return parse_config(raw, str(path)).read_in((os.getcwd(), str(file.parent)))
 
 
 def parse_config(raw: dict[str, Any], where: str) -> CampaignConfig:

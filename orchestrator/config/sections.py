@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from orchestrator.config.paths import LocalPath
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}")
 """Methods made from search spaces are called name--field=value."""
@@ -39,7 +41,7 @@ class ModelConfig(Section):
     """A source model."""
 
     id: Name = Field(description="Short name used in results and paths.")
-    path: str = Field(
+    path: Annotated[str, LocalPath()] = Field(
         min_length=1,
         description="Hub id, local directory, GGUF file, or package://PACKAGE/FILE.gguf.",
     )
@@ -54,7 +56,7 @@ class TextConfig(Section):
     """A body of text: exactly one of `builtin` and `path`."""
 
     builtin: str | None = Field(None, description="Name of a text that ships with the project.")
-    path: str | None = Field(
+    path: Annotated[str | None, LocalPath()] = Field(
         None, description="Local .txt, .jsonl, .json, .csv or .parquet file, or hub data set."
     )
     config: str | None = Field(None, description="Configuration name of a hub data set.")
@@ -66,7 +68,7 @@ class TextConfig(Section):
     messages_column: str | None = Field(
         None, description="Column with whole conversations: lists of {role, content}."
     )
-    chat_template: str | None = Field(
+    chat_template: Annotated[str | None, LocalPath(names=("plain",))] = Field(
         None, description="How conversations are written: the tokenizer's way, plain, or a Jinja file."
     )
     streaming: bool = Field(False, description="Read records as they are needed; for large data.")
@@ -269,7 +271,9 @@ class EvaluationConfig(Section):
     ]
     suites: list[str] = Field([], description="Batteries of tasks, by name; see docs/evaluation.md.")
     tasks: list[str] = Field([], description="Further lm-eval tasks and groups, by name.")
-    include_path: str | None = Field(None, description="Directory with further lm-eval tasks.")
+    include_path: Annotated[str | None, LocalPath()] = Field(
+        None, description="Directory with further lm-eval tasks."
+    )
     task_suffix: str = Field(
         "", description="Added to the names of suite members, for variants of them in `include_path`."
     )

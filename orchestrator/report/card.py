@@ -99,7 +99,7 @@ def model_card(
         "",
         f"# {title}",
         "",
-        f"Made from `{plan.model.spec.path}` by {_how(model)} (counted from 0) "
+        f"Made from `{_public_name(plan.model.spec.path)}` by {_how(model)} (counted from 0) "
         f"with the method `{plan.method.name}` (criterion `{plan.method.scoring.criterion}`, "
         f"recovery `{plan.method.recovery.objective}` on {tokens:,} tokens"
         f"{f' of `{_text_name(plan.recovery_text)}`' if tokens else ''}). {_licence(source)}",
@@ -169,8 +169,12 @@ def _licence(source: Origin) -> str:
 
 
 def _text_name(text: TextSpec) -> str:
-    name = text.builtin or str(text.path)
-    return name if text.builtin or _is_hub_id(name) else PurePath(name).name
+    return text.builtin or _public_name(str(text.path))
+
+
+def _public_name(path: str) -> str:
+    """A hub id or URI as it is; of a path of this machine, which means nothing elsewhere, the name alone."""
+    return path if _is_hub_id(path) or "://" in path else PurePath(path).name
 
 
 def _how(model: ModelRef) -> str:

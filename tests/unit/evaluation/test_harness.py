@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lm_eval
 import pytest
@@ -225,3 +226,21 @@ def test_the_lm_eval_command_gives_the_same_digits(tmp_path: Path) -> None:
     for metric in metrics:
         task, measure = metric.name.split("/")
         assert metric.value == pytest.approx(expected[task][f"{measure},none"], rel=1e-5)
+
+
+def test_data_files_of_a_task_are_those_of_the_drivers_directory(
+    user_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task with a path relative to where the campaign was started, evaluated by a worker elsewhere."""
+    fill = {"name": "near", "metric": "acc", "aggregation": "mean", "kind": "loglikelihood"}
+    (user_tasks / "near.yaml").write_text(FEWSHOT_TASK.format(data="data.jsonl", **fill))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "data.jsonl").write_text(json.dumps({"question": "Another", "answer": "one"}) + "\n")
+    settings: dict[str, Any] = {"include_path": str(user_tasks), "num_fewshot": 0}
+    want, _ = evaluate_tasks(*tiny_llama(), ["tiny_words"], **settings)
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("ITERABRE_DRIVER_DIRECTORY", str(user_tasks))
+    got, _ = evaluate_tasks(*tiny_llama(), ["tiny_near"], **settings)
+    assert [m.value for m in got] == [m.value for m in want]
+    assert Path.cwd() == elsewhere

@@ -267,3 +267,13 @@ def test_sigkill_of_a_writer_never_leaves_half_a_result(
     assert all(loaded[:-1])
     assert [stage.result.tokens for stage in loaded if stage] == list(range(sum(map(bool, loaded))))
     assert not Path(local_store.uri, "stages/set-aside").exists()
+
+
+def test_a_job_of_a_cluster_keeps_no_run_in_its_own_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Store.of_campaign("runs", "demo").uri.endswith("/runs/demo")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    for relative in ("runs", "./runs", "../runs"):
+        with pytest.raises(RequestError, match=f"storage.path '{relative}' is relative, and in a Ray job"):
+            Store.of_campaign(relative, "demo")
+    for lasting in ("/nfs/runs", "~/runs", "file:///nfs/runs"):
+        assert Store.of_campaign(lasting, "demo").uri.endswith("/runs/demo")

@@ -1,0 +1,122 @@
+"""Which Ray cluster is meant, whether anything answers there, and what Ray of this machine's own needs.
+
+Ray itself tries a dead address for minutes; all that can be known sooner is checked before it starts.
+"""
+
+import os
+import re
+import resource
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchestrator.config import holds_credential
+from orchestrator.errors import RequestError
+
+LOCAL, AUTO = "local", "auto"
+CONNECT_TIMEOUT_S = 5
+LEAST_OPEN_FILES = 512
+"""Files that a process of Ray may have to hold open at least."""
+
+LONGEST_SOCKET_PATH = 107
+"""Bytes of a path that a Unix socket can have."""
+
+_SOCKET = "session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.10"
+"""Where Ray puts its longest-named socket below its temporary directory."""
+
+_HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^\s:/@\[\]]+):(?P<port>\d{1,5})", re.ASCII)
+
+
+def cluster_address(option: str | None, environment: Mapping[str, str] = os.environ) -> str:
+    """Return `local`, `auto` or HOST:PORT: `--address`, else RAY_ADDRESS, else this machine alone.
+
+    As for Ray, RAY_ADDRESS also says what `auto` is.
+
+    Raises:
+        RequestError: the address is none of these; says what kind it seems to be.
+    """
+    address, source = (option or "").strip(), "--address"
+    variable = environment.get("RAY_ADDRESS", "").strip()
+    if variable and address in ("", AUTO):
+        address, source = variable, "RAY_ADDRESS"
+    address = address or LOCAL
+    match = _HOST_PORT.fullmatch(address)
+    if address in (LOCAL, AUTO) or (match and 0 < int(match["port"]) < 65536):
+        return address
+    shown = "(not shown, it holds a credential)" if holds_credential(address) else repr(address)
+    remedy = "give HOST:PORT of the cluster's head, e.g. 10.0.0.1:6379, auto for one that runs here, or local"
+    if address.startswith("ray://"):
+        kind = "is Ray Client's, over which no campaign can run"
+    elif address.startswith(("http://", "https://")):
+        kind = "is that of a dashboard, which only takes jobs (`ray job submit --address …`)"
+    else:
+        kind = "is no address of a Ray cluster"
+    unset = "; or unset RAY_ADDRESS" if source == "RAY_ADDRESS" else ""
+    raise RequestError(f"{source} {shown} {kind}; {remedy}{unset}")
+
+
+def check_answers(address: str) -> None:
+    """Check that something listens at HOST:PORT.
+
+    Raises:
+        OSError: nothing does, or no such host is known.
+    """
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+
+
+def unreachable(address: str, reason: str) -> RequestError:
+    """Return the error of a cluster that cannot be joined."""
+    remedy = (
+        "start one (ray start --head, or ray up cluster.yaml), give its address by --address or RAY_ADDRESS, "
+        "or leave both out to use this machine alone"
+    )
+    return RequestError(f"no Ray cluster can be joined at {address}: {reason}; {remedy}")
+
+
+def ray_temp_dir(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return where Ray of this machine's own keeps its sockets and logs; None leaves it to Ray.
+
+    That is below RAY_TMPDIR or TMPDIR, as Ray has it, unless sockets there had paths too long for them.
+
+    Raises:
+        RequestError: that directory is not there or cannot be written.
+    """
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if environment.get(name)), None)
+    if variable is None:
+        return None if not {"RAY_TMPDIR", "TMPDIR"} & environment.keys() else "/tmp/ray"
+    directory = os.path.abspath(environment[variable])
+    if not os.path.isdir(directory) or not os.access(directory, os.W_OK | os.X_OK):
+        raise RequestError(
+            f"{variable} {environment[variable]!r} is no directory that can be written, and Ray keeps its "
+            f"sockets and logs there; make it, or set {variable} to another"
+        )
+    chosen = os.path.join(directory, "ray")
+    if len(os.fsencode(os.path.join(chosen, _SOCKET))) <= LONGEST_SOCKET_PATH:
+        return chosen
+    short = Path(f"/tmp/ray-{os.getuid()}")
+    try:
+        short.mkdir(mode=0o700, exist_ok=True)
+        usable = short.stat().st_uid == os.getuid() and os.access(short, os.W_OK | os.X_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        raise RequestError(
+            f"{variable} {environment[variable]!r} is too long a path for Ray's sockets "
+            f"({LONGEST_SOCKET_PATH} bytes), and {short} cannot be used; set RAY_TMPDIR to a short one"
+        )
+    return str(short)
+
+
+def check_open_files() -> None:
+    """Check that processes may open as many files as Ray needs; it raises the soft limit by itself.
+
+    Raises:
+        RequestError: the hard limit is lower.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < LEAST_OPEN_FILES:
+        raise RequestError(
+            f"the limit of open files (ulimit -n) is {hard}, and Ray needs {LEAST_OPEN_FILES} or more: raise "
+            "it (ulimit -Hn 8192, or the limits of the batch system), or set execution.backend: local"
+        )
