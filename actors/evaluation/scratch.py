@@ -53,7 +53,7 @@ def remove_tree(directory: str) -> None:
 
 
 def _empty_of_files(directory: int) -> str | None:
-    """Remove files from an open directory; return the first directory that is met, or None once it is empty."""
+    """Remove files from an open directory up to its first directory; return that, or None if it is empty."""
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
