@@ -33,7 +33,7 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
         model.id: evaluation_spec(config.evaluation_for(model), min(config.seeds)) for model in config.models
     }
     for evaluation in evaluations.values():
-        check_tasks(evaluation.tasks, evaluation.include_path)
+        check_tasks(evaluation.tasks, evaluation.include_path, evaluation.num_fewshot)
         check_probes(evaluation.probes)
     grid = [(model, config.method_for(model, method)) for model in config.models for method in config.methods]
     for model, method in grid:
