@@ -464,6 +464,10 @@ class ThroughputSpec:
     repeats: int = 5
 
 
+FewShot = int | tuple[tuple[str, int], ...] | None
+"""Examples in a prompt: a number for all tasks, or one for each task or group that is named; else their own."""
+
+
 @dataclass(frozen=True)
 class EvaluationSpec:
     """Measure `model` on perplexity texts, lm-eval tasks, probes and its speed.
@@ -472,6 +476,7 @@ class EvaluationSpec:
     the suites themselves only give their means. `max_length` is the longest
     input in tokens, the model's own if None. `batch_size` counts the longest
     requests evaluated at a time, None what memory allows; it changes no result.
+    With `apply_chat_template`, tasks are put as conversations, their examples as turns.
 
     `probes` are names in `PROBES`; `limit` holds for them as for tasks, and
     `max_new_tokens` bounds the texts that they have the model write. Code in them is
@@ -487,7 +492,8 @@ class EvaluationSpec:
     task_suffix: str = ""
     include_path: str | None = None
     limit: int | None = None
-    num_fewshot: int | None = None
+    num_fewshot: FewShot = None
+    apply_chat_template: bool = False
     max_length: int | None = None
     batch_size: int | None = None
     seed: int = 0

@@ -44,7 +44,7 @@ NOT_IN_KEY = frozenset(
 """Fields of a spec that change how its result is computed, but not the result, or that are in the key
 under another name."""
 
-ADDED_LATER: Mapping[str, Any] = {}
+ADDED_LATER: Mapping[str, Any] = {"apply_chat_template": False}
 """Fields that a spec got after results were stored, each with the value that means what was done
 before: at that value they are not in the key, so that older results are found."""
 

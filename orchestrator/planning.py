@@ -36,7 +36,7 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
         for model in config.models
     }
     for evaluation in evaluations.values():
-        check_tasks(evaluation.tasks, evaluation.include_path)
+        check_tasks(evaluation.tasks, evaluation.include_path, evaluation.num_fewshot)
         check_probes(evaluation.probes)
     grid = [
         (model, located(config.method_for(model, method)))

@@ -51,6 +51,7 @@ def recovery_spec(model: ModelRef, method: MethodConfig, seed: int, deepspeed: s
 def evaluation_spec(evaluation: EvaluationConfig, seed: int) -> EvaluationSpec:
     """The evaluation's spec, from its section of the campaign file; the model is filled in later."""
     members = suite_tasks(evaluation.suites, evaluation.task_suffix)
+    shots = evaluation.num_fewshot
     return EvaluationSpec(
         model=ModelRef(ModelSpec("")),
         perplexity=tuple(
@@ -61,7 +62,8 @@ def evaluation_spec(evaluation: EvaluationConfig, seed: int) -> EvaluationSpec:
         task_suffix=evaluation.task_suffix,
         include_path=evaluation.include_path,
         limit=evaluation.limit,
-        num_fewshot=evaluation.num_fewshot,
+        num_fewshot=tuple(shots.items()) if isinstance(shots, dict) else shots,
+        apply_chat_template=evaluation.apply_chat_template,
         max_length=evaluation.max_length,
         batch_size=None if evaluation.batch_size == "auto" else evaluation.batch_size,
         seed=seed,

@@ -88,11 +88,15 @@ def _conduct(spec: EvaluationSpec, pool: list[ActorHandle], progress: Progress) 
     the whole process it runs in.
     """
     from actors.evaluation.evaluate import measure_tasks
-    from actors.evaluation.harness import check_task_data
+    from actors.evaluation.harness import check_chat_template, check_task_data
     from actors.evaluation.task_folder import check_tasks_unchanged
+    from actors.models import load_tokenizer
 
     check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
     check_tasks_unchanged(spec)
+    tokenizer = load_tokenizer(spec.model.source)
+    if spec.apply_chat_template:
+        check_chat_template(tokenizer)
     besides = replace(spec, tasks=(), suites=())
     rest = pool[0].evaluate.options(max_task_retries=3).remote(besides)
 
@@ -111,7 +115,7 @@ def _conduct(spec: EvaluationSpec, pool: list[ActorHandle], progress: Progress) 
             progress(len(parts), len(shares), kind)
         return [found for share in range(len(shares)) for found in parts[share]]
 
-    metrics, versions = measure_tasks(spec, answer)
+    metrics, versions = measure_tasks(spec, answer, tokenizer)
     others = result_of(rest)
     return replace(
         others,

@@ -8,6 +8,7 @@ import re
 import symtable
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 MALFORMED_FENCES = "malformed_fences"
@@ -15,9 +16,16 @@ UNBALANCED = "unbalanced_parentheses"
 UNDEFINED = "undefined_names"
 OTHER_SYNTAX = "other_syntax"
 CLEAN = "clean"
-CLASSES = (MALFORMED_FENCES, UNBALANCED, UNDEFINED, OTHER_SYNTAX, CLEAN)
+CUT_OFF = "cut_off"
+CLASSES = (MALFORMED_FENCES, UNBALANCED, UNDEFINED, OTHER_SYNTAX, CLEAN, CUT_OFF)
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*\w*[ \t]*$", re.MULTILINE)
+_OPENING = re.compile(
+    r"(?P<indent>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+|>[ \t]*)*)"
+    r"(?P<fence>`{3,}(?=[^`]*$)|~{3,})[\s{.]*(?:language-)?(?P<language>[\w+#]*)"
+)
+"""A line that begins a block, at any depth of lists and quotations; no backtick follows one of backticks."""
+
+_PYTHON = re.compile(r"i?py(thon)?[23]?", re.IGNORECASE)
 _LITERAL = re.compile(
     r"""'''.*?(?:'''|\Z)|\"\"\".*?(?:\"\"\"|\Z)|'(?:\\.|[^'\\\n])*'?|"(?:\\.|[^"\\\n])*"?|\#[^\n]*""",
     re.DOTALL,
@@ -26,14 +34,28 @@ _CLOSES = {")": "(", "]": "[", "}": "{"}
 _KNOWN = frozenset(dir(builtins)) | {"__name__", "__file__", "__doc__", "__builtins__", "__annotations__"}
 
 
-def classify(response: str, before: str = "") -> str:
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of code: the language that its fence names, or "", and whether a fence closes it."""
+
+    language: str
+    code: str
+    closed: bool
+
+
+def classify(response: str, before: str = "", finished: bool = True) -> str:
     """The one of `CLASSES` that a response belongs to: the first that applies, in their order.
 
-    `before` is code that the response goes on from (a signature with its
+    A response that the limit of tokens ended, so that it is not `finished`, is
+    `CUT_OFF` unless its code was closed by a fence before: how it would have gone on is
+    not known. `before` is code that the response goes on from (a signature with its
     docstring), parsed together with it. Other syntax errors come before undefined
     names where code does not parse, as names are only looked up where it does.
     """
-    code = extract_code(response)
+    blocks, _ = fenced_blocks(response)
+    if not finished and not any(block.closed for block in _answering(blocks)):
+        return CUT_OFF
+    code = extract_code(response, finished)
     if code is None:
         return MALFORMED_FENCES
     code = before + code
@@ -47,15 +69,50 @@ def classify(response: str, before: str = "") -> str:
     return UNDEFINED if undefined else CLEAN
 
 
-def extract_code(response: str) -> str | None:
-    """The code of a response: that of its first fenced block, or all of it if it has no fence.
+def extract_code(response: str, finished: bool = True) -> str | None:
+    """The code of a response: that of its first block in Python, or all of it if it has no block.
 
-    None if the fences are malformed: not alone on their line, or an odd number.
+    Where no fence names Python, it is the first block that names no language, or else
+    the first. None if the fences are malformed: backticks of a fence outside any
+    block, or a block that nothing closes and that no limit has cut.
     """
-    fences = list(_FENCE.finditer(response))
-    if len(fences) != response.count("```") or len(fences) % 2:
+    blocks, stray = fenced_blocks(response)
+    if stray or (finished and not all(block.closed for block in blocks)):
         return None
-    return response[fences[0].end() + 1 : fences[1].start()] if fences else response
+    return next((block.code for block in _answering(blocks)), response)
+
+
+def fenced_blocks(response: str) -> tuple[list[Block], bool]:
+    """The fenced blocks of Markdown text, and whether backticks of a fence stand outside them.
+
+    As CommonMark has it (§4.5): a block is closed by a line of as many of the same
+    characters, indented less than four columns more than its beginning, or by the end
+    of the text; its lines lose the indentation of the beginning. Unlike there, a
+    block may begin at any indentation, as it may in a list; lists are not tracked.
+    """
+    blocks: list[Block] = []
+    stray, opening, code = False, None, ""
+    for line in response.splitlines(keepends=True):
+        if opening is None:
+            opening, code = _OPENING.match(line), ""
+            stray = stray or (opening is None and "```" in line)
+            continue
+        lead = rf"[ \t{'>' if '>' in opening['indent'] else ''}]{{0,%d}}"
+        width, fence = len(opening["indent"]), opening["fence"]
+        if re.match(lead % (width + 3) + fence + fence[0] + r"*\s*$", line):
+            blocks.append(Block(opening["language"], code, closed=True))
+            opening = None
+        else:
+            code += re.sub("^" + lead % width, "", line)
+    if opening is not None:
+        blocks.append(Block(opening["language"], code, closed=False))
+    return blocks, stray
+
+
+def _answering(blocks: list[Block]) -> list[Block]:
+    """The block that holds the answer, if there is one: a shell's may stand before it, an output after it."""
+    python = [block for block in blocks if _PYTHON.fullmatch(block.language)]
+    return [*python, *(block for block in blocks if not block.language), *blocks][:1]
 
 
 def balanced(code: str) -> bool:
@@ -102,7 +159,7 @@ def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
         yield from _scopes(child)
 
 
-def program_of(problem: Mapping[str, Any], response: str) -> str:
+def program_of(problem: Mapping[str, Any], response: str, finished: bool = True) -> str:
     """A response with the tests of its problem, ready to run.
 
     Args:
@@ -110,8 +167,9 @@ def program_of(problem: Mapping[str, Any], response: str) -> str:
             the code goes on from, or of MBPP(+) (`test_list`, and `test` or
             `test_imports` where it has them).
         response: code, fenced or not; with malformed fences it is taken as it stands.
+        finished: as for `classify`.
     """
-    code = extract_code(response)
+    code = extract_code(response, finished)
     code = response if code is None else code
     if "entry_point" in problem:
         return f"{problem['prompt']}{code}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"

@@ -21,16 +21,23 @@ def is_code_problem(document: object) -> bool:
     )
 
 
-def score_code(problems: Sequence[Problem], responses: Sequence[str], execute: bool) -> list[Metric]:
+def score_code(
+    problems: Sequence[Problem],
+    responses: Sequence[str],
+    execute: bool,
+    finished: Sequence[bool] | None = None,
+) -> list[Metric]:
     """Share of responses in each of `CLASSES`, and `pass_at_1` if `execute`.
+
+    `finished` tells which responses the model ended itself; all, if it is not given.
 
     Raises WorkError if the code is to be run and cannot be shut in.
     """
-    pairs = list(zip(problems, responses, strict=True))
-    found = Counter(classify(response, _before(problem)) for problem, response in pairs)
-    metrics = [Metric(name, found[name] / len(pairs)) for name in CLASSES]
+    answers = list(zip(problems, responses, finished or [True] * len(problems), strict=True))
+    found = Counter(classify(response, _before(problem), ended) for problem, response, ended in answers)
+    metrics = [Metric(name, found[name] / len(answers)) for name in CLASSES]
     if execute:
-        metrics.append(pass_at_1([program_of(problem, response) for problem, response in pairs]))
+        metrics.append(pass_at_1([program_of(*answer) for answer in answers]))
     return metrics
 
 

@@ -3,19 +3,24 @@
     python -I confined.py DIRECTORY LIMITS_JSON
 
 A script of its own, standard library only: it is executed by path, in a fresh
-interpreter with an empty environment. Before the program is read, the process
+interpreter with an empty environment. Before the program begins, the process
 gives up for good, in this order: resources (rlimits), capabilities, the file
 system except for reading the interpreter's own files and for its directory
 (Landlock), and every system call that is not in `ALLOWED` (seccomp). There is no
 call among them that makes a process, a thread or a socket, signals another
 process, or changes the mode or owner of a file: a program is one thread that can
 compute, and read and write below DIRECTORY. If any of this cannot be had, the
-program is not run.
+program is not run. Where users may mount, DIRECTORY is a file system of its own
+that holds no more than the limits say and is gone with the process; elsewhere
+the limits of disk space are left to the parent.
 
-What became of it goes to the standard output as JSON: ["passed" | "failed" |
-"unprotected", the exception or what protection is missing].
+The first line of the standard output is `PROTECTED`, or what protection is
+missing. What became of the program follows: the token that was read from the
+standard input, "passed" or "failed", and the exception. A program that writes to
+the same channel does not know the token, and comes too late for the first line.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -29,8 +34,8 @@ from pathlib import Path
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column of `ALLOWED` and the kernel's number (AUDIT_ARCH) of each processor that is known here."""
 
-OPENAT, IOCTL = (257, 56), (16, 29)
-FIOCLEX = 0x5451
+OPENAT, IOCTL, FCNTL = (257, 56), (16, 29), (72, 25)
+FIOCLEX, F_GETFL, F_DUPFD_CLOEXEC = 0x5451, 3, 1030
 ALLOWED = (
     # read, write, close, lseek, fstat, newfstatat, statx, stat, lstat
     (0, 63), (1, 64), (3, 57), (8, 62), (5, 80), (262, 79), (332, 291), (4, None), (6, None),
@@ -56,7 +61,8 @@ ALLOWED = (
 )  # fmt: skip
 """Numbers of the system calls that a program may make, on x86-64 and on AArch64 (None: it has no such call).
 
-`openat` is let through by its flags, `ioctl` for nothing but closing a file on exec.
+`openat` is let through by its flags, `ioctl` for nothing but closing a file on exec, `fcntl` for
+duplicates, for closing on exec and for reading flags: its others can send signals.
 """
 
 READABLE = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom")
@@ -69,6 +75,8 @@ WRITE = WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG
 HANDLED = (1 << 13) - 1
 """Landlock rights, all those of its first version: what is handled and not granted is forbidden."""
 
+CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x20000
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 1 << 1, 1 << 2, 1 << 3, 1 << 14, 1 << 18
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 EPERM, ALLOW, KILL = 0x00050001, 0x7FFF0000, 0x80000000
@@ -76,33 +84,48 @@ EPERM, ALLOW, KILL = 0x00050001, 0x7FFF0000, 0x80000000
 libc = ctypes.CDLL(None, use_errno=True)
 
 
+PROTECTED = b"protected\n"
+
+
 class UnprotectedError(Exception):
     """The kernel does not give a protection; the message names it."""
 
 
 def main(directory: str, limits: dict[str, int]) -> None:
-    """Shut this process in and run `program.py` of `directory`."""
-    answer = os.dup(1)
+    """Shut this process in and run `program.py` of `directory`.
+
+    What is used after the program is bound before it: it may replace any module's
+    functions. Of its own it can raise, and then it has not passed.
+    """
+    answer, token = os.dup(1), sys.stdin.buffer.read()
+    write, end, told = os.write, os._exit, describe
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
-    os.chdir(directory)
+    os.set_blocking(answer, False)  # a program that fills the channel goes on, and fails
+    program = Path(directory, "program.py").read_bytes()
     try:
         shut_in(directory, limits)
-        verdict = run(Path(directory, "program.py"))
     except UnprotectedError as error:
-        verdict = ("unprotected", str(error))
-    os.write(answer, json.dumps(verdict).encode())
-    os._exit(0)
-
-
-def run(file: Path) -> tuple[str, str]:
-    """Execute the program; it has passed if it ends without an exception."""
+        write(answer, str(error).encode())
+        end(0)
+    write(answer, PROTECTED)
     try:
-        exec(compile(file.read_bytes(), file.name, "exec"), {"__name__": "__main__"})
+        exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
+        verdict = b"passed"
     except BaseException as error:  # whatever it raised, SystemExit too, is what became of it
-        return "failed", f"{type(error).__name__}: {error}"[:300]
-    return "passed", ""
+        verdict = b"failed " + told(error)
+    write(answer, token + verdict)
+    end(0)
+
+
+def describe(error: BaseException) -> bytes:
+    """Return type and message of an exception, whose class may be the program's own."""
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except BaseException:
+        text = type(error).__name__
+    return text[:300].encode("ascii", "backslashreplace")
 
 
 def shut_in(directory: str, limits: dict[str, int]) -> None:
@@ -115,12 +138,43 @@ def shut_in(directory: str, limits: dict[str, int]) -> None:
         raise UnprotectedError(
             f"Linux on {' or '.join(MACHINES)} (this is {sys.platform}, {platform.machine()})"
         )
+    with contextlib.suppress(OSError):  # where memory runs out, this process goes, not the evaluation
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    with contextlib.suppress(OSError):
+        _bound_disk(directory, limits)
+    os.chdir(directory)
     _checked("prctl(PR_SET_PDEATHSIG)", libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     _limit_resources(limits)
     _drop_capabilities()
     _checked("prctl(PR_SET_NO_NEW_PRIVS)", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     _close_file_system(directory)
     _close_kernel()
+
+
+def _bound_disk(directory: str, limits: dict[str, int]) -> None:
+    """Mount a file system of bounded size on the directory, seen by this process alone.
+
+    Raises:
+        OSError: users may not mount here; nothing depends on it.
+    """
+    program = Path(directory, "program.py").read_bytes()
+    identity = {"setgroups": "deny"} | {
+        f"{kind}_map": f"{number} {number} 1"
+        for kind, number in (("uid", os.geteuid()), ("gid", os.getegid()))
+    }
+    _called(libc.unshare(CLONE_NEWUSER | CLONE_NEWNS))
+    for file, text in identity.items():
+        Path("/proc/self", file).write_text(text)
+    _called(libc.mount(None, b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None))
+    flags = ctypes.c_ulong(MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    options = f"size={limits['disk_bytes']},nr_inodes={limits['files']},mode=700".encode()
+    _called(libc.mount(b"tmpfs", os.fsencode(directory), b"tmpfs", flags, options))
+    Path(directory, "program.py").write_bytes(program)
+
+
+def _called(answer: int) -> None:
+    if answer < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _limit_resources(limits: dict[str, int]) -> None:
@@ -165,13 +219,19 @@ def _close_kernel() -> None:
     """Let only `ALLOWED` pass; other calls fail with EPERM, those of a foreign instruction set kill."""
     column, architecture = MACHINES[platform.machine()]
     numbers = [row[column] for row in ALLOWED if row[column] is not None]
-    load, equal, mask, give = 0x20, 0x15, 0x54, 0x06  # BPF: ld [k], jeq k, and k, ret k
+    load, equal, greater, mask, give = 0x20, 0x15, 0x25, 0x54, 0x06  # BPF: ld [k], jeq k, jgt k, and k, ret k
     program = [
         (load, 0, 0, 4),  # the architecture
         (equal, 1, 0, architecture),
         (give, 0, 0, KILL),
         (load, 0, 0, 0),  # the number of the call
         *[step for number in numbers for step in ((equal, 0, 1, number), (give, 0, 0, ALLOW))],
+        (equal, 0, 5, FCNTL[column]),
+        (load, 0, 0, 24),  # its second argument, the command
+        (equal, 1, 0, F_DUPFD_CLOEXEC),
+        (greater, 1, 0, F_GETFL),
+        (give, 0, 0, ALLOW),
+        (give, 0, 0, EPERM),
         (equal, 0, 3, IOCTL[column]),
         (load, 0, 0, 24),  # its second argument, the request
         (equal, 0, 6, FIOCLEX),

@@ -16,7 +16,14 @@ from actors.contracts import (
     no_progress,
 )
 from actors.data import load_texts, tokenize_text
-from actors.evaluation.harness import Answer, Versions, answering, check_task_data, evaluate_tasks_by
+from actors.evaluation.harness import (
+    Answer,
+    Versions,
+    answering,
+    check_chat_template,
+    check_task_data,
+    evaluate_tasks_by,
+)
 from actors.evaluation.perplexity import token_perplexity
 from actors.evaluation.probes import check_probes, run_probe
 from actors.evaluation.sandbox import check_sandbox
@@ -63,6 +70,8 @@ def evaluate(
     check_probes(spec.probes)
     if spec.allow_code_execution:
         check_sandbox()
+    if spec.apply_chat_template and spec.tasks:
+        check_chat_template(tokenizer)
     if spec.throughput is not None:
         check_length(model, spec.throughput)
     texts = {text.name: load_texts(text.data) for text in spec.perplexity}
@@ -75,7 +84,7 @@ def evaluate(
     if spec.tasks:
         progress(len(spec.perplexity), total, ", ".join(spec.tasks))
         answer = answering(model, tokenizer, spec.batch_size, spec.max_length)
-        task_metrics, task_versions = measure_tasks(spec, answer)
+        task_metrics, task_versions = measure_tasks(spec, answer, tokenizer)
         metrics += task_metrics
         versions += task_versions
     for done, name in enumerate(spec.probes, start=len(spec.perplexity) + bool(spec.tasks)):
@@ -89,7 +98,9 @@ def evaluate(
     return EvaluationResult(tuple(metrics), num_parameters, tuple(versions))
 
 
-def measure_tasks(spec: EvaluationSpec, answer: Answer) -> tuple[list[Metric], Versions]:
+def measure_tasks(
+    spec: EvaluationSpec, answer: Answer, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Metric], Versions]:
     """The spec's tasks and suites, by a model that answers requests here or elsewhere."""
     metrics, versions = evaluate_tasks_by(
         answer,
@@ -97,6 +108,7 @@ def measure_tasks(spec: EvaluationSpec, answer: Answer) -> tuple[list[Metric], V
         include_path=spec.include_path,
         limit=spec.limit,
         num_fewshot=spec.num_fewshot,
+        chat=tokenizer if spec.apply_chat_template else None,
         seed=spec.seed,
         allow_code_execution=spec.allow_code_execution,
     )

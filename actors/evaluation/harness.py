@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +29,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.artifacts import DRIVER_DIRECTORY
-from actors.contracts import Metric
+from actors.contracts import FewShot, Metric
 from actors.errors import RequestError, unknown_name
 from actors.evaluation.code_tasks import code_task_metrics
 from actors.evaluation.loglikelihood import LikelihoodModel, Scored
@@ -155,11 +155,26 @@ class ElsewhereLM(LM):
     Args:
         answer: from a kind ("loglikelihood", "loglikelihood_rolling",
             "generate_until") and the requests' arguments to an answer for each.
+        tokenizer: its chat template is applied where tasks are put as conversations.
     """
 
-    def __init__(self, answer: Answer):
+    chat_template_args: Mapping[str, Any] = {}
+
+    def __init__(self, answer: Answer, tokenizer: PreTrainedTokenizerBase | None = None):
         super().__init__()
         self._answer = answer
+        self.tokenizer = tokenizer
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Needed for lm-eval's cache of requests alone, which is not used."""
+        return ""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Write a conversation as `HFLM` does, which leaves out a system's turn that a template refuses."""
+        return HFLM.apply_chat_template(self, chat_history, add_generation_prompt)  # type: ignore[arg-type]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return self._answer("loglikelihood", [request.args for request in requests])
@@ -177,18 +192,27 @@ def _at_word_boundary(context: str, continuation: str) -> tuple[str, str]:
     return bare, context[len(bare) :] + continuation
 
 
-def check_tasks(tasks: Sequence[str], include_path: str | None = None) -> None:
+def check_tasks(tasks: Sequence[str], include_path: str | None = None, num_fewshot: FewShot = None) -> None:
     """Raise RequestError unless every name is a task, group or tag that may run.
 
-    Refused are unknown names, an `include_path` that is no folder, and tasks
-    that execute generated code. No data are loaded.
+    Refused are unknown names, also in `num_fewshot`, an `include_path` that is no
+    folder, and tasks that execute generated code. No data are loaded.
     """
     if tasks:
-        _task_manager(tuple(tasks), include_path)
+        _shots(_task_manager(tuple(tasks), include_path), tuple(tasks), num_fewshot)
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise RequestError for a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        raise RequestError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template, which "
+            "evaluation.apply_chat_template asks for; leave it out for models that are not trained to chat"
+        )
 
 
 def check_task_data(
-    tasks: Sequence[str], include_path: str | None = None, num_fewshot: int | None = None
+    tasks: Sequence[str], include_path: str | None = None, num_fewshot: FewShot = None
 ) -> None:
     """Raise RequestError unless the data of all tasks can be read; they are then at hand in this process."""
     if tasks:
@@ -203,7 +227,8 @@ def evaluate_tasks(
     *,
     include_path: str | None = None,
     limit: int | None = None,
-    num_fewshot: int | None = None,
+    num_fewshot: FewShot = None,
+    apply_chat_template: bool = False,
     batch_size: int | None = None,
     max_length: int | None = None,
     seed: int = 0,
@@ -218,12 +243,16 @@ def evaluate_tasks(
     `random`, 1234 for the rest); another seed is added to all of them. Tasks that
     have the model write code give its failure classes, and pass@1 if
     `allow_code_execution`; those with choices `<task>/ties` if any document's
-    likeliest choice has another's likelihood.
+    likeliest choice has another's likelihood. `apply_chat_template` puts tasks as
+    conversations, with a turn for each question and answer among their examples, as
+    that option of the `lm_eval` command does.
 
     Returns the metrics and the versions of lm-eval and of each task.
 
     Raises RequestError as `check_task_data` does.
     """
+    if apply_chat_template:
+        check_chat_template(tokenizer)
     answer = answering(model, tokenizer, batch_size, max_length)
     return evaluate_tasks_by(
         answer,
@@ -231,6 +260,7 @@ def evaluate_tasks(
         include_path=include_path,
         limit=limit,
         num_fewshot=num_fewshot,
+        chat=tokenizer if apply_chat_template else None,
         seed=seed,
         allow_code_execution=allow_code_execution,
     )
@@ -259,24 +289,26 @@ def evaluate_tasks_by(
     *,
     include_path: str | None = None,
     limit: int | None = None,
-    num_fewshot: int | None = None,
+    num_fewshot: FewShot = None,
+    chat: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     allow_code_execution: bool = False,
 ) -> tuple[list[Metric], Versions]:
-    """`evaluate_tasks` of a model that answers from elsewhere."""
+    """`evaluate_tasks` of a model that answers from elsewhere; tasks are conversations if `chat` is given."""
     with _quiet():
         loaded = _load(tuple(tasks), include_path, num_fewshot)
-        return _evaluate(ElsewhereLM(answer), loaded, limit, seed, allow_code_execution)
+        return _evaluate(ElsewhereLM(answer, chat), loaded, limit, seed, allow_code_execution)
 
 
 def _evaluate(
-    lm: LM, tasks: TaskDict, limit: int | None, seed: int, allow_code_execution: bool
+    lm: ElsewhereLM, tasks: TaskDict, limit: int | None, seed: int, allow_code_execution: bool
 ) -> tuple[list[Metric], Versions]:
     """lm-eval's own evaluation of the loaded `tasks`; BLiMP's groups and what became of code besides."""
     _set_seeds(seed)
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED + seed)
-    results = lm_eval.evaluate(lm, tasks, limit=limit)
+    chat = lm.tokenizer is not None
+    results = lm_eval.evaluate(lm, tasks, limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat)
     metrics = [metric for name, values in results["results"].items() for metric in _metrics(name, values)]
     metrics += tie_metrics(tasks["tasks"], results["samples"], results["group_subtasks"])
     metrics += code_task_metrics(results["samples"], execute=allow_code_execution)
@@ -292,7 +324,7 @@ def _set_seeds(seed: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def _load(tasks: tuple[str, ...], include_path: str | None, num_fewshot: int | None) -> TaskDict:
+def _load(tasks: tuple[str, ...], include_path: str | None, num_fewshot: FewShot) -> TaskDict:
     """The tasks with their data, which are kept for the next model, and with `num_fewshot` as asked for.
 
     Settings are made as `lm_eval.simple_evaluate` makes them. That function
@@ -310,11 +342,28 @@ def _load(tasks: tuple[str, ...], include_path: str | None, num_fewshot: int | N
             f"cannot read the data of the tasks {', '.join(tasks)}: {error}; download them first where "
             "machines are offline, or name tasks with data of your own by evaluation.include_path"
         ) from error
-    for task in loaded["tasks"].values():
+    shots = _shots(manager, tasks, num_fewshot)
+    for name, task in loaded["tasks"].items():
         own = task.get_config("num_fewshot")
-        if own is None or (num_fewshot is not None and own != 0):  # a task that sets 0 means it
-            task.set_config("num_fewshot", num_fewshot or 0)
+        single = name.rpartition("::")[2]  # a task that a group defines in place has the group's name before
+        asked = num_fewshot if isinstance(num_fewshot, int) else shots.get(single)
+        if own is None or (asked is not None and own != 0):  # a task that sets 0 means it
+            task.set_config("num_fewshot", asked or 0)
     return loaded
+
+
+def _shots(manager: TaskManager, tasks: tuple[str, ...], num_fewshot: FewShot) -> dict[str, int]:
+    """The number of examples for each single task that is named; of two groups with it, the later one's."""
+    known = {leaf for task in tasks for leaf in _leaves(manager, task)}
+    shots: dict[str, int] = {}
+    for name, number in num_fewshot if isinstance(num_fewshot, tuple) else ():
+        if name not in manager.task_index or not (leaves := _leaves(manager, name)) <= known:
+            raise RequestError(
+                f"evaluation.num_fewshot names {name!r}, which is not among the tasks that are evaluated "
+                f"({', '.join(tasks)}) or in a group of them"
+            )
+        shots |= dict.fromkeys(leaves, number)
+    return shots
 
 
 def _metrics(task: str, values: dict[str, Any]) -> Iterator[Metric]:

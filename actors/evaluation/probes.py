@@ -104,8 +104,10 @@ def code_failures(
     prompts = [CODE_REQUEST.format_map(problem) if chat else problem["prompt"] for problem in problems]
     answers = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
     texts = [answer.text if chat else _until_stop(answer.text) for answer in answers]
+    # A text that goes on after its function has ended was not cut within it.
+    finished = [answer.finished or text != answer.text for answer, text in zip(answers, texts, strict=True)]
     unfinished = sum(not answer.finished for answer in answers) / len(answers)
-    scores = score_code(problems, texts, execute=spec.allow_code_execution)
+    scores = score_code(problems, texts, spec.allow_code_execution, finished)
     return [*scores, Metric("unfinished", unfinished)]
 
 
@@ -154,7 +156,8 @@ PROBES: Mapping[str, Probe] = {
             "unbalanced_parentheses": "… that do not parse, with brackets that do not match",
             "undefined_names": "… that parse, and read a name that nothing binds",
             "other_syntax": "… that do not parse for another reason",
-            "clean": "… with none of these; the five add up to 1",
+            "clean": "… with none of these",
+            "cut_off": "… whose code max_new_tokens cut, and which are not judged; the six add up to 1",
             "pass_at_1": "share that passes its tests; only with allow_code_execution",
             "unfinished": "share of responses that were cut at max_new_tokens",
         },

@@ -2,20 +2,23 @@
 
 Each program runs in a process of its own that `confined` shuts in: no network,
 no other process, no file outside an own directory, bounded CPU time, memory,
-files and wall time. It guards the machine and its data against what a model may
-write; it does not keep a program that means to from forging its own verdict.
+files, disk space and wall time. Whatever it does is its verdict; it guards the
+machine, its data and the evaluation against what a model may write. A verdict
+needs a token that the program is not told; one that searches its own process for
+it, or answers every comparison with yes, can still forge a pass.
 """
 
 import json
 import math
 import os
+import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +26,12 @@ from typing import Literal
 
 from actors.contracts import Metric
 from actors.errors import WorkError
+from actors.evaluation.confined import PROTECTED
+from actors.evaluation.scratch import scratch_directory, usage
 
 CONFINED = Path(__file__).with_name("confined.py")
 POLL_S = 0.01
+LONGEST_ANSWER = 8192
 MiB = 1 << 20
 
 
@@ -33,10 +39,10 @@ MiB = 1 << 20
 class Limits:
     """What one program may use.
 
-    `disk_bytes` bounds all its files together, `file_bytes` each; `memory_bytes`
-    is address space. With 10 s and 1 GiB, 159 of the 164 reference solutions of
-    HumanEval+ passed and 372 of the 378 of MBPP+; the rest ran out of time, one of
-    memory. The defaults are above that.
+    `disk_bytes` bounds all its files together, `file_bytes` each, `files` their
+    number with that of directories; `memory_bytes` is address space. With 10 s and
+    1 GiB, 159 of the 164 reference solutions of HumanEval+ passed and 372 of the 378
+    of MBPP+; the rest ran out of time, one of memory. The defaults are above that.
     """
 
     wall_s: float = 90.0
@@ -44,16 +50,18 @@ class Limits:
     memory_bytes: int = 4096 * MiB
     file_bytes: int = 16 * MiB
     disk_bytes: int = 64 * MiB
-    open_files: int = 64
+    files: int = 1000
+    open_files: int = 32
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What became of a program.
 
-    `passed`: it ended without an exception. `failed`: `detail` is the exception.
-    `timeout`: its wall time was over. `killed`: it was ended by a limit of CPU time
-    or disk space, or crashed.
+    `passed`: it ended without an exception. `failed`: `detail` is the exception,
+    which may come from a limit: MemoryError, or OSError where its disk is full.
+    `timeout`: its wall time was over. `killed`: it was ended by a limit, crashed, or
+    left without a verdict.
     """
 
     status: Literal["passed", "failed", "timeout", "killed"]
@@ -61,8 +69,10 @@ class Outcome:
 
 
 def check_sandbox() -> None:
-    """Raise WorkError unless this machine can shut a program in."""
-    run_program("")
+    """Raise WorkError unless this machine can shut a program in, and run it."""
+    outcome = run_program("")
+    if outcome.status != "passed":
+        raise WorkError(f"an empty program does not end in the sandbox of this machine: {outcome.detail}")
 
 
 def run_tests(code: str, tests: str, limits: Limits = Limits()) -> Outcome:
@@ -79,25 +89,29 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
     Raises WorkError, and runs nothing, where the kernel does not give all of the
     protection: the message names what is missing.
     """
-    with tempfile.TemporaryDirectory(prefix="iterabre-", ignore_cleanup_errors=True) as directory:
+    token = secrets.token_hex().encode()
+    with scratch_directory() as directory:
         Path(directory, "program.py").write_text(program, encoding="utf-8", errors="replace")
         command = [sys.executable, "-I", "-B", str(CONFINED), directory, json.dumps(asdict(limits))]
         process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={"HOME": directory, "TMPDIR": directory, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            stopped = _wait(process, Path(directory), limits)
+            with suppress(BrokenPipeError), process.stdin:  # broken: it has ended, and `_outcome` tells
+                process.stdin.write(token)
+            stopped = _wait(process, directory, limits)
         finally:
             _kill(process)
-        assert process.stdout is not None
         with process.stdout:
-            answer = os.read(process.stdout.fileno(), 4096)
-    return stopped or _outcome(answer, process.returncode)
+            answer = os.read(process.stdout.fileno(), LONGEST_ANSWER)
+    return stopped or _outcome(answer, token, process.returncode)
 
 
 def pass_at_1(programs: Sequence[str], limits: Limits = Limits(), workers: int | None = None) -> Metric:
@@ -117,27 +131,22 @@ def pass_at_1(programs: Sequence[str], limits: Limits = Limits(), workers: int |
     return Metric("pass_at_1", share, stderr=stderr)
 
 
-def _wait(process: subprocess.Popen[bytes], directory: Path, limits: Limits) -> Outcome | None:
-    """Wait for the process to end; what it must be stopped for, if anything."""
+def _wait(process: subprocess.Popen[bytes], directory: str, limits: Limits) -> Outcome | None:
+    """Wait for the process to end; return what it must be stopped for, if anything."""
     deadline = time.monotonic() + limits.wall_s
     while process.poll() is None:
         if time.monotonic() > deadline:
             return Outcome("timeout", f"ran longer than {limits.wall_s:g} s")
-        if _disk_bytes(directory) > limits.disk_bytes:
+        try:
+            used, files = usage(directory, process.pid, limits.files, limits.file_bytes)
+        except OSError as error:
+            return Outcome("killed", f"made a directory that cannot be read ({error.strerror})")
+        if used > limits.disk_bytes:
             return Outcome("killed", f"wrote more than {limits.disk_bytes} bytes")
+        if files > limits.files:
+            return Outcome("killed", f"made more than {limits.files} files")
         time.sleep(POLL_S)
     return None
-
-
-def _disk_bytes(directory: Path) -> int:
-    total = 0
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(parent, name)).st_size
-            except FileNotFoundError:  # removed since it was listed
-                continue
-    return total
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -147,17 +156,22 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _outcome(answer: bytes, exit_code: int) -> Outcome:
-    if not answer:
-        reason = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
-        return Outcome("killed", f"ended without an answer ({reason})")
-    try:
-        status, detail = json.loads(answer)
-    except ValueError:
-        return Outcome("killed", "wrote over its answer")
-    if status == "unprotected":
+def _outcome(answer: bytes, token: bytes, exit_code: int) -> Outcome:
+    """Read the answer of `confined`; all that follows its first line may be the program's."""
+    code = -exit_code
+    reason = signal.Signals(code).name if code in set(signal.Signals) else f"exit code {exit_code}"
+    if not answer.startswith(PROTECTED):
+        missing = answer.decode(errors="replace") or f"its process ended before the program began ({reason})"
         raise WorkError(
-            f"generated code is not run on this machine, which lacks a protection: {detail}; "
+            f"generated code is not run on this machine, which lacks a protection: {missing}; "
             "evaluate on a machine that has it, or set allow_code_execution: false"
         )
-    return Outcome(status, detail)
+    verdict = answer.removeprefix(PROTECTED)
+    if not verdict or exit_code:
+        return Outcome("killed", f"ended without an answer ({reason})")
+    status, _, detail = verdict.removeprefix(token).partition(b" ")
+    if verdict == token + b"passed":
+        return Outcome("passed")
+    if verdict.startswith(token) and status == b"failed":
+        return Outcome("failed", detail.decode(errors="replace"))
+    return Outcome("killed", "wrote over its answer")

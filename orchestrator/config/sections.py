@@ -263,6 +263,9 @@ class ThroughputConfig(Section):
     repeats: int = Field(5, ge=1, description="Runs of each model, after a warm-up; medians are reported.")
 
 
+NumFewshot = Annotated[int, Field(ge=0)]
+
+
 class EvaluationConfig(Section):
     """What is measured, on the dense model and after every iteration."""
 
@@ -278,8 +281,11 @@ class EvaluationConfig(Section):
         "", description="Added to the names of suite members, for variants of them in `include_path`."
     )
     limit: int | None = Field(None, ge=1, description="Only the first so many documents of a task.")
-    num_fewshot: int | None = Field(
-        None, ge=0, description="Examples in the prompt; the task's own if not given."
+    num_fewshot: NumFewshot | dict[str, NumFewshot] | None = Field(
+        None, description="Examples in the prompt, for all tasks or as TASK: NUMBER; else the task's own."
+    )
+    apply_chat_template: bool = Field(
+        False, description="Put tasks as conversations, in the way of the model's chat template."
     )
     max_length: int | None = Field(
         None, ge=2, description="Longest input of a task in tokens; the model's own if not given."

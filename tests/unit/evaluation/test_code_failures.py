@@ -50,6 +50,131 @@ def test_classes(response: str, expected: str) -> None:
     assert expected in CLASSES
 
 
+FUNCTION = "def area(width, height):\n    return width * height\n"
+QUOTING = '''def area(width, height):
+    """Area:
+
+    ```
+    area(1, 2)
+    ```
+    """
+    return width * height
+'''
+
+
+def _block(code: str = FUNCTION, info: str = "python", indent: str = "", fence: str = "```") -> str:
+    """A fenced block, every line of it indented."""
+    lines = [f"{fence}{info}", *code.splitlines(), fence]
+    return "".join(f"{indent}{line}\n" for line in lines)
+
+
+BLOCKS = {
+    "alone": (_block(), "clean"),
+    "after a line": ("Here:\n" + _block(), "clean"),
+    "with Windows line ends": (_block().replace("\n", "\r\n"), "clean"),
+    "without a last line end": (_block().rstrip(), "clean"),
+    "spaces after its fences": (_block().replace("```\n", "```  \n"), "clean"),
+    "indented by one": (_block(indent=" "), "clean"),
+    "indented by two": (_block(indent="  "), "clean"),
+    "indented by three": (_block(indent="   "), "clean"),
+    "indented by four": (_block(indent="    "), "clean"),
+    "indented by a tab": (_block(indent="\t"), "clean"),
+    "only its fences indented": (f"  ```python\n{FUNCTION}  ```\n", "clean"),
+    "its end indented otherwise": (f"```python\n{FUNCTION}   ```\n", "clean"),
+    "in a list": ("1. The function:\n\n" + _block(indent="   ") + "2. Done.\n", "clean"),
+    "in a list of a list": ("- One\n  - Two\n\n" + _block(indent="      "), "clean"),
+    "begun by a bullet": ("- " + _block(indent="  ").lstrip(), "clean"),
+    "begun by a number": ("12. " + _block(indent="    ").lstrip(), "clean"),
+    "in a quotation": (_block(indent="> "), "clean"),
+    "in a quotation without spaces": (_block(indent=">"), "clean"),
+    "in a list, less indented than its end": (
+        "- x\n\n  ```python\n  def area(w, h):\n      return w * h\n```\n", "clean"
+    ),
+    "with a wrong body": (_block("def area(w, h):\nreturn w * h\n", indent="   "), "other_syntax"),
+    "without a language": (_block(info=""), "clean"),
+    "capitals": (_block(info="Python"), "clean"),
+    "py": (_block(info="py"), "clean"),
+    "python3": (_block(info="python3"), "clean"),
+    "a space before the language": (_block(info=" python"), "clean"),
+    "a title": (_block(info='python title="area.py"'), "clean"),
+    "line numbers": (_block(info="python {linenos=true hl_lines=[1]}"), "clean"),
+    "a file": (_block(info="python:area.py"), "clean"),
+    "Pandoc's attributes": (_block(info="{.python .numberLines}"), "clean"),
+    "R Markdown's": (_block(info="{python, echo=FALSE}"), "clean"),
+    "a shell's before": (_block("pip install x", "bash") + _block(), "clean"),
+    "a console's before, ours not named": (_block("$ pip install x", "console") + _block(info=""), "clean"),
+    "an output after": (_block() + _block("6 6", ""), "clean"),
+    "an output before": (_block("6 6", "") + _block(), "clean"),
+    "two, the second wrong": (_block() + _block("x = ("), "clean"),
+    "two, the first wrong": (_block("x = (") + _block(), "unbalanced_parentheses"),
+    "C++": (_block("int main() { return 0; }", "c++"), "other_syntax"),
+    "C# before": (_block("int x = 0;", "c#") + _block(), "clean"),
+    "pytorch is not Python": (_block("x y", "pytorch") + _block(), "clean"),
+    "tildes": (_block(fence="~~~"), "clean"),
+    "backticks within tildes": (_block(QUOTING, fence="~~~"), "clean"),
+    "tildes with backticks in the info": (_block(info="python `x`", fence="~~~"), "clean"),
+    "four backticks": (_block(fence="````"), "clean"),
+    "three within four": (_block('x = """\n```\n"""', fence="````"), "clean"),
+    "a longer end": (f"```python\n{FUNCTION}`````\n", "clean"),
+    "a shorter end": (f"````python\n{FUNCTION}```\n", "malformed_fences"),
+    "an end of the other kind": (f"```python\n{FUNCTION}~~~\n", "malformed_fences"),
+    "an end that says something": (f"```python\n{FUNCTION}``` Done.\n", "malformed_fences"),
+    "a docstring with a block": (_block(QUOTING), "clean"),
+    "backticks in a string": (_block('x = "```"'), "clean"),
+    "a wrong one in a list": (_block("x = [1", indent="  "), "unbalanced_parentheses"),
+    "a name that is not there, in a list": (_block("x = y", indent="  "), "undefined_names"),
+    "no code": ("```python\n```\n", "clean"),
+    "not closed": (f"```python\n{FUNCTION}", "malformed_fences"),
+    "not closed after one that is": (_block() + "```\nand", "malformed_fences"),
+    "on one line": ("```python area = 1```", "malformed_fences"),
+    "on one line, before a block": ("Use ```area```:\n" + _block(), "malformed_fences"),
+    "one line too many": (_block() + "```\n", "malformed_fences"),
+    "two backticks are no fence": ("``\nx = 1\n``\n", "other_syntax"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_fenced_block(block: str) -> None:
+    response, expected = BLOCKS[block]
+    assert classify(response) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("", "cut_off"),
+        (FUNCTION, "cut_off"),
+        ("def area(width, hei", "cut_off"),
+        ("```python\ndef area(width, hei", "cut_off"),
+        ("```pyth", "cut_off"),
+        (_block("pip install x", "bash") + "```python\ndef area(width, hei", "cut_off"),
+        (_block() + "As you can see,", "clean"),
+        (_block() + "As a test:\n```python\nprint(are", "clean"),
+        (_block("x = (") + "As you can see,", "unbalanced_parentheses"),
+        (_block("x = y") + "As you can see,", "undefined_names"),
+        (_block() + "Or ```python x```. And", "malformed_fences"),
+    ],
+)
+def test_what_the_limit_of_tokens_cut_is_no_failure_of_the_model(response: str, expected: str) -> None:
+    assert classify(response, finished=False) == expected
+    assert classify(response, finished=True) != "cut_off"
+
+
+def test_the_tests_run_on_the_code_that_was_classified() -> None:
+    problem = {"test_list": ["assert area(2, 3) == 6"]}
+    answers = {
+        _block("pip install x", "bash") + _block(): True,
+        _block(indent="   "): True,
+        _block(QUOTING, 'python title="x"', fence="````"): True,
+        f"```python\n{FUNCTION}": False,
+        _block() + _block("6", ""): True,
+    }
+    for answer, passes in answers.items():
+        assert (run_program(program_of(problem, answer)).status == "passed") is passes, answer
+    cut = _block() + "For example:\n```python\nprint(are"
+    assert run_program(program_of(problem, cut, finished=False)).status == "passed"
+
+
 def test_code_that_is_nested_too_deeply_is_a_syntax_error() -> None:
     assert classify("x = " + "(" * 5000 + ")" * 5000) == "other_syntax"
     assert classify("x = " + "-" * 200_000 + "1") == "other_syntax"

@@ -37,9 +37,9 @@ def test_shares_of_classes_and_of_what_passes() -> None:
     values = {m.name: m.value for m in code_task_metrics(samples, execute=True)}
     assert values == {
         "add/malformed_fences": 0, "add/unbalanced_parentheses": 0.25, "add/undefined_names": 0.25,
-        "add/other_syntax": 0, "add/clean": 0.5, "add/pass_at_1": 0.25,
+        "add/other_syntax": 0, "add/clean": 0.5, "add/cut_off": 0, "add/pass_at_1": 0.25,
         "twice/malformed_fences": 0, "twice/unbalanced_parentheses": 0.5, "twice/undefined_names": 0,
-        "twice/other_syntax": 0, "twice/clean": 0.5, "twice/pass_at_1": 0.5,
+        "twice/other_syntax": 0, "twice/clean": 0.5, "twice/cut_off": 0, "twice/pass_at_1": 0.5,
     }  # fmt: skip
 
 

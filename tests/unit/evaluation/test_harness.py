@@ -16,7 +16,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from actors.data import builtin_file
 from actors.errors import RequestError
 from actors.evaluation import check_tasks, evaluate_tasks
-from actors.evaluation.harness import TASKS
+from actors.evaluation.harness import TASKS, PrefixTreeLM
 from tests.tiny_models import save_tiny, tiny_llama
 
 FEWSHOT_TASK = """
@@ -244,3 +244,139 @@ def test_data_files_of_a_task_are_those_of_the_drivers_directory(
     got, _ = evaluate_tasks(*tiny_llama(), ["tiny_near"], **settings)
     assert [m.value for m in got] == [m.value for m in want]
     assert Path.cwd() == elsewhere
+
+
+def chat_tokenizer_of(model_and_tokenizer: tuple[Any, Any]) -> tuple[Any, Any]:
+    """A tiny model whose tokenizer writes conversations, and refuses a system's turn as some do."""
+    model, tokenizer = model_and_tokenizer
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return model, tokenizer
+
+
+CHAT_TASKS = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+fewshot_split: test
+description: "Answer.\\n"
+doc_to_text: "{{{{question}}}}"
+doc_to_target: 0
+doc_to_choice: ["jumps over", "is lazy"]
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+""", """
+task: tiny_write
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: generate_until
+test_split: test
+fewshot_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+gen_prefix: "It"
+generation_kwargs: {{until: ["."], max_gen_toks: 4, do_sample: false}}
+metric_list: [{{metric: exact_match}}]
+"""  # fmt: skip
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_conversations_are_those_of_lm_eval(
+    shots: int, user_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very requests that plain lm-eval sends with --apply_chat_template, and the same numbers."""
+    for i, task in enumerate(CHAT_TASKS):
+        (user_tasks / f"chat{i}.yaml").write_text(task.format(data=user_tasks / "data.jsonl"))
+    model, tokenizer = chat_tokenizer_of(tiny_llama())
+    tasks = ["tiny_choice", "tiny_write", "tiny_words"]
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    asked: list[tuple[Any, ...]] = []
+    for kind in ("loglikelihood", "generate_until"):
+        _record(monkeypatch, lm, kind, asked)
+    manager = TaskManager(include_path=[str(TASKS), str(user_tasks)], include_defaults=False)
+    results = lm_eval.simple_evaluate(
+        lm, tasks=tasks, task_manager=manager, num_fewshot=shots, apply_chat_template=True, limit=6
+    )["results"]
+    theirs = list(asked)
+    assert any("assistant:" in request[0] for request in theirs)
+    assert all(("user:" in request[0]) and "system" not in request[0] for request in theirs)
+
+    asked.clear()
+    for kind in ("loglikelihood", "generate_until"):
+        _record(monkeypatch, PrefixTreeLM, kind, asked)
+    metrics, _ = evaluate_tasks(
+        model, tokenizer, tasks, include_path=str(user_tasks), num_fewshot=shots, limit=6, batch_size=4,
+        apply_chat_template=True,
+    )  # fmt: skip
+    assert asked == theirs
+    found = {metric.name: metric.value for metric in metrics}
+    expected = {
+        f"{task}/{key.partition(',')[0]}": value
+        for task in tasks
+        for key, value in results[task].items()
+        if key.endswith(",none") and "stderr" not in key
+    }
+    assert found == expected
+    plain, _ = evaluate_tasks(
+        model, tokenizer, tasks, include_path=str(user_tasks), num_fewshot=shots, limit=6
+    )
+    assert all("user:" not in request[0] for request in asked[len(theirs) :])
+    assert {metric.name for metric in plain} == set(found)
+
+
+def _record(monkeypatch: pytest.MonkeyPatch, owner: object, kind: str, asked: list[tuple[Any, ...]]) -> None:
+    """Note the arguments of every request that reaches `owner`."""
+    answer = getattr(owner, kind)
+
+    def recording(*arguments: Any, **options: Any) -> Any:
+        asked.extend(request.args for request in arguments[-1])
+        return answer(*arguments, **options)
+
+    monkeypatch.setattr(owner, kind, recording)
+
+
+def test_a_model_that_cannot_chat_is_told(user_tasks: Path) -> None:
+    with pytest.raises(RequestError, match="no chat template"):
+        evaluate_tasks(*tiny_llama(), ["tiny_words"], include_path=str(user_tasks), apply_chat_template=True)
+
+
+def test_each_task_has_the_examples_asked_for_it(user_tasks: Path) -> None:
+    """As one call of lm-eval for each task; a task that sets 0 keeps it, as there."""
+    model, tokenizer = tiny_llama()
+    tasks = ["tiny_odds", "tiny_words", "blimp_sample"]
+    asked = (("tiny_odds", 3), ("tiny_group", 1))
+    found, _ = evaluate_tasks(
+        model,
+        tokenizer,
+        ["tiny_odds", "tiny_group"],
+        include_path=str(user_tasks),
+        limit=6,
+        num_fewshot=asked,
+    )
+    values = {metric.name: metric.value for metric in found}
+    odds, words, blimp = (
+        stock([task], user_tasks, limit=6, num_fewshot=shots)[task]
+        for task, shots in zip(tasks, (3, 1, 1), strict=True)
+    )
+    assert values["tiny_odds/perplexity,first"] == pytest.approx(odds["perplexity,first"], rel=1e-5)
+    assert values["tiny_words/acc"] == words["acc,none"]
+    assert values["blimp_sample/acc"] == blimp["acc,none"]
+    for other in (0, 1):
+        changed = stock(["tiny_odds"], user_tasks, limit=6, num_fewshot=other)["tiny_odds"]
+        assert values["tiny_odds/perplexity,first"] != pytest.approx(changed["perplexity,first"], rel=1e-3)
+    own, _ = evaluate_tasks(
+        model, tokenizer, ["tiny_odds", "tiny_words"], include_path=str(user_tasks), limit=6,
+        num_fewshot=(("tiny_words", 2),),
+    )  # fmt: skip
+    zero = stock(["tiny_odds"], user_tasks, limit=6)["tiny_odds"]["perplexity,first"]
+    assert {m.name: m.value for m in own}["tiny_odds/perplexity,first"] == pytest.approx(zero, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny_wrods", "blimp_sample", "tiny_group"])
+def test_examples_for_a_task_that_is_not_evaluated_are_refused(name: str, user_tasks: Path) -> None:
+    with pytest.raises(RequestError, match=f"num_fewshot names '{name}'"):
+        check_tasks(["tiny_words"], str(user_tasks), (("tiny_words", 1), (name, 1)))
