@@ -1,7 +1,7 @@
 """The file that makes a directory a run: the configuration it was started with."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,7 +19,11 @@ NOT_COMPARED_ON_RESUME = ("execution", "storage", "cost", "tracking")
 
 
 def open_run(
-    store: Store, config: dict[str, Any], resume: bool, planned: Mapping[str, int] | None = None
+    store: Store,
+    config: dict[str, Any],
+    resume: bool,
+    planned: Mapping[str, int] | None = None,
+    trajectories: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Start a run at `store`, or continue the one that is there.
 
@@ -28,6 +32,7 @@ def open_run(
 
     Args:
         planned: iterations of each trajectory, for those who want to know how far the run is.
+        trajectories: `trajectory` (its id), `model`, `method` and the `depths` at which it is measured.
 
     Raises:
         RunExistsError: as `check_run`.
@@ -36,7 +41,7 @@ def open_run(
     if read_run(store) is not None:
         return
     header = {"format": FORMAT, "config": config, "versions": installed_versions()}
-    header["planned"] = dict(planned or {})
+    header |= {"planned": dict(planned or {}), "trajectories": list(trajectories)}
     header["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     write_bytes(store.run_file_uri, json.dumps(header, indent=2).encode())
 
@@ -67,7 +72,10 @@ def check_run(store: Store, config: dict[str, Any], resume: bool) -> None:
 
 
 def read_run(store: Store) -> dict[str, Any] | None:
-    """What `open_run` wrote (`config`, `versions`, `planned`, `created_at`), or None if there is no run."""
+    """What `open_run` wrote, or None if there is no run.
+
+    It holds `config`, `versions`, `planned`, `trajectories` and `created_at`.
+    """
     text = read_bytes(store.run_file_uri)
     return None if text is None else json.loads(text)
 
