@@ -9,6 +9,8 @@ Messages name the thing, the place and the remedy.
 import difflib
 from collections.abc import Iterable
 
+MOST_CHARACTERS = 300
+
 
 class IterabreError(Exception):
     """Base of every error whose message is written for the user."""
@@ -26,6 +28,25 @@ class WorkError(IterabreError):
     """The work failed; what was finished is kept and `--resume` continues."""
 
     exit_code = 1
+
+
+class UnexpectedError(WorkError):
+    """Something failed that no code expects. A log holds the traceback."""
+
+
+def unexpected(error: BaseException) -> UnexpectedError:
+    """Return the error for an exception that no code expects, with what is to blame for it."""
+    if isinstance(error, OSError | MemoryError):
+        return UnexpectedError(f"{one_line(error)}: the operating system refused it")
+    return UnexpectedError(f"{one_line(error)}: this is a fault of iterabre or of a plug-in")
+
+
+def one_line(error: BaseException) -> str:
+    """Return the type and the message of an exception in one line, the message cut where it is long."""
+    message = " ".join(str(error).split())
+    if len(message) > MOST_CHARACTERS:
+        message = f"{message[:MOST_CHARACTERS]} …"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> RequestError:

@@ -66,6 +66,8 @@ def prune_checkpoint(
     *,
     dtype: str | None = None,
     granularity: str = BLOCK,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[int, int]:
     """Write the checkpoint `source` without some of its blocks, or with sub-blocks empty, in little memory.
 
@@ -79,6 +81,7 @@ def prune_checkpoint(
         output: an empty or new directory.
         granularity: `block`, or `attention` or `mlp` to fill only that part of the blocks with zeros.
         dtype: convert floating-point weights to `float32`, `bfloat16` or `float16`; as stored if not given.
+        revision, trust_remote_code: as for `load_model`.
 
     Returns:
         Number of blocks left, number of parameters left.
@@ -87,7 +90,7 @@ def prune_checkpoint(
         RequestError: as `load_model`, `remove_layers` and `empty_sub_blocks`.
     """
     check_granularity(granularity)
-    spec = ModelSpec(source, dtype or "float32")
+    spec = ModelSpec(source, dtype or "float32", revision, trust_remote_code)
     check_dtype(spec)
     directory, config = snapshot(spec), load_config(spec)
     model = empty_model(spec, config)
@@ -146,7 +149,12 @@ def _prune_in_memory(
     spec: ModelSpec, layers: Sequence[int], output: str | Path, granularity: str
 ) -> tuple[int, int]:
     """For files that are no image of the model: a decoder among others, weights shared or named otherwise."""
-    model, tokenizer = load_model(spec.path, dtype=spec.dtype)
+    model, tokenizer = load_model(
+        spec.path,
+        dtype=spec.dtype,
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+    )
     if granularity == BLOCK:
         remove_layers(model, layers)
     else:
