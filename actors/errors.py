@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+MOST_CHARACTERS = 300
+
 
 class IterabreError(Exception):
     """Base of every error whose message is written for the user."""
@@ -31,6 +33,25 @@ class WorkError(IterabreError):
 
 class ChangedError(WorkError):
     """What a run was planned with was changed or exchanged meanwhile; trying again finds the same."""
+
+
+class UnexpectedError(WorkError):
+    """Something failed that no code expects. A log holds the traceback."""
+
+
+def unexpected(error: BaseException) -> UnexpectedError:
+    """Return the error for an exception that no code expects, with what is to blame for it."""
+    if isinstance(error, OSError | MemoryError):
+        return UnexpectedError(f"{one_line(error)}: the operating system refused it")
+    return UnexpectedError(f"{one_line(error)}: this is a fault of iterabre or of a plug-in")
+
+
+def one_line(error: BaseException) -> str:
+    """Return the type and the message of an exception in one line, the message cut where it is long."""
+    message = " ".join(str(error).split())
+    if len(message) > MOST_CHARACTERS:
+        message = f"{message[:MOST_CHARACTERS]} …"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> RequestError:

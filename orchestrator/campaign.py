@@ -263,7 +263,16 @@ def trial_scheduler(search: SearchConfig, iterations: int) -> TrialScheduler | N
 def _run_log(store: Store, config: CampaignConfig, plan: CampaignPlan) -> Iterator[None]:
     """Open the run and keep this process's log in it."""
     planned = {trajectory.id: len(trajectory.iterations) for trajectory in plan.trajectories}
-    open_run(store, config.model_dump(mode="json"), True, planned, config.directories)
+    trajectories = [
+        {
+            "trajectory": trajectory.id,
+            "model": trajectory.model_id,
+            "method": trajectory.method.name,
+            "depths": [round_.layers_left for round_ in trajectory.iterations if round_.is_measured],
+        }
+        for trajectory in plan.trajectories
+    ]
+    open_run(store, config.model_dump(mode="json"), True, planned, config.directories, trajectories)
     store.logs_dir.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(store.logs_dir / "driver.log")
     handler.setFormatter(logging.Formatter(LOG_FORMAT))

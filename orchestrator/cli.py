@@ -24,16 +24,21 @@ from orchestrator.cli_options import (
     Json,
     Model,
     Probes,
+    Revision,
     Run,
     TaskSuffix,
+    TrustRemoteCode,
+    source_model,
 )
 from orchestrator.config import CampaignConfig, load_config
 from orchestrator.errors import IterabreError, RequestError, WorkError
+from orchestrator.fence import FencedGroup, InterruptedByUserError, close_output, fenced
 
 app = typer.Typer(
     help="Make language models smaller: remove whole layers, heal each removal, repeat. On Ray.",
     epilog="Errors are one message; with --debug anywhere on the line, the traceback too.",
     no_args_is_help=True,
+    cls=FencedGroup,
     pretty_exceptions_enable=False,
     add_completion=True,
 )
@@ -82,16 +87,19 @@ def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
     from orchestrator.campaign import run_campaign
     from orchestrator.cluster import find_cluster
     from orchestrator.planning import build_plan
+    from orchestrator.run_file import read_run
     from orchestrator.store import Store
 
     store = Store.of_campaign(config.storage.path, config.name)
     err.print(f"Checking the request: {config.name}", style="dim")
     if config.execution.backend == "ray":
         find_cluster(address)
-    try:
-        outcome = run_campaign(config, build_plan(config), store, resume=resume, address=address)
-    except KeyboardInterrupt as stopped:
-        raise WorkError("stopped; finished stages are kept, --resume continues") from stopped
+    with fenced(lambda: store.logs_dir if read_run(store) is not None else None):
+        try:
+            outcome = run_campaign(config, build_plan(config), store, resume=resume, address=address)
+        except KeyboardInterrupt as stopped:
+            kept = "stopped; finished stages are kept, --resume continues"
+            raise InterruptedByUserError(kept) from stopped
     cli_runs.show_results(store.uri)
     report_file = cli_runs.build_report(store.uri)
     out.print(
@@ -101,6 +109,7 @@ def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
     if outcome.limit:
         raise WorkError(f"ended early: {outcome.limit}; finished stages are kept, --resume continues")
     if outcome.failures:
+        err.print(f"Logs     {store.logs_dir}", style="dim", soft_wrap=True)
         raise typer.Exit(1)
 
 
@@ -117,19 +126,22 @@ def score(
     ] = "iterabre-appendix-a",
     granularity: Granularity = "block",
     dtype: Dtype = "float32",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Score every layer of a model as a candidate for removal."""
-    from actors.contracts import ModelRef, ModelSpec, ScoreSpec, TextSpec
+    from actors.contracts import ModelRef, ScoreSpec, TextSpec
     from actors.data import BUILTIN_TEXTS, describe_text
     from actors.models import describe_model
     from actors.scoring import find_criterion, score_locally
 
     text = TextSpec(builtin=calibration) if calibration in BUILTIN_TEXTS else TextSpec(path=calibration)
-    spec = ScoreSpec(ModelRef(ModelSpec(model, dtype)), text, criterion, granularity=granularity)
+    source = source_model(model, dtype, revision, trust_remote_code)
+    spec = ScoreSpec(ModelRef(source), text, criterion, granularity=granularity)
     find_criterion(criterion, granularity=granularity)
     describe_text(text)
-    describe_model(spec.model.source)
+    describe_model(source)
     result = score_locally(spec)
     order = {layer: rank for rank, layer in enumerate(result.removal_order, start=1)}
     rows = [
@@ -157,6 +169,8 @@ def prune(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given.")
     ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a model without some of its layers, with no recovery; models larger than memory too.
 
@@ -166,9 +180,16 @@ def prune(
     from actors.models import prune_checkpoint
 
     layers = parse_layers(drop)
+    source_model(model, dtype or "float32", revision, trust_remote_code)
     with _new_directory(output):
         num_layers, num_parameters = prune_checkpoint(
-            model, layers, output, dtype=dtype, granularity=granularity
+            model,
+            layers,
+            output,
+            dtype=dtype,
+            granularity=granularity,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
         )
     _print_model(output, num_layers, num_parameters)
 
@@ -187,10 +208,12 @@ def evaluate(
         int | None, typer.Option(help="Longest requests at a time; by default what memory allows.", min=1)
     ] = None,
     dtype: Dtype = "float32",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model on lm-eval tasks and probes."""
-    from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, ThroughputSpec, to_json
+    from actors.contracts import EvaluationSpec, ModelRef, ThroughputSpec, to_json
     from actors.evaluation import SUITES, check_probes, check_tasks, evaluate_model, suite_tasks
 
     names, probe_names = cli_sweep.names_in(tasks), cli_sweep.names_in(probes)
@@ -200,7 +223,7 @@ def evaluate(
     members = suite_tasks(suites, task_suffix)
     single = (name for name in names if name not in SUITES)
     spec = EvaluationSpec(
-        ModelRef(ModelSpec(model, dtype)),
+        ModelRef(source_model(model, dtype, revision, trust_remote_code)),
         tasks=tuple(dict.fromkeys((*members, *single))),
         suites=suites,
         task_suffix=task_suffix,
@@ -328,6 +351,8 @@ def main() -> None:
             traceback.print_exc()
         err.print(f"iterabre: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    finally:
+        close_output()
 
 
 if __name__ == "__main__":

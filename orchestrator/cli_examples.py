@@ -45,10 +45,15 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
             "attention of two layers only",
             "iterabre prune --model M --drop 3,4 --granularity attention --output out",
         ),
+        (
+            "a model that brings its own code, which you have read",
+            "iterabre prune --model O/M --drop 3 --output out --trust-remote-code",
+        ),
     ),
     "evaluate": (
         ("lm-eval tasks", "iterabre evaluate --model pruned --tasks arc_easy,piqa"),
         ("quickly, for a program", "iterabre evaluate --model DIR --tasks blimp --limit 50 --json"),
+        ("a hub model as it was", "iterabre evaluate --model O/M --revision 1a2b3c --tasks piqa"),
         (
             "how it writes and counts, and how fast",
             "iterabre evaluate --model M --probes degeneration,arithmetic --throughput",

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from orchestrator.cli_options import AllowCodeExecution, Dtype, IncludePath, Json, Model, Probes, TaskSuffix
+from orchestrator.cli_options import (
+    AllowCodeExecution,
+    Dtype,
+    IncludePath,
+    Json,
+    Model,
+    Probes,
+    Revision,
+    TaskSuffix,
+    TrustRemoteCode,
+    source_model,
+)
 from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
@@ -42,6 +53,8 @@ def sweep(
     allow_code_execution: AllowCodeExecution = False,
     batch_size: BatchSize = "auto",
     dtype: Dtype = "float32",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     output: Annotated[Path, typer.Option(help="Directory for the table and the plots.")] = Path("sweep"),
     actors: Actors = 0,
     cpus: Annotated[float, typer.Option(help="CPUs an actor.")] = 1.0,
@@ -50,14 +63,14 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Remove every layer once and measure what is lost: a table and a plot."""
-    from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, to_json
+    from actors.contracts import EvaluationSpec, ModelRef, to_json
     from actors.evaluation import suite_tasks
     from orchestrator.report.terminal import plain_table
     from orchestrator.sweep import run_sweep, sweep_columns, write_sweep
 
     named = names_in(suites)
     spec = EvaluationSpec(
-        ModelRef(ModelSpec(model, dtype)),
+        ModelRef(source_model(model, dtype, revision, trust_remote_code)),
         tasks=tuple(dict.fromkeys((*suite_tasks(named, task_suffix), *names_in(tasks)))),
         suites=named,
         task_suffix=task_suffix,

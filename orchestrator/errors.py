@@ -1,6 +1,6 @@
 """The errors that deciding what to run can raise; the tree's root is in `actors.errors`."""
 
-from actors.errors import IterabreError, RequestError, WorkError, unknown_name
+from actors.errors import IterabreError, RequestError, UnexpectedError, WorkError, unexpected, unknown_name
 
 
 class ConfigError(RequestError):
@@ -31,6 +31,8 @@ __all__ = [
     "RequestError",
     "RunExistsError",
     "RunInUseError",
+    "UnexpectedError",
     "WorkError",
+    "unexpected",
     "unknown_name",
 ]

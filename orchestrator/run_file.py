@@ -25,6 +25,7 @@ def open_run(
     resume: bool,
     planned: Mapping[str, int] | None = None,
     directories: Sequence[str] = (),
+    trajectories: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Start a run at `store`, or continue the one that is there.
 
@@ -35,6 +36,7 @@ def open_run(
         config: as it is written, with relative paths.
         planned: iterations of each trajectory, for those who want to know how far the run is.
         directories: where relative paths of `config` are looked for.
+        trajectories: `trajectory` (its id), `model`, `method` and the `depths` at which it is measured.
 
     Raises:
         RunExistsError: as `check_run`.
@@ -43,7 +45,7 @@ def open_run(
     if read_run(store) is not None:
         return
     header = {"format": FORMAT, "config": config, "versions": installed_versions()}
-    header["planned"] = dict(planned or {})
+    header |= {"planned": dict(planned or {}), "trajectories": list(trajectories)}
     header["directories"] = list(directories)
     header["local_paths"] = sorted(_local_paths(config, directories))
     header["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
@@ -89,7 +91,10 @@ def check_run(store: Store, config: dict[str, Any], resume: bool, directories: S
 
 
 def read_run(store: Store) -> dict[str, Any] | None:
-    """What `open_run` wrote (`config`, `versions`, `planned`, …), or None if there is no run."""
+    """Return what `open_run` wrote, or None if there is no run.
+
+    It holds `config`, `versions`, `planned`, `trajectories`, `created_at`, ….
+    """
     text = read_bytes(store.run_file_uri)
     return None if text is None else json.loads(text)
 

@@ -227,8 +227,8 @@ class StoredStages:
         self._write(iteration, stage, numbers)
 
     def finish(self, iteration: IterationPlan) -> None:
-        """Tell how the iteration's model is; whoever listens may end the trajectory here."""
-        if self._on_iteration is not None:
+        """Tell how the iteration's model is, if measured; whoever listens may end the trajectory here."""
+        if self._on_iteration is not None and iteration.is_measured:
             self.wait()
             self._on_iteration(iteration.index, self._recovered)
 

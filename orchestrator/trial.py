@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 from orchestrator.config import ExecutionConfig
 from orchestrator.coordinator import AskedClaims, LimitReachedError
-from orchestrator.errors import IterabreError, unknown_name
+from orchestrator.errors import IterabreError, UnexpectedError, unexpected, unknown_name
 from orchestrator.limits import backoff_s
 from orchestrator.outcomes import TrajectoryOutcome, write_outcome
 from orchestrator.plan import CampaignPlan, TrajectoryPlan
@@ -108,12 +108,18 @@ def follow(
         log.warning("%s ends at iteration %d: %s", trajectory.id, stages.activity.iteration, limit)
         report(replace(stages.activity, stage="ended early", finished=True))
         return None
-    except IterabreError as error:
-        log.error("%s failed: %s", trajectory.id, error)
+    except RayError:
+        raise  # lost, and so worth another try
+    except Exception as error:
+        meant = isinstance(error, IterabreError)
+        told = error if meant else unexpected(error)
+        where = f"; the traceback is in {store.logs_dir}" if isinstance(told, UnexpectedError) else ""
+        reason = f"{told}{where}"
+        log.error("%s failed: %s", trajectory.id, reason, exc_info=not meant)
         report(replace(stages.activity, stage="failed", finished=True))
-        write_outcome(store, trajectory.id, TrajectoryOutcome("failed", str(error)))
+        write_outcome(store, trajectory.id, TrajectoryOutcome("failed", reason))
         call("fail", trajectory.id)
-        return str(error)
+        return reason
     report(replace(stages.activity, finished=True))
     write_outcome(store, trajectory.id, TrajectoryOutcome("done"))
     return None

@@ -2,7 +2,7 @@ from .adapter_deltas import Deltas, add_deltas, join_deltas, read_deltas
 from .chain import device, load_source, materialize, prune_to
 from .export import export_model, save_pretrained
 from .families import depth, find_layers, text_config
-from .load import describe_model, load_model, load_tokenizer
+from .load import check_revision, describe_model, load_model, load_tokenizer
 from .removable import any_layers, check_prunable, choose_removable, removable_layers
 from .replay import LayerwisePass
 from .sharded import prune_checkpoint
@@ -28,6 +28,7 @@ __all__ = [
     "any_layers",
     "check_granularity",
     "check_prunable",
+    "check_revision",
     "check_sub_blocks",
     "choose_removable",
     "depth",

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from actors.contracts import ExportResult, ExportSpec
-from actors.errors import IterabreError, WorkError
+from actors.errors import IterabreError, WorkError, unexpected
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +51,21 @@ def wait_for_place(ready: list[ray.ObjectRef], what: str, cpus: float, gpus: flo
 
 
 def result_of(reference: ray.ObjectRef) -> Any:
-    """The value, with an error meant for the user raised as itself rather than wrapped by Ray."""
+    """The value, with an error meant for the user raised as itself rather than wrapped by Ray.
+
+    Raises:
+        UnexpectedError: the work raised what nobody expects. To try again would meet it again: it is no
+            error of Ray's, whose errors are left as they are.
+    """
     try:
         return ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, IterabreError):
             raise error.cause from None
-        raise
+        if isinstance(error.cause, RayError):
+            raise
+        log.error("an actor or task failed: %s", error.traceback_str)
+        raise unexpected(error.cause) from error
 
 
 @contextmanager

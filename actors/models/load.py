@@ -311,6 +311,22 @@ def check_dtype(spec: ModelSpec) -> None:
         raise RequestError(f"model {spec.path!r}: unknown dtype {spec.dtype!r}; known: {', '.join(DTYPES)}")
 
 
+def check_revision(spec: ModelSpec) -> None:
+    """Check that a revision is given of a hub model only; transformers ignores any other.
+
+    Raises:
+        RequestError: the model lies on this machine.
+    """
+    if spec.revision is None:
+        return
+    path = source_path(spec)
+    if path.exists() or path.suffix == ".gguf":
+        raise RequestError(
+            f"model {spec.path!r} lies on this machine and has no revision {spec.revision!r}: revisions are "
+            "branches, tags and commits of hub models; leave it out or give a hub id"
+        )
+
+
 def _looks_local(path: str) -> bool:
     return path.startswith(("/", ".", "~")) or path.count("/") > 1
 

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from actors.contracts import ModelRef, Origin, TextSpec
 from orchestrator.plan import TrajectoryPlan
+from orchestrator.report.tables import show
 from orchestrator.schedule import IterationPlan
 from orchestrator.store import installed_versions
 
@@ -88,7 +89,8 @@ def model_card(
     before = scores_of(rows, plan.id, 0, "dense")
     after = scores_of(rows, plan.id, iteration.index, "recovered")
     tokens = recovery_tokens(rows, plan.id, iteration.index)
-    table = [f"| {name} | {before.get(name, float('nan')):.4g} | {after[name]:.4g} |" for name in after]
+    names = dict.fromkeys((*before, *after))
+    table = [f"| {name} | {show(before.get(name))} | {show(after.get(name))} |" for name in names]
     unit = plan.unit
     title = f"{plan.model_id}, {iteration.layers_left} of {plan.model.num_layers} {unit}"
     source = plan.origin

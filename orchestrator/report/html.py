@@ -19,6 +19,7 @@ from orchestrator.report import explorer, provenance
 from orchestrator.report.charts import Figure, described
 from orchestrator.report.comparisons import NOT_PRUNED, Entry, Grid, comparison_grids, entries
 from orchestrator.report.costs import cost_grid
+from orchestrator.report.due import due_models
 from orchestrator.report.figures import colours_of, write_all
 from orchestrator.report.glossary import glossary
 from orchestrator.report.measured import (
@@ -33,11 +34,13 @@ from orchestrator.report.method_charts import method_figures
 from orchestrator.report.source_charts import source_figures, sweep_figures
 from orchestrator.report.summary import best_at_each_size, of_method
 from orchestrator.report.tables import (
+    BEFORE_RECOVERY,
     LEADING,
     STAGES,
     Line,
     before,
     csv,
+    is_perplexity,
     iteration_numbers,
     latex,
     markdown,
@@ -54,7 +57,9 @@ class Source:
         config: the configuration that the run was started with.
         versions: of the packages, when it was started.
         planned: iterations of each trajectory, by its id, as far as known.
+        trajectories: id, model, method and depths of all that are planned, as far as known.
         failures: reason of every trajectory that failed.
+        given_up: trajectories that the scheduler ended.
         hashes: of source models and data, by what they are.
         sweeps: contents of every `sweep.json` of the run.
     """
@@ -63,7 +68,9 @@ class Source:
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     planned: Mapping[str, int] = field(default_factory=dict)
+    trajectories: Sequence[Mapping[str, Any]] = ()
     failures: Mapping[str, str] = field(default_factory=dict)
+    given_up: Sequence[str] = ()
     hashes: Mapping[str, str] = field(default_factory=dict)
     sweeps: Sequence[Mapping[str, Any]] = ()
 
@@ -79,6 +86,7 @@ def build_report(source: Source, out_dir: Path) -> Path:
     models = in_order_of(source.config, measured_models(ledger))
     found = entries(models)
     grids = [*comparison_grids(ledger, models, source.config), cost_grid(ledger)]
+    due = due_models(ledger, models, source.trajectories, [*source.failures, *source.given_up])
     stages = provenance.stages_of(ledger)
     drawn = Drawn(out_dir / "figures")
     page = _environment(stages).get_template("report.html.j2").render(
@@ -86,7 +94,7 @@ def build_report(source: Source, out_dir: Path) -> Path:
         progress=progress(models, source),
         scope=scope(ledger),
         failures=source.failures,
-        best=best_at_each_size(found),
+        best=best_at_each_size(found, due),
         explorer=explorer.describe(outcomes(models)),
         glossary=glossary(headline_metrics(found)),
         grids=[_with_files(grid, out_dir / "tables") for grid in grids if grid is not None],
@@ -206,9 +214,8 @@ def _section(
     ]
     headlines = headline_metrics(own)
     # All metrics are in the files; those of a group's members would make the page's table endless.
-    shown = {*LEADING, *headlines, *map(before, headlines), *(f"{stage} s" for stage in STAGES)} - {
-        "dropped score"
-    }
+    shown = {*LEADING, *headlines, *map(before, filter(is_perplexity, headlines))}
+    shown = (shown | {f"{stage} s" for stage in STAGES}) - {"dropped score", "phase"}
     grid = Grid(
         f"iterations-{model}--{method}", "", "", tuple({n: line[n] for n in present} for line in lines)
     )
@@ -270,6 +277,6 @@ def _environment(stages: Mapping[str, provenance.Stage]) -> Environment:
     environment.filters["enumerated"] = enumerate
     environment.filters["height"] = _height
     environment.filters["arrow"] = lambda metric: {"lower": " ↓", "higher": " ↑", None: ""}[
-        direction(metric.removesuffix(" before recovery"))
+        direction(metric.removesuffix(BEFORE_RECOVERY))
     ]
     return environment

@@ -22,12 +22,15 @@ def read_source(store: Store) -> Source:
     """All that the run at `store` has so far; of sweeps, those that lie under `sweeps/` in it."""
     stored = read_run(store) or {}
     ledger = Ledger(store.ledger_uri).read()
+    outcomes = read_outcomes(store)
     return Source(
         ledger,
         stored.get("config", {}),
         stored.get("versions", {}),
         stored.get("planned", {}),
-        {name: end.reason for name, end in read_outcomes(store).items() if end.state == "failed"},
+        stored.get("trajectories", ()),
+        {name: end.reason for name, end in outcomes.items() if end.state == "failed"},
+        [name for name, end in outcomes.items() if end.state == "stopped"],
         read_hashes(store, ledger),
         read_sweeps(store),
     )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.report.comparisons import Entry, dense_of
+from orchestrator.report.due import Due
 from orchestrator.report.measured import (
     DENSE,
     RECOVERED,
@@ -24,39 +25,63 @@ class Choice:
 
     `metric` is the one that decides. `even` are the other methods that cannot be told from the best, with
     their numbers; where there are none, `rival` is the next best, empty if there is no other. `error` says
-    what stands behind ±, or why nothing does.
+    what stands behind ±, or why nothing does. While there are methods `due`, which are not measured yet,
+    none is to be taken: `measured` has those that are, with their numbers. `ended` never will be measured.
     """
 
     model: str
     size: str
-    method: str
-    metric: str
-    numbers: tuple[str, ...]
-    error: str
+    method: str = ""
+    metric: str = ""
+    numbers: tuple[str, ...] = ()
+    error: str = ""
     rival: str = ""
     even: tuple[str, ...] = ()
+    due: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
+    ended: tuple[str, ...] = ()
 
 
-def best_at_each_size(found: Sequence[Entry]) -> list[Choice]:
+def best_at_each_size(found: Sequence[Entry], due: Sequence[Due] = ()) -> list[Choice]:
     """For each source and depth, the method that keeps the most and how it compares.
 
-    The first headline metric decides: a perplexity, if one was measured.
+    The first headline metric decides: a perplexity, if one was measured. Depths that a method has reached
+    are told of even while nothing is measured there; as long as a method is due, none is chosen.
     """
     choices = []
     for model in dict.fromkeys(entry.model for entry in found):
         own = [entry for entry in found if entry.model == model]
         dense = dense_of(model, own)
         recovered = [entry for entry in own if entry.phase == RECOVERED]
-        for depth in sorted({entry.layers for entry in recovered}, reverse=True):
-            choices.append(_at_depth([entry for entry in recovered if entry.layers == depth], dense))
+        missing = [one for one in due if one.model == model]
+        depths = {entry.layers for entry in recovered}
+        depths |= {one.layers for one in missing if one.reached and not one.ended}
+        for depth in sorted(depths, reverse=True):
+            rivals = [entry for entry in recovered if entry.layers == depth]
+            missing_here = [one for one in missing if one.layers == depth]
+            choices.append(_at_depth(model, depth, rivals, dense, missing_here))
     return [choice for choice in choices if choice is not None]
 
 
-def _at_depth(rivals: Sequence[Entry], dense: Entry | None) -> Choice | None:
+def _at_depth(
+    model: str, depth: int, rivals: Sequence[Entry], dense: Entry | None, missing: Sequence[Due]
+) -> Choice | None:
     metrics = headline_metrics(rivals)
     measured = [entry for entry in rivals if metrics and metrics[0] in entry.numbers]
-    if not measured:
+    late = {one.method: f"{one.method} is not measured yet" for one in missing if not one.ended}
+    for entry in rivals:
+        if entry.method in late:
+            late[entry.method] = f"{entry.method} is not measured yet with all seeds"
+        elif metrics and entry not in measured:
+            late[entry.method] = f"{entry.method} is not measured yet by {metrics[0]}"
+    ended = tuple(dict.fromkeys(one.method for one in missing if one.ended))
+    if not measured and not late:
         return None
+    size = _size(measured[0], dense) if measured else _depth(depth, dense)
+    if late:
+        named = tuple(_named(entry, metrics[0]) for entry in measured)
+        metric = metrics[0] if measured else ""
+        return Choice(model, size, metric=metric, due=tuple(late.values()), measured=named, ended=ended)
     decides, highest_first = metrics[0], direction(metrics[0]) == "higher"
     best, *others = sorted(measured, key=lambda e: e.numbers[decides].value, reverse=highest_first)
     even = [one for one in others if within_noise(best.numbers[decides], one.numbers[decides])]
@@ -70,6 +95,7 @@ def _at_depth(rivals: Sequence[Entry], dense: Entry | None) -> Choice | None:
         _kind_of_error(best, shown),
         _named(others[0], decides) if others and not even else "",
         tuple(_named(one, decides) for one in even),
+        ended=ended,
     )
 
 
@@ -95,11 +121,13 @@ def with_error(number: Number) -> str:
     return show(number.value) + ("" if number.stderr is None else f" ± {show_error(number.stderr)}")
 
 
+def _depth(layers: int, dense: Entry | None) -> str:
+    return f"{layers} layers" if dense is None else f"{layers} of {dense.layers} layers"
+
+
 def _size(entry: Entry, dense: Entry | None) -> str:
-    if dense is None:
-        return f"{entry.layers} layers"
-    size = f"{entry.layers} of {dense.layers} layers"
-    if entry.parameters and dense.parameters:
+    size = _depth(entry.layers, dense)
+    if dense and entry.parameters and dense.parameters:
         fewer = 1 - entry.parameters / dense.parameters
         size += f" ({counted(entry.parameters)} parameters, {fewer:.0%} fewer)"
     return size

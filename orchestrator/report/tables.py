@@ -8,13 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.report.measured import Number
+from orchestrator.report.measured import PRUNED, RECOVERED, Number
 
 Line = dict[str, Any]
 
 STAGES = ("score", "prune", "generate", "recover", "evaluate", "export")
-LEADING = ("trajectory", "iteration", "layers", "dropped", "dropped score", "parameters")
-PHASE_RANK = {"pruned": 0, "dense": 1, "recovered": 1}
+LEADING = ("trajectory", "iteration", "phase", "layers", "dropped", "dropped score", "parameters")
+BEFORE_RECOVERY = " before recovery"
 NOT_MEASURED = "–"
 LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -32,12 +32,12 @@ LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 def is_perplexity(metric: str) -> bool:
     """Whether lower is better and the number is worth showing before recovery as well."""
-    return metric.endswith("perplexity")
+    return metric.removesuffix(BEFORE_RECOVERY).endswith("perplexity")
 
 
 def before(metric: str) -> str:
     """Column of a metric measured after pruning and before recovery."""
-    return f"{metric} before recovery"
+    return metric + BEFORE_RECOVERY
 
 
 def iteration_table(ledger: pa.Table) -> list[Line]:
@@ -51,16 +51,16 @@ def iteration_table(ledger: pa.Table) -> list[Line]:
 def iteration_numbers(ledger: pa.Table) -> list[Line]:
     """One dict per trajectory and iteration, all with the same keys in the same order.
 
-    Keys: `trajectory`, `iteration` (0 is the unpruned model), `layers` left,
-    `dropped` (source layer indices), `dropped score` (theirs), `parameters`,
-    then each metric of the evaluation (perplexities also as `... before
-    recovery`), then the seconds of each stage as `score s`, `recover s`, .... What was measured is a
-    `Number`, what was not is None.
+    Keys: `trajectory`, `iteration` (0 is the unpruned model), `phase` (the last one measured:
+    dense, pruned or recovered), `layers` left, `dropped` (source layer indices), `dropped score`
+    (theirs), `parameters`, then each metric of what the iteration leaves and, as `... before recovery`,
+    of what it recovers, then the seconds of each stage as `score s`, `recover s`, .... What was measured
+    is a `Number`, what was not is None: a number of the pruned model never stands for that of the
+    recovered one, whose column is there and empty while recovery runs.
     """
     totals = ledger.filter(pc.is_null(ledger["step"]))
     lines: dict[tuple[str, int], Line] = {}
-    # Recovered after pruned, so that the last phase of an iteration is the one shown.
-    for row in sorted(totals.to_pylist(), key=lambda r: (r["iteration"], PHASE_RANK.get(r["phase"], 0))):
+    for row in totals.to_pylist():
         place = (row["trajectory"], row["iteration"])
         line = lines.setdefault(place, {"trajectory": row["trajectory"], "iteration": row["iteration"]})
         _enter(line, row)
@@ -156,6 +156,8 @@ def _enter(line: Line, row: Mapping[str, Any]) -> None:
     """Put one row of the ledger into its column."""
     stage, metric, value = row["stage"], row["metric"], row["value"]
     number = Number(value, row["stderr"], row["key"])
+    if stage == "evaluate" and line.get("phase") != RECOVERED:
+        line["phase"] = row["phase"]
     if metric == "seconds":
         before_it = line.get(f"{stage} s")
         line[f"{stage} s"] = number if before_it is None else Number(before_it.value + value, None, "")
@@ -166,7 +168,7 @@ def _enter(line: Line, row: Mapping[str, Any]) -> None:
         line["layers"] = int(value)
     elif stage == "evaluate" and metric == "parameters":
         line["parameters"] = int(value)
-    elif stage == "evaluate" and is_perplexity(metric) and row["phase"] == "pruned":
+    elif stage == "evaluate" and row["phase"] == PRUNED:
         line[before(metric)] = number
     elif stage == "evaluate":
         line[metric] = number
@@ -184,13 +186,14 @@ def _columns(lines: Any) -> list[str]:
     present = {name for line in lines for name in line}
     times = [f"{stage} s" for stage in STAGES]
     metrics = present.difference(LEADING, times)
+    metrics |= {name.removesuffix(BEFORE_RECOVERY) for name in metrics}
     # Perplexities first, each preceded by its value before recovery.
-    ordered = sorted(metrics, key=lambda m: (not is_perplexity(m.removesuffix(" before recovery")), _pair(m)))
+    ordered = sorted(metrics, key=lambda metric: (not is_perplexity(metric), _pair(metric)))
     return [*LEADING, *ordered, *(name for name in times if name in present)]
 
 
 def _pair(column: str) -> tuple[str, bool]:
-    metric = column.removesuffix(" before recovery")
+    metric = column.removesuffix(BEFORE_RECOVERY)
     return metric, metric == column
 
 

@@ -7,8 +7,10 @@ from rich import box
 from rich.table import Table
 
 from orchestrator.report.tables import (
+    BEFORE_RECOVERY,
     LEADING,
     Line,
+    is_perplexity,
     metric_columns,
     show,
 )
@@ -32,8 +34,8 @@ def results_table(lines: Sequence[Line], width: int) -> Table:
 
     Metrics that do not fit are named below the table; nothing of it is cut off.
     """
-    leading = [name for name in LEADING if name != "trajectory"]
-    metrics = [name for name in metric_columns(lines) if not _is_logarithm(name, lines[0])]
+    leading = [name for name in LEADING if name not in ("trajectory", "phase")]
+    metrics = [name for name in metric_columns(lines) if _is_shown(name, lines[0])]
     cells = {name: [_cell(name, line[name]) for line in lines] for name in (*leading, *metrics)}
     cells[SECONDS] = ["+".join(f"{line.get(f'{stage} s') or 0:.0f}" for stage in TIMED) for line in lines]
     shown, left_out = _fitting(cells, leading, metrics, width)
@@ -84,7 +86,7 @@ def _width(name: str, cells: Sequence[str]) -> int:
 
 def _heading(name: str) -> str:
     """A column's heading, of several short lines."""
-    metric = name.replace("token_perplexity", "ppl").replace(" before recovery", "/pruned")
+    metric = name.replace("token_perplexity", "ppl").replace(BEFORE_RECOVERY, "/pruned")
     return HEADINGS.get(name) or metric.replace("/", "\n").replace(",", "\n").replace("_", "\n")
 
 
@@ -96,7 +98,9 @@ def _cell(name: str, value: Any) -> str:
     return show(value)
 
 
-def _is_logarithm(name: str, line: Line) -> bool:
-    """Whether the metric only repeats a perplexity: its logarithm."""
+def _is_shown(name: str, line: Line) -> bool:
+    """Whether the metric is neither the logarithm of a perplexity, nor a score before recovery."""
     subject, _, measure = name.partition("/")
-    return measure.startswith("loss") and f"{subject}/token_perplexity" in line
+    if measure.startswith("loss") and f"{subject}/token_perplexity" in line:
+        return False
+    return is_perplexity(name) or not name.endswith(BEFORE_RECOVERY)

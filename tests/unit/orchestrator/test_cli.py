@@ -1,6 +1,7 @@
 """The single commands, and what all commands have in common."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,73 @@ def test_score_ranks_every_layer(place: Path) -> None:
     by_score = sorted(layers, key=lambda row: -row["score"])
     assert [row["remove"] for row in by_score] == [1, 2, 3, 4]
     assert f"{layers[0]['score']:.6f}" in iterabre(*arguments).out
+
+
+@pytest.fixture(scope="module")
+def own_code(place: Path) -> Path:
+    """A model that transformers opens by code that lies beside it."""
+    directory = place / "own-code"
+    shutil.copytree(place / "model", directory)
+    (directory / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    (directory / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    names = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
+    (directory / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+    return directory
+
+
+SINGLE_COMMANDS = {
+    "score": ("--criterion", "block_influence", "--json"),
+    "prune": ("--drop", "1", "--output"),
+    "evaluate": ("--probes", "arithmetic", "--limit", "2", "--json"),
+    "sweep": ("--probes", "arithmetic", "--limit", "2", "--layers", "1", "--json", "--output"),
+}
+
+
+@pytest.mark.parametrize("command", SINGLE_COMMANDS)
+def test_code_of_a_model_runs_only_where_it_is_trusted(
+    own_code: Path, place: Path, tmp_path: Path, command: str
+) -> None:
+    options = SINGLE_COMMANDS[command]
+    options = (*options, tmp_path / "out") if options[-1] == "--output" else options
+    refused = iterabre(command, "--model", own_code, *options)
+    assert refused.exit_code == 2, refused.err
+    assert "Traceback" not in refused.err
+    assert not (tmp_path / "out").exists()
+    trusted = iterabre(command, "--model", own_code, "--trust-remote-code", *options)
+    assert trusted.exit_code == 0, trusted.err
+    # The same weights in a model that needs no code.
+    again = (*options[:-1], tmp_path / "plain") if options[-1] == tmp_path / "out" else options
+    plain = iterabre(command, "--model", place / "model", *again)
+    assert trusted.out.replace("own-code", "model").replace("/out", "/plain") == plain.out
+
+
+@pytest.mark.parametrize("command", SINGLE_COMMANDS)
+def test_a_revision_of_what_is_no_hub_model_is_refused(place: Path, tmp_path: Path, command: str) -> None:
+    options = SINGLE_COMMANDS[command]
+    options = (*options, tmp_path / "out") if options[-1] == "--output" else options
+    answer = iterabre(command, "--model", place / "model", "--revision", "v2", *options)
+    assert answer.exit_code == 2
+    assert f"model '{place / 'model'}' lies on this machine and has no revision 'v2'" in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", SINGLE_COMMANDS)
+def test_a_hub_model_is_asked_for_at_its_revision(tmp_path: Path, command: str) -> None:
+    options = SINGLE_COMMANDS[command]
+    options = (*options, tmp_path / "out") if options[-1] == "--output" else options
+    answer = iterabre(command, "--model", "no-such-org/no-such-model", "--revision", "v2", *options)
+    assert answer.exit_code == 2
+    assert "model 'no-such-org/no-such-model' cannot be opened" in answer.err
 
 
 def test_score_with_a_criterion_that_needs_no_text(place: Path) -> None:

@@ -113,3 +113,22 @@ def test_a_failed_evaluation_is_tried_once_more_by_itself(plan: TrajectoryPlan, 
         else:
             stages.wait()
             assert measured(store) == {("dense", "arc/acc"): 0.8}
+
+
+def test_a_scheduler_hears_of_an_iteration_only_what_was_measured_of_it(
+    plan: TrajectoryPlan, tmp_path: Path
+) -> None:
+    backend, heard = SlowBackend(), []
+    backend.may_go_on.set()
+    stages = StoredStages(
+        plan,
+        Store(str(tmp_path / "runs")),
+        backend,
+        lambda _activity: None,
+        claims_of_one(),
+        on_iteration=lambda iteration, metrics: heard.append((iteration, dict(metrics))),
+    )
+    stages.evaluate(FIRST, plan.dense.without((2,)), "recovered")
+    stages.finish(FIRST)
+    stages.finish(IterationPlan(2, 1, 2, False, is_measured=False))
+    assert heard == [(1, {"arc/acc": 0.6})]

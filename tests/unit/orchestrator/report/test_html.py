@@ -100,6 +100,23 @@ def test_a_run_under_way_says_how_far_it_is(ledger: pa.Table, tmp_path: Path) ->
     assert "other failed: no &lt;place&gt;" in build_report(failed, tmp_path).read_text()
 
 
+def test_a_method_that_is_still_recovering_keeps_the_page_from_recommending(tmp_path: Path) -> None:
+    whole = sample_ledger(str(tmp_path / "ledger"), ("smol--a--seed0", "smol--b--seed0"))
+    field = pa.compute.field
+    last = (field("trajectory") == "smol--b--seed0") & (field("iteration") == 3)
+    under_way = whole.filter(~(last & (field("phase").isin(["recovered"]) | (field("stage") == "export"))))
+    page = _without_scripts(build_report(Source(under_way), tmp_path / "out").read_text())
+    assert "At 8 of 10 layers (127.4 M parameters, 5% fewer), take <strong>a</strong>" in page
+    assert (
+        "At 7 of 10 layers (123.9 M parameters, 8% fewer), no choice yet: b is not measured yet; "
+        "by wikitext2/token_perplexity: a (56.64)."
+    ) in page
+    rows = (tmp_path / "out/tables/iterations-smol--b.csv").read_text().splitlines()
+    cells = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
+    assert (cells["iteration"], cells["phase"], cells["blimp_sample/acc"]) == ("3", "pruned", "")
+    assert cells["blimp_sample/acc before recovery"] == "0.6"
+
+
 def test_charts_hold_the_numbers_of_the_ledger(ledger: pa.Table) -> None:
     figures = _figures(ledger)
     perplexity, accuracy = figures["performance"].panels

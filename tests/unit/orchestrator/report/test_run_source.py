@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from orchestrator.ledger import Ledger, Row
+from orchestrator.outcomes import TrajectoryOutcome, write_outcome
 from orchestrator.report.run_source import read_source
 from orchestrator.run_file import open_run
 from orchestrator.store import Store
@@ -14,7 +15,9 @@ EVALUATE = {"model": {"source": "aa"}, "perplexity": [{"name": "wikitext2", "dat
 
 def test_hashes_come_from_manifests_and_sweeps_from_their_directory(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "run"))
-    open_run(store, {"name": "demo"}, resume=False, planned={"t": 3})
+    planned = [{"trajectory": "t", "model": "smol", "method": "a", "depths": [9, 8, 7]}]
+    open_run(store, {"name": "demo"}, resume=False, planned={"t": 3}, trajectories=planned)
+    write_outcome(store, "gone", TrajectoryOutcome("stopped", "given up"))
     place = {"campaign": "demo", "trajectory": "t", "model": "smol", "method": "a", "seed": 0, "iteration": 1}
     rows = []
     for kind, inputs in (("score", SCORE), ("evaluate", EVALUATE)):
@@ -29,7 +32,7 @@ def test_hashes_come_from_manifests_and_sweeps_from_their_directory(tmp_path: Pa
     sweep.mkdir(parents=True)
     (sweep / "sweep.json").write_text('{"model": "smol"}')
     source = read_source(store)
-    assert source.planned == {"t": 3}
+    assert (source.planned, source.trajectories, source.given_up) == ({"t": 3}, planned, ["gone"])
     assert source.hashes == {
         "model smol": "aa",
         "calibration data of a": "bb",

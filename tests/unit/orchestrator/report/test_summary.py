@@ -1,8 +1,11 @@
 """The recommendation at each size: its uncertainty, and when it is none."""
 
+from dataclasses import replace
+
 import pytest
 
 from orchestrator.report.comparisons import Entry, entries
+from orchestrator.report.due import Due
 from orchestrator.report.measured import Measured, Number
 from orchestrator.report.summary import Choice, best_at_each_size, of_method, with_error
 
@@ -73,6 +76,40 @@ def test_methods_within_the_errors_of_both_are_not_told_apart(theirs: float, apa
 def test_equal_numbers_are_not_told_apart_even_where_the_seeds_agree() -> None:
     same = [_measured(method, seed, perplexity=(30.0, None)) for method in "ab" for seed in range(2)]
     assert _choice(*same).even == ("b (30 ± 0)",)
+
+
+def test_a_method_that_is_due_keeps_the_other_from_being_chosen() -> None:
+    found = entries([_measured("a", 0, perplexity=(30.0, None))])
+    later = Due("smol", "b", 9, reached=False, ended=False)
+    (choice,) = best_at_each_size(found, [later])
+    assert (choice.method, choice.due, choice.measured) == ("", ("b is not measured yet",), ("a (30)",))
+    (choice,) = best_at_each_size(found, [replace(later, ended=True)])
+    assert (choice.method, choice.due, choice.ended) == ("a", (), ("b",))
+    # At other depths, and of other sources, nothing is kept waiting.
+    for elsewhere in (replace(later, layers=8), replace(later, model="other")):
+        assert _choices(found, elsewhere)[9].method == "a"
+
+
+def test_a_method_of_which_a_seed_is_due_is_not_complete() -> None:
+    found = entries([_measured(method, 0, perplexity=(30.0, None)) for method in "ab"])
+    choice = _choices(found, Due("smol", "b", 9, reached=True, ended=False))[9]
+    assert choice.due == ("b is not measured yet with all seeds",)
+
+
+def test_a_method_without_the_deciding_metric_is_not_passed_over() -> None:
+    found = entries([_measured("a", 0, perplexity=(30.0, None)), _measured("b", 0, accuracy=(0.5, 0.1))])
+    assert _choices(found)[9].due == (f"b is not measured yet by {PERPLEXITY}",)
+
+
+def test_depths_that_are_pruned_and_not_measured_are_told() -> None:
+    dense = Measured("a-0", "smol", "a", 0, 0, "dense", 10, 1100, {PERPLEXITY: Number(20.0, None, "key")})
+    due = Due("smol", "a", 9, reached=True, ended=False)
+    (choice,) = best_at_each_size(entries([dense]), [due, replace(due, layers=8, reached=False)])
+    assert (choice.size, choice.due) == ("9 of 10 layers", ("a is not measured yet",))
+
+
+def _choices(found: list[Entry], *due: Due) -> dict[int, Choice]:
+    return {int(choice.size.split()[0]): choice for choice in best_at_each_size(found, due)}
 
 
 def test_a_method_s_sentence_has_the_same_error() -> None:

@@ -1,11 +1,12 @@
 """The iteration table says what the ledger says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from orchestrator.ledger import SCHEMA, Ledger, Row
-from orchestrator.report.tables import iteration_table, latex, markdown, metric_columns, show
+from orchestrator.report.tables import before, iteration_table, latex, markdown, metric_columns, show
 from tests.unit.orchestrator.report.sample_run import sample_ledger
 
 
@@ -31,15 +32,30 @@ def test_keys_are_the_same_in_every_line(tmp_path: Path) -> None:
     assert metric_columns(lines) == [
         "wikitext2/token_perplexity before recovery",
         "wikitext2/token_perplexity",
+        "blimp_sample/acc before recovery",
         "blimp_sample/acc",
     ]
 
 
-def test_without_recovery_the_pruned_accuracy_is_shown(tmp_path: Path) -> None:
+def test_what_was_measured_before_recovery_never_stands_for_the_recovered_model(tmp_path: Path) -> None:
     source = {"campaign": "c", "trajectory": "t", "model": "m", "method": "x", "seed": 0, "key": "k"}
-    row = Row(**source, iteration=1, stage="evaluate", phase="pruned", metric="blimp/acc", value=0.5)  # type: ignore[arg-type]
-    Ledger(str(tmp_path)).append("a", [row])
-    assert iteration_table(Ledger(str(tmp_path)).read())[0]["blimp/acc"] == 0.5
+    measured = {"blimp/acc": 0.5, "text/token_perplexity": 40.0, "text/loss_nats": 3.7}
+    rows = [
+        Row(**source, iteration=1, stage="evaluate", phase="pruned", metric=name, value=value)  # type: ignore[arg-type]
+        for name, value in measured.items()
+    ]
+    ledger = Ledger(str(tmp_path))
+    ledger.append("1-evaluate-pruned", rows)
+    (line,) = iteration_table(ledger.read())
+    assert line["phase"] == "pruned"
+    assert {name: line[name] for name in measured} == dict.fromkeys(measured)
+    assert {name: line[before(name)] for name in measured} == measured
+    recovered = [replace(row, phase="recovered", value=row.value / 2) for row in rows]
+    ledger.append("1-evaluate-recovered", recovered)
+    (line,) = iteration_table(ledger.read())
+    assert line["phase"] == "recovered"
+    assert {name: line[name] for name in measured} == {name: value / 2 for name, value in measured.items()}
+    assert {name: line[before(name)] for name in measured} == measured
 
 
 def test_empty_ledger_gives_empty_tables() -> None:

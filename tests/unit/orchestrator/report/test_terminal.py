@@ -39,6 +39,15 @@ def test_metrics_that_do_not_fit_are_named(lines: list[dict]) -> None:
     assert "not shown" not in _shown(lines, 120)
 
 
+def test_a_score_that_recovery_may_still_change_is_not_shown(lines: list[dict]) -> None:
+    accuracy, pruned = "blimp_sample/acc", "blimp_sample/acc before recovery"
+    under_way = lines[1] | {"phase": "pruned", accuracy: None, pruned: 0.6123}
+    shown = _shown([lines[0], under_way], 120)
+    assert "0.6123" not in shown
+    assert "0.78" in shown
+    assert "–" in shown.splitlines()[-1]
+
+
 def test_numbers_have_sensible_digits(lines: list[dict]) -> None:
     line = lines[1] | {"parameters": 134_515_008, "dropped": (4, 7, 9), "dropped score": (0.91234, 0.8, 0.7)}
     shown = _shown([line], 120)
