@@ -62,6 +62,8 @@ class ModelSpec:
     dtype: str = "float32"
     revision: str | None = None
     trust_remote_code: bool = False
+    contents: str | None = field(default=None, compare=False)
+    """Hash of the model's files as `describe_model` found them; if it is given, they must still be those."""
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,10 @@ class TrajectoryPlan:
     def recovery_spec(self, model: ModelRef, data: TextSpec | None = None) -> RecoverySpec:
         """What to ask of recovery for the pruned `model`, on `data` if it is not the configured text."""
         spec = recovery_spec(model, self.method, self.seed, self.deepspeed)
+        if spec.teacher is not None:
+            # The described one is equal, and knows the hash of its files.
+            described = next((model for model in self.fingerprints if model == spec.teacher), spec.teacher)
+            spec = replace(spec, teacher=described)
         return replace(spec, data=data or self.recovery_text)
 
     def evaluation_spec(self, model: ModelRef) -> EvaluationSpec:

@@ -13,7 +13,7 @@ from actors.models import any_layers, check_prunable, describe_model, load_token
 from actors.models.licence import origin
 from actors.models.merge import MERGES
 from actors.recovery import check_data, check_recovery, find_objective
-from actors.scoring import find_criterion
+from actors.scoring import check_calibration, find_criterion
 from orchestrator.config import CampaignConfig, MethodConfig, SearchConfig, with_absolute_paths
 from orchestrator.errors import RequestError, unknown_name
 from orchestrator.grid import check_exclusions, trajectories_of
@@ -55,7 +55,8 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     found = {text: info.spec for text, info in texts.items()}
     evaluations = {name: _with_fingerprints(spec, found) for name, spec in evaluations.items()}
     fingerprints: dict[TextSpec | ModelSpec, str] = {spec: text.fingerprint for spec, text in texts.items()}
-    fingerprints |= {teacher: describe_model(teacher).fingerprint for teacher in _teachers(methods)}
+    teachers = [describe_model(teacher) for teacher in _teachers(methods)]
+    fingerprints |= {teacher.spec: teacher.fingerprint for teacher in teachers}
     trajectories = tuple(
         TrajectoryPlan(
             id=trajectory_id,
@@ -83,6 +84,8 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     if not trajectories:
         raise RequestError("`exclude` leaves nothing to run; take an entry out")
     _check_prunable(trajectories)
+    for score in {trajectory.score_spec(trajectory.dense) for trajectory in trajectories}:
+        check_calibration(score)
     for trajectory in trajectories:
         _check_recovery(trajectory, config.execution.training.workers)
     _check_search(config.search, evaluations.values())

@@ -2,7 +2,7 @@ from .adapter_deltas import Deltas, add_deltas, join_deltas, read_deltas
 from .chain import device, load_source, materialize, prune_to
 from .export import export_model, save_pretrained
 from .families import depth, find_layers, text_config
-from .load import check_revision, describe_model, load_model, load_tokenizer
+from .load import check_revision, describe_model, load_model, load_tokenizer, open_model
 from .removable import any_layers, check_prunable, choose_removable, removable_layers
 from .replay import LayerwisePass
 from .sharded import prune_checkpoint
@@ -43,6 +43,7 @@ __all__ = [
     "load_streamed",
     "load_tokenizer",
     "materialize",
+    "open_model",
     "prune_checkpoint",
     "removable_layers",
     "prune_to",

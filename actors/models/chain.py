@@ -21,7 +21,7 @@ from actors.artifacts import fetch
 from actors.contracts import ArtifactRef, ModelRef
 from actors.models.adapter_deltas import ADAPTER_WEIGHTS, Deltas, add_deltas, plain_deltas
 from actors.models.families import depth, find_layers
-from actors.models.load import load_model
+from actors.models.load import open_model
 from actors.models.merge import merge_blocks
 from actors.models.subblocks import SUB_BLOCKS, empty_sub_blocks
 from actors.models.surgery import remove_layers
@@ -38,13 +38,7 @@ def materialize(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 def load_source(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The unpruned model that `ref` starts from, and its tokenizer."""
-    source = ref.source
-    return load_model(
-        source.path,
-        dtype=source.dtype,
-        revision=source.revision,
-        trust_remote_code=source.trust_remote_code,
-    )
+    return open_model(ref.source)
 
 
 def prune_to(model: PreTrainedModel, ref: ModelRef) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +48,8 @@ QUANTIZED = ("quantization_config", "compression_config")
 """Config fields by which transformers quantises a model as it loads it."""
 
 REMEDY = "Give a hub id that this machine can reach, a local directory, or a .gguf file"
+
+Stamp = tuple[tuple[str, int, int, int, int], ...]
 
 NO_LANGUAGE_MODEL = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|MaskedLM)$")
 """Architectures whose weights lack the head of a causal language model."""
@@ -167,17 +170,18 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
     load_tokenizer(spec)
     config = load_config(spec)
     model = empty_model(spec, config)
+    contents = _contents(spec)
     with _opening(spec, "its config.json"):
         blocks = find_layers(model).modules
         decoder = text_config(config)
         hidden_size, heads = _number(decoder, "hidden_size"), _number(decoder, "num_attention_heads") or 1
         return ModelInfo(
-            spec=spec,
+            spec=replace(spec, contents=digest(contents)),
             model_type=config.model_type,
             num_layers=depth(config),
             num_parameters=model.num_parameters(),
             vocab_size=decoder.vocab_size,
-            fingerprint=model_fingerprint(spec),
+            fingerprint=digest([*contents, spec.dtype]),
             block_parameters=tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks),
             hidden_size=hidden_size,
             attention_width=heads * (_number(decoder, "head_dim") or hidden_size // heads),
@@ -197,20 +201,28 @@ def model_checkpoint(spec: ModelSpec) -> Checkpoint:
     """Return the headers of the model's weights, once they are checked against its config.json.
 
     Raises:
-        RequestError: as `read_checkpoint` and `check_complete`.
+        RequestError: as `read_checkpoint` and `check_complete`, or the files are no longer
+            those of `spec.contents`.
     """
     directory = snapshot(spec)
+    if spec.contents is not None and digest(_contents(spec)) != spec.contents:
+        raise RequestError(
+            f"model {spec.path!r} was changed after this run had read it: its files are not those that the "
+            "run's results are of; put them back and continue with --resume, or start another run"
+        )
+    return _checked_checkpoint(spec, directory, _stamp(spec, directory))
+
+
+def _stamp(spec: ModelSpec, directory: Path) -> Stamp:
+    """Return names, sizes and times of the files that make the model, which change when it does."""
     with _opening(spec, "its files"):
-        files = sorted(file for file in directory.iterdir() if file.is_file())
-        states = [(file, file.stat()) for file in files]
-    stamp = tuple((f.name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in states)
-    return _checked_checkpoint(spec, directory, stamp)
+        files = [file for file in directory.iterdir() if file.suffix in MODEL_FILES and file.is_file()]
+        states = [(file.name, file.stat()) for file in sorted(files)]
+    return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in states)
 
 
 @lru_cache(maxsize=16)
-def _checked_checkpoint(
-    spec: ModelSpec, directory: Path, _stamp: tuple[tuple[object, ...], ...]
-) -> Checkpoint:
+def _checked_checkpoint(spec: ModelSpec, directory: Path, _stamp: Stamp) -> Checkpoint:
     """Read and check headers, once for as long as no file changes."""
     config = load_config(spec)
     with _opening(spec, "its weights"):
@@ -367,11 +379,16 @@ def _package_file(path: str) -> Path:
     return file
 
 
-def model_fingerprint(spec: ModelSpec) -> str:
-    """Return a hash that weights, configuration and tokenizer change; a hub model's is of its commit."""
+def _contents(spec: ModelSpec) -> list[Any]:
+    """Return what changes with weights, configuration and tokenizer: the files' hashes, or a commit."""
     directory = snapshot(spec, weights=False)
     if not Path(resolve(spec)).is_dir():
-        return digest(["hub", spec.path, directory.name, spec.dtype])
+        return ["hub", spec.path, directory.name]
+    return ["files", _hashes(spec, directory, _stamp(spec, directory))]
+
+
+@lru_cache(maxsize=16)
+def _hashes(spec: ModelSpec, directory: Path, stamp: Stamp) -> list[tuple[str, str]]:
+    """Hash the model's files, once for as long as none changes."""
     with _opening(spec, "its files"):
-        files = sorted(file for file in directory.iterdir() if file.suffix in MODEL_FILES and file.is_file())
-        return digest(["files", [(file.name, file_sha256(file)) for file in files], spec.dtype])
+        return [(name, file_sha256(directory / name)) for name, *_ in stamp]

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contracts import ModelSpec, RecoverySpec
 from actors.errors import RequestError
-from actors.models import depth, device, find_layers, load_model, load_source, materialize, save_weights
+from actors.models import depth, device, find_layers, load_source, materialize, open_model, save_weights
 from actors.models.chain import rename_layers
 from actors.recovery.adapters import attach_adapters, check_adapter, new_adapter, save_adapter
 from actors.recovery.overrides import is_shareable
@@ -107,12 +107,7 @@ def source_named(model: PreTrainedModel, source_layers: tuple[int, ...] | None) 
 
 
 def _taught_by(spec: RecoverySpec, teacher: ModelSpec) -> tuple[Pair, PreTrainedTokenizerBase]:
-    model, theirs = load_model(
-        teacher.path,
-        dtype=teacher.dtype,
-        revision=teacher.revision,
-        trust_remote_code=teacher.trust_remote_code,
-    )
+    model, theirs = open_model(teacher)
     pair, ours = _own_student(spec, model.to(device()).requires_grad_(False), spec.teacher_layers)
     if ours.get_vocab() != theirs.get_vocab():
         raise RequestError(

@@ -21,8 +21,10 @@ from actors.models import (
     load_streamed,
     load_tokenizer,
     materialize,
+    text_config,
 )
 from actors.models.load import load_config
+from actors.models.tokens import check_token_ids, largest_id
 from actors.scoring.budget import GIB
 from actors.scoring.criteria import find_criterion, removal_order
 from actors.scoring.measures import Calibration
@@ -143,9 +145,11 @@ class Scorer:
             return []
         text = self.spec.calibration
         tokenizer = load_tokenizer(self.spec.model.source)
-        return calibration_sequences(
+        sequences = calibration_sequences(
             load_texts(text), tokenizer, self.spec.sequence_length, self.spec.max_sequences, repr(text.name)
         )
+        check_token_ids(sequences, tokenizer, text_config(load_config(self.spec.model.source)).vocab_size)
+        return sequences
 
     @cached_property
     def source_layers(self) -> tuple[int, ...]:
@@ -291,6 +295,19 @@ class ScoreTable:
         passed = torch.arange(num_layers - 1, -1, -1) + (scorer.spec.granularity != BLOCK)
         unseen = int((~self._known.any(1)).sum())
         return int((~self._known * passed)[:, list(scorer.candidates)].sum()) + unseen * num_layers
+
+
+def check_calibration(spec: ScoreSpec) -> None:
+    """Check that the model has a row for every token of its calibration text.
+
+    Only a tokenizer that could give others is asked to read the text.
+
+    Raises:
+        RequestError: it has not; names the token.
+    """
+    source = spec.model.source
+    if largest_id(load_tokenizer(source)) >= text_config(load_config(source)).vocab_size:
+        _ = Scorer(spec).sequences
 
 
 def conduct(
