@@ -19,7 +19,7 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 _FOURTH_FULL = [_SLIDING] * 3 + [_FULL]
 
 CHANGED: dict[str, dict[str, Any]] = {family: {"num_hidden_layers": 4} for family in FAMILIES} | {
-    "gpt2": {"n_layer": 4},
+    "gpt2": {"n_layer": 4, "num_hidden_layers": 4},
     "qwen2": {"num_hidden_layers": 4, "max_window_layers": 1},
     "gemma3_text": {"num_hidden_layers": 4, "sliding_window_pattern": 4, "layer_types": _FOURTH_FULL},
     "cohere2": {"num_hidden_layers": 4, "sliding_window_pattern": 4, "layer_types": _FOURTH_FULL},
