@@ -24,7 +24,6 @@ from actors.contracts import ExportResult, ExportSpec, ModelRef
 from actors.models.chain import emptied_layers, materialize
 from actors.models.exported_config import (
     Json,
-    add_older_fields,
     decoder_part,
     exported_config,
     shifted_fields,
@@ -145,7 +144,6 @@ def write_config(
     """
     fields, before, after = _descriptions(model, source, kept)
     exported = exported_config(fields, before, after, kept)
-    add_older_fields(exported)
     for name in ("quantization_config", "transformers_weights"):
         exported.pop(name, None)
     if source is None or not source.with_code:
