@@ -156,7 +156,7 @@ def write_config(
         (directory / CONFIG).write_bytes((source.directory / CONFIG).read_bytes())
     else:
         write_json(directory / CONFIG, exported)
-    shifted = shifted_fields(fields, before, after)
+    shifted = shifted_fields(fields, exported, before, after)
     if not shifted:
         return None
     note = SHIFTED.format(fields=", ".join(shifted), family=after.model_type)

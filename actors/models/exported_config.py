@@ -98,10 +98,15 @@ def decoder_part(fields: Json, config: PretrainedConfig) -> Json:
     return fields
 
 
-def shifted_fields(source: Mapping[str, Any], before: PretrainedConfig, after: PretrainedConfig) -> list[str]:
+def shifted_fields(
+    source: Mapping[str, Any], exported: Json, before: PretrainedConfig, after: PretrainedConfig
+) -> list[str]:
     """Return the per-layer fields that the family computes from a layer's index, but no longer right."""
     shifted = []
-    rule = _computed_lists(source, before, after)
+    by_index = copy.deepcopy(exported)
+    old, new = decoder_part(dict(source), before), decoder_part(by_index, after)
+    new |= {name: old[name] for name in PERIODS & old.keys()}
+    rule = _computed_lists(by_index, before, after)
     for name, was in _computed_lists(source, before, before).items():
         follows = was is not None and was == _listed(before).get(name)
         if follows and rule.get(name) != _listed(after).get(name):
@@ -122,7 +127,10 @@ def _add_older_fields(fields: Json, config: PretrainedConfig) -> None:
     for part in (completed, *completed.values()):
         if isinstance(part, dict):
             _name_for_4(part)
-    read = _values(_read(completed, config))
+    try:
+        read = _values(_read(completed, config))
+    except UNREADABLE:
+        return
     if all(read.get(name) == value for name, value in _values(_read(fields, config)).items()):
         fields |= completed
 
@@ -170,7 +178,12 @@ def _values(config: PretrainedConfig) -> Json:
 
 
 def _read(fields: Mapping[str, Any], config: PretrainedConfig) -> PretrainedConfig:
-    return type(config).from_dict(copy.deepcopy(dict(fields)))
+    """Return what transformers reads of a config.json, in which it spells infinity as a mapping."""
+
+    def number(mapping: Json) -> Any:
+        return float(mapping["__float__"]) if mapping.keys() == {"__float__"} else mapping
+
+    return type(config).from_dict(json.loads(json.dumps(fields), object_hook=number))
 
 
 def _listed(config: PretrainedConfig) -> dict[str, list[Any]]:

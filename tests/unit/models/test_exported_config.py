@@ -47,7 +47,7 @@ CHANGED: dict[str, dict[str, Any]] = {family: {"num_hidden_layers": 4} for famil
 def _source(family: str) -> dict[str, Any]:
     """A config.json as transformers 4 writes it, in no order of the alphabet."""
     head = {"model_type": family, "torch_dtype": "bfloat16", "transformers_version": "4.57.6"}
-    return copy.deepcopy(head | SIZES | FAMILIES[family])
+    return copy.deepcopy(head | SIZES | FAMILIES.get(family, {}))
 
 
 def _read(fields: dict[str, Any]) -> PretrainedConfig:
@@ -167,6 +167,7 @@ def test_a_depth_told_twice_is_changed_twice() -> None:
         ("gemma3_text", KEPT, ["layer_types"]),
         ("smollm3", KEPT, ["no_rope_layers"]),
         ("llama", (0, 5), []),
+        ("deepseek_v32", (0, 3, 4), []),
         ("qwen3_moe", (1, 2, 4), []),
     ],
 )
@@ -175,4 +176,21 @@ def test_layers_that_move_off_the_rule_of_their_family_are_told(
 ) -> None:
     source = _source(family)
     before = _read(source)
-    assert shifted_fields(source, before, pruned_config(before, kept)) == shifted
+    assert shifted_fields(source, _exported(source, kept), before, pruned_config(before, kept)) == shifted
+
+
+def test_numbers_that_json_does_not_have_stay() -> None:
+    source = _source("mamba2") | {
+        "num_heads": 8,
+        "head_dim": 8,
+        "time_step_limit": [0.0, {"__float__": "Infinity"}],
+    }
+    source |= {"state_size": 8, "n_groups": 1, "expand": 2}
+    read = _read(source | {"time_step_limit": [0.0, float("inf")]})
+    exported = exported_config(source, read, pruned_config(read, KEPT), KEPT)
+    assert _difference(source, exported) == {"num_hidden_layers": 4}
+
+
+def test_the_rules_of_rotary_positions_that_4_does_not_know_are_left_alone() -> None:
+    source = json.loads(_read(_source("gemma4_text")).to_json_string())
+    assert not _exported(source).keys() & {"rope_theta", "rope_scaling"}
