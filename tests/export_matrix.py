@@ -1,9 +1,9 @@
 """Tiny models of many families, made and opened by whatever transformers this process imports.
 
 `python -m tests.export_matrix make DIR` saves one of each family under DIR; `... logits DIR OUT` writes the
-logits and the tokens of a sentence that each directory under DIR gives; `... perplexity MODEL OUT` that of the
-built-in test text. Run with transformers 4 before the
-installed one on PYTHONPATH, they tell what that version writes and reads.
+logits and the tokens of a sentence that each directory under DIR gives, `... perplexity MODEL OUT` the
+perplexity of the built-in test text. Run with transformers 4 before the installed one on PYTHONPATH, they
+tell what that version writes and reads.
 """
 
 import math

@@ -24,7 +24,6 @@ from actors.contracts import ExportResult, ExportSpec, ModelRef
 from actors.models.chain import emptied_layers, materialize
 from actors.models.exported_config import (
     Json,
-    add_older_fields,
     decoder_part,
     exported_config,
     shifted_fields,
@@ -32,7 +31,6 @@ from actors.models.exported_config import (
 from actors.models.families import depth, find_layers, text_config
 from actors.models.gguf_file import drop_quantization
 from actors.models.licence import licence_files
-from actors.models.load import DTYPES
 from actors.models.source_files import (
     CONFIG,
     GENERATION_CONFIG,
@@ -146,20 +144,19 @@ def write_config(
     """
     fields, before, after = _descriptions(model, source, kept)
     exported = exported_config(fields, before, after, kept)
-    add_older_fields(exported)
     for name in ("quantization_config", "transformers_weights"):
         exported.pop(name, None)
-    if source is None or not source.with_code:
+    if not (_is_custom(model) if source is None else source.with_code):
         drop_code(exported)
     if dtype is not None:
-        _set_dtype(exported, next(name for name, known in DTYPES.items() if known == dtype))
+        _set_dtype(exported, str(dtype).removeprefix("torch."))
     if architecture is not None and architecture not in (exported.get("architectures") or ()):
         exported["architectures"] = [architecture]
     if source is not None and exported == source.config_json():
         (directory / CONFIG).write_bytes((source.directory / CONFIG).read_bytes())
     else:
         write_json(directory / CONFIG, exported)
-    shifted = shifted_fields(fields, before, after)
+    shifted = shifted_fields(fields, exported, before, after)
     if not shifted:
         return None
     note = SHIFTED.format(fields=", ".join(shifted), family=after.model_type)
@@ -197,13 +194,18 @@ def _files_of(model: PreTrainedModel) -> SourceFiles | None:
     """Return the files that `model` was read from, None if they are not on this machine."""
     if not (name := model.name_or_path):
         return None
-    with_code = type(model).__module__.startswith("transformers_modules.")
+    with_code = _is_custom(model)
     try:
         directory = Path(name if Path(name).is_dir() else snapshot_download(name, local_files_only=True))
         config = AutoConfig.from_pretrained(directory, trust_remote_code=with_code)
     except (OSError, ValueError):
         return None
     return SourceFiles(directory, config, with_code)
+
+
+def _is_custom(model: PreTrainedModel) -> bool:
+    """Whether the model's class comes from code that its repository brought."""
+    return type(model).__module__.startswith("transformers_modules.")
 
 
 def _write_generation_config(model: PreTrainedModel, directory: Path, source: SourceFiles | None) -> None:

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
-from actors.models.families import kept_fields, text_config
+from actors.models.families import MTP_COUNTS, kept_fields, text_config
 
 Json = dict[str, Any]
 
@@ -38,23 +39,17 @@ PERIODS = frozenset(
 )
 """Fields from which a reader computes the kinds of all layers if no list tells them."""
 
-OLDER_ROPE = frozenset(
-    {
-        "global_rope_theta",
-        "local_rope_theta",
-        "rope_local_base_freq",
-        "rope_scaling",
-        "rope_theta",
-        "rotary_emb_base",
-        "rotary_pct",
-    }
-)
-"""Fields that transformers 5 has replaced by `rope_parameters`."""
-
 OLDER_NAMES = {"qwen3_moe": {"num_experts": "num_local_experts"}}
 """Fields that transformers 5 writes under a name that transformers 4 does not know, by model type."""
 
-UNREADABLE = (ValueError, TypeError, AttributeError, ArithmeticError, LookupError)
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    LookupError,
+    StrictDataclassError,
+)
 """What configurations raise at fields that do not suit each other."""
 
 
@@ -80,9 +75,14 @@ def exported_config(
     _shorten(decoder_part(exported, after), before, after, kept)
     if kept is None:
         _write(exported, _values(before), _values(after), after, add=False)
-    _complete(exported, after)
-    _mend_periods(exported, before, after, kept)
-    _complete(exported, after)
+    try:
+        _complete(exported, after)
+        _mend_periods(exported, before, after, kept)
+        _complete(exported, after)
+    except UNREADABLE:
+        # Fields of an older version that no rule here shortens: better another spelling than a wrong one.
+        exported = json.loads(after.to_json_string())
+    _add_older_fields(exported, after)
     return exported
 
 
@@ -98,10 +98,15 @@ def decoder_part(fields: Json, config: PretrainedConfig) -> Json:
     return fields
 
 
-def shifted_fields(source: Mapping[str, Any], before: PretrainedConfig, after: PretrainedConfig) -> list[str]:
+def shifted_fields(
+    source: Mapping[str, Any], exported: Json, before: PretrainedConfig, after: PretrainedConfig
+) -> list[str]:
     """Return the per-layer fields that the family computes from a layer's index, but no longer right."""
     shifted = []
-    rule = _computed_lists(source, before, after)
+    by_index = copy.deepcopy(exported)
+    old, new = decoder_part(dict(source), before), decoder_part(by_index, after)
+    new |= {name: old[name] for name in PERIODS & old.keys()}
+    rule = _computed_lists(by_index, before, after)
     for name, was in _computed_lists(source, before, before).items():
         follows = was is not None and was == _listed(before).get(name)
         if follows and rule.get(name) != _listed(after).get(name):
@@ -109,20 +114,34 @@ def shifted_fields(source: Mapping[str, Any], before: PretrainedConfig, after: P
     return shifted
 
 
-def add_older_fields(fields: Json) -> None:
-    """Add to a config.json that transformers 5 wrote what transformers 4 reads in its place."""
+def _add_older_fields(fields: Json, config: PretrainedConfig) -> None:
+    """Add to a config.json that transformers 5 wrote what transformers 4 reads in its place.
+
+    Fields by which transformers 5 itself would read the file otherwise are left out: its new families
+    have some of the same names.
+    """
     written_by_5 = str(fields.get("transformers_version", "")).partition(".")[0] not in ("", *"01234")
     if written_by_5 and isinstance(fields.get("dtype"), str):
         fields.setdefault("torch_dtype", fields["dtype"])
-    for older, name in OLDER_NAMES.get(str(fields.get("model_type")), {}).items():
-        if name in fields:
-            fields.setdefault(older, fields[name])
-    rope = fields.get("rope_parameters")
-    if isinstance(rope, dict) and not OLDER_ROPE & fields.keys():
-        fields |= _older_rope(rope, str(fields.get("model_type", "")))
-    for part in fields.values():
-        if isinstance(part, dict) and "model_type" in part:
-            add_older_fields(part)
+    completed = copy.deepcopy(fields)
+    for part in (completed, *completed.values()):
+        if isinstance(part, dict):
+            _name_for_4(part)
+    try:
+        read = _values(_read(completed, config))
+    except UNREADABLE:
+        return
+    if all(read.get(name) == value for name, value in _values(_read(fields, config)).items()):
+        fields |= completed
+
+
+def _name_for_4(fields: Json) -> None:
+    model_type = str(fields.get("model_type"))
+    older = {old: fields[new] for old, new in OLDER_NAMES.get(model_type, {}).items() if new in fields}
+    if isinstance(rope := fields.get("rope_parameters"), dict):
+        older |= _older_rope(rope, model_type)
+    for name, value in older.items():
+        fields.setdefault(name, value)
 
 
 def _older_rope(rope: Json, model_type: str) -> Json:
@@ -159,7 +178,12 @@ def _values(config: PretrainedConfig) -> Json:
 
 
 def _read(fields: Mapping[str, Any], config: PretrainedConfig) -> PretrainedConfig:
-    return type(config).from_dict(copy.deepcopy(dict(fields)))
+    """Return what transformers reads of a config.json, in which it spells infinity as a mapping."""
+
+    def number(mapping: Json) -> Any:
+        return float(mapping["__float__"]) if mapping.keys() == {"__float__"} else mapping
+
+    return type(config).from_dict(json.loads(json.dumps(fields), object_hook=number))
 
 
 def _listed(config: PretrainedConfig) -> dict[str, list[Any]]:
@@ -181,6 +205,10 @@ def _shorten(
     """Rewrite what the file itself has for each layer, under the names and values of its own version."""
     num_layers = text_config(before).num_hidden_layers
     every = range(num_layers)
+    beyond = max((fields[name] for name in MTP_COUNTS if isinstance(fields.get(name), int)), default=0)
+    for name in _listed(before).keys() & fields.keys():
+        if isinstance(fields[name], list) and len(fields[name]) == num_layers + beyond:
+            fields[name] = fields[name][:num_layers]  # the rest tells of multi-token prediction
     per_layer = kept_fields(SimpleNamespace(**fields | {"num_hidden_layers": num_layers}), kept or every)
     per_layer |= {
         name: "".join(value[layer] for layer in kept or every)
