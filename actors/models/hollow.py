@@ -13,7 +13,7 @@ from actors.models.surgery import read_back, remove_layers, traits
 
 
 def hollow_model(model: PreTrainedModel, draw: Callable[[torch.Size], Tensor]) -> PreTrainedModel:
-    """Build the float32 model of `model`'s config, on the CPU, with the parameters that `draw` gives by shape.
+    """Build the float32 model of `model`'s config, on the CPU, with parameters that `draw` gives by shape.
 
     They may overlap in memory: a view that repeats its values costs nothing.
     """
