@@ -19,7 +19,6 @@ def hollow_model(model: PreTrainedModel, draw: Callable[[torch.Size], Tensor]) -
     """
     config = read_back(model.config)
     config.dtype = torch.float32
-    config._attn_implementation = model.config._attn_implementation
     with init_empty_weights(include_buffers=False):
         hollow = type(model)(config).eval()
     # The grouped matrix product of experts takes no weights that overlap.
