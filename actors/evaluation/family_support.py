@@ -8,7 +8,7 @@ Shape letters: Q tokens of a row, D hidden, V vocabulary.
 
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,7 +29,13 @@ PROBE = [[3, 5, 7, 9, 4, 6, 8], [3, 5, 7, 9, 4, 6, 10, 12], [3, 5, 7, 9, 6, 3], 
 TOLERANCE = torch.finfo(torch.float32).eps ** 0.5
 """Difference, relative to the norm, up to which two results are the same but for rounding."""
 
-REFUSALS = (AttributeError, ImportError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+MASKABLE = (None, "eager", "sdpa")
+"""Attention implementations that go by the mask they are given; None where a family has but its own."""
+
+REFUSALS = (
+    AssertionError, AttributeError, ImportError, IndexError, KeyError, OSError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 """What a family raises that cannot be built from its config alone, or makes its own masks."""
 
 
@@ -53,10 +59,11 @@ _KNOWN: dict[tuple[type[PreTrainedModel], str], FamilySupport] = {}
 def family_support(model: PreTrainedModel) -> FamilySupport:
     """Return what the family of `model` supports; its weights and their type do not matter."""
     described = {k: v for k, v in model.config.to_dict().items() if k not in ("dtype", "_name_or_path")}
-    described["attention"] = model.config._attn_implementation
     key = (type(model), json.dumps(described, sort_keys=True, default=str))
     if key not in _KNOWN:
         _KNOWN[key] = _try_out(model)
+    if model.config._attn_implementation not in MASKABLE:
+        return replace(_KNOWN[key], most_nodes=0)
     return _KNOWN[key]
 
 

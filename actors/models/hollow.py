@@ -13,13 +13,12 @@ from actors.models.surgery import read_back, remove_layers, traits
 
 
 def hollow_model(model: PreTrainedModel, draw: Callable[[torch.Size], Tensor]) -> PreTrainedModel:
-    """Build the float32 model of `model`'s config, on the CPU, with the parameters that `draw` gives by shape.
+    """Build the float32 model of `model`'s config, on the CPU, with parameters that `draw` gives by shape.
 
     They may overlap in memory: a view that repeats its values costs nothing.
     """
     config = read_back(model.config)
     config.dtype = torch.float32
-    config._attn_implementation = model.config._attn_implementation
     with init_empty_weights(include_buffers=False):
         hollow = type(model)(config).eval()
     # The grouped matrix product of experts takes no weights that overlap.

@@ -35,6 +35,7 @@ MEANINGS: tuple[tuple[str, str], ...] = (
         r".*/acc",
         "Share of questions whose right answer is the likeliest; chance is one over the number of answers.",
     ),
+    (r".*/ties", "Questions whose likeliest answer is exactly as likely as another: their order decides."),
     (r".*/acc_norm", "As acc, with likelihoods divided by the answers' length in bytes."),
     (r".*/exact_match.*", "Share of questions whose written answer is exactly the expected one."),
     (r".*/pass_at_1|.*/pass@1", "Share of programming tasks whose first attempt passes all tests."),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from actors.errors import WorkError
 from actors.evaluation import loglikelihood, prefix_tree
@@ -14,7 +14,7 @@ from actors.evaluation.family_support import family_support
 from actors.evaluation.harness import PrefixTreeLM
 from actors.evaluation.loglikelihood import LikelihoodModel, Scored
 from actors.evaluation.prefix_tree import plant
-from tests.decoder_zoo import tiny_decoder
+from tests.decoder_zoo import tiny_decoder_config
 from tests.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 MAX_LENGTH = 64
@@ -145,10 +145,14 @@ def test_half_precision_numbers_are_those_of_hflm_with_a_float32_softmax() -> No
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["qwen3_next", "olmo_hybrid", "lfm2"])
+@pytest.mark.parametrize("family", ["qwen3_next", "olmo_hybrid", "lfm2", "jamba"])
 def test_a_hybrid_is_refused_in_any_type(family: str, dtype: torch.dtype) -> None:
-    """Layers that carry a state along a row mix the branches of a tree by less than bfloat16 shows."""
-    model = tiny_decoder(family).to(dtype)
+    """Layers that carry a state along a row mix the branches of a tree, here by less than rounding shows."""
+    config = tiny_decoder_config(family)
+    config.initializer_range = 0.02
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval().to(dtype)
     likelihoods, requests = LikelihoodModel(model, batch_tokens=1), _token_requests(8)
     assert likelihoods.most_nodes == 0
     for request, (found, _) in zip(requests, likelihoods.loglikelihoods(requests), strict=True):

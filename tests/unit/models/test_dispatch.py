@@ -9,13 +9,15 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from actors.evaluation.generation import respond
+from actors.evaluation.harness import answering, evaluate_tasks
 from actors.evaluation.loglikelihood import LikelihoodModel, Scored
 from actors.evaluation.perplexity import token_perplexity
 from actors.models import LayerwisePass, find_layers
 from actors.models.dispatch import input_device, loaded_weights
 from actors.models.head import LogitHead
 from actors.scoring import score_layers
-from tests.tiny_models import tiny_ids, tiny_model
+from tests.tiny_models import tiny_ids, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 SEQUENCES = list(tiny_ids(3))
@@ -86,6 +88,20 @@ def test_evaluation_is_that_of_the_plain_model(dispatched: PreTrainedModel) -> N
     assert LikelihoodModel(dispatched).loglikelihoods(requests) == expected
     ids = tiny_ids(1, 60)[0]
     assert token_perplexity(dispatched, ids, 16) == token_perplexity(plain, ids, 16)
+    assert _state(dispatched) == before
+
+
+def test_texts_and_tasks_are_those_of_the_plain_model(dispatched: PreTrainedModel) -> None:
+    plain, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    prompts = ["The quick brown fox", "Ancient"]
+    expected = respond(plain, tokenizer, prompts, 6)
+    before = _state(dispatched)
+    assert respond(dispatched, tokenizer, prompts, 6) == expected
+    tasks = {"tasks": ["blimp_sample"], "limit": 6}
+    assert evaluate_tasks(dispatched, tokenizer, **tasks) == evaluate_tasks(plain, tokenizer, **tasks)
+    requests = [("The lazy dog", {"until": ["."], "max_gen_toks": 4})]
+    answers = [answering(model, tokenizer)("generate_until", requests) for model in (dispatched, plain)]
+    assert answers[0] == answers[1]
     assert _state(dispatched) == before
 
 

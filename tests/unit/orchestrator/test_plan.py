@@ -13,10 +13,22 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from actors.contracts import ArtifactRef, FileRef, ModelInfo, ModelSpec, RecoverySpec
+from actors.contracts import (
+    ArtifactRef,
+    EvaluationSpec,
+    ExportSpec,
+    FileRef,
+    ModelInfo,
+    ModelRef,
+    ModelSpec,
+    RecoverySpec,
+    ScoreSpec,
+    TaskSpec,
+    TextSpec,
+)
 from orchestrator.config import TargetConfig, parse_config
 from orchestrator.errors import RequestError
-from orchestrator.keys import stage_key
+from orchestrator.keys import key_inputs, stage_key
 from orchestrator.plan import CampaignPlan, TrajectoryPlan, num_stages
 from orchestrator.planning import build_plan
 from orchestrator.schedule import iterative_schedule, target_depth
@@ -358,3 +370,30 @@ def test_a_field_added_later_is_in_the_key_when_it_is_used(
     assert trajectory.key_inputs(spec) == {name: before[name] for name in before if name != "pooling"}
     used = replace(spec, pooling="another")
     assert trajectory.key_inputs(used) == {**before, "pooling": "another"}
+
+
+def test_only_results_that_have_changed_have_another_key() -> None:
+    """Sums over tokens and adapters in half precision, and texts of probes; float32 numbers are as stored."""
+    text = TextSpec(builtin="iterabre-appendix-a")
+    sources = {dtype: ModelSpec("m", dtype) for dtype in ("float32", "bfloat16", "float16")}
+    fingerprints = {**dict.fromkeys(sources.values(), "m"), text: "t"}
+
+    def added(dtype: str, *adapters: ArtifactRef) -> dict[str, set[str]]:
+        model = ModelRef(sources[dtype], adapters=adapters)
+        specs = {
+            "tasks": EvaluationSpec(model, tasks=("blimp",)),
+            "texts": EvaluationSpec(model, probes=("arithmetic",)),
+            "probes": EvaluationSpec(model, probes=("degeneration",)),
+            "score": ScoreSpec(model, text),
+            "task_metric": ScoreSpec(model, text, task=TaskSpec("blimp")),
+            "export": ExportSpec(model, "card", "provenance"),
+        }
+        new = {"softmax", "adapters_summed_in", "decoding"}
+        return {name: new & key_inputs(spec, fingerprints, None).keys() for name, spec in specs.items()}
+
+    nothing: dict[str, set[str]] = {name: set() for name in added("float32")}
+    assert added("float32", ADAPTER) == added("float32") == nothing | {"probes": {"decoding"}}
+    for dtype in ("bfloat16", "float16"):
+        softmax = {"tasks": {"softmax"}, "task_metric": {"softmax"}}
+        assert added(dtype) == nothing | softmax | {"probes": {"decoding"}}
+        assert all("adapters_summed_in" in names for names in added(dtype, ADAPTER).values())
