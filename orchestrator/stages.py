@@ -148,6 +148,7 @@ class StoredStages:
             )
             self._write(iteration, stage, _generation_numbers(stage.result))
             self._responses = stage.artifact
+        assert self._responses is not None, "generation leaves its responses"
         return spec.responses(self._responses)
 
     def _heal(self, iteration: IterationPlan, spec: RecoverySpec, phase: str | None = None) -> ModelRef:

@@ -125,7 +125,7 @@ def _explained(file: str) -> Iterator[None]:
     except (IterabreError, MemoryError):
         raise
     except OSError as error:
-        raise RequestError(f"cannot read the text file {file!r}: {error}") from error
+        raise RequestError(f"cannot read the text file {file!r}: {reason_of(error)}") from error
     except Exception as error:
         raise RequestError(f"{file!r} is not a valid {suffix_of(file)} file: {reason_of(error)}") from error
 

@@ -137,7 +137,10 @@ def settings_fingerprint(spec: RecoverySpec) -> str:
         precision=precision_of(spec),
         deepspeed=json.dumps([optimizer_settings(spec), loss_scale_settings(spec)]),
     )
-    return digest(to_json(same))
+    settings = to_json(same)
+    # Not there when checkpoints were written that may still be gone on from.
+    del settings["data"]["fingerprint"], settings["data"]["template"]
+    return digest(settings)
 
 
 def parse(text: str) -> dict[str, Any]:
