@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -76,7 +77,7 @@ def find_cluster(address: str | None) -> str:
         GcsClient(address=found).get_all_node_info(timeout=CONNECT_TIMEOUT_S)
     except Exception as error:  # Ray has many, and none of its own for this
         shown = wanted if found == wanted else f"{wanted} ({found})"
-        raise unreachable(shown, _first_line(error)) from error
+        raise unreachable(shown, _in_one_line(error)) from error
     return found
 
 
@@ -102,16 +103,18 @@ def cluster(address: str | None) -> Iterator[None]:
     except Exception as error:
         ray.shutdown()
         if own:
-            raise RequestError(f"Ray cannot start on this machine: {_first_line(error)}") from error
-        raise unreachable(found, _first_line(error)) from error
+            raise RequestError(f"Ray cannot start on this machine: {_in_one_line(error)}") from error
+        raise unreachable(found, _in_one_line(error)) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _in_one_line(error: Exception) -> str:
+    """Return what Ray says, without the end of what is too long for a message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return textwrap.shorten(text, width=400, placeholder=" …")
 
 
 @contextmanager
