@@ -107,9 +107,11 @@ def test_rays_directory_is_below_that_of_the_user_while_sockets_fit(tmp_path: Pa
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
-def test_a_long_directory_is_replaced_by_a_short_one(tmp_path: Path, variable: str) -> None:
+def test_a_directory_too_long_or_with_spaces_is_replaced_by_a_short_one(
+    tmp_path: Path, variable: str
+) -> None:
     # As long as batch systems make them; in bytes, not letters.
-    for name in ("slurm_jobdir/1355700/tmp.node0016/and/more/of/it", "ü" * 40):
+    for name in ("slurm_jobdir/1355700/tmp.node0016/and/more/of/it", "ü" * 40, "a b"):
         directory = tmp_path / name
         directory.mkdir(parents=True)
         chosen = ray_temp_dir({variable: str(directory)})
