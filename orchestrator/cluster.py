@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 import ray
-from ray._private import services
+from ray._private import ray_constants, services
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._raylet import GcsClient
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
@@ -74,6 +76,7 @@ def find_cluster(address: str | None) -> str:
     try:
         found = services.canonicalize_bootstrap_address(wanted) or wanted
         check_answers(found)
+        _check_speaks_grpc(found)
         GcsClient(address=found).get_all_node_info(timeout=CONNECT_TIMEOUT_S)
     except Exception as error:  # Ray has many, and none of its own for this
         shown = wanted if found == wanted else f"{wanted} ({found})"
@@ -109,6 +112,19 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_speaks_grpc(address: str) -> None:
+    """Check that what listens at HOST:PORT could be a Ray head; Ray's own client takes 40 s to find out.
+
+    Raises:
+        ConnectionError: it could not.
+    """
+    with init_grpc_channel(address, ray_constants.GLOBAL_GRPC_OPTIONS) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
+        except grpc.FutureTimeoutError:
+            raise ConnectionError("what listens there is no Ray head (its port is 6379 by default)") from None
 
 
 def _in_one_line(error: Exception) -> str:

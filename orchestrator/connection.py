@@ -14,7 +14,7 @@ from orchestrator.config import holds_credential
 from orchestrator.errors import RequestError
 
 LOCAL, AUTO = "local", "auto"
-CONNECT_TIMEOUT_S = 5
+CONNECT_TIMEOUT_S = 10
 LEAST_OPEN_FILES = 512
 """Files that a process of Ray may have to hold open at least."""
 
