@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -10,9 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 import ray
-from ray._private import services
+from ray._private import ray_constants, services
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._raylet import GcsClient
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
@@ -73,10 +76,11 @@ def find_cluster(address: str | None) -> str:
     try:
         found = services.canonicalize_bootstrap_address(wanted) or wanted
         check_answers(found)
+        _check_speaks_grpc(found)
         GcsClient(address=found).get_all_node_info(timeout=CONNECT_TIMEOUT_S)
     except Exception as error:  # Ray has many, and none of its own for this
         shown = wanted if found == wanted else f"{wanted} ({found})"
-        raise unreachable(shown, _first_line(error)) from error
+        raise unreachable(shown, _in_one_line(error)) from error
     return found
 
 
@@ -102,16 +106,31 @@ def cluster(address: str | None) -> Iterator[None]:
     except Exception as error:
         ray.shutdown()
         if own:
-            raise RequestError(f"Ray cannot start on this machine: {_first_line(error)}") from error
-        raise unreachable(found, _first_line(error)) from error
+            raise RequestError(f"Ray cannot start on this machine: {_in_one_line(error)}") from error
+        raise unreachable(found, _in_one_line(error)) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _check_speaks_grpc(address: str) -> None:
+    """Check that what listens at HOST:PORT could be a Ray head; Ray's own client takes 40 s to find out.
+
+    Raises:
+        ConnectionError: it could not.
+    """
+    with init_grpc_channel(address, ray_constants.GLOBAL_GRPC_OPTIONS) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
+        except grpc.FutureTimeoutError:
+            raise ConnectionError("what listens there is no Ray head (its port is 6379 by default)") from None
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return what Ray says, without the end of what is too long for a message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return textwrap.shorten(text, width=400, placeholder=" …")
 
 
 @contextmanager

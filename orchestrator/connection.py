@@ -14,7 +14,7 @@ from orchestrator.config import holds_credential
 from orchestrator.errors import RequestError
 
 LOCAL, AUTO = "local", "auto"
-CONNECT_TIMEOUT_S = 5
+CONNECT_TIMEOUT_S = 10
 LEAST_OPEN_FILES = 512
 """Files that a process of Ray may have to hold open at least."""
 
@@ -77,7 +77,8 @@ def unreachable(address: str, reason: str) -> RequestError:
 def ray_temp_dir(environment: Mapping[str, str] = os.environ) -> str | None:
     """Return where Ray of this machine's own keeps its sockets and logs; None leaves it to Ray.
 
-    That is below RAY_TMPDIR or TMPDIR, as Ray has it, unless sockets there had paths too long for them.
+    That is below RAY_TMPDIR or TMPDIR, as Ray has it, unless that path is too long for sockets or has
+    spaces.
 
     Raises:
         RequestError: that directory is not there or cannot be written.
@@ -92,7 +93,9 @@ def ray_temp_dir(environment: Mapping[str, str] = os.environ) -> str | None:
             f"sockets and logs there; make it, or set {variable} to another"
         )
     chosen = os.path.join(directory, "ray")
-    if len(os.fsencode(os.path.join(chosen, _SOCKET))) <= LONGEST_SOCKET_PATH:
+    fits = len(os.fsencode(os.path.join(chosen, _SOCKET))) <= LONGEST_SOCKET_PATH
+    # Ray writes it into command lines, which it splits at spaces.
+    if fits and not re.search(r"\s", chosen):
         return chosen
     short = Path(f"/tmp/ray-{os.getuid()}")
     try:
@@ -103,7 +106,8 @@ def ray_temp_dir(environment: Mapping[str, str] = os.environ) -> str | None:
     if not usable:
         raise RequestError(
             f"{variable} {environment[variable]!r} is too long a path for Ray's sockets "
-            f"({LONGEST_SOCKET_PATH} bytes), and {short} cannot be used; set RAY_TMPDIR to a short one"
+            f"({LONGEST_SOCKET_PATH} bytes) or has spaces, and {short} cannot be used; set RAY_TMPDIR to "
+            "a short one"
         )
     return str(short)
 

@@ -111,6 +111,13 @@ def test_a_wrong_campaign_fails_the_job(jobs: Jobs, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_in_the_jobs_own_directory_is_refused(jobs: Jobs, tmp_path: Path) -> None:
+    done = jobs.submit(_campaign(tmp_path, storage={"path": "runs"}))
+    assert done.returncode == 1, done.stdout
+    assert "storage.path 'runs' is relative, and in a Ray job" in done.stdout
+    assert "exit code 2" in done.stdout
+
+
 def test_a_stopped_job_ends_in_good_order_and_goes_on_as_another(jobs: Jobs, tmp_path: Path) -> None:
     file = _campaign(tmp_path)
     started = jobs.submit(file, "--no-wait", "--submission-id=first")

@@ -7,14 +7,17 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from orchestrator.cluster import find_cluster
 from orchestrator.connection import (
     LEAST_OPEN_FILES,
-    check_answers,
     cluster_address,
     ray_temp_dir,
 )
@@ -92,11 +95,23 @@ def test_where_nothing_listens_is_told_at_once() -> None:
     assert time.monotonic() - before < 60
 
 
-def test_where_something_listens_is_no_error() -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        check_answers(f"127.0.0.1:{server.getsockname()[1]}")
+@pytest.mark.parametrize("silent", [True, False], ids=["silent", "speaks HTTP"])
+def test_what_is_no_ray_head_is_told_within_a_minute(silent: bool) -> None:
+    with ExitStack() as stack:
+        if silent:
+            listening = stack.enter_context(socket.socket())
+            listening.bind(("0.0.0.0", 0))
+            listening.listen()
+            port = listening.getsockname()[1]
+        else:
+            server = stack.enter_context(ThreadingHTTPServer(("0.0.0.0", 0), BaseHTTPRequestHandler))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            port = server.server_port
+        before = time.monotonic()
+        with pytest.raises(RequestError, match=f"joined at 127.0.0.1:{port} .*what listens there is no Ray"):
+            find_cluster(f"127.0.0.1:{port}")
+    assert time.monotonic() - before < 40
 
 
 def test_rays_directory_is_below_that_of_the_user_while_sockets_fit(tmp_path: Path) -> None:
@@ -107,9 +122,11 @@ def test_rays_directory_is_below_that_of_the_user_while_sockets_fit(tmp_path: Pa
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
-def test_a_long_directory_is_replaced_by_a_short_one(tmp_path: Path, variable: str) -> None:
+def test_a_directory_too_long_or_with_spaces_is_replaced_by_a_short_one(
+    tmp_path: Path, variable: str
+) -> None:
     # As long as batch systems make them; in bytes, not letters.
-    for name in ("slurm_jobdir/1355700/tmp.node0016/and/more/of/it", "ü" * 40):
+    for name in ("slurm_jobdir/1355700/tmp.node0016/and/more/of/it", "ü" * 40, "a b"):
         directory = tmp_path / name
         directory.mkdir(parents=True)
         chosen = ray_temp_dir({variable: str(directory)})
