@@ -213,6 +213,7 @@ class TaskSpec:
     num_fewshot: int | None = None
     include_path: str | None = None
     batch_size: int | None = None
+    apply_chat_template: bool = False
 
 
 @dataclass(frozen=True)
@@ -446,7 +447,7 @@ class ThroughputSpec:
 
 
 FewShot = int | tuple[tuple[str, int], ...] | None
-"""Examples in a prompt: a number for all tasks, or one for each task or group that is named; else their own."""
+"""Examples in a prompt: a number for all tasks, or one for each task or group named; else the task's own."""
 
 
 @dataclass(frozen=True)

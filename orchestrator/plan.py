@@ -118,7 +118,10 @@ class TrajectoryPlan:
             return None
         evaluation = self.evaluation
         return TaskSpec(
-            **task.model_dump(), include_path=evaluation.include_path, batch_size=evaluation.batch_size
+            **task.model_dump(),
+            include_path=evaluation.include_path,
+            batch_size=evaluation.batch_size,
+            apply_chat_template=evaluation.apply_chat_template,
         )
 
     @property
