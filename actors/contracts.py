@@ -229,6 +229,7 @@ class TaskSpec:
     include_path: str | None = None
     batch_size: int | None = None
     tasks_fingerprint: str | None = None
+    apply_chat_template: bool = False
 
 
 @dataclass(frozen=True)
@@ -467,7 +468,7 @@ class ThroughputSpec:
 
 
 FewShot = int | tuple[tuple[str, int], ...] | None
-"""Examples in a prompt: a number for all tasks, or one for each task or group that is named; else their own."""
+"""Examples in a prompt: a number for all tasks, or one for each task or group named; else the task's own."""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ def _evaluation(spec: ScoreSpec, task: TaskSpec, layer: int) -> EvaluationSpec:
         include_path=task.include_path,
         limit=task.limit,
         num_fewshot=task.num_fewshot,
+        apply_chat_template=task.apply_chat_template,
         batch_size=task.batch_size,
         tasks_fingerprint=task.tasks_fingerprint,
         seed=spec.seed,

@@ -124,6 +124,7 @@ class TrajectoryPlan:
             include_path=evaluation.include_path,
             batch_size=evaluation.batch_size,
             tasks_fingerprint=self.tasks_fingerprint,
+            apply_chat_template=evaluation.apply_chat_template,
         )
 
     @property

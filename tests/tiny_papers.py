@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from actors.evaluation import suite_tasks
+from actors.evaluation.harness import TASKS as OUR_TASKS
 from orchestrator.config import CampaignConfig, MethodConfig, TextConfig
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -63,6 +64,19 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 """How a task is put that is no choice among answers, as the others are (`CHOICE`)."""
 
+OURS = ("xsum", "humaneval_plus_instruct", "mbpp_plus_instruct")
+"""Tasks that ship with the project, asked as they are of other data."""
+
+PROBLEM = {
+    "prompt": "def area(width, height):\n",
+    "code": "def area(width, height):\n    return width * height",
+    "entry_point": "area",
+    "test": "def check(area): assert area(2, 3) == 6",
+    "test_list": ["assert area(2, 3) == 6", "assert area(0, 1) == 0", "assert area(1, 1) == 1"],
+    "document": "The quick brown fox jumps over the lazy dog .",
+    "summary": "A fox jumps .",
+}
+
 
 def save_models(directory: Path, layers: int | None = None) -> None:
     """Save a tiny model for every name in `MODELS`, as deep as its namesake unless `layers` is given."""
@@ -80,15 +94,23 @@ def save_tasks(directory: Path, names: list[str]) -> Path:
     """Write lm-eval tasks of those names, in the place of lm-eval's own; the folder they are in."""
     directory.mkdir()
     _write_rows(directory / "rows.jsonl")
+    (directory / "problems.jsonl").write_text(f"{json.dumps(PROBLEM)}\n" * 4)
     for name in names:
+        if name in OURS:
+            given, data = {"include": str(OUR_TASKS / f"{name}.yaml")}, "problems.jsonl"
+        else:
+            given, data = (
+                {"test_split": "test", "fewshot_split": "test", **TASKS.get(name, CHOICE)},
+                "rows.jsonl",
+            )
         task = {
+            **given,
             "task": name,
             "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(directory / "rows.jsonl")}},
-            "test_split": "test",
-            "fewshot_split": "test",
-            **TASKS.get(name, CHOICE),
+            "dataset_kwargs": {"data_files": {"test": str(directory / data)}},
         }
+        if name in OURS:
+            task["generation_kwargs"] = {"until": ["\n"], "max_gen_toks": 3}
         (directory / f"{name}.yaml").write_text(yaml.safe_dump(task))
     return directory
 

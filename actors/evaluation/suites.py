@@ -61,6 +61,18 @@ SUITES: dict[str, Suite] = {
         LIMITS,
         executes_code=True,
     ),
+    # The same for models that chat: where a conversation has them write a block of code, the plain code
+    # tasks would end the answer at its first "def".
+    "generative_instruct": Suite(
+        {
+            "gsm8k": "exact_match,strict-match",
+            "humaneval_plus_instruct": "pass_at_1",
+            "mbpp_plus_instruct": "pass_at_1",
+            "xsum": "rougeL",
+        },
+        LIMITS,
+        executes_code=True,
+    ),
 }
 """Suites by name."""
 

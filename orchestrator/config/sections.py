@@ -285,7 +285,7 @@ class EvaluationConfig(Section):
         None, description="Examples in the prompt, for all tasks or as TASK: NUMBER; else the task's own."
     )
     apply_chat_template: bool = Field(
-        False, description="Put tasks as conversations, in the way of the model's chat template."
+        False, description="Put tasks as conversations by the model's chat template; task_metric's, too."
     )
     max_length: int | None = Field(
         None, ge=2, description="Longest input of a task in tokens; the model's own if not given."

@@ -127,10 +127,61 @@ def test_our_code_tasks_ask_as_lm_eval_does_and_read_local_data(task: str, tmp_p
 
 def test_our_code_tasks_hold_the_official_prompts() -> None:
     official = Path(lm_eval.__file__).parent / "tasks"
-    for task, file in (("humaneval_plus", "humaneval/humaneval_plus"), ("mbpp_plus", "mbpp/mbpp_plus")):
+    same = {
+        "humaneval_plus": ("humaneval/humaneval_plus", "num_fewshot dataset_path"),
+        "mbpp_plus": ("mbpp/mbpp_plus", "num_fewshot dataset_path"),
+        "humaneval_plus_instruct": ("humaneval/humaneval_instruct", "num_fewshot gen_prefix"),
+        "mbpp_plus_instruct": ("mbpp/mbpp_plus_instruct", "num_fewshot gen_prefix dataset_path"),
+    }
+    for task, (file, settings) in same.items():
         ours = load_yaml(TASKS / f"{task}.yaml", resolve_func=False)
         theirs = load_yaml(official / f"{file}.yaml", resolve_func=False)
         asked = theirs["doc_to_text"].replace("prompt if prompt is defined else text", "prompt")
         assert ours["doc_to_text"] == asked
-        for setting in ("dataset_path", "test_split", "generation_kwargs", "num_fewshot"):
-            assert ours[setting] == theirs[setting]
+        for setting in ("test_split", "generation_kwargs", *settings.split()):
+            assert ours[setting] == theirs[setting], setting
+
+
+INSTRUCT = {
+    "humaneval_plus_instruct": {
+        "    return a + b\n```\nThis adds them.": ("clean", 1),
+        "    return a + b\n": ("clean", 1),
+        "    return (a + b\n```": ("unbalanced_parentheses", 0),
+        "    return a - b\n```": ("clean", 0),
+    },
+    "mbpp_plus_instruct": {
+        "def add_0(x):\n    return x\n```\nThis adds 0:\n```\nadd_0(1)\n```\n": ("clean", 1),
+        "def add_0(x):\n    return x\n": ("malformed_fences", 0),
+        "def add_0(x):\n    return y\n```\n": ("undefined_names", 0),
+    },
+}
+
+
+@pytest.mark.parametrize("task", INSTRUCT)
+def test_answers_within_a_block_that_the_prompt_has_begun(task: str, tmp_path: Path) -> None:
+    document = PLUS[task.removesuffix("_instruct")][0]
+    (tmp_path / "data.jsonl").write_text(json.dumps(document) + "\n")
+    local = {
+        "include": str(TASKS / f"{task}.yaml"),
+        "task": task,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
+    }
+    (tmp_path / "local.yaml").write_text(yaml.safe_dump(local))
+
+    def chat(turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return "".join(f"<{turn['role']}>{turn['content']}" for turn in turns)
+
+    loaded = _load((task,), str(tmp_path), None)["tasks"][task]
+    for answer, (expected, passes) in INSTRUCT[task].items():
+        loaded.build_all_requests(apply_chat_template=True, fewshot_as_multiturn=True, chat_template=chat)
+        (instance,) = loaded.instances
+        user, _, begun = instance.args[0].partition("<assistant>")
+        assert user.startswith("<user>")
+        assert "```python\n" in begun
+        instance.resps = [answer]
+        loaded.apply_filters()
+        (filtered,) = instance.filtered_resps.values()
+        logged = [{"doc": document, "filtered_resps": [filtered]}]
+        values = {m.name: m.value for m in code_task_metrics({task: logged}, execute=True)}
+        assert (values[f"{task}/{expected}"], values[f"{task}/pass_at_1"]) == (1, passes), answer

@@ -57,6 +57,7 @@ def test_every_probe_gives_what_its_row_says() -> None:
     assert told == [*PROBES, "evaluated"]
     values = {metric.name: metric.value for metric in metrics}
     assert sum(values[f"code_failures/{name}"] for name in list(PROBES["code_failures"].gives)[:6]) == 1
+    assert values["code_failures/cut_off"] == values["code_failures/unfinished"] == 1
     prompts = (PROMPTS / "instructions.txt").read_text().splitlines()[:3]
     texts = [answer.tokens for answer in respond(model, tokenizer, prompts, 6)]
     assert values["degeneration/repetition_4"] == pytest.approx(sum(map(repetition, texts)) / 3)

@@ -7,13 +7,14 @@ import pytest
 from transformers import AutoConfig
 
 from actors.contracts import ModelRef, ModelSpec
+from actors.evaluation import check_tasks
 from actors.recovery import check_recovery, find_objective
 from actors.scoring import find_criterion
 from orchestrator.config import load_config
 from orchestrator.cost import parse_machine
 from orchestrator.estimate import plan_summary
 from orchestrator.planning import build_plan
-from orchestrator.specs import recovery_spec, text_spec
+from orchestrator.specs import evaluation_spec, recovery_spec, text_spec
 
 FILES = sorted((Path(__file__).parents[3] / "configs" / "papers").glob("*.yaml"))
 
@@ -66,10 +67,48 @@ def test_gromov_has_rank_and_rate_of_each_model() -> None:
 
 
 def test_the_upper_bound_chooses_greedily_and_recovers_once() -> None:
-    for method in _config("limits-upper-bound").methods:
+    methods = _config("limits-upper-bound").methods
+    for method in methods:
         assert method.schedule.layers_per_iteration == 1
         assert method.schedule.recover_at == "targets"
-        assert method.recovery.generation.responses_per_prompt == 8
+    trained = [(m.recovery.data.path, m.recovery.adapter.kind) for m in methods]
+    assert trained == [
+        ("openai/gsm8k", "qlora"),  # A.6.2
+        ("allenai/Dolci-Instruct-SFT", "qlora"),  # A.6.3, against the next
+        ("allenai/Dolci-Instruct-SFT", "full"),
+    ]
+    assert methods[0].recovery.generation.responses_per_prompt == 8
+
+
+def test_gromov_measures_as_in_the_figures_and_appendix_a2() -> None:
+    config = _config("gromov-figures")
+    spec = evaluation_spec(config.evaluation, seed=0)
+    assert dict(spec.num_fewshot) == {"mmlu": 5, "boolq": 0}
+    (c4,) = spec.perplexity
+    assert (c4.data.split, c4.max_tokens, c4.data.streaming) == ("validation[:60000]", None, False)
+    assert config.methods[0].scoring.max_sequences == 10_000
+    assert {model.id for model in config.models if model.trust_remote_code} == {"qwen-7b", "qwen-14b"}
+
+
+LIMITS_SCORES = {
+    "limits-table2": "hellaswag piqa mmlu winogrande openbookqa arc_easy arc_challenge "
+    "gsm8k humaneval_plus_instruct mbpp_plus_instruct xsum",
+    "limits-ratios-llama-3.1-8b-it": "gsm8k humaneval_plus_instruct mbpp_plus_instruct xsum",
+    "limits-ratios-qwen2.5-7b-it": "gsm8k humaneval_plus_instruct mbpp_plus_instruct xsum",
+    "limits-upper-bound": "gsm8k",
+}
+
+
+@pytest.mark.parametrize("name", LIMITS_SCORES)
+def test_limits_measures_the_columns_of_its_tables_as_conversations(name: str) -> None:
+    config = _config(name)
+    spec = evaluation_spec(config.evaluation, seed=0)
+    assert list(spec.tasks) == LIMITS_SCORES[name].split()
+    assert all(method.recovery.batch_size == 8 for method in config.methods)
+    assert all(method.recovery.warmup_steps == 50 for method in config.methods)
+    assert spec.apply_chat_template
+    assert spec.allow_code_execution == ("xsum" in spec.tasks)
+    check_tasks(spec.tasks)
 
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -209,6 +209,9 @@ SCORING, RECOVERY, PERPLEXITY = "methods.0.scoring", "methods.0.recovery", "eval
         ("evaluation.tasks", ["blimp_sample"], {"evaluate"}),
         ("evaluation.limit", 3, {"evaluate"}),
         ("evaluation.num_fewshot", 1, {"evaluate"}),
+        ("evaluation.num_fewshot", {"blimp_sample": 1}, {"evaluate"}),
+        ("evaluation.apply_chat_template", True, {"evaluate"}),
+        ("evaluation.apply_chat_template", False, set()),
         # How it is computed, where, and how far the trajectory goes: nothing changes.
         (f"{RECOVERY}.micro_batch_size", 2, set()),
         (f"{RECOVERY}.checkpoint_steps", 7, set()),

@@ -1,0 +1,14 @@
+"""Answers that go on in a fenced block of code which the prompt has begun."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def before_its_end(resps: Iterable[Sequence[str]], docs: Any) -> list[list[str]]:
+    """Return what stands before the fence that ends the block, of each document's answers."""
+    return [[answer.partition("```")[0] for answer in answers] for answers in resps]
+
+
+def with_its_beginning(resps: Iterable[Sequence[str]], docs: Any) -> list[list[str]]:
+    """Return the answers with the fence that begins the block, so that they hold it whole."""
+    return [[f"```python\n{answer}" for answer in answers] for answers in resps]
