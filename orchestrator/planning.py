@@ -17,6 +17,7 @@ from orchestrator.config import CampaignConfig, MethodConfig, SearchConfig
 from orchestrator.errors import RequestError, unknown_name
 from orchestrator.grid import check_exclusions, trajectories_of
 from orchestrator.plan import CampaignPlan, TextSize, Traits, TrajectoryPlan
+from orchestrator.plan_checks import check_deepspeed, check_inputs
 from orchestrator.specs import evaluation_spec, model_spec, text_spec
 
 
@@ -46,7 +47,8 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     methods = [method for _, method in grid]
     texts = {text: describe_text(text) for text in _texts(methods, evaluations.values())}
     fingerprints: dict[TextSpec | ModelSpec, str] = {spec: text.fingerprint for spec, text in texts.items()}
-    fingerprints |= {teacher: describe_model(teacher).fingerprint for teacher in _teachers(methods)}
+    teachers = {teacher: describe_model(teacher) for teacher in _teachers(methods)}
+    fingerprints |= {teacher: info.fingerprint for teacher, info in teachers.items()}
     trajectories = tuple(
         TrajectoryPlan(
             id=trajectory_id,
@@ -73,11 +75,13 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     if not trajectories:
         raise RequestError("`exclude` leaves nothing to run; take an entry out")
     _check_prunable(trajectories)
+    check_deepspeed(trajectories, config.execution.training)
     for trajectory in trajectories:
         _check_recovery(trajectory, config.execution.training.workers)
     _check_search(config.search, evaluations.values())
     sizes = {spec: TextSize(text.num_rows, _text_bytes(spec)) for spec, text in texts.items()}
-    return CampaignPlan(config.name, trajectories, sizes)
+    notes = check_inputs(trajectories, teachers, sizes)
+    return CampaignPlan(config.name, trajectories, sizes, notes)
 
 
 def _check_recovery(trajectory: TrajectoryPlan, workers: int) -> None:
@@ -184,8 +188,10 @@ def _read_deepspeed(path: str | None) -> str:
     if path is None:
         return "{}"
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise RequestError(
             f"execution.training.deepspeed: {path!r} cannot be read: {error.strerror}"
         ) from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"execution.training.deepspeed: {path!r} is not UTF-8 text: {error}") from error

@@ -24,6 +24,7 @@ from actors.artifacts import cache_dir, file_sha256
 from actors.contracts import ModelInfo, ModelSpec, digest
 from actors.errors import RequestError
 from actors.models.families import depth, find_layers, text_config
+from actors.models.positions import context_length, position_limit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGE_SCHEME = "package://"
@@ -114,6 +115,8 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
         attention_width=heads * (_number(decoder, "head_dim") or hidden_size // heads),
         num_heads=heads,
         block_widths=sum(sum(w.shape) for w in blocks.parameters() if w.dim() == 2) // len(blocks),
+        context_length=context_length(model),
+        position_limit=position_limit(model),
     )
 
 
