@@ -84,7 +84,9 @@ class ModelInfo:
     `block_parameters[i]` is the size of block i. D is the width of the hidden
     state, and attention mixes `attention_width` numbers a token (H times the
     width of a head). `block_widths` is the sum of the in- and output widths of
-    a block's matrices, the size of a low-rank update of rank 1.
+    a block's matrices, the size of a low-rank update of rank 1. `context_length` is
+    the longest input that the configuration names, `position_limit` the longest that
+    the model can compute; None where there is no such limit.
     """
 
     spec: ModelSpec
@@ -98,6 +100,8 @@ class ModelInfo:
     attention_width: int = 0
     num_heads: int = 1
     block_widths: int = 0
+    context_length: int | None = None
+    position_limit: int | None = None
 
 
 @dataclass(frozen=True)

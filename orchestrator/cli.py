@@ -96,7 +96,10 @@ def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
         find_cluster(address)
     with fenced(lambda: store.logs_dir if read_run(store) is not None else None):
         try:
-            outcome = run_campaign(config, build_plan(config), store, resume=resume, address=address)
+            plan = build_plan(config)
+            for note in plan.notes:
+                err.print(f"Note: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+            outcome = run_campaign(config, plan, store, resume=resume, address=address)
         except KeyboardInterrupt as stopped:
             kept = "stopped; finished stages are kept, --resume continues"
             raise InterruptedByUserError(kept) from stopped

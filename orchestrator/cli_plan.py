@@ -48,7 +48,8 @@ def plan(
     store = Store.of_campaign(loaded.storage.path, loaded.name)
     existing = store if read_run(store) is not None else None
     factors = _factors(calibrate, machines[0][1]) if calibrate else {}
-    summary = plan_summary(build_plan(loaded), loaded, machines, existing, factors)
+    planned = build_plan(loaded)
+    summary = plan_summary(planned, loaded, machines, existing, factors) | {"notes": planned.notes}
     if as_json:
         sys.stdout.write(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         return
@@ -107,6 +108,8 @@ def _show(summary: dict[str, Any]) -> None:
         "price": [f"{row['price']:,.2f}" for row in machines],
     }
     out.print(plain_table(columns, "Estimate; docs/campaigns.md says what it assumes"))
+    for note in summary["notes"]:
+        out.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
     if summary["calibration"]:
         factors = ", ".join(f"{kind} x{factor:.2f}" for kind, factor in summary["calibration"].items())
         out.print(f"Times are scaled by the earlier run: {factors}")

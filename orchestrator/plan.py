@@ -194,11 +194,12 @@ class TextSize:
 
 @dataclass(frozen=True)
 class CampaignPlan:
-    """Everything a campaign will do."""
+    """Everything a campaign will do, and `notes` of what is no fault and worth knowing."""
 
     name: str
     trajectories: tuple[TrajectoryPlan, ...]
     text_sizes: Mapping[TextSpec, TextSize] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def needed_bytes(self) -> int:
         """Disk space of the exported models and the adapters, roughly."""

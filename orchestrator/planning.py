@@ -13,11 +13,12 @@ from actors.models import any_layers, check_prunable, describe_model, load_token
 from actors.models.licence import origin
 from actors.models.merge import MERGES
 from actors.recovery import check_data, check_recovery, find_objective
-from actors.scoring import check_calibration, find_criterion
+from actors.scoring import find_criterion
 from orchestrator.config import CampaignConfig, MethodConfig, SearchConfig, with_absolute_paths
 from orchestrator.errors import RequestError, unknown_name
 from orchestrator.grid import check_exclusions, trajectories_of
 from orchestrator.plan import CampaignPlan, TextSize, Traits, TrajectoryPlan
+from orchestrator.plan_checks import check_deepspeed, check_inputs
 from orchestrator.specs import evaluation_spec, model_spec, text_spec
 
 
@@ -55,8 +56,8 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     found = {text: info.spec for text, info in texts.items()}
     evaluations = {name: _with_fingerprints(spec, found) for name, spec in evaluations.items()}
     fingerprints: dict[TextSpec | ModelSpec, str] = {spec: text.fingerprint for spec, text in texts.items()}
-    teachers = [describe_model(teacher) for teacher in _teachers(methods)]
-    fingerprints |= {teacher.spec: teacher.fingerprint for teacher in teachers}
+    teachers = {teacher: describe_model(teacher) for teacher in _teachers(methods)}
+    fingerprints |= {info.spec: info.fingerprint for info in teachers.values()}
     trajectories = tuple(
         TrajectoryPlan(
             id=trajectory_id,
@@ -84,13 +85,13 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     if not trajectories:
         raise RequestError("`exclude` leaves nothing to run; take an entry out")
     _check_prunable(trajectories)
-    for score in {trajectory.score_spec(trajectory.dense) for trajectory in trajectories}:
-        check_calibration(score)
+    check_deepspeed(trajectories, config.execution.training)
     for trajectory in trajectories:
         _check_recovery(trajectory, config.execution.training.workers)
     _check_search(config.search, evaluations.values())
     sizes = {spec: TextSize(text.num_rows, _text_bytes(spec)) for spec, text in texts.items()}
-    return CampaignPlan(config.name, trajectories, sizes)
+    notes = check_inputs(trajectories, teachers, sizes)
+    return CampaignPlan(config.name, trajectories, sizes, notes)
 
 
 def _check_recovery(trajectory: TrajectoryPlan, workers: int) -> None:
@@ -193,8 +194,10 @@ def _read_deepspeed(path: str | None) -> str:
     if path is None:
         return "{}"
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise RequestError(
             f"execution.training.deepspeed: {path!r} cannot be read: {error.strerror}"
         ) from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"execution.training.deepspeed: {path!r} is not UTF-8 text: {error}") from error

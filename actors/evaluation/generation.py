@@ -41,7 +41,7 @@ def respond(
     padder = copy.copy(tokenizer)
     padder.padding_side = "left"
     padder.pad_token = padder.pad_token or padder.eos_token or padder.convert_ids_to_tokens(0)
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     ends = end_tokens(model, tokenizer)
     settings = {
@@ -61,7 +61,8 @@ def respond(
     return [answers[index] for index in range(len(prompts))]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the prompt's tokens: as a user's turn, where the tokenizer has a chat template."""
     if not tokenizer.chat_template:
         return tokenizer(prompt).input_ids
     turn = [{"role": "user", "content": prompt}]

@@ -16,7 +16,7 @@ from actors.contracts import EvaluationSpec, Metric
 from actors.evaluation.arithmetic import answer_problems, draw_problems
 from actors.evaluation.code_tasks import score_code
 from actors.evaluation.degeneration import repetition, self_bleu
-from actors.evaluation.generation import respond
+from actors.evaluation.generation import encode_prompt, respond
 from actors.plugins import find_row
 
 PROMPTS = Path(__file__).with_name("prompts")
@@ -62,11 +62,30 @@ def run_probe(
     return [Metric(f"{name}/{metric.name}", metric.value, metric.unit, metric.stderr) for metric in measured]
 
 
+def probe_prompts(name: str, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec) -> list[list[int]]:
+    """Return the tokens of what a probe of ours has the model write on; none if it does not generate."""
+    texts = {
+        "degeneration": lambda: _instructions(spec),
+        "code_failures": lambda: _code_prompts(tokenizer, spec),
+    }
+    return [encode_prompt(tokenizer, text) for text in texts[name]()] if name in texts else []
+
+
+def _instructions(spec: EvaluationSpec) -> list[str]:
+    return (PROMPTS / "instructions.txt").read_text(encoding="utf-8").splitlines()[: spec.limit]
+
+
+def _code_prompts(tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec) -> list[str]:
+    problems = _code_problems()[: spec.limit]
+    chat = bool(tokenizer.chat_template)
+    return [CODE_REQUEST.format_map(problem) if chat else problem["prompt"] for problem in problems]
+
+
 def degeneration(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
 ) -> list[Metric]:
     """Repetition within the answers to instructions, and among them."""
-    prompts = (PROMPTS / "instructions.txt").read_text(encoding="utf-8").splitlines()[: spec.limit]
+    prompts = _instructions(spec)
     answers = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
     texts = [answer.tokens for answer in answers]
     return [
@@ -101,7 +120,7 @@ def code_failures(
     """
     problems = _code_problems()[: spec.limit]
     chat = bool(tokenizer.chat_template)
-    prompts = [CODE_REQUEST.format_map(problem) if chat else problem["prompt"] for problem in problems]
+    prompts = _code_prompts(tokenizer, spec)
     answers = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
     texts = [answer.text if chat else _until_stop(answer.text) for answer in answers]
     # A text that goes on after its function has ended was not cut within it.

@@ -36,10 +36,12 @@ from actors.models.checkpoint import (
 from actors.models.completeness import check_complete, check_layer_count
 from actors.models.families import depth, find_layers, text_config
 from actors.models.gguf_file import converted
+from actors.models.positions import context_length, position_limit
 from actors.models.tokens import check_has_vocabulary, watch_token_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGE_SCHEME = "package://"
+GENERATION_CONFIG = "generation_config.json"
 MODEL_FILES = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja", ".py"})
 """Endings of the files that make a model what it is: configurations, weights, tokenizer, code."""
 
@@ -134,6 +136,8 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     """
     directory = snapshot(spec, weights=False)
     with _opening(spec, "its config.json"):
+        if (directory / GENERATION_CONFIG).exists():
+            read_json(directory / GENERATION_CONFIG)  # transformers passes over one that is damaged
         config = AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
         for field in QUANTIZED:
             if any(getattr(part, field, None) is not None for part in (config, text_config(config))):
@@ -187,6 +191,8 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
             attention_width=heads * (_number(decoder, "head_dim") or hidden_size // heads),
             num_heads=heads,
             block_widths=sum(sum(w.shape) for w in blocks.parameters() if w.dim() == 2) // len(blocks),
+            context_length=context_length(model),
+            position_limit=position_limit(model),
         )
 
 

@@ -12,11 +12,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from actors.contracts import ModelSpec
 from actors.errors import RequestError
 from actors.models.exported_config import Json
-from actors.models.load import load_config, resolve
+from actors.models.load import GENERATION_CONFIG, load_config, resolve
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-GENERATION_CONFIG = "generation_config.json"
 
 KEPT_FILES = (
     "tokenizer*",

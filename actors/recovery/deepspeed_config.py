@@ -7,6 +7,7 @@ from typing import Any
 
 from actors.contracts import ModelSpec, RecoverySpec, TextSpec, digest, to_json
 from actors.errors import RequestError
+from actors.recovery.deepspeed_fields import AUTO, check_fields, without_auto
 
 ZERO_STAGES = (0, 1, 2, 3)
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -28,8 +29,19 @@ OURS = {
 """DeepSpeed fields that follow from the recovery settings, and from which."""
 NOT_OURS = {
     "torch_autocast": "precision",
+    "amp": "precision",
     "data_types": "gradients are accumulated in float32",
+    "communication_data_type": "gradients are exchanged in float32",
+    "activation_checkpointing": "recovery.gradient_checkpointing",
+    "zero_optimization.cpu_offload": "say it by offload_optimizer",
     "zero_optimization.zero_hpz_partition_size": "weights are sharded over all workers",
+    **dict.fromkeys(
+        (
+            f"zero_optimization.zero_quantized_{part}"
+            for part in ("weights", "nontrainable_weights", "gradients")
+        ),
+        "weights and gradients are exchanged as they are",
+    ),
 }
 """DeepSpeed fields that would undo what recovery does itself."""
 
@@ -50,6 +62,7 @@ def deepspeed_config(
             JSON is none or contradicts the recovery settings.
     """
     user = parse(spec.deepspeed)
+    check_user_config(user)
     _check_zero(spec, user)
     micro = micro_batch_size or spec.micro_batch_size
     ours = {
@@ -60,18 +73,34 @@ def deepspeed_config(
     }
     for name, value in _ours_among(user):
         wanted = _implied(spec, name, ours)
-        if value not in ("auto", wanted):
+        if value not in (None, AUTO, wanted):
             given = "" if wanted is None else f", which give {wanted!r}"
             raise RequestError(
                 f"DeepSpeed field {name!r} is {value!r}, but it follows from the recovery settings "
                 f"({OURS[name]}{given}); leave it out or give 'auto'"
             )
-    _check_sections(user)
     apart = {"optimizer", "scheduler", *PRECISION_SECTIONS}
-    free = {name: value for name, value in user.items() if name not in apart}
+    free = {name: value for name, value in without_auto(user).items() if name not in apart}
     # Offloading is meant for DeepSpeed's own Adam, which is compiled on first use; torch's serves as well.
     quiet = {"steps_per_print": None, "wall_clock_breakdown": False, "zero_force_ds_cpu_optimizer": False}
     return {**quiet, **free, **ours}
+
+
+def check_user_config(user: dict[str, Any]) -> None:
+    """Check the names and types of the user's fields, whatever the recovery settings are.
+
+    Raises:
+        RequestError: names the field that is wrong or has no place in recovery.
+    """
+    for name, why in NOT_OURS.items():
+        if _find(user, name)[0]:
+            raise RequestError(f"DeepSpeed field {name!r} does not go with recovery ({why}); leave it out")
+    # What the schedule is, the recovery settings say; any scheduler is told so below.
+    check_fields({name: value for name, value in user.items() if name != "scheduler"})
+    if user.get("scheduler") not in (None, AUTO):
+        raise RequestError(
+            f"DeepSpeed field 'scheduler' does not go with recovery ({OURS['scheduler']}); leave it out"
+        )
 
 
 def accumulation_steps(spec: RecoverySpec, world_size: int, micro_batch_size: int | None = None) -> int:
@@ -109,19 +138,20 @@ def precision_of(spec: RecoverySpec) -> str:
 
 def zero_stage(spec: RecoverySpec) -> int:
     """DeepSpeed's ZeRO stage: which of optimizer state (1), gradients (2), weights (3) are sharded."""
-    return parse(spec.deepspeed).get("zero_optimization", {}).get("stage", 0)
+    stage: int = _section(parse(spec.deepspeed), "zero_optimization").get("stage", 0)
+    return stage
 
 
 def optimizer_settings(spec: RecoverySpec) -> dict[str, Any]:
     """What the user's JSON says of AdamW beyond the recovery settings."""
     params = _section(_section(parse(spec.deepspeed), "optimizer"), "params")
-    return {name: params[name] for name in OPTIMIZER_FIELDS if params.get(name, "auto") != "auto"}
+    return {name: params[name] for name in OPTIMIZER_FIELDS if params.get(name, AUTO) not in (None, AUTO)}
 
 
 def loss_scale_settings(spec: RecoverySpec) -> dict[str, int]:
     """What the user's JSON says of the loss scale of float16."""
     section = _section(parse(spec.deepspeed), "fp16")
-    return {name: section[name] for name in LOSS_SCALE_FIELDS if name in section}
+    return {name: section[name] for name in LOSS_SCALE_FIELDS if section.get(name, AUTO) not in (None, AUTO)}
 
 
 def settings_fingerprint(spec: RecoverySpec) -> str:
@@ -147,15 +177,27 @@ def parse(text: str) -> dict[str, Any]:
     """The user's DeepSpeed JSON.
 
     Raises:
-        RequestError: it is not a JSON object.
+        RequestError: it is not a JSON object, or has a field twice; names the line.
     """
     try:
-        config = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
+        config = json.loads(text or "{}", object_pairs_hook=_without_repetition, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"the DeepSpeed configuration is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise RequestError(f"the DeepSpeed configuration must be a JSON object, not {type(config).__name__}")
     return config
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of those pairs; DeepSpeed refuses a name that stands there twice, and so do we."""
+    names = [name for name, _ in pairs]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"field {repeated[0]!r} stands there twice")
+    return dict(pairs)
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _ours_among(user: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -187,32 +229,10 @@ def _implied(spec: RecoverySpec, name: str, ours: dict[str, Any]) -> Any:
     return {**ours, **by_name}.get(name)
 
 
-def _check_sections(user: dict[str, Any]) -> None:
-    for name, why in NOT_OURS.items():
-        if _find(user, name)[0]:
-            raise RequestError(f"DeepSpeed field {name!r} does not go with recovery ({why}); leave it out")
-    known = {
-        "optimizer": ("type", "params"),
-        "optimizer.params": ("lr", "weight_decay", "torch_adam", *OPTIMIZER_FIELDS),
-        "fp16": ("enabled", *LOSS_SCALE_FIELDS),
-        "bf16": ("enabled",),
-    }
-    for name, fields in known.items():
-        found, section = _find(user, name)
-        unknown = sorted(section.keys() - set(fields)) if found and isinstance(section, dict) else []
-        if unknown:
-            raise RequestError(
-                f"DeepSpeed field '{name}.{unknown[0]}' has no place in recovery; "
-                f"under {name!r} there may be {', '.join(fields)}"
-            )
-
-
 def _check_zero(spec: RecoverySpec, user: dict[str, Any]) -> None:
-    zero = user.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise RequestError(f"DeepSpeed field 'zero_optimization' must be a JSON object, not {zero!r}")
+    zero = _section(user, "zero_optimization")
     stage = zero.get("stage", 0)
-    if stage not in ZERO_STAGES:
+    if isinstance(stage, float) or stage not in ZERO_STAGES:
         raise RequestError(
             f"DeepSpeed field 'zero_optimization.stage' is {stage!r}; there are "
             f"{', '.join(map(str, ZERO_STAGES))}"

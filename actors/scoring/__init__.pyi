@@ -1,6 +1,6 @@
 from .criteria import CRITERIA, Criterion, find_criterion
 from .pooling import POOLING
-from .score import Scorer, check_calibration, score_layers, score_locally
+from .score import Scorer, score_layers, score_locally
 from .task import task_scores, task_value
 
 __all__ = [
@@ -8,7 +8,6 @@ __all__ = [
     "POOLING",
     "Criterion",
     "Scorer",
-    "check_calibration",
     "find_criterion",
     "score_layers",
     "score_locally",

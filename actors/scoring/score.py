@@ -24,7 +24,7 @@ from actors.models import (
     text_config,
 )
 from actors.models.load import load_config
-from actors.models.tokens import check_token_ids, largest_id
+from actors.models.tokens import check_token_ids
 from actors.scoring.budget import GIB
 from actors.scoring.criteria import find_criterion, removal_order
 from actors.scoring.measures import Calibration
@@ -295,19 +295,6 @@ class ScoreTable:
         passed = torch.arange(num_layers - 1, -1, -1) + (scorer.spec.granularity != BLOCK)
         unseen = int((~self._known.any(1)).sum())
         return int((~self._known * passed)[:, list(scorer.candidates)].sum()) + unseen * num_layers
-
-
-def check_calibration(spec: ScoreSpec) -> None:
-    """Check that the model has a row for every token of its calibration text.
-
-    Only a tokenizer that could give others is asked to read the text.
-
-    Raises:
-        RequestError: it has not; names the token.
-    """
-    source = spec.model.source
-    if largest_id(load_tokenizer(source)) >= text_config(load_config(source)).vocab_size:
-        _ = Scorer(spec).sequences
 
 
 def conduct(
