@@ -104,6 +104,7 @@ def open_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, without its weights."""
+    load_config(spec)  # which transformers reads, too: what is wrong there is not the tokenizer's fault
     directory = snapshot(spec, weights=False)
     remedy = (
         f"Get it again if it is damaged; if the tokenizers {version('tokenizers')} installed here do not "
