@@ -140,8 +140,9 @@ def perplexity(directory: Path, output: Path, windows: int = 12, context: int = 
     text = Path("actors/data/builtin/wikitext-2-raw-test.txt").read_text(encoding="utf-8")
     ids = torch.tensor(AutoTokenizer.from_pretrained(directory)(text[:30000]).input_ids)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    batch = ids[: windows * context].view(windows, context)
-    output.write_text(str(math.exp(model(input_ids=batch, labels=batch).loss)))
+    rows = ids[: windows * context].view(windows, 1, context)
+    losses = [float(model(input_ids=row, labels=row).loss) for row in rows]
+    output.write_text(str(math.exp(sum(losses) / windows)))
 
 
 if __name__ == "__main__":
