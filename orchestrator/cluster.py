@@ -32,6 +32,7 @@ from orchestrator.connection import (
     LOCAL,
     check_answers,
     check_open_files,
+    check_token_file,
     cluster_address,
     ray_temp_dir,
     unreachable,
@@ -68,6 +69,7 @@ def find_cluster(address: str | None) -> str:
     """
     # "local" rather than None: Ray would else join, or wait for, a node that `ray start` once left here.
     wanted = cluster_address(address)
+    check_token_file()
     if wanted == LOCAL:
         check_open_files()
         ray_temp_dir()

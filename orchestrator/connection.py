@@ -74,6 +74,26 @@ def unreachable(address: str, reason: str) -> RequestError:
     return RequestError(f"no Ray cluster can be joined at {address}: {reason}; {remedy}")
 
 
+def check_token_file(environment: Mapping[str, str] = os.environ) -> None:
+    """Check that a file named as that of the cluster's token holds one; Ray aborts the process otherwise.
+
+    Raises:
+        RequestError: it cannot be read, or is empty.
+    """
+    file = environment.get("RAY_AUTH_TOKEN_PATH")
+    if environment.get("RAY_AUTH_MODE") != "token" or not file or environment.get("RAY_AUTH_TOKEN"):
+        return
+    try:
+        problem = "" if Path(file).read_text(encoding="utf-8").strip() else "it is empty"
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", None) or "it is no text"
+    if problem:
+        raise RequestError(
+            f"RAY_AUTH_TOKEN_PATH {file!r} holds no token of a Ray cluster: {problem}; name the file "
+            "that the cluster's head was started with"
+        )
+
+
 def ray_temp_dir(environment: Mapping[str, str] = os.environ) -> str | None:
     """Return where Ray of this machine's own keeps its sockets and logs; None leaves it to Ray.
 

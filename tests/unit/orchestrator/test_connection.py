@@ -18,6 +18,7 @@ import pytest
 from orchestrator.cluster import find_cluster
 from orchestrator.connection import (
     LEAST_OPEN_FILES,
+    check_token_file,
     cluster_address,
     ray_temp_dir,
 )
@@ -112,6 +113,21 @@ def test_what_is_no_ray_head_is_told_within_a_minute(silent: bool) -> None:
         with pytest.raises(RequestError, match=f"joined at 127.0.0.1:{port} .*what listens there is no Ray"):
             find_cluster(f"127.0.0.1:{port}")
     assert time.monotonic() - before < 40
+
+
+def test_a_token_file_without_a_token_is_named(tmp_path: Path) -> None:
+    """Ray ends the whole process, with a trace of its own, where it reads no token."""
+    file = tmp_path / "token"
+    asked = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
+    with pytest.raises(RequestError, match=f"RAY_AUTH_TOKEN_PATH '{file}' holds no token.*No such file"):
+        check_token_file(asked)
+    file.write_text("\n")
+    with pytest.raises(RequestError, match="it is empty"):
+        check_token_file(asked)
+    check_token_file({**asked, "RAY_AUTH_MODE": "disabled"})
+    check_token_file({**asked, "RAY_AUTH_TOKEN": "0" * 64})
+    file.write_text("0" * 64)
+    check_token_file(asked)
 
 
 def test_rays_directory_is_below_that_of_the_user_while_sockets_fit(tmp_path: Path) -> None:
