@@ -68,29 +68,29 @@ def check_inputs(
         RequestError: names the model or method and the field.
     """
     notes: list[str] = []
-    models = {t.model.spec: t.model for t in trajectories} | teachers
+    models = {**{t.model.spec: t.model for t in trajectories}, **teachers}
     tokenizers = {spec: load_tokenizer(spec) for spec in models}
     for trajectory in {t.model_id: t for t in trajectories}.values():
         with _placed(f"model {trajectory.model_id!r}"):
             notes += _check_evaluation(trajectory, tokenizers[trajectory.model.spec])
     methods = _methods(trajectories)
     healing = [t for t in methods if t.traits.heals]
-    for spec, trajectory in {t.score_spec(t.dense): t for t in methods}.items():
+    for scoring, trajectory in {t.score_spec(t.dense): t for t in methods}.items():
         with _method(trajectory):
-            notes += _check_calibration(spec, trajectory.model, tokenizers[trajectory.model.spec])
+            notes += _check_calibration(scoring, trajectory.model, tokenizers[trajectory.model.spec])
     for trajectory in healing:
         with _method(trajectory):
             notes += _check_recovery_lengths(trajectory, [models[spec] for spec in _readers(trajectory)])
             _check_vocabularies(_readers(trajectory), tokenizers)
-    for spec, trajectory in {_reading(t): t for t in healing}.items():
+    for reading, trajectory in {_reading(t): t for t in healing}.items():
         with _method(trajectory):
-            if _is_small(sizes.get(spec.data)) and not spec.data.streaming:
-                largest = training_data(spec, tokenizers[trajectory.model.spec]).largest_id
+            if _is_small(sizes.get(reading.data)) and not reading.data.streaming:
+                largest = training_data(reading, tokenizers[trajectory.model.spec]).largest_id
                 for reader in _readers(trajectory):
                     _check_tokens(largest, tokenizers[reader], models[reader], "recovery.data")
-    for spec, trajectory in {_targets(t): t for t in healing}.items():
+    for training, trajectory in {_targets(t): t for t in healing}.items():
         with _method(trajectory):
-            _check_targets(spec)
+            _check_targets(training)
     return tuple(dict.fromkeys(notes))
 
 
