@@ -132,8 +132,8 @@ def _check_tied(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     """Refuse a second copy of a tied weight unless it is the same: which of them counts is not said."""
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for target, source in tied.items():
-        pair = [stored_as(name, model, checkpoint.tensors) for name in (target, source)]
-        if None not in pair and not _same_values(*pair):
+        copy, kept = (stored_as(name, model, checkpoint.tensors) for name in (target, source))
+        if copy is not None and kept is not None and not _same_values(copy, kept):
             raise RequestError(
                 f"model {str(checkpoint.directory)!r}: config.json ties {target!r} to {source!r} (field "
                 "tie_word_embeddings), but its safetensors hold both, with other values; set the field to "
