@@ -169,6 +169,7 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
         RequestError: as `load_model`, or the model is no decoder language model.
     """
     check_dtype(spec)
+    check_revision(spec)
     directory = snapshot(spec, weights=False)
     if has_weights(spec, directory):
         model_checkpoint(spec)
