@@ -72,7 +72,8 @@ def check_complete(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     lacking = {name for name in loading["missing_keys"] if needed_dtypes[name].is_floating_point}
     if lacking:
         _refuse_missing(checkpoint, lacking)
-    _check_nothing_besides(checkpoint, empty, loading["unexpected_keys"])
+    if loading["unexpected_keys"]:
+        _check_nothing_besides(checkpoint, empty, loading["unexpected_keys"])
     _check_tied(checkpoint, model)
 
 
@@ -132,8 +133,8 @@ def _check_tied(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     """Refuse a second copy of a tied weight unless it is the same: which of them counts is not said."""
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for target, source in tied.items():
-        copy, kept = (stored_as(name, model, checkpoint.tensors) for name in (target, source))
-        if copy is not None and kept is not None and not _same_values(copy, kept):
+        copy, original = (stored_as(name, model, checkpoint.tensors) for name in (target, source))
+        if copy and original and not _same_values(copy, original):
             raise RequestError(
                 f"model {str(checkpoint.directory)!r}: config.json ties {target!r} to {source!r} (field "
                 "tie_word_embeddings), but its safetensors hold both, with other values; set the field to "
