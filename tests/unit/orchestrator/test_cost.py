@@ -33,7 +33,7 @@ from orchestrator.ledger import Ledger, Row
 from orchestrator.limits import Limits
 from orchestrator.planning import build_plan
 from tests.tiny_campaign import tiny_campaign
-from tests.tiny_models import save_tiny, tiny_ids, tiny_llama, tiny_model
+from tests.tiny_models import save_tiny, tiny_ids, tiny_llama, tiny_model, tiny_tokenizer
 
 B, T = 2, 24
 RANK = 4
@@ -94,6 +94,7 @@ def test_parameters_are_those_of_the_model(info: ModelInfo) -> None:
 @pytest.mark.parametrize(("family", "width"), [("gpt2", 32), ("gemma2", 32), ("gemma4_text", 32)])
 def test_widths_are_found_in_every_family(family: str, width: int, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
     info = describe_model(ModelSpec(str(tmp_path)))
     assert (info.hidden_size, info.attention_width, len(info.block_parameters)) == (32, width, 6)
 

@@ -15,6 +15,7 @@ from orchestrator.cost import parse_machine
 from orchestrator.estimate import plan_summary
 from orchestrator.planning import build_plan
 from orchestrator.specs import evaluation_spec, recovery_spec, text_spec
+from tests.tiny_models import tiny_tokenizer
 
 FILES = sorted((Path(__file__).parents[3] / "configs" / "papers").glob("*.yaml"))
 
@@ -149,18 +150,23 @@ def parameters(name: str) -> int:
     return embeddings + sizes["num_hidden_layers"] * block + hidden
 
 
-def paper_model(directory: Path, name: str) -> str:
-    """A directory that is as the model of that name to a plan: its configuration, and no weights."""
+def paper_model(hub: Path, name: str) -> str:
+    """Put into the hub's cache what a plan reads of the model of that name, which is not its weights."""
     family, sizes = SHAPES[name]
     config = AutoConfig.for_model(family, **sizes, **HEADS[name], tie_word_embeddings=is_tied(name))
-    config.save_pretrained(directory / name)
-    (directory / name / "model.safetensors").touch()
-    return str(directory / name)
+    commit = "0" * 40
+    place = hub / f"models--papers--{name}"
+    config.save_pretrained(place / "snapshots" / commit)
+    tiny_tokenizer().save_pretrained(place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text(commit)
+    return f"papers/{name}"
 
 
-def test_table_1_is_planned_for_the_papers_models(tmp_path: Path) -> None:
+def test_table_1_is_planned_for_the_papers_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     text = tmp_path / "text.txt"
-    text.write_text("Only its hash goes into a plan.\n")
+    text.write_text("The quick brown fox jumps over the lazy dog .\n" * 3000)
     settings = [f"models.{i}.path={paper_model(tmp_path, name)}" for i, name in enumerate(SHAPES)]
     settings.append(f"methods.0.recovery.data={{path: {text}}}")
     config = load_config(next(file for file in FILES if file.stem == "iterabre-table1"), settings)

@@ -142,7 +142,7 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[Campaign, Path], Any], tuple[s
     "less recovery text than a sequence": (
         ("model",),
         lambda c, place: _method(c)["recovery"].update(data={"path": f"{place}/short.txt"}),
-        (ON_MODEL, "the text gives ", "fewer than one sequence of 16"),
+        (ON_MODEL, "short.txt' gives ", "fewer than one sequence of 16"),
     ),
     "less recovery text than a batch": (
         ("model",),
