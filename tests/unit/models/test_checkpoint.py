@@ -429,7 +429,7 @@ def _plan(path: Path, text: Path) -> Tensor:
         "models": [{"id": "odd", "path": str(path)}],
         "methods": [method],
         "targets": [{"layers": LAYERS - 1}],
-        "evaluation": {"perplexity": [{"name": "t", "data": {"path": str(text)}}]},
+        "evaluation": {"perplexity": [{"name": "t", "data": {"path": str(text)}, "context": 32}]},
         "execution": {"backend": "local"},
         "storage": {"path": str(path.parent / "runs")},
     }
