@@ -32,7 +32,7 @@ from orchestrator.cli_options import (
 )
 from orchestrator.config import CampaignConfig, load_config
 from orchestrator.errors import IterabreError, RequestError, WorkError
-from orchestrator.fence import FencedGroup, InterruptedByUserError, close_output, fenced
+from orchestrator.fence import FencedGroup, close_output, fenced
 
 app = typer.Typer(
     help="Make language models smaller: remove whole layers, heal each removal, repeat. On Ray.",
@@ -101,8 +101,7 @@ def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
                 err.print(f"Note: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
             outcome = run_campaign(config, plan, store, resume=resume, address=address)
         except KeyboardInterrupt as stopped:
-            kept = "stopped; finished stages are kept, --resume continues"
-            raise InterruptedByUserError(kept) from stopped
+            raise WorkError("stopped; finished stages are kept, --resume continues") from stopped
     cli_runs.show_results(store.uri)
     report_file = cli_runs.build_report(store.uri)
     out.print(

@@ -13,16 +13,10 @@ from typer import Abort, Exit
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from actors.errors import IterabreError, UnexpectedError, unexpected
+from actors.errors import IterabreError, UnexpectedError, WorkError, unexpected
 
 MEANT = (IterabreError, TyperException, Exit, Abort)
 """What a command raises on purpose."""
-
-
-class InterruptedByUserError(IterabreError):
-    """Ctrl-C, or the signal that asks a process to end."""
-
-    exit_code = 130
 
 
 @contextmanager
@@ -34,14 +28,14 @@ def fenced(logs: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
 
     Raises:
         UnexpectedError: names the error, what is to blame for it, and the file with the traceback.
-        InterruptedByUserError: the user stopped the body.
+        WorkError: the user stopped the body.
     """
     try:
         yield
     except (*MEANT, SystemExit, GeneratorExit):
         raise
     except KeyboardInterrupt as interrupt:
-        raise InterruptedByUserError("stopped") from interrupt
+        raise WorkError("stopped") from interrupt
     except BaseException as error:  # a panic of a Rust library is no Exception
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             raise

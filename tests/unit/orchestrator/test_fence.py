@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from actors.scoring.criteria import CRITERIA
-from orchestrator.fence import InterruptedByUserError, fenced
+from orchestrator.errors import WorkError
+from orchestrator.fence import fenced
 from tests.tiny_campaign import tiny_campaign, write_campaign
 from tests.unit.orchestrator.command import iterabre
 
@@ -78,16 +79,16 @@ def test_a_fault_in_a_stage_fails_its_trajectory_alone(
     assert "ZeroDivisionError: by zero" in iterabre("status", tmp_path / "runs/tiny").err
 
 
-def test_ctrl_c_is_one_line_and_130(
+def test_ctrl_c_is_one_line(
     campaign: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CRITERIA, "reverse", replace(REVERSE, measure=_breaks(KeyboardInterrupt())))
     file = write_campaign(campaign, tmp_path / "campaign.yaml")
     answer = iterabre("campaign", file)
-    assert answer.exit_code == 130
+    assert answer.exit_code == 1
     assert answer.err.splitlines()[-1] == "iterabre: stopped; finished stages are kept, --resume continues"
     answer = iterabre("score", "--model", campaign["models"][0]["path"], "--criterion", "reverse")
-    assert (answer.exit_code, answer.err.splitlines()[-1]) == (130, "iterabre: stopped")
+    assert (answer.exit_code, answer.err.splitlines()[-1]) == (1, "iterabre: stopped")
 
 
 def test_the_traceback_goes_into_the_run_that_there_is(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_a_panic_is_no_way_out() -> None:
     with pytest.raises(Exception, match="Panic: index out of bounds") as told, fenced():
         raise Panic("index out of bounds")
     _named_file(str(told.value)).unlink()
-    with pytest.raises(InterruptedByUserError), fenced():
+    with pytest.raises(WorkError, match="stopped"), fenced():
         raise KeyboardInterrupt
 
 
