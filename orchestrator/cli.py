@@ -135,15 +135,16 @@ def score(
     """Score every layer of a model as a candidate for removal."""
     from actors.contracts import ModelRef, ScoreSpec, TextSpec
     from actors.data import BUILTIN_TEXTS, describe_text
-    from actors.models import describe_model
+    from actors.models import describe_model, load_tokenizer
     from actors.scoring import find_criterion, score_locally
+    from orchestrator.plan_checks import check_calibration
 
-    text = TextSpec(builtin=calibration) if calibration in BUILTIN_TEXTS else TextSpec(path=calibration)
-    source = source_model(model, dtype, revision, trust_remote_code)
-    spec = ScoreSpec(ModelRef(source), text, criterion, granularity=granularity)
     find_criterion(criterion, granularity=granularity)
-    describe_text(text)
-    describe_model(source)
+    text = TextSpec(builtin=calibration) if calibration in BUILTIN_TEXTS else TextSpec(path=calibration)
+    text = describe_text(text).spec
+    info = describe_model(source_model(model, dtype, revision, trust_remote_code))
+    spec = ScoreSpec(ModelRef(info.spec), text, criterion, granularity=granularity)
+    check_calibration(spec, info, load_tokenizer(info.spec))
     result = score_locally(spec)
     order = {layer: rank for rank, layer in enumerate(result.removal_order, start=1)}
     rows = [
@@ -217,6 +218,8 @@ def evaluate(
     """Measure a model on lm-eval tasks and probes."""
     from actors.contracts import EvaluationSpec, ModelRef, ThroughputSpec, to_json
     from actors.evaluation import SUITES, check_probes, check_tasks, evaluate_model, suite_tasks
+    from actors.models import describe_model, load_tokenizer
+    from orchestrator.plan_checks import check_evaluation
 
     names, probe_names = cli_sweep.names_in(tasks), cli_sweep.names_in(probes)
     if not (names or probe_names or throughput):
@@ -224,8 +227,9 @@ def evaluate(
     suites = tuple(name for name in names if name in SUITES)
     members = suite_tasks(suites, task_suffix)
     single = (name for name in names if name not in SUITES)
+    info = describe_model(source_model(model, dtype, revision, trust_remote_code))
     spec = EvaluationSpec(
-        ModelRef(source_model(model, dtype, revision, trust_remote_code)),
+        ModelRef(info.spec),
         tasks=tuple(dict.fromkeys((*members, *single))),
         suites=suites,
         task_suffix=task_suffix,
@@ -238,6 +242,7 @@ def evaluate(
     )
     check_tasks(spec.tasks, include_path)
     check_probes(probe_names)
+    check_evaluation(spec, info, load_tokenizer(info.spec))
     result = evaluate_model(spec)
     if as_json:
         _print_json(to_json(result))

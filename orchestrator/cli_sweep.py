@@ -99,15 +99,18 @@ def sweep(
 def _checked_layers(spec: "EvaluationSpec", layers: str | None) -> list[int]:
     """The layers to remove, all if None; everything that `spec` asks for is known to be there."""
     from actors.evaluation import check_probes, check_task_data, check_tasks
-    from actors.models import describe_model
+    from actors.models import describe_model, load_tokenizer
     from actors.models.surgery import remaining
     from orchestrator.cli import parse_layers
+    from orchestrator.plan_checks import check_evaluation
 
     if not spec.probes + spec.tasks:
         raise RequestError("nothing to measure: give --probes, --tasks or --suites")
     check_probes(spec.probes)
     check_tasks(spec.tasks, spec.include_path)
-    num_layers = describe_model(spec.model.source).num_layers
+    info = describe_model(spec.model.source)
+    check_evaluation(spec, info, load_tokenizer(info.spec))
+    num_layers = info.num_layers
     chosen = list(range(num_layers)) if layers is None else parse_layers(layers, "--layers")
     for layer in chosen:
         remaining(num_layers, (layer,))

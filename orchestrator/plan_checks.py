@@ -8,7 +8,15 @@ from itertools import islice
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from actors.contracts import AdapterSpec, ModelInfo, ModelSpec, RecoverySpec, ScoreSpec, TextSpec
+from actors.contracts import (
+    AdapterSpec,
+    EvaluationSpec,
+    ModelInfo,
+    ModelSpec,
+    RecoverySpec,
+    ScoreSpec,
+    TextSpec,
+)
 from actors.data import calibration_sequences, open_records, tokenize_text
 from actors.evaluation.probes import probe_prompts
 from actors.models import load_tokenizer
@@ -72,12 +80,13 @@ def check_inputs(
     tokenizers = {spec: load_tokenizer(spec) for spec in models}
     for trajectory in {t.model_id: t for t in trajectories}.values():
         with _placed(f"model {trajectory.model_id!r}"):
-            notes += _check_evaluation(trajectory, tokenizers[trajectory.model.spec])
+            spec, info = trajectory.evaluation, trajectory.model
+            notes += check_evaluation(spec, info, tokenizers[info.spec])
     methods = _methods(trajectories)
     healing = [t for t in methods if t.traits.heals]
     for scoring, trajectory in {t.score_spec(t.dense): t for t in methods}.items():
         with _method(trajectory):
-            notes += _check_calibration(scoring, trajectory.model, tokenizers[trajectory.model.spec])
+            notes += check_calibration(scoring, trajectory.model, tokenizers[trajectory.model.spec])
     for trajectory in healing:
         with _method(trajectory):
             notes += _check_recovery_lengths(trajectory, [models[spec] for spec in _readers(trajectory)])
@@ -128,8 +137,12 @@ def _is_small(size: TextSize | None) -> bool:
     return size is not None and size.num_bytes is not None and size.num_bytes <= MOST_BYTES
 
 
-def _check_calibration(spec: ScoreSpec, info: ModelInfo, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Check the calibration text, as far as the criterion reads one."""
+def check_calibration(spec: ScoreSpec, info: ModelInfo, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Check the calibration text, as far as the criterion reads one; return what is worth knowing.
+
+    Raises:
+        RequestError: a token without a row in the embedding, or a sequence longer than the model takes.
+    """
     if not find_criterion(spec.criterion).uses_sequences or spec.task is not None:
         return []
     most = min(spec.max_sequences or MOST_ROWS, MOST_ROWS)
@@ -186,9 +199,14 @@ def _rows(text: TextSpec) -> Iterator[str]:
     return (record[text.text_column] for record in open_records(text))
 
 
-def _check_evaluation(trajectory: TrajectoryPlan, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Check texts, lengths and prompts of what is measured."""
-    evaluation, info = trajectory.evaluation, trajectory.model
+def check_evaluation(
+    evaluation: EvaluationSpec, info: ModelInfo, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Check texts, lengths and prompts of what is measured; return what is worth knowing.
+
+    Raises:
+        RequestError: names the field of the campaign file.
+    """
     context = info.context_length
     for text in evaluation.perplexity:
         place = f"evaluation.perplexity {text.name!r}"

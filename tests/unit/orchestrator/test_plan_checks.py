@@ -222,3 +222,39 @@ def test_beyond_the_named_context_rotary_positions_go_on_with_a_note(place: Path
     assert note in answer.out
     (told,) = json.loads(iterabre("plan", file, "--json").out)["notes"]
     assert note in told
+
+
+@pytest.mark.parametrize("model", TABLES)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("score", "--calibration", "long.txt"),
+        ("evaluate", "--probes", "degeneration"),
+        ("sweep", "--probes", "degeneration", "--max-new-tokens", POSITIONS, "--output", "out"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_single_commands_refuse_what_has_no_position(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[object, ...], model: str
+) -> None:
+    monkeypatch.chdir(place)
+    answer = iterabre(*command, "--model", place / model)
+    assert (answer.exit_code, answer.out) == (2, ""), answer.err
+    assert f"has {POSITIONS} positions and no more" in answer.err
+    assert not (place / "out").exists()
+
+
+def test_a_text_exchanged_while_a_command_runs_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("a bridge over a river\n")
+
+    def exchange(*_: object) -> list[str]:
+        file.write_text("another text\n")
+        return []
+
+    monkeypatch.setattr("orchestrator.plan_checks.check_calibration", exchange)
+    answer = iterabre("score", "--model", place / "qwen2", "--calibration", file)
+    assert answer.exit_code == 1
+    assert str(file) in answer.err
