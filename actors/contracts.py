@@ -238,7 +238,7 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """How the criterion `laco` merges (LaCo, Algorithm 1); `actors.scoring.merge` says what each means."""
+    """How the criterion `laco` merges (LaCo, Algorithm 1); `actors.scoring.laco` says what each means."""
 
     variant: str = "differences"
     threshold: float = 0.65

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from tests.job_head import head, token
-from tests.tiny_models import tiny_model, tiny_tokenizer
+from tests.support.job_head import head, token
+from tests.support.tiny_models import tiny_model, tiny_tokenizer
 
 PROJECT = Path(__file__).parent.parent
 CAMPAIGN = PROJECT / "configs/campaigns/four-methods.yaml"

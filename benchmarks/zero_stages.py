@@ -25,9 +25,9 @@ from torch import multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.contracts import AdapterSpec, ModelRef, ModelSpec, RecoveryResult, RecoverySpec, TextSpec
-from actors.recovery.checkpoint import CheckpointDirectory
-from actors.recovery.train_loop import train
-from actors.recovery.workplace import Workplace, Write
+from actors.recovery.training.checkpoint import CheckpointDirectory
+from actors.recovery.training.train_context import Workplace, Write
+from actors.recovery.training.train_loop import train
 
 LAYERS, WIDTH = 4, 64
 TEXT = TextSpec(builtin="wikitext-2-raw-validation")
@@ -79,7 +79,7 @@ def run_plain(spec: RecoverySpec, workers: int, directory: Path) -> RecoveryResu
 
 def run_ray(spec: RecoverySpec, workers: int, directory: Path) -> RecoveryResult:
     """Train as a Ray Train job."""
-    from actors.recovery.trainer import recover_on_ray
+    from actors.recovery.ray import recover_on_ray
 
     return recover_on_ray(
         spec,

@@ -1,9 +1,9 @@
 from .evaluate import evaluate_model
-from .harness import check_task_data, check_tasks, evaluate_tasks
+from .lm_eval.harness import check_task_data, check_tasks, evaluate_tasks
+from .lm_eval.suites import SUITES, suite_tasks
+from .lm_eval.task_folder import tasks_fingerprint
 from .perplexity import Perplexity, token_perplexity
-from .probes import PROBES, Probe, check_probes
-from .suites import SUITES, suite_tasks
-from .task_folder import tasks_fingerprint
+from .probes.probes import PROBES, Probe, check_probes
 
 __all__ = [
     "PROBES",

@@ -16,7 +16,7 @@ from actors.contracts import (
     no_progress,
 )
 from actors.data import load_texts, tokenize_text
-from actors.evaluation.harness import (
+from actors.evaluation.lm_eval.harness import (
     Answer,
     Versions,
     answering,
@@ -24,11 +24,11 @@ from actors.evaluation.harness import (
     check_task_data,
     evaluate_tasks_by,
 )
+from actors.evaluation.lm_eval.suites import suite_means
+from actors.evaluation.lm_eval.task_folder import check_tasks_unchanged
 from actors.evaluation.perplexity import token_perplexity
-from actors.evaluation.probes import check_probes, run_probe
-from actors.evaluation.sandbox import check_sandbox
-from actors.evaluation.suites import suite_means
-from actors.evaluation.task_folder import check_tasks_unchanged
+from actors.evaluation.probes.probes import check_probes, run_probe
+from actors.evaluation.sandbox.sandbox import check_sandbox
 from actors.evaluation.throughput import check_length, throughput
 from actors.models import device, load_source, materialize, text_config
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from actors.errors import RequestError
-from actors.models.dispatch import input_device
+from actors.models.offloading.dispatch import input_device
 
 _CHUNK = 512
 """Positions whose logits exist at one time on the way through the plain head."""

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from actors.contracts import Metric, ThroughputSpec
 from actors.errors import RequestError
-from actors.evaluation.generation import last_logits_only
-from actors.models.dispatch import input_device
+from actors.evaluation.probes.decoding import last_logits_only
+from actors.models.offloading.dispatch import input_device
 
 WARM_UPS = 1
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from actors.contracts import GenerationResult, GenerationSpec, Progress, no_progress
 from actors.errors import unknown_name
-from actors.generation.generate import TransformersEngine
 from actors.generation.responses import Engine, conduct
-from actors.generation.vllm_engine import VllmEngine
+from actors.generation.transformers import TransformersEngine
+from actors.generation.vllm import VllmEngine
 
 ENGINES: dict[str, Callable[[GenerationSpec], Engine]] = {
     "transformers": TransformersEngine,

@@ -1,13 +1,13 @@
 from .adapter_deltas import Deltas, add_deltas, join_deltas, read_deltas
-from .chain import device, load_source, materialize, prune_to
-from .export import export_model, save_pretrained
+from .exporting.export import export_model, save_pretrained
 from .families import depth, find_layers, text_config
-from .load import check_revision, describe_model, load_model, load_tokenizer, open_model
-from .removable import any_layers, check_prunable, choose_removable, removable_layers
-from .replay import LayerwisePass
-from .sharded import prune_checkpoint
-from .streaming import load_streamed, resident
-from .subblocks import (
+from .layerwise import LayerwisePass
+from .loading.load import check_revision, describe_model, load_model, load_tokenizer, open_model
+from .model_builder import device, load_source, materialize, prune_to
+from .offloading.sharded import prune_checkpoint
+from .offloading.streaming import load_streamed, resident
+from .pruning.removable import any_layers, check_prunable, choose_removable, removable_layers
+from .pruning.subblocks import (
     BLOCK,
     GRANULARITIES,
     check_granularity,
@@ -16,7 +16,7 @@ from .subblocks import (
     sub_block_weights,
     without_sub_block,
 )
-from .surgery import remove_layers, without_layers
+from .pruning.surgery import remove_layers, without_layers
 from .weights import put_weights, read_weights, save_weights, weight_shapes
 
 __all__ = [

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from actors.models.dispatch import replaced_forward
 from actors.models.families import find_backbone
+from actors.models.offloading.dispatch import replaced_forward
 
 
 class _OnlyHidden(BaseModelOutputWithPast):

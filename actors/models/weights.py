@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from actors.artifacts import fetch
 from actors.contracts import ArtifactRef
 from actors.errors import WorkError
-from actors.models.checkpoint import read_checkpoint
+from actors.models.loading.checkpoint import read_checkpoint
 
 MAX_SHARD_SIZE = "5GB"
 

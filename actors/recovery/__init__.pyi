@@ -1,9 +1,9 @@
 from .check import check_recovery
-from .feed import check_data
-from .local import recover_locally
 from .objectives import OBJECTIVES, Objective, build_causal_lm, find_objective
-from .train_loop import train
-from .workplace import Workplace
+from .training.local import recover_locally
+from .training.train_context import Workplace
+from .training.train_loop import train
+from .training.training_data import check_data
 
 __all__ = [
     "OBJECTIVES",

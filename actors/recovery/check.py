@@ -2,12 +2,12 @@
 
 from actors.contracts import RecoverySpec
 from actors.errors import RequestError
-from actors.recovery.adapters import check_adapter
-from actors.recovery.deepspeed_config import deepspeed_config, precision_of
-from actors.recovery.feed import check_data
+from actors.recovery.adapters.adapters import check_adapter
+from actors.recovery.distillation.teacher_student import check_teacher
 from actors.recovery.objectives import Objective, find_objective
-from actors.recovery.pair import check_teacher
-from actors.recovery.schedule import lr_at
+from actors.recovery.training.deepspeed_config import deepspeed_config, precision_of
+from actors.recovery.training.lr_schedule import lr_at
+from actors.recovery.training.training_data import check_data
 
 
 def check_recovery(spec: RecoverySpec, workers: int) -> None:

@@ -9,13 +9,13 @@ from torch import nn
 from actors.contracts import RecoverySpec
 from actors.data import TrainingData
 from actors.plugins import find_row
-from actors.recovery.bridge import Solution, solve_bridges
-from actors.recovery.causal import CausalLM
-from actors.recovery.distillation import LockstepDistiller
-from actors.recovery.documents import check_documents_apart
-from actors.recovery.healing import AuxiliaryHealing
-from actors.recovery.pair import Pair
-from actors.recovery.student import Student
+from actors.recovery.distillation.distillation import LockstepDistiller
+from actors.recovery.distillation.healing import AuxiliaryHealing
+from actors.recovery.distillation.linear_bridge import Solution, solve_bridges
+from actors.recovery.distillation.student import Student
+from actors.recovery.distillation.teacher_student import Pair
+from actors.recovery.losses.causal_lm import CausalLM
+from actors.recovery.training.documents import check_documents_apart
 
 BuildModule = Callable[[Pair, RecoverySpec], nn.Module]
 """Gives the module to train: forward(batch: TokenBatch) → dict of scalar terms, their weighted sum

@@ -1,7 +1,7 @@
 from .criteria import CRITERIA, Criterion, find_criterion
 from .pooling import POOLING
 from .score import Scorer, score_layers, score_locally
-from .task import task_scores, task_value
+from .task_metric import task_scores, task_value
 
 __all__ = [
     "CRITERIA",

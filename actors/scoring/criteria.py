@@ -39,8 +39,8 @@ class Criterion:
         chooses_run: the layers to go are chosen together, `num_remove` of them: the score at a layer
             is that of the run from it on.
         joint: the sequences' rows cannot be computed apart (a measure gives the same row for each).
-        by_task: there is nothing to measure here, an lm-eval task decides (`actors.scoring.task`).
-        by_merge: layers are merged, all at once, rather than dropped (`actors.scoring.merge`).
+        by_task: there is nothing to measure here, an lm-eval task decides (`actors.scoring.task_metric`).
+        by_merge: layers are merged, all at once, rather than dropped (`actors.scoring.laco`).
         by_candidate: scores the `candidates` of the calibration alone, any part of them by itself,
             and can walk over a model whose weights are streamed.
         blocks_only: has no meaning for attention or MLP alone.

@@ -19,7 +19,7 @@ from actors.scoring.angular import run_distances
 from actors.scoring.likelihood import negative_log_likelihoods
 from actors.scoring.pooling import POOLING
 from actors.scoring.wavefront import UNPRUNED, Outcome, Tally, Wave, last_hiddens, wavefront, waves
-from actors.scoring.weights import first_order_taylor, weight_norms
+from actors.scoring.weight_measures import first_order_taylor, weight_norms
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def task_metric(_model: PreTrainedModel, _calibration: Calibration) -> Tensor:
 
 def laco(_model: PreTrainedModel, _calibration: Calibration) -> Tensor:
     """Refuses: merges are tried one upon another, so that layers have no scores of their own."""
-    raise RequestError("laco merges layers and does not score them; call actors.scoring.merge.laco_compress")
+    raise RequestError("laco merges layers and does not score them; call actors.scoring.laco.laco_compress")
 
 
 def deepest(model: PreTrainedModel, _calibration: Calibration) -> Tensor:

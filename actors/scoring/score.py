@@ -23,13 +23,13 @@ from actors.models import (
     materialize,
     text_config,
 )
-from actors.models.load import load_config
-from actors.models.tokens import check_token_ids
-from actors.scoring.budget import GIB
+from actors.models.loading.load import load_config
+from actors.models.loading.tokens import check_token_ids
 from actors.scoring.criteria import find_criterion, removal_order
+from actors.scoring.early_elimination import ROUND, contenders
+from actors.scoring.laco import merge_result
 from actors.scoring.measures import Calibration
-from actors.scoring.merge import merge_result
-from actors.scoring.race import ROUND, contenders
+from actors.scoring.memory_budget import GIB
 from actors.scoring.wavefront import Tally
 
 ScoreRows = list[list[float]]

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.models import BLOCK, LayerwisePass, depth, find_layers, resident, without_sub_block
-from actors.models.dispatch import input_device
-from actors.scoring.budget import Group, Wave, costs_of, default_budget, plan_waves
+from actors.models.offloading.dispatch import input_device
+from actors.scoring.memory_budget import Group, Wave, costs_of, default_budget, plan_waves
 
 UNPRUNED = -1
 """Stands for the unpruned stream where others are named by the layer they are without."""
@@ -134,7 +134,7 @@ def wavefront(
     """Walk the unpruned model and its candidates over the sequences of one wave.
 
     Args:
-        model: a decoder language model of N blocks; its weights may be streamed (`actors.models.streaming`).
+        model: a decoder language model of N blocks; its weights may be streamed.
         sequences: token ids [T] of every sequence that the wave's positions refer to.
         wave: which sequences and which candidates (ascending).
         keep_unpruned: take the unpruned stream to the end and yield it, before the group's candidates.

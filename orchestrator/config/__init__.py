@@ -1,7 +1,7 @@
 """The campaign file: pydantic models of the YAML, and how it is read.
 
 Imports neither torch nor ray, so that a wrong file is refused in well under a second.
-Whether the named models, data, criteria and tasks exist is `orchestrator.planning`'s matter.
+Whether the named models, data, criteria and tasks exist is `orchestrator.planning.planner`'s matter.
 """
 
 from orchestrator.config.campaign import (
@@ -23,9 +23,9 @@ from orchestrator.config.campaign import (
     WandbConfig,
     WorkerConfig,
 )
+from orchestrator.config.json_schema import campaign_schema
+from orchestrator.config.loading import holds_credential, load_config, parse_config
 from orchestrator.config.paths import LocalPath, absolute_path, with_absolute_paths
-from orchestrator.config.reading import holds_credential, load_config, parse_config
-from orchestrator.config.schema import campaign_schema
 from orchestrator.config.sections import (
     NAME,
     AdapterConfig,

@@ -12,8 +12,8 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from orchestrator.report.html import Source, build_report
-from tests.unit.orchestrator.report.sample_run import sample_ledger
+from orchestrator.reporting.html import Source, build_report
+from tests.unit.reporting.sample_run import sample_ledger
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(

@@ -25,7 +25,7 @@ import yaml
 
 from tests.chaos.audit import faults, manifests, repeats, starts
 from tests.chaos.nodes import TITLES, LocalCluster, adopt_orphans, alive, at_work, environment
-from tests.tiny_models import save_tiny
+from tests.support.tiny_models import save_tiny
 
 VICTIMS = ("driver", "trial", "score", "train", "evaluate", "raylet", "gcs_server")
 TIMEOUT_S = 900

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from actors.contracts import ScoreResult
-from orchestrator.ledger import Ledger, Row
-from orchestrator.store import Store
+from orchestrator.storage.ledger import Ledger, Row
+from orchestrator.storage.stage_store import Store
 from tests.chaos.audit import faults, manifests, starts
 
 SCORES = ScoreResult((0, 1), (0.5, 0.25), (1, 0), 1, 8, 3)
@@ -85,7 +85,8 @@ def test_what_is_left_behind_is_found(pair: tuple[Path, Path], left: str) -> Non
 def test_every_start_is_read_from_the_logs_of_the_trials(tmp_path: Path) -> None:
     logs = tmp_path / "session_1/logs"
     logs.mkdir(parents=True)
-    line = "2026-01-02 03:04:05,678 INFO orchestrator.stages t iteration 1: score 0123456789ab starts\n"
+    logger = "orchestrator.execution.stage_runner"
+    line = f"2026-01-02 03:04:05,678 INFO {logger} t iteration 1: score 0123456789ab starts\n"
     (logs / "worker-a.err").write_text(line + "noise\n" + line.replace("starts", "took 1.0 s"))
     (logs / "worker-b.err").write_text(line.replace("05,678", "06,000"))
     os.symlink(tmp_path / "session_1", tmp_path / "session_latest")

@@ -13,8 +13,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from actors.contracts import ModelRef, ModelSpec, ScoreSpec, TextSpec
-from actors.scoring import actor, score_locally
-from actors.scoring.actor import ScoreActor, score_on_ray
+from actors.scoring import ray as actor
+from actors.scoring import score_locally
+from actors.scoring.ray import ScoreActor, score_on_ray
 from actors.scoring.score import Share, ShareScores
 
 

@@ -15,7 +15,7 @@ import pyarrow.dataset as ds
 import pytest
 import yaml
 
-from tests.tiny_models import save_tiny
+from tests.support.tiny_models import save_tiny
 
 TIMEOUT_S = 600
 OF_THE_MACHINE = ("s", "tokens/s", "bytes")

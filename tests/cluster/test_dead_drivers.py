@@ -6,7 +6,7 @@ import time
 
 import ray
 
-from orchestrator.cluster import end_helpers_of_dead_drivers
+from orchestrator.execution.cluster import end_helpers_of_dead_drivers
 
 DRIVER = """
 import os, sys, ray

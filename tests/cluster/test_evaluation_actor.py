@@ -13,12 +13,12 @@ import ray
 
 from actors.contracts import EvaluationResult, EvaluationSpec, ModelRef, ModelSpec, PerplexitySpec, TextSpec
 from actors.errors import RequestError
-from actors.evaluation import actor
-from actors.evaluation.actor import EvalActor, evaluate_all_on_ray, evaluate_on_ray
+from actors.evaluation import ray as actor
 from actors.evaluation.evaluate import evaluate
+from actors.evaluation.ray import EvalActor, evaluate_all_on_ray, evaluate_on_ray
 from actors.models import materialize
-from tests.tiny_models import save_tiny
-from tests.unit.orchestrator.command import iterabre
+from tests.support.tiny_models import save_tiny
+from tests.unit.cli.command import iterabre
 
 pytestmark = pytest.mark.usefixtures("ray_two_cpus")
 

@@ -10,10 +10,11 @@ import pytest
 
 from actors.contracts import GenerationSpec, ModelSpec, TextSpec
 from actors.errors import RequestError
-from actors.generation import actor, generate_locally, responses
-from actors.generation.actor import GenerateActor, generate_on_ray
+from actors.generation import generate_locally, responses
+from actors.generation import ray as actor
+from actors.generation.ray import GenerateActor, generate_on_ray
 from actors.generation.responses import Response, Share
-from tests.tiny_models import save_tiny
+from tests.support.tiny_models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("ray_two_cpus")
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.job_head import head, token
-from tests.tiny_campaign import tiny_campaign
+from tests.support.job_head import head, token
+from tests.support.tiny_campaign import tiny_campaign
 
 PROJECT = Path(__file__).parents[2]
 TIMEOUT_S = 420
@@ -86,7 +86,7 @@ def _campaign(directory: Path, **changes: Any) -> Path:
 
 
 def test_the_job_runs_what_is_installed(jobs: Jobs, installed: Path) -> None:
-    which = "import orchestrator.cli; print(orchestrator.cli.__file__)"
+    which = "import orchestrator.cli.app; print(orchestrator.cli.app.__file__)"
     done = jobs.call("submit", "--", sys.executable, "-c", which)
     assert done.returncode == 0, done.stdout
     assert str(installed / "orchestrator" / "cli.py") in done.stdout

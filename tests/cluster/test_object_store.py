@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from actors.artifacts import list_files
-from orchestrator.store import Store
-from tests.tiny_campaign import tiny_campaign, write_campaign
-from tests.unit.object_store import loopback_s3
-from tests.unit.orchestrator.command import iterabre
-from tests.unit.orchestrator.test_cut_connections import numbers_in
+from orchestrator.storage.stage_store import Store
+from tests.support.object_store import loopback_s3
+from tests.support.tiny_campaign import tiny_campaign, write_campaign
+from tests.unit.cli.command import iterabre
+from tests.unit.execution.test_cut_connections import numbers_in
 
 ON_RAY = {
     "scoring": {"actors": 2, "cpus": 0.5},

@@ -10,9 +10,9 @@ import pytest
 from actors.artifacts import fetch
 from actors.contracts import RecoveryResult, RecoverySpec, TextSpec
 from actors.errors import RequestError
-from actors.recovery.local import recover_locally
-from actors.recovery.trainer import recover_on_ray
-from tests.tiny_recovery import tiny_recovery_spec
+from actors.recovery.ray import recover_on_ray
+from actors.recovery.training.local import recover_locally
+from tests.support.tiny_recovery import tiny_recovery_spec
 
 pytestmark = pytest.mark.usefixtures("ray_two_cpus")
 

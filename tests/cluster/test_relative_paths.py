@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tests.cluster.test_campaign import assert_same, campaign, finish, start
-from tests.tiny_models import save_tiny
+from tests.support.tiny_models import save_tiny
 
 COMMIT = "0123456789" * 4
 

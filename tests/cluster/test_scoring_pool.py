@@ -14,10 +14,11 @@ import pytest
 
 from actors.contracts import ModelRef, ModelSpec, ScoreResult, ScoreSpec, TextSpec
 from actors.errors import WorkError
-from actors.scoring import actor, score_locally
-from actors.scoring.actor import ScoreActor, score_on_ray
+from actors.scoring import ray as actor
+from actors.scoring import score_locally
+from actors.scoring.ray import ScoreActor, score_on_ray
 from actors.scoring.score import Share, ShareScores
-from tests.tiny_models import save_tiny
+from tests.support.tiny_models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("ray_two_cpus")
 LONG = pytest.mark.long

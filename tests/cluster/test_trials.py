@@ -9,20 +9,20 @@ import pyarrow.compute as pc
 import pytest
 import ray
 
-from orchestrator.campaign import Outcome, limits_of, run_trials
-from orchestrator.cluster import ClusterRoom
 from orchestrator.config import CampaignConfig, parse_config
 from orchestrator.config.campaign import ClusterMaximumConfig
-from orchestrator.coordinator import LEASE_S, AskedClaims, Coordinator
-from orchestrator.ledger import Ledger
-from orchestrator.limits import Limits
-from orchestrator.outcomes import read_outcomes
-from orchestrator.places import Need, Places, Room
-from orchestrator.planning import build_plan
-from orchestrator.store import Store
+from orchestrator.execution.campaign import Outcome, limits_of, run_trials
+from orchestrator.execution.cluster import ClusterRoom
+from orchestrator.planning.planner import build_plan
+from orchestrator.scheduling.admission import Need, Places, Room
+from orchestrator.scheduling.coordinator import LEASE_S, AskedClaims, Coordinator
+from orchestrator.scheduling.limits import Limits
+from orchestrator.storage.ledger import Ledger
+from orchestrator.storage.stage_store import Store
+from orchestrator.storage.trajectory_status import read_outcomes
 from tests.cluster.exported import exported
-from tests.simulated import Simulation
-from tests.tiny_campaign import tiny_campaign
+from tests.support.simulated import Simulation
+from tests.support.tiny_campaign import tiny_campaign
 
 SECONDS = {"score": 1.5, "recover": 0.1, "evaluate": 0.1, "export": 0.0}
 Change = Callable[[dict[str, Any]], Any]

@@ -15,7 +15,7 @@ from actors import artifacts
 from actors.artifacts import fetch, list_files, publish, read_bytes, write_bytes
 from actors.contracts import ArtifactRef, FileRef
 from actors.errors import RequestError, WorkError
-from tests.unit.object_store import loopback_s3
+from tests.support.object_store import loopback_s3
 
 FILES = {"adapter.safetensors": b"weights" * 1000, "nested/config.json": b"{}"}
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from actors import plugins
 from orchestrator.config import load_config
-from orchestrator.ledger import Ledger
-from orchestrator.planning import build_plan
-from tests.tiny_campaign import NUM_LAYERS, tiny_campaign, write_campaign
-from tests.unit.orchestrator.command import iterabre
+from orchestrator.planning.planner import build_plan
+from orchestrator.storage.ledger import Ledger
+from tests.support.tiny_campaign import NUM_LAYERS, tiny_campaign, write_campaign
+from tests.unit.cli.command import iterabre
 
 PAGE = (Path(__file__).parents[2] / "docs/plugins.md").read_text(encoding="utf-8")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import save_tiny
+from tests.support.tiny_models import save_tiny
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ from actors.artifacts import publish
 from actors.contracts import TextSpec
 from actors.data import chat_template, conversation_sequences, read_prompts
 from actors.errors import RequestError
-from tests.tiny_models import tiny_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
 
 CHAT = (
     "{% for m in messages %}"

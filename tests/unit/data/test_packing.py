@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from actors.data import PackedData, Sequence, collect, cut_into_blocks, pack_whole, shuffled, spool, up_to
-from tests.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_model
 
 DOCUMENTS = [list(range(10, 15)), [20], [], list(range(30, 43)), [50, 51], [60], list(range(70, 77))]
 

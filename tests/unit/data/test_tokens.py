@@ -15,7 +15,7 @@ from actors.data import (
     tokenize_text,
 )
 from actors.errors import RequestError
-from tests.tiny_models import MAX_POSITIONS, tiny_tokenizer
+from tests.support.tiny_models import MAX_POSITIONS, tiny_tokenizer
 
 LINES = [" = Title = \n", "\n", "The quick brown fox .\n", "Ancient deities are lazy .\n"] * 20
 

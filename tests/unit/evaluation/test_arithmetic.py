@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from actors.errors import RequestError
-from actors.evaluation.arithmetic import Problem, all_problems, answer_problems, draw_problems
-from tests.tiny_models import tiny_llama, tiny_tokenizer
+from actors.evaluation.probes.arithmetic import Problem, all_problems, answer_problems, draw_problems
+from tests.support.tiny_models import tiny_llama, tiny_tokenizer
 
 PROMPT = re.compile(r"Question: What is (\(([1-9]) [-+*] ([1-9])\) [-+*] ([1-9]))\?\nAnswer:")
 

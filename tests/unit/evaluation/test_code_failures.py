@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from actors.evaluation import probes
-from actors.evaluation.code_failures import (
+from actors.evaluation.probes import probes
+from actors.evaluation.probes.code_failures import (
     CLASSES,
     balanced,
     classify,
@@ -15,7 +15,7 @@ from actors.evaluation.code_failures import (
     program_of,
     undefined_names,
 )
-from actors.evaluation.sandbox import run_program
+from actors.evaluation.sandbox.sandbox import run_program
 
 SIGNATURE = 'def area(width, height):\n    """Area of a rectangle."""\n'
 FENCED = "Here it is:\n\n```python\n{}\n```\nDone."

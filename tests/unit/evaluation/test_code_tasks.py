@@ -9,10 +9,10 @@ import yaml
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from actors.evaluation import check_tasks, evaluate_tasks
-from actors.evaluation.code_failures import CLASSES
-from actors.evaluation.code_tasks import code_task_metrics, is_code_problem
-from actors.evaluation.harness import TASKS, _load
-from tests.tiny_models import tiny_llama
+from actors.evaluation.lm_eval.harness import TASKS, _load
+from actors.evaluation.probes.code_failures import CLASSES
+from actors.evaluation.probes.code_tasks import code_task_metrics, is_code_problem
+from tests.support.tiny_models import tiny_llama
 
 ADD = {
     "prompt": "def add(a, b):\n",
@@ -44,7 +44,9 @@ def test_shares_of_classes_and_of_what_passes() -> None:
 
 
 def test_without_leave_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.evaluation.sandbox.subprocess.Popen", lambda *_, **__: pytest.fail("ran"))
+    monkeypatch.setattr(
+        "actors.evaluation.sandbox.sandbox.subprocess.Popen", lambda *_, **__: pytest.fail("ran")
+    )
     metrics = code_task_metrics({"add": _logged(ADD, "    return a + b\n")}, execute=False)
     assert [m.name for m in metrics] == [f"add/{name}" for name in CLASSES]
 

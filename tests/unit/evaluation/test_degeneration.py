@@ -5,7 +5,7 @@ import random
 import pytest
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-from actors.evaluation.degeneration import repetition, self_bleu
+from actors.evaluation.probes.degeneration import repetition, self_bleu
 
 
 @pytest.mark.parametrize(

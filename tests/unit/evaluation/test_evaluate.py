@@ -10,8 +10,8 @@ from actors.data import load_texts, tokenize_text
 from actors.errors import RequestError
 from actors.evaluation import evaluate_model, token_perplexity
 from actors.evaluation.evaluate import evaluate
-from actors.evaluation.suites import SUITES, Suite
-from tests.tiny_models import tiny_llama
+from actors.evaluation.lm_eval.suites import SUITES, Suite
+from tests.support.tiny_models import tiny_llama
 
 TEXT = TextSpec(builtin="iterabre-appendix-a")
 MODEL = ModelRef(ModelSpec("unused"))

@@ -16,8 +16,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from actors.data import builtin_file
 from actors.errors import RequestError
 from actors.evaluation import check_tasks, evaluate_tasks
-from actors.evaluation.harness import TASKS, PrefixTreeLM
-from tests.tiny_models import save_tiny, tiny_llama
+from actors.evaluation.lm_eval.harness import TASKS, PrefixTreeLM
+from tests.support.tiny_models import save_tiny, tiny_llama
 
 FEWSHOT_TASK = """
 task: tiny_{name}

@@ -9,13 +9,13 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from actors.errors import WorkError
-from actors.evaluation import loglikelihood, prefix_tree
-from actors.evaluation.family_support import family_support
-from actors.evaluation.harness import PrefixTreeLM
-from actors.evaluation.loglikelihood import LikelihoodModel, Scored
-from actors.evaluation.prefix_tree import plant
-from tests.decoder_zoo import tiny_decoder_config
-from tests.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from actors.evaluation.lm_eval import loglikelihood, prefix_tree
+from actors.evaluation.lm_eval.family_support import family_support
+from actors.evaluation.lm_eval.harness import PrefixTreeLM
+from actors.evaluation.lm_eval.loglikelihood import LikelihoodModel, Scored
+from actors.evaluation.lm_eval.prefix_tree import plant
+from tests.support.decoder_zoo import tiny_decoder_config
+from tests.support.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 MAX_LENGTH = 64
 FAMILIES = {

@@ -9,7 +9,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from actors.errors import RequestError
 from actors.evaluation import perplexity, token_perplexity
-from tests.tiny_models import tiny_llama
+from tests.support.tiny_models import tiny_llama
 
 VOCAB = 300
 

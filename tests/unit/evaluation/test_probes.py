@@ -8,11 +8,11 @@ import torch
 from actors.contracts import EvaluationSpec, ModelRef, ModelSpec
 from actors.errors import RequestError
 from actors.evaluation import PROBES, check_probes
-from actors.evaluation.degeneration import repetition, self_bleu
 from actors.evaluation.evaluate import evaluate
-from actors.evaluation.generation import respond
-from actors.evaluation.probes import PROMPTS
-from tests.tiny_models import tiny_llama
+from actors.evaluation.probes.decoding import respond
+from actors.evaluation.probes.degeneration import repetition, self_bleu
+from actors.evaluation.probes.probes import PROMPTS
+from tests.support.tiny_models import tiny_llama
 
 MODEL = ModelRef(ModelSpec("unused"))
 DOCS = Path(__file__).parents[3] / "docs/probes.md"
@@ -66,7 +66,9 @@ def test_every_probe_gives_what_its_row_says() -> None:
 
 
 def test_code_is_run_only_if_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.evaluation.sandbox.subprocess.Popen", lambda *_, **__: pytest.fail("ran"))
+    monkeypatch.setattr(
+        "actors.evaluation.sandbox.sandbox.subprocess.Popen", lambda *_, **__: pytest.fail("ran")
+    )
     model, tokenizer = tiny_llama()
     spec = EvaluationSpec(MODEL, probes=("code_failures",), limit=2, max_new_tokens=4)
     assert "code_failures/pass_at_1" not in {m.name for m in evaluate(model, tokenizer, spec).metrics}

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from actors.errors import WorkError
-from actors.evaluation import sandbox
-from actors.evaluation.confined import PROTECTED
-from actors.evaluation.sandbox import CONFINED, Limits, pass_at_1, run_program, run_tests
+from actors.evaluation.sandbox import sandbox
+from actors.evaluation.sandbox.sandbox import CONFINED, Limits, pass_at_1, run_program, run_tests
+from actors.evaluation.sandbox.sandbox_child import PROTECTED
 
 NOBODY = 65534
 FORBIDDEN = {

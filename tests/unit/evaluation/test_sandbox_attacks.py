@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from actors.evaluation import sandbox
-from actors.evaluation.sandbox import CONFINED, Limits, check_sandbox, run_program
-from actors.evaluation.scratch import remove_tree, scratch_directory
+from actors.evaluation.sandbox import sandbox
+from actors.evaluation.sandbox.sandbox import CONFINED, Limits, check_sandbox, run_program
+from actors.evaluation.sandbox.scratch import remove_tree, scratch_directory
 
 NOBODY = 65534
 LIMITS = Limits(wall_s=3, cpu_s=1, memory_bytes=1 << 30, file_bytes=4 << 20, disk_bytes=16 << 20)

@@ -12,8 +12,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from actors.contracts import Metric
 from actors.errors import RequestError
 from actors.evaluation import SUITES, suite_tasks
-from actors.evaluation.harness import TASKS, _index
-from actors.evaluation.suites import BLIMP_GROUPS, blimp_groups, suite_means
+from actors.evaluation.lm_eval.harness import TASKS, _index
+from actors.evaluation.lm_eval.suites import BLIMP_GROUPS, blimp_groups, suite_means
 
 
 def test_every_member_is_a_task_of_lm_eval_or_ours() -> None:

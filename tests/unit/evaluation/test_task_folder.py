@@ -8,7 +8,7 @@ import pytest
 from actors.contracts import EvaluationSpec, ModelRef, ModelSpec
 from actors.errors import ChangedError
 from actors.evaluation import tasks_fingerprint
-from actors.evaluation.task_folder import check_tasks_unchanged
+from actors.evaluation.lm_eval.task_folder import check_tasks_unchanged
 
 
 def test_a_folder_is_known_by_names_and_contents(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from actors.errors import RequestError
 from actors.evaluation.evaluate import evaluate
 from actors.evaluation.throughput import measure_speed, throughput
 from actors.models import without_layers
-from tests.tiny_models import save_tiny, tiny_ids, tiny_llama
+from tests.support.tiny_models import save_tiny, tiny_ids, tiny_llama
 
 SPEC = ThroughputSpec(context=16, new_tokens=4, batch_size=2, repeats=3)
 

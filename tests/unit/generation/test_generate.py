@@ -15,9 +15,9 @@ from actors.contracts import GenerationSpec, ModelSpec, TextSpec
 from actors.data import conversation_sequences
 from actors.errors import RequestError
 from actors.generation import generate_locally, generate_responses
-from actors.generation.generate import GumbelDraw, end_tokens
 from actors.generation.responses import FILE, Prompt
-from tests.tiny_models import save_tiny, tiny_llama, tiny_model, tiny_tokenizer
+from actors.generation.transformers import GumbelDraw, end_tokens
+from tests.support.tiny_models import save_tiny, tiny_llama, tiny_model, tiny_tokenizer
 
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{{ '\n' }}{% endfor %}"

@@ -26,10 +26,10 @@ from actors.models import (
     prune_checkpoint,
     resident,
 )
-from actors.models.checkpoint import INDEX, SINGLE, read_checkpoint
+from actors.models.loading.checkpoint import INDEX, SINGLE, read_checkpoint
 from orchestrator.config import parse_config
-from orchestrator.planning import build_plan
-from tests.tiny_models import save_tiny, skipped, tiny_ids, tiny_llama
+from orchestrator.planning.planner import build_plan
+from tests.support.tiny_models import save_tiny, skipped, tiny_ids, tiny_llama
 
 LAYERS = 3
 DROPPED = 1
@@ -527,7 +527,7 @@ def test_headers_are_those_of_the_library(tmp_path: Path) -> None:
 def test_one_place_decides_which_weight_files_count() -> None:
     """No other module looks for weight files or reads their headers; training has checkpoints of its own."""
     root = Path(actors.__file__).parent.parent
-    own = {root / "actors/models/checkpoint.py", root / "actors/recovery/checkpoint.py"}
+    own = {root / "actors/models/loading/checkpoint.py", root / "actors/recovery/training/checkpoint.py"}
     readers = re.compile(r"glob\([^)]*safetensors|safe_open|index\.json|from_bytes\(|data_offsets\"\]")
     found = {
         file.relative_to(root).as_posix(): match[0]

@@ -8,10 +8,10 @@ from transformers import BartConfig
 
 from actors.errors import RequestError
 from actors.models import depth
-from actors.models.surgery import blocks_alike, check_removal
-from tests.decoder_zoo import NUM_LAYERS, decoder_types, tiny_decoder
-from tests.surgery_truth import judge
-from tests.tiny_models import VOCAB_SIZE
+from actors.models.pruning.surgery import blocks_alike, check_removal
+from tests.support.decoder_zoo import NUM_LAYERS, decoder_types, tiny_decoder
+from tests.support.surgery_truth import judge
+from tests.support.tiny_models import VOCAB_SIZE
 
 DOCS = Path(__file__).parents[3] / "docs/families.md"
 REPRESENTATIVE = (

@@ -9,15 +9,15 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from actors.evaluation.generation import respond
-from actors.evaluation.harness import answering, evaluate_tasks
-from actors.evaluation.loglikelihood import LikelihoodModel, Scored
+from actors.evaluation.lm_eval.harness import answering, evaluate_tasks
+from actors.evaluation.lm_eval.loglikelihood import LikelihoodModel, Scored
 from actors.evaluation.perplexity import token_perplexity
+from actors.evaluation.probes.decoding import respond
 from actors.models import LayerwisePass, find_layers
-from actors.models.dispatch import input_device, loaded_weights
 from actors.models.head import LogitHead
+from actors.models.offloading.dispatch import input_device, loaded_weights
 from actors.scoring import score_layers
-from tests.tiny_models import tiny_ids, tiny_model, tiny_tokenizer
+from tests.support.tiny_models import tiny_ids, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 SEQUENCES = list(tiny_ids(3))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.contracts import ExportSpec, ModelRef, ModelSpec
 from actors.models import export_model, load_model, prune_checkpoint, remove_layers, save_pretrained
-from tests.tiny_models import save_tiny, skipped, tiny_ids, tiny_llama, tiny_model, tiny_tokenizer
+from tests.support.tiny_models import save_tiny, skipped, tiny_ids, tiny_llama, tiny_model, tiny_tokenizer
 
 SENTENCE = "Stability of the higher layer leads to stability ."
 

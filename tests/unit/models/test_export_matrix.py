@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from actors.models import prune_checkpoint
-from tests.export_matrix import FAMILIES
+from tests.support.export_matrix import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[3]
 TRANSFORMERS_4 = ("transformers==4.57.6", "huggingface_hub<1", "tokenizers<0.23")
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def run(request: pytest.FixtureRequest) -> Run:
-    """Run a command of `tests.export_matrix` in transformers 4 or 5."""
+    """Run a command of `tests.support.export_matrix` in transformers 4 or 5."""
     target = request.config.cache.mkdir("transformers-4")
     if not (target / "transformers").is_dir():
         install = ["pip", "install", "--quiet", "--no-deps", "--target", str(target), *TRANSFORMERS_4]
@@ -63,7 +63,7 @@ def run(request: pytest.FixtureRequest) -> Run:
     def command(version: int, name: str, *arguments: Path) -> None:
         path = [str(target)] * (version == 4) + [str(ROOT)]
         subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "tests.export_matrix", name, *map(str, arguments)],
+            [sys.executable, "-W", "ignore", "-m", "tests.support.export_matrix", name, *map(str, arguments)],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
             cwd=ROOT,
             check=True,

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, PretrainedConfig
 
-from actors.models.exported_config import exported_config, shifted_fields
-from actors.models.surgery import pruned_config
-from tests.export_matrix import FAMILIES, SIZES
+from actors.models.exporting.exported_config import exported_config, shifted_fields
+from actors.models.pruning.surgery import pruned_config
+from tests.support.export_matrix import FAMILIES, SIZES
 
 KEPT = (0, 3, 4, 5)
 """Layers that stay of six; with every third layer of another kind (2 and 5), that is now the fourth."""

@@ -15,8 +15,8 @@ from actors.models.families import (
     kept_fields,
     kept_overrides,
 )
-from tests.decoder_zoo import decoder_types, tiny_decoder
-from tests.tiny_models import FAMILIES, blocks_of, tiny_model
+from tests.support.decoder_zoo import decoder_types, tiny_decoder
+from tests.support.tiny_models import FAMILIES, blocks_of, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

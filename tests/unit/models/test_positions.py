@@ -5,9 +5,9 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from actors.models.positions import context_length, position_limit
-from tests.decoder_zoo import tiny_decoder
-from tests.tiny_models import MAX_POSITIONS
+from actors.models.loading.positions import context_length, position_limit
+from tests.support.decoder_zoo import tiny_decoder
+from tests.support.tiny_models import MAX_POSITIONS
 
 TABLES = ["gpt2", "opt", "gptj", "codegen", "ctrl", "gpt_neo", "gpt_bigcode", "biogpt", "openai-gpt", "mpt"]
 COMPUTED = ["llama", "qwen2", "falcon", "gpt_neox", "gemma3_text", "phi", "stablelm"]

@@ -19,9 +19,9 @@ from transformers import (
 
 from actors.errors import RequestError
 from actors.models import empty_sub_blocks, load_model, prune_checkpoint, remove_layers, save_pretrained
-from actors.models.checkpoint import INDEX, read_checkpoint, read_header
-from tests.decoder_zoo import tiny_decoder, tiny_decoder_config
-from tests.tiny_models import tiny_ids, tiny_model, tiny_tokenizer
+from actors.models.loading.checkpoint import INDEX, read_checkpoint, read_header
+from tests.support.decoder_zoo import tiny_decoder, tiny_decoder_config
+from tests.support.tiny_models import tiny_ids, tiny_model, tiny_tokenizer
 
 FAMILIES = ["llama", "gpt2", "mixtral", "gemma2", "smollm3"]
 

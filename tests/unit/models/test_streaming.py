@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from actors.contracts import ModelRef, ModelSpec
 from actors.errors import RequestError
 from actors.models import LayerwisePass, depth, find_layers, load_model, load_streamed, resident
-from actors.models.checkpoint import read_checkpoint
-from tests.tiny_models import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
+from actors.models.loading.checkpoint import read_checkpoint
+from tests.support.tiny_models import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 

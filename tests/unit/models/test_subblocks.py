@@ -19,9 +19,9 @@ from actors.models import (
     sub_block_weights,
     without_sub_block,
 )
-from tests.decoder_zoo import tiny_decoder
-from tests.surgery_truth import branch_off
-from tests.tiny_models import blocks_of, save_tiny, tiny_ids, tiny_model, tiny_tokenizer
+from tests.support.decoder_zoo import tiny_decoder
+from tests.support.surgery_truth import branch_off
+from tests.support.tiny_models import blocks_of, save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.errors import RequestError
 from actors.models import remove_layers, save_pretrained, without_layers
-from tests.tiny_models import FAMILIES, blocks_of, skipped, tiny_ids, tiny_model
+from tests.support.tiny_models import FAMILIES, blocks_of, skipped, tiny_ids, tiny_model
 
 REFUSED = ("diffllama", "gemma4_text")
 PRUNABLE = [family for family in FAMILIES if family not in REFUSED]

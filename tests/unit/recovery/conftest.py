@@ -3,7 +3,7 @@
 import pytest
 
 from actors.contracts import RecoverySpec
-from tests.tiny_recovery import tiny_recovery_spec
+from tests.support.tiny_recovery import tiny_recovery_spec
 
 
 @pytest.fixture(scope="session")

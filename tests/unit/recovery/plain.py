@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from actors.contracts import AdapterSpec, LossSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
 from actors.models import find_layers, remove_layers
-from actors.recovery.adapters import attach_adapters
-from actors.recovery.pair import Pair, shared_pair
+from actors.recovery.adapters.adapters import attach_adapters
+from actors.recovery.distillation.teacher_student import Pair, shared_pair
 
 
 def adapted_pair(model: PreTrainedModel, kept: Sequence[int], **adapter: Any) -> Pair:

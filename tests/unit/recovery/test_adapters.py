@@ -12,10 +12,15 @@ from actors.contracts import AdapterSpec, ArtifactRef, LossSpec, ModelRef, Model
 from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.models import load_source, materialize
-from actors.recovery.adapters import attach_adapters, save_adapter, target_paths, trainable_parameters
-from actors.recovery.distillation import LockstepDistiller
-from actors.recovery.pair import shared_pair
-from tests.tiny_models import save_tiny, tiny_llama
+from actors.recovery.adapters.adapters import (
+    attach_adapters,
+    save_adapter,
+    target_paths,
+    trainable_parameters,
+)
+from actors.recovery.distillation.distillation import LockstepDistiller
+from actors.recovery.distillation.teacher_student import shared_pair
+from tests.support.tiny_models import save_tiny, tiny_llama
 
 ATTENTION = ["self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj"]
 FFN = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"]

@@ -8,7 +8,7 @@ import pytest
 
 from actors.contracts import ModelRef, ModelSpec, RecoverySpec, TextSpec
 from actors.errors import RequestError
-from actors.recovery.deepspeed_config import (
+from actors.recovery.training.deepspeed_config import (
     check_user_config,
     deepspeed_config,
     loss_scale_settings,

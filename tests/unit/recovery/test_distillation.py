@@ -12,10 +12,10 @@ from actors.contracts import LossSpec
 from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.models import find_layers, load_model, remove_layers
-from actors.recovery.distillation import LockstepDistiller
-from actors.recovery.logit_losses import LOGIT_LOSSES
-from tests.decoder_zoo import NOT_TINY, decoder_types, tiny_decoder
-from tests.tiny_models import tiny_ids, tiny_llama, tiny_model
+from actors.recovery.distillation.distillation import LockstepDistiller
+from actors.recovery.losses.logit_losses import LOGIT_LOSSES
+from tests.support.decoder_zoo import NOT_TINY, decoder_types, tiny_decoder
+from tests.support.tiny_models import tiny_ids, tiny_llama, tiny_model
 from tests.unit.recovery.plain import adapted_pair, assert_same_gradients, distillation, separate_student
 
 KEPT = (0, 1, 3, 5)

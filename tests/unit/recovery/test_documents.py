@@ -3,9 +3,9 @@
 import pytest
 
 from actors.errors import RequestError
-from actors.recovery.documents import check_documents_apart
-from tests.decoder_zoo import tiny_decoder
-from tests.tiny_models import tiny_model
+from actors.recovery.training.documents import check_documents_apart
+from tests.support.decoder_zoo import tiny_decoder
+from tests.support.tiny_models import tiny_model
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

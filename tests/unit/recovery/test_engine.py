@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from actors.artifacts import fetch
 from actors.contracts import RecoveryResult, RecoverySpec
-from actors.recovery.deepspeed_config import fitting_micro_batch
-from actors.recovery.engine import single_process_group
-from actors.recovery.local import recover_locally
-from actors.recovery.loss_scale import LossScale
-from tests.gloo_group import result_of, run_group, train_all, with_stages
+from actors.recovery.training.deepspeed_config import fitting_micro_batch
+from actors.recovery.training.engine import single_process_group
+from actors.recovery.training.local import recover_locally
+from actors.recovery.training.loss_scale import LossScale
+from tests.support.gloo_group import result_of, run_group, train_all, with_stages
 
 STEPS = 20
 TOLERANCE = 2e-5

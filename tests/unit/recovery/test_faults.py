@@ -17,13 +17,13 @@ from actors.contracts import RecoveryResult, RecoverySpec
 from actors.data import TokenBatch
 from actors.errors import RequestError, WorkError
 from actors.recovery import objectives
-from actors.recovery.checkpoint import CheckpointDirectory, DamagedCheckpointError, read_state
-from actors.recovery.engine import single_process_group
-from actors.recovery.local import recover_locally
+from actors.recovery.distillation.teacher_student import Pair
 from actors.recovery.objectives import OBJECTIVES, Objective, build_lockstep
-from actors.recovery.pair import Pair
-from actors.recovery.train_loop import MicroBatchError, train
-from tests.gloo_group import group_workplace, result_of, run_group, train_all
+from actors.recovery.training.checkpoint import CheckpointDirectory, DamagedCheckpointError, read_state
+from actors.recovery.training.engine import single_process_group
+from actors.recovery.training.local import recover_locally
+from actors.recovery.training.train_loop import MicroBatchError, train
+from tests.support.gloo_group import group_workplace, result_of, run_group, train_all
 from tests.unit.recovery.test_engine import CONFIGS, assert_same_curve
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from actors.errors import RequestError
-from actors.recovery.logit_losses import LOGIT_LOSSES, find_logit_loss
-from actors.recovery.losses import (
+from actors.recovery.losses.distillation import (
     EVERY_TOKEN,
     Counted,
     attention_mse,
@@ -20,6 +19,7 @@ from actors.recovery.losses import (
     logit_distance,
     logit_mse_from_hidden,
 )
+from actors.recovery.losses.logit_losses import LOGIT_LOSSES, find_logit_loss
 
 B, T, D, H, V = 4, 5, 8, 3, 37
 LENGTHS = (5, 3, 1, 4)

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from actors.recovery.adapters import lora_layers, switched_off
-from actors.recovery.low_rank import speed_up
+from actors.recovery.adapters.adapters import lora_layers, switched_off
+from actors.recovery.adapters.low_rank import speed_up
 
 
 def _adapted(dtype: torch.dtype = torch.float32, bias: bool = True, dropout: float = 0.0) -> nn.Module:

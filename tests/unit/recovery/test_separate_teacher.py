@@ -12,10 +12,10 @@ from actors.contracts import LossSpec
 from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.models import remove_layers
-from actors.recovery.distillation import LockstepDistiller
-from actors.recovery.logit_losses import LOGIT_LOSSES
-from actors.recovery.pair import Pair
-from tests.tiny_models import tiny_ids, tiny_llama
+from actors.recovery.distillation.distillation import LockstepDistiller
+from actors.recovery.distillation.teacher_student import Pair
+from actors.recovery.losses.logit_losses import LOGIT_LOSSES
+from tests.support.tiny_models import tiny_ids, tiny_llama
 from tests.unit.recovery.plain import adapted_pair, distillation
 
 MAP = (0, 1, 4, 5)

@@ -20,10 +20,10 @@ from actors.contracts import (
 )
 from actors.errors import RequestError
 from actors.recovery import check_recovery
-from actors.recovery.deepspeed_config import deepspeed_config, optimizer_settings, zero_stage
-from actors.recovery.local import recover_locally
-from actors.recovery.train_loop import DivergenceError, train
-from tests.gloo_group import group_workplace, run_group
+from actors.recovery.training.deepspeed_config import deepspeed_config, optimizer_settings, zero_stage
+from actors.recovery.training.local import recover_locally
+from actors.recovery.training.train_loop import DivergenceError, train
+from tests.support.gloo_group import group_workplace, run_group
 
 ZERO2 = json.dumps({"zero_optimization": {"stage": 2}})
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.models import remove_layers
-from tests.tiny_models import blocks_of, skipped
+from tests.support.tiny_models import blocks_of, skipped
 
 Plain = Callable[[PreTrainedModel, PreTrainedModel, Sequence[Tensor], int], list[float]]
 

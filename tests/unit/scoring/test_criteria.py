@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from actors.errors import RequestError
 from actors.scoring import CRITERIA, POOLING, find_criterion, score_layers
 from actors.scoring.criteria import removal_order
-from tests.tiny_models import blocks_of, skipped, tiny_ids, tiny_llama, tiny_model
+from tests.support.tiny_models import blocks_of, skipped, tiny_ids, tiny_llama, tiny_model
 from tests.unit.scoring.plain import cosine, last_hidden
 
 SEQUENCES = [tiny_ids(1, length, seed=length)[0] for length in (12, 7, 3)]

@@ -14,9 +14,9 @@ from actors.contracts import ModelRef, ModelSpec, ScoreSpec, TextSpec
 from actors.errors import RequestError
 from actors.models import empty_sub_blocks, load_model
 from actors.scoring import Scorer, score_layers, score_locally
-from tests.decoder_zoo import tiny_decoder
-from tests.surgery_truth import branch_off
-from tests.tiny_models import blocks_of, save_tiny, tiny_ids, tiny_model
+from tests.support.decoder_zoo import tiny_decoder
+from tests.support.surgery_truth import branch_off
+from tests.support.tiny_models import blocks_of, save_tiny, tiny_ids, tiny_model
 from tests.unit.scoring.plain import cosine, last_hidden
 
 SEQUENCES = [tiny_ids(1, length, seed=length)[0] for length in (12, 7, 3)]

@@ -17,7 +17,7 @@ from actors.scoring import CRITERIA, score_layers, score_locally
 from actors.scoring.angular import angular_distances
 from actors.scoring.criteria import removal_order
 from actors.scoring.reference import reference
-from tests.tiny_models import blocks_of, tiny_ids, tiny_model, tiny_tokenizer
+from tests.support.tiny_models import blocks_of, tiny_ids, tiny_model, tiny_tokenizer
 from tests.unit.scoring.plain import PLAIN, plain_removal, residual_stream
 
 SEQUENCES = [tiny_ids(1, length, seed=length)[0] for length in (12, 7, 3)]

@@ -15,9 +15,9 @@ from actors.contracts import ArtifactRef, ModelRef, ModelSpec, ScoreResult, Scor
 from actors.errors import RequestError
 from actors.models import load_model, remove_layers
 from actors.scoring import Scorer, score, score_layers, score_locally
-from actors.scoring.budget import GIB
+from actors.scoring.memory_budget import GIB
 from actors.scoring.score import Share, ShareScores, conduct
-from tests.tiny_models import save_tiny, tiny_tokenizer
+from tests.support.tiny_models import save_tiny, tiny_tokenizer
 
 LINES = [
     "The quick brown fox jumps over the lazy dog .",

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from actors.errors import RequestError
 from actors.models import LayerwisePass
-from actors.scoring.budget import CHUNK_TOKENS, Costs, costs_of
+from actors.scoring.memory_budget import CHUNK_TOKENS, Costs, costs_of
 from actors.scoring.wavefront import (
     UNPRUNED,
     Tally,
@@ -19,7 +19,7 @@ from actors.scoring.wavefront import (
     wavefront,
     waves,
 )
-from tests.tiny_models import blocks_of, skipped, tiny_ids, tiny_model
+from tests.support.tiny_models import blocks_of, skipped, tiny_ids, tiny_model
 
 
 @torch.no_grad()

@@ -1,0 +1,184 @@
+"""What a model can no longer do, beyond its accuracy on tasks: the probes.
+
+A new probe is one function and one row of `PROBES`.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from actors.contracts import EvaluationSpec, Metric
+from actors.evaluation.probes.arithmetic import answer_problems, draw_problems
+from actors.evaluation.probes.code_tasks import score_code
+from actors.evaluation.probes.decoding import encode_prompt, respond
+from actors.evaluation.probes.degeneration import repetition, self_bleu
+from actors.plugins import find_row
+
+PROMPTS = Path(__file__).with_name("prompts")
+NUM_PROBLEMS = 200
+"""Arithmetic problems, as many as the paper's."""
+
+BATCH_SIZE = 8
+"""Prompts and problems at a time where the spec gives no batch size."""
+
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+"""Where the continuation of a function ends (Chen et al. 2021, §2.2)."""
+
+CODE_REQUEST = (
+    "Complete this Python function. Answer with one fenced block of code.\n\n```python\n{prompt}```"
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A function (model, tokenizer, spec) → metrics, and where it comes from.
+
+    It reads of the spec `limit` (how many problems or prompts), `max_new_tokens`,
+    `batch_size`, `seed` and `allow_code_execution`. `gives` are its metrics, to which
+    the probe's name is prefixed, and what each is.
+    """
+
+    run: Callable[[PreTrainedModel, PreTrainedTokenizerBase, EvaluationSpec], list[Metric]]
+    paper: str
+    gives: Mapping[str, str]
+
+
+def check_probes(names: Sequence[str]) -> None:
+    """Raise RequestError for a name that is no probe."""
+    for name in names:
+        find_row("probe", name, PROBES, Probe)
+
+
+def run_probe(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
+) -> list[Metric]:
+    """Metrics `name/measure` of one probe, measured on a model that is in memory."""
+    measured = find_row("probe", name, PROBES, Probe).run(model, tokenizer, spec)
+    return [Metric(f"{name}/{metric.name}", metric.value, metric.unit, metric.stderr) for metric in measured]
+
+
+def probe_prompts(name: str, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec) -> list[list[int]]:
+    """Return the tokens of what a probe of ours has the model write on; none if it does not generate."""
+    texts = {
+        "degeneration": lambda: _instructions(spec),
+        "code_failures": lambda: _code_prompts(tokenizer, spec),
+    }
+    return [encode_prompt(tokenizer, text) for text in texts[name]()] if name in texts else []
+
+
+def _instructions(spec: EvaluationSpec) -> list[str]:
+    return (PROMPTS / "instructions.txt").read_text(encoding="utf-8").splitlines()[: spec.limit]
+
+
+def _code_prompts(tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec) -> list[str]:
+    problems = _code_problems()[: spec.limit]
+    chat = bool(tokenizer.chat_template)
+    return [CODE_REQUEST.format_map(problem) if chat else problem["prompt"] for problem in problems]
+
+
+def degeneration(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
+) -> list[Metric]:
+    """Repetition within the answers to instructions, and among them."""
+    prompts = _instructions(spec)
+    answers = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
+    texts = [answer.tokens for answer in answers]
+    return [
+        _mean("repetition_4", [repetition(text) for text in texts]),
+        Metric("self_bleu_4", self_bleu(texts)),
+        _mean("mean_tokens", [len(text) for text in texts], "tokens"),
+    ]
+
+
+def arithmetic(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
+) -> list[Metric]:
+    """What is left of one-digit sums; the change is taken against the unpruned model's row."""
+    problems = draw_problems(spec.limit or NUM_PROBLEMS, spec.seed)
+    answers = answer_problems(model, tokenizer, problems, spec.batch_size or BATCH_SIZE)
+    return [
+        _mean("log_probability", [answer.log_probability for answer in answers], "nats"),
+        _mean(
+            "log_probability_vocabulary", [answer.log_probability_vocabulary for answer in answers], "nats"
+        ),
+        _mean("top1", [float(answer.right) for answer in answers]),
+    ]
+
+
+def code_failures(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
+) -> list[Metric]:
+    """How the code that a model writes for small problems goes wrong.
+
+    Models with a chat template are asked to complete a function, others go on
+    from its signature and docstring.
+    """
+    problems = _code_problems()[: spec.limit]
+    chat = bool(tokenizer.chat_template)
+    prompts = _code_prompts(tokenizer, spec)
+    answers = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
+    texts = [answer.text if chat else _until_stop(answer.text) for answer in answers]
+    # A text that goes on after its function has ended was not cut within it.
+    finished = [answer.finished or text != answer.text for answer, text in zip(answers, texts, strict=True)]
+    unfinished = sum(not answer.finished for answer in answers) / len(answers)
+    scores = score_code(problems, texts, spec.allow_code_execution, finished)
+    return [*scores, Metric("unfinished", unfinished)]
+
+
+def _code_problems() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (PROMPTS / "code.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _until_stop(text: str) -> str:
+    return text[: min((at for stop in STOPS if (at := text.find(stop)) >= 0), default=None)]
+
+
+def _mean(name: str, values: Sequence[float], unit: str = "") -> Metric:
+    """Mean over items, with its standard error where there are two."""
+    count = len(values)
+    mean = sum(values) / count
+    spread = sum((value - mean) ** 2 for value in values)
+    return Metric(name, mean, unit, math.sqrt(spread / (count - 1) / count) if count > 1 else None)
+
+
+LIMITS = "On the Limits of Layer Pruning for Generative Reasoning in Large Language Models"
+
+PROBES: Mapping[str, Probe] = {
+    "degeneration": Probe(
+        degeneration,
+        f"{LIMITS}, §3.1 and App. A.2",
+        {
+            "repetition_4": "share of the 4-grams of a text that stood in it before, mean over texts",
+            "self_bleu_4": "BLEU-4 of a text with all others as references, mean over texts",
+            "mean_tokens": "tokens of a text, mean over texts",
+        },
+    ),
+    "arithmetic": Probe(
+        arithmetic,
+        f"{LIMITS}, §3.2 and App. A.4",
+        {
+            "log_probability": "of the right digit among the ten digits, mean over problems",
+            "log_probability_vocabulary": "the same among all tokens",
+            "top1": "share of problems whose right digit is the likeliest of the ten",
+        },
+    ),
+    "code_failures": Probe(
+        code_failures,
+        f"{LIMITS}, §3.3",
+        {
+            "malformed_fences": "share of responses whose Markdown code fences do not match",
+            "unbalanced_parentheses": "… that do not parse, with brackets that do not match",
+            "undefined_names": "… that parse, and read a name that nothing binds",
+            "other_syntax": "… that do not parse for another reason",
+            "clean": "… with none of these",
+            "cut_off": "… whose code max_new_tokens cut, and which are not judged; the six add up to 1",
+            "pass_at_1": "share that passes its tests; only with allow_code_execution",
+            "unfinished": "share of responses that were cut at max_new_tokens",
+        },
+    ),
+}

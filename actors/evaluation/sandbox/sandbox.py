@@ -1,0 +1,177 @@
+"""Running code that a model wrote, and the share of it that passes its tests (pass@1).
+
+Each program runs in a process of its own that `confined` shuts in: no network,
+no other process, no file outside an own directory, bounded CPU time, memory,
+files, disk space and wall time. Whatever it does is its verdict; it guards the
+machine, its data and the evaluation against what a model may write. A verdict
+needs a token that the program is not told; one that searches its own process for
+it, or answers every comparison with yes, can still forge a pass.
+"""
+
+import json
+import math
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from actors.contracts import Metric
+from actors.errors import WorkError
+from actors.evaluation.sandbox.sandbox_child import PROTECTED
+from actors.evaluation.sandbox.scratch import scratch_directory, usage
+
+CONFINED = Path(__file__).with_name("confined.py")
+POLL_S = 0.01
+LONGEST_ANSWER = 8192
+MiB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use.
+
+    `disk_bytes` bounds all its files together, `file_bytes` each, `files` their
+    number with that of directories; `memory_bytes` is address space. With 10 s and
+    1 GiB, 159 of the 164 reference solutions of HumanEval+ passed and 372 of the 378
+    of MBPP+; the rest ran out of time, one of memory. The defaults are above that.
+    """
+
+    wall_s: float = 90.0
+    cpu_s: int = 30
+    memory_bytes: int = 4096 * MiB
+    file_bytes: int = 16 * MiB
+    disk_bytes: int = 64 * MiB
+    files: int = 1000
+    open_files: int = 32
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program.
+
+    `passed`: it ended without an exception. `failed`: `detail` is the exception,
+    which may come from a limit: MemoryError, or OSError where its disk is full.
+    `timeout`: its wall time was over. `killed`: it was ended by a limit, crashed, or
+    left without a verdict.
+    """
+
+    status: Literal["passed", "failed", "timeout", "killed"]
+    detail: str = ""
+
+
+def check_sandbox() -> None:
+    """Raise WorkError unless this machine can shut a program in, and run it."""
+    outcome = run_program("")
+    if outcome.status != "passed":
+        raise WorkError(f"an empty program does not end in the sandbox of this machine: {outcome.detail}")
+
+
+def run_tests(code: str, tests: str, limits: Limits = Limits()) -> Outcome:
+    """Run `code` and then `tests`, which raise an exception where the code is wrong.
+
+    Raises WorkError as `run_program` does.
+    """
+    return run_program(f"{code}\n\n{tests}\n", limits)
+
+
+def run_program(program: str, limits: Limits = Limits()) -> Outcome:
+    """Run a Python program, shut in, to its end or to that of its limits.
+
+    Raises WorkError, and runs nothing, where the kernel does not give all of the
+    protection: the message names what is missing.
+    """
+    token = secrets.token_hex().encode()
+    with scratch_directory() as directory:
+        Path(directory, "program.py").write_text(program, encoding="utf-8", errors="replace")
+        command = [sys.executable, "-I", "-B", str(CONFINED), directory, json.dumps(asdict(limits))]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={"HOME": directory, "TMPDIR": directory, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            with suppress(BrokenPipeError), process.stdin:  # broken: it has ended, and `_outcome` tells
+                process.stdin.write(token)
+            stopped = _wait(process, directory, limits)
+        finally:
+            _kill(process)
+        with process.stdout:
+            answer = os.read(process.stdout.fileno(), LONGEST_ANSWER)
+    return stopped or _outcome(answer, token, process.returncode)
+
+
+def pass_at_1(programs: Sequence[str], limits: Limits = Limits(), workers: int | None = None) -> Metric:
+    """Share of programs that pass, one for each problem, each with its tests at its end.
+
+    pass@1 of Chen et al. (2021, "Evaluating Large Language Models Trained on Code",
+    Eq. 1) with n = 1 sample a problem, and its standard error. `workers` programs run
+    at a time, by default one on each CPU of this process.
+
+    Raises WorkError as `run_program` does.
+    """
+    count = len(programs)
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        outcomes = list(pool.map(partial(run_program, limits=limits), programs))
+    share = sum(outcome.status == "passed" for outcome in outcomes) / max(count, 1)
+    stderr = math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
+    return Metric("pass_at_1", share, stderr=stderr)
+
+
+def _wait(process: subprocess.Popen[bytes], directory: str, limits: Limits) -> Outcome | None:
+    """Wait for the process to end; return what it must be stopped for, if anything."""
+    deadline = time.monotonic() + limits.wall_s
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            return Outcome("timeout", f"ran longer than {limits.wall_s:g} s")
+        try:
+            used, files = usage(directory, process.pid, limits.files, limits.file_bytes)
+        except OSError as error:
+            return Outcome("killed", f"made a directory that cannot be read ({error.strerror})")
+        if used > limits.disk_bytes:
+            return Outcome("killed", f"wrote more than {limits.disk_bytes} bytes")
+        if files > limits.files:
+            return Outcome("killed", f"made more than {limits.files} files")
+        time.sleep(POLL_S)
+    return None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the process and its session; a program cannot leave the session, or add to it."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _outcome(answer: bytes, token: bytes, exit_code: int) -> Outcome:
+    """Read the answer of `confined`; all that follows its first line may be the program's."""
+    code = -exit_code
+    reason = signal.Signals(code).name if code in set(signal.Signals) else f"exit code {exit_code}"
+    if not answer.startswith(PROTECTED):
+        missing = answer.decode(errors="replace") or f"its process ended before the program began ({reason})"
+        raise WorkError(
+            f"generated code is not run on this machine, which lacks a protection: {missing}; "
+            "evaluate on a machine that has it, or set allow_code_execution: false"
+        )
+    verdict = answer.removeprefix(PROTECTED)
+    if not verdict or exit_code:
+        return Outcome("killed", f"ended without an answer ({reason})")
+    status, _, detail = verdict.removeprefix(token).partition(b" ")
+    if verdict == token + b"passed":
+        return Outcome("passed")
+    if verdict.startswith(token) and status == b"failed":
+        return Outcome("failed", detail.decode(errors="replace"))
+    return Outcome("killed", "wrote over its answer")

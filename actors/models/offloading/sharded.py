@@ -1,0 +1,305 @@
+"""Removing layers from a checkpoint on disk, file by file, for models larger than memory.
+
+A safetensors file is an 8-byte length, a JSON header and the tensors' bytes
+(https://github.com/huggingface/safetensors#format), so a pruned file is a new
+header and a copy of the bytes that stay. No more than one tensor is in memory.
+"""
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from actors.contracts import ModelSpec
+from actors.errors import RequestError
+from actors.models.exporting.export import save_with_files, write_config
+from actors.models.families import depth, find_layers
+from actors.models.loading.checkpoint import FLOATING, INDEX, SINGLE, Checkpoint, StoredTensor
+from actors.models.loading.load import (
+    DTYPES,
+    check_dtype,
+    empty_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_checkpoint,
+)
+from actors.models.loading.source_files import copy_source_files, source_files
+from actors.models.pruning.subblocks import (
+    BLOCK,
+    check_emptiable,
+    check_granularity,
+    empty_sub_blocks,
+    sub_block_weights,
+)
+from actors.models.pruning.surgery import remaining, remove_layers
+
+COPY_BYTES = 16 << 20
+NAMES = {dtype: name for name, dtype in FLOATING.items()}
+"""Floating-point types as safetensors name them; tensors of other types are never converted."""
+MTP = re.compile(r"(^|\.)mtp[._]")
+"""Tensors of multi-token prediction, which transformers does not load."""
+
+
+def prune_checkpoint(
+    source: str,
+    layers: Sequence[int],
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    granularity: str = BLOCK,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[int, int]:
+    """Write the checkpoint `source` without some of its blocks, or with sub-blocks empty, in little memory.
+
+    What is written is what `remove_layers` (or `empty_sub_blocks`) and
+    `save_pretrained` would write; everything is checked on a model without weights
+    first.
+
+    Args:
+        source: as for `load_model`. GGUF files are converted first, hub ids downloaded.
+        layers: indices of the blocks to drop, 0..N-1.
+        output: an empty or new directory.
+        granularity: `block`, or `attention` or `mlp` to fill only that part of the blocks with zeros.
+        dtype: convert floating-point weights to `float32`, `bfloat16` or `float16`; as stored if not given.
+        revision, trust_remote_code: as for `load_model`.
+
+    Returns:
+        Number of blocks left, number of parameters left.
+
+    Raises:
+        RequestError: as `load_model`, `remove_layers` and `empty_sub_blocks`.
+    """
+    check_granularity(granularity)
+    spec = ModelSpec(source, dtype or "float32", revision, trust_remote_code)
+    check_dtype(spec)
+    checkpoint, config = model_checkpoint(spec), load_config(spec)
+    load_tokenizer(spec)  # refused now rather than when the weights are written
+    model = empty_model(spec, config)
+    num_layers = depth(config)
+    kept = remaining(num_layers, layers)
+    block_list = find_layers(model)
+    in_place = type(model.config) is type(config) and not _tied_across_layers(model, block_list.path)
+    if granularity == BLOCK:
+        remove_layers(model, layers)
+    else:
+        check_emptiable(model, granularity)
+        kept = list(range(num_layers))
+    if not in_place:
+        return _prune_in_memory(spec, checkpoint, dtype, layers, output, granularity)
+    prefix = _layers_prefix(checkpoint.tensors, block_list.path, num_layers)
+    zeros: set[str] | None = set()
+    if granularity != BLOCK:
+        zeros = _sub_block_tensors(model, granularity, layers, checkpoint.tensors.values())
+    if zeros is None:
+        return _prune_in_memory(spec, checkpoint, dtype, layers, output, granularity)
+    renumbered = {old: new for new, old in enumerate(kept)}
+    files = source_files(spec)
+    Path(output).mkdir(parents=True, exist_ok=True)
+    written = DTYPES[dtype] if dtype else None
+    copy_source_files(files, Path(output))
+    write_config(model, Path(output), files, kept=kept, dtype=written)
+    _write_shards(checkpoint, Path(output), prefix, renumbered, written, zeros)
+    return depth(model.config), model.num_parameters()
+
+
+def _sub_block_tensors(
+    model: PreTrainedModel, kind: str, layers: Sequence[int], tensors: Collection[StoredTensor]
+) -> set[str] | None:
+    """Names in the files of the sub-blocks' parameters; None if the files do not hold them all, and whole.
+
+    Files may name them otherwise than the model does, and hold experts one by one that it holds together.
+    """
+    block_list, model_names = find_layers(model), _model_names(model, tensors)
+    found: set[str] = set()
+    for layer in layers:
+        weights = {
+            f"{block_list.path}.{layer}.{name}": parameter.numel()
+            for name, parameter in sub_block_weights(block_list.modules[layer], kind).items()
+        }
+        stored = [tensor for tensor in tensors if model_names[tensor.name] in weights]
+        if sum(math.prod(tensor.shape) for tensor in stored) != sum(weights.values()):
+            return None
+        found |= {tensor.name for tensor in stored}
+    return found
+
+
+def _model_names(model: PreTrainedModel, tensors: Collection[StoredTensor]) -> dict[str, str]:
+    """By name in the files, the parameter of `model` that transformers makes of a tensor."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix, parameters = model.base_model_prefix, model.state_dict()
+    return {
+        tensor.name: rename_source_key(tensor.name, renamings, converters, prefix, parameters)[0]
+        for tensor in tensors
+    }
+
+
+def _prune_in_memory(
+    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    dtype: str | None,
+    layers: Sequence[int],
+    output: str | Path,
+    granularity: str,
+) -> tuple[int, int]:
+    """For files that are no image of the model: a decoder among others, weights shared or named otherwise.
+
+    Each parameter is written in `dtype` or, without one, in the type that it is stored in.
+    """
+    tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.dtype in FLOATING]
+    stored = {FLOATING[tensor.dtype] for tensor in tensors}
+    only = next(iter(stored)) if len(stored) == 1 else torch.float32
+    as_loaded = next((name for name, known in DTYPES.items() if known == only), "float32")
+    model, _ = load_model(
+        spec.path,
+        dtype=dtype or as_loaded,
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    if dtype is None and len(stored) > 1:
+        names = _model_names(model, tensors)
+        types = {names[tensor.name]: FLOATING[tensor.dtype] for tensor in tensors}
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(types.get(name, parameter.dtype))
+    kept = list(range(depth(model.config)))
+    if granularity == BLOCK:
+        kept = remaining(len(kept), layers)
+        remove_layers(model, layers)
+    else:
+        empty_sub_blocks(model, granularity, layers)
+    save_with_files(model, Path(output), source_files(spec), kept)
+    return depth(model.config), model.num_parameters()
+
+
+def _tied_across_layers(model: PreTrainedModel, path: str) -> bool:
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return any(name.startswith(f"{path}.") for pair in tied.items() for name in pair)
+
+
+def _layers_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
+    """What stands before a layer's index in the file; older files leave out the model's own prefix.
+
+    Raises:
+        RequestError: no prefix, or more than one, under which all layers lie.
+    """
+    attribute = path.rpartition(".")[2]
+    indices: dict[str, set[int]] = {}
+    for name in names:
+        if match := re.match(rf"(?:(.*?)\.)?{attribute}\.(\d+)\.", name):
+            indices.setdefault(f"{match[1]}." if match[1] else "", set()).add(int(match[2]))
+    whole = [prefix for prefix, found in indices.items() if found.issuperset(range(num_layers))]
+    exact = [prefix for prefix in whole if f"{path}.".endswith(f"{prefix}{attribute}.")]
+    if len(chosen := exact if len(exact) == 1 else whole) != 1:
+        raise RequestError(
+            f"the safetensors do not hold {num_layers} layers as '{path}.0' … '{path}.{num_layers - 1}'; "
+            "get them again"
+        )
+    return f"{chosen[0]}{attribute}."
+
+
+def _renamed(name: str, prefix: str, renumbered: Mapping[int, int]) -> str | None:
+    """The tensor's name in the pruned model, None if its layer goes."""
+    layer, _, rest = name.removeprefix(prefix).partition(".")
+    if MTP.search(name):
+        return None
+    if not name.startswith(prefix) or not layer.isdecimal():
+        return name
+    # Layers beyond the last are those of multi-token prediction, too.
+    return f"{prefix}{renumbered[int(layer)]}.{rest}" if int(layer) in renumbered else None
+
+
+def _write_shards(
+    checkpoint: Checkpoint,
+    output: Path,
+    prefix: str,
+    renumbered: Mapping[int, int],
+    dtype: torch.dtype | None,
+    zeros: Collection[str],
+) -> None:
+    shards = []
+    for file in checkpoint.files:
+        kept = [
+            (new, tensor)
+            for tensor in checkpoint.tensors.values()
+            if tensor.file == file and (new := _renamed(tensor.name, prefix, renumbered))
+        ]
+        shards += [(file, kept)] if kept else []
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for number, (file, kept) in enumerate(shards, start=1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        total_size += _write_shard(file, output / name, kept, dtype, zeros)
+        weight_map |= {new: name for new, _ in kept}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (output / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(
+    source: Path,
+    target: Path,
+    kept: Sequence[tuple[str, StoredTensor]],
+    dtype: torch.dtype | None,
+    zeros: Collection[str],
+) -> int:
+    """Write the tensors `kept` of one file under their new names, zeros for `zeros`; returns their bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in kept:
+        size = _size_bytes(tensor, dtype)
+        header[name] = {
+            "dtype": _written_dtype(tensor, dtype),
+            "shape": tensor.shape,
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with source.open("rb") as read, target.open("wb") as write:
+        write.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in kept:
+            if tensor.name in zeros:
+                _write_zeros(_size_bytes(tensor, dtype), write)
+            else:
+                _copy(tensor, read, write, dtype)
+    return at
+
+
+def _write_zeros(size: int, write: BinaryIO) -> None:
+    """So many zero bytes, which are zeros in every floating-point type."""
+    for start in range(0, size, COPY_BYTES):
+        write.write(bytes(min(COPY_BYTES, size - start)))
+
+
+def _written_dtype(tensor: StoredTensor, dtype: torch.dtype | None) -> str:
+    return NAMES[dtype] if dtype and tensor.dtype in FLOATING else tensor.dtype
+
+
+def _size_bytes(tensor: StoredTensor, dtype: torch.dtype | None) -> int:
+    stored = tensor.end - tensor.start
+    if (written := _written_dtype(tensor, dtype)) == tensor.dtype:
+        return stored
+    return stored // FLOATING[tensor.dtype].itemsize * FLOATING[written].itemsize
+
+
+def _copy(tensor: StoredTensor, read: BinaryIO, write: BinaryIO, dtype: torch.dtype | None) -> None:
+    read.seek(tensor.start)
+    left = tensor.end - tensor.start
+    convert = _written_dtype(tensor, dtype) != tensor.dtype
+    while left:
+        block = read.read(min(left, COPY_BYTES))
+        left -= len(block)
+        if convert:
+            values = torch.frombuffer(bytearray(block), dtype=FLOATING[tensor.dtype]).to(dtype)
+            block = values.view(torch.uint8).numpy().tobytes()
+        write.write(block)

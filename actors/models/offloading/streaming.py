@@ -1,0 +1,177 @@
+"""A model whose blocks stay on disk: each is read from safetensors when its turn comes, the next one ahead.
+
+Tensors are read rather than mapped, so that no more than two blocks are in memory,
+whatever the operating system would keep of the file.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from actors.artifacts import fetch
+from actors.contracts import ModelRef, ModelSpec
+from actors.errors import RequestError
+from actors.models.adapter_deltas import Deltas, add_deltas, read_deltas
+from actors.models.families import depth, find_layers
+from actors.models.loading.checkpoint import StoredTensor, read_checkpoint
+from actors.models.loading.completeness import stored_as
+from actors.models.loading.load import DTYPES, empty_model, load_config, model_checkpoint
+from actors.models.offloading.dispatch import loaded_weights
+from actors.models.pruning.subblocks import SUB_BLOCKS, check_emptiable, sub_block_weights
+from actors.models.pruning.surgery import remove_layers
+
+
+class LayerStream:
+    """Brings the blocks of a model into memory one at a time.
+
+    Attributes:
+        bytes_read: of weights, since it was made.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weights: Sequence[Mapping[str, StoredTensor]],
+        deltas: Sequence[Deltas],
+        device: torch.device,
+        emptied: Sequence[Collection[str]],
+    ):
+        self._blocks = find_layers(model).modules
+        self._weights, self._deltas, self._emptied = weights, deltas, emptied
+        self._device, self._dtype = device, model.dtype
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-stream")
+        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
+        self.bytes_read = 0
+
+    @contextmanager
+    def resident(self, index: int) -> Iterator[None]:
+        """Block `index` has its weights inside this context; the next block is read meanwhile."""
+        block = self._blocks[index]
+        absent = {name: p for name, p in block.named_parameters() if name in self._weights[index]}
+        reading = self._ahead.pop(index, None) or self._reader.submit(self._read, index)
+        block.load_state_dict(reading.result(), strict=False, assign=True)
+        del reading
+        self._ahead.clear()
+        if index + 1 < len(self._blocks):
+            self._ahead[index + 1] = self._reader.submit(self._read, index + 1)
+        try:
+            yield
+        finally:
+            block.load_state_dict(absent, strict=False, assign=True)
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        tensors = {}
+        for name, stored in self._weights[index].items():
+            if name in self._emptied[index]:
+                tensors[name] = torch.zeros(stored.shape, dtype=self._dtype, device=self._device)
+                continue
+            tensor = stored.read().to(self._device, self._dtype)
+            self.bytes_read += stored.num_bytes
+            add_deltas(tensor, self._deltas, index, name)
+            tensors[name] = tensor
+        return tensors
+
+
+def resident(model: PreTrainedModel, index: int) -> AbstractContextManager[None]:
+    """A context in which block `index` of `model` has its weights, if they are streamed or offloaded."""
+    stream = getattr(model, "layer_stream", None)
+    return loaded_weights(find_layers(model).modules[index]) if stream is None else stream.resident(index)
+
+
+def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:
+    """The model that `ref` describes, with everything but its blocks in memory, on `device`.
+
+    Its blocks compute only inside `resident(model, index)`; `model.layer_stream`
+    is its `LayerStream`.
+
+    Raises:
+        RequestError: as `load_model`, or the family stores its weights under
+            other names than it uses, so that a block cannot be read by itself.
+    """
+    if ref.merges:
+        raise RequestError("a model with merged layers cannot be streamed; turn scoring.stream_weights off")
+    spec = ref.source
+    stored = dict(model_checkpoint(spec).tensors)
+    if ref.weights is not None:
+        stored |= read_checkpoint(fetch(ref.weights)).tensors
+    model = empty_model(spec, load_config(spec), dtype=DTYPES[spec.dtype]).eval()
+    kept = ref.kept(depth(model.config))
+    path = find_layers(model).path
+    weights = [_block_weights(model, f"{path}.{index}", stored, spec) for index in kept]
+    _load_outside(model, path, stored, spec)
+    if ref.dropped:
+        remove_layers(model, ref.dropped)
+    _move(model, device)
+    deltas = [read_deltas(adapter, path, kept) for adapter in ref.adapters]
+    emptied = _emptied(model, ref, kept)
+    model.layer_stream = LayerStream(model, weights, deltas, device, emptied)
+    return model
+
+
+def _emptied(model: PreTrainedModel, ref: ModelRef, kept: Sequence[int]) -> list[set[str]]:
+    """Names of the weights of each block that are to be zeros."""
+    for kind in {kind for _, kind in ref.emptied}:
+        check_emptiable(model, kind)
+    return [
+        {
+            name
+            for kind in SUB_BLOCKS
+            if (source, kind) in ref.emptied
+            for name in sub_block_weights(block, kind)
+        }
+        for source, block in zip(kept, find_layers(model).modules, strict=True)
+    ]
+
+
+def _block_weights(
+    model: PreTrainedModel, path: str, stored: Mapping[str, StoredTensor], spec: ModelSpec
+) -> dict[str, StoredTensor]:
+    found = {}
+    for name, _ in model.get_submodule(path).named_parameters():
+        tensor = stored_as(f"{path}.{name}", model, stored)
+        if tensor is None:
+            raise _not_streamable(spec, f"{path}.{name}")
+        found[name] = tensor
+    return found
+
+
+def _load_outside(
+    model: PreTrainedModel, path: str, stored: Mapping[str, StoredTensor], spec: ModelSpec
+) -> None:
+    """Load embeddings, final norm, head and stored buffers: all but the blocks' weights."""
+    inside = re.compile(rf"{re.escape(path)}\.\d+\.")
+    twins: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point() or (name in parameters and inside.match(name)):
+            continue
+        # Of two tied weights a file may hold either.
+        names = (name, *(twin for twin, source in twins.items() if source == name))
+        held = next((held for held in (stored_as(each, model, stored) for each in names) if held), None)
+        if held is not None:
+            found[name] = held.read().to(tensor.dtype)
+        elif name not in twins:
+            raise _not_streamable(spec, name)
+    model.load_state_dict(found, strict=False, assign=True)
+    model.tie_weights()
+
+
+def _move(model: PreTrainedModel, device: torch.device) -> None:
+    """To `device`, all that is in memory: what the blocks lack cannot be moved."""
+    for module in model.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(device)
+
+
+def _not_streamable(spec: ModelSpec, name: str) -> RequestError:
+    return RequestError(
+        f"model {spec.path!r}: its safetensors have no weight {name!r} of that name, so its layers cannot be "
+        "read one at a time; set scoring.stream_weights to false"
+    )

@@ -1,0 +1,102 @@
+"""Merging blocks that follow one another into one (LaCo, arXiv 2402.11187, §2).
+
+θ*_l = θ_l + Σ_k (θ_{l+k} − θ_l), k = 1..m, after which the blocks l+1..l+m are gone.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from actors.contracts import Merge
+from actors.errors import RequestError, unknown_name
+from actors.models.families import find_layers
+from actors.models.pruning.surgery import remove_layers
+
+
+@torch.no_grad()
+def differences(base: nn.Module, following: Sequence[nn.Module]) -> None:
+    """Eq. 1 over all parameters of the block: the differences to the base as it was are added up."""
+    parameters = [dict(block.named_parameters()) for block in following]
+    for name, value in base.named_parameters():
+        original = value.clone()
+        for other in parameters:
+            value += other[name] - original
+
+
+@torch.no_grad()
+def in_place(base: nn.Module, following: Sequence[nn.Module]) -> None:
+    """The published code: each difference is taken to the base as the last one left it, projections only.
+
+    So the sum collapses: what is left are the projections of the last of `following`
+    with the norms of the base.
+    """
+    last = dict(following[-1].named_parameters())
+    for path, module in base.named_modules():
+        if _is_projection(module):
+            for name, value in module.named_parameters(recurse=False):
+                value.copy_(last[f"{path}.{name}".lstrip(".")])
+
+
+MERGES: dict[str, Callable[[nn.Module, Sequence[nn.Module]], None]] = {
+    "differences": differences,
+    "in_place": in_place,
+}
+"""How a block takes in those that follow it: the paper's Eq. 1, or what its published code does."""
+
+
+def merge_blocks(model: PreTrainedModel, merges: Iterable[Merge]) -> None:
+    """Give each merge's base block its merged weights, in order; the merged blocks stay where they are.
+
+    Raises:
+        RequestError: an unknown variant, no such blocks, or blocks of different kinds.
+    """
+    blocks = find_layers(model).modules
+    for merge in merges:
+        if merge.variant not in MERGES:
+            raise unknown_name("merge", merge.variant, MERGES)
+        if not merge.merged or not all(0 <= i < len(blocks) for i in (merge.base, *merge.merged)):
+            raise RequestError(
+                f"cannot merge layers {list(merge.merged)} into {merge.base}: "
+                f"the model has layers 0 to {len(blocks) - 1}"
+            )
+        for index in merge.merged:
+            _check_alike(blocks[merge.base], blocks[index], merge.base, index)
+        MERGES[merge.variant](blocks[merge.base], [blocks[i] for i in merge.merged])
+
+
+def merge_layers(
+    model: PreTrainedModel, base: int, count: int, variant: str = "differences"
+) -> PreTrainedModel:
+    """Merge the `count` blocks after block `base` into it, in place, and return `model`.
+
+    Args:
+        model: a decoder language model of N blocks; afterwards N - `count`.
+        base: index of the block that stays, in `model` as given.
+        count: how many of the following blocks go into it.
+        variant: a name in `MERGES`.
+
+    Raises:
+        RequestError: as `merge_blocks` and `remove_layers`.
+    """
+    merged = tuple(range(base + 1, base + count + 1))
+    merge_blocks(model, [Merge(base, merged, variant)])
+    return remove_layers(model, merged)
+
+
+def _is_projection(module: nn.Module) -> bool:
+    """Whether the module holds a matrix of its own, so that it is no norm."""
+    return any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
+
+
+def _check_alike(base: nn.Module, other: nn.Module, base_index: int, other_index: int) -> None:
+    shapes = [{name: tuple(p.shape) for name, p in block.named_parameters()} for block in (base, other)]
+    if shapes[0] != shapes[1]:
+        name = sorted(n for n in shapes[0].keys() | shapes[1].keys() if shapes[0].get(n) != shapes[1].get(n))[
+            0
+        ]
+        raise RequestError(
+            f"layers {base_index} and {other_index} are of different kinds and cannot be merged: {name!r} "
+            f"has shape {shapes[0].get(name)} in one and {shapes[1].get(name)} in the other"
+        )

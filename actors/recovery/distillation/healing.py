@@ -1,0 +1,78 @@
+"""Healing with an auxiliary loss at the place where layers were cut out (Gromov et al., Eq. 8).
+
+L_aux = ( x^{(ℓ*+n)}(θ₀) − x^{(ℓ*)}(θ) )²: what enters layer ℓ*+n in the unpruned
+model against what enters that same layer after pruning.
+"""
+
+import torch
+from torch import Tensor
+
+from actors.data import TokenBatch
+from actors.errors import RequestError
+from actors.models import LayerwisePass
+from actors.recovery.distillation.lockstep import Lockstep, check_layer_map
+from actors.recovery.distillation.student import Terms
+from actors.recovery.distillation.teacher_student import Pair
+from actors.recovery.losses.distillation import Counted, causal_lm, hidden_mse
+from actors.recovery.losses.head import OutputHead
+from actors.recovery.losses.token_weights import distilled, next_ids, predicting
+
+
+class AuxiliaryHealing(Lockstep):
+    """Next-token prediction, and at every cut the squared mismatch of what enters the next layer.
+
+    Args:
+        pair: student and teacher, with the map of their layers.
+        auxiliary: weight of the mismatch. The paper leaves its scale open; here it
+            is a mean over tokens and D, summed over the cuts.
+        gradient_checkpointing: see `Student`.
+
+    Raises:
+        RequestError: nothing says where layers were cut out.
+    """
+
+    def __init__(self, pair: Pair, auxiliary: float, gradient_checkpointing: bool = False):
+        if pair.teacher_layers is None:
+            raise RequestError(
+                "objective 'healing_aux' compares both sides of each cut: give recovery.teacher_layers, the "
+                "teacher's layers that the student still has, or use the objective 'healing'"
+            )
+        check_layer_map(pair)
+        super().__init__(pair, gradient_checkpointing)
+        self._auxiliary = auxiliary
+        self._head = OutputHead(pair.student)
+        # The end stands for the final norm, which a cut may lie before as well.
+        self._entered = (*pair.teacher_layers, self._teacher_depth)
+
+    def forward(self, batch: TokenBatch) -> Terms:
+        """`causal_lm`, `auxiliary`, and their weighted sum as `loss`."""
+        student_way, teacher_way = self.ways(batch)
+        student_BTD, mismatch = self._advance(student_way, teacher_way, distilled(batch))
+        hidden_BTD = student_way.finish(student_BTD)
+        likelihood = causal_lm(hidden_BTD, next_ids(batch), self._head, predicting(batch))
+        return {
+            "causal_lm": likelihood,
+            "auxiliary": mismatch,
+            "loss": likelihood + self._auxiliary * mismatch,
+        }
+
+    def _advance(
+        self, student_way: LayerwisePass, teacher_way: LayerwisePass, counted: Counted
+    ) -> tuple[Tensor, Tensor]:
+        """The student's last hidden state, and the mismatch summed over the cuts.
+
+        The teacher goes no further than to the last cut.
+        """
+        student_BTD, teacher_BTD = student_way.hidden_BTD, teacher_way.hidden_BTD.detach()
+        mismatch = torch.zeros((), device=student_BTD.device)
+        done = expected = 0
+        for position, entered in enumerate(self._entered):
+            if entered != expected:
+                teacher_BTD, _ = self.teach(teacher_way, range(done, entered), teacher_BTD)
+                mismatch = mismatch + hidden_mse(student_BTD, teacher_BTD, counted)
+                done = entered
+            if position < len(self.pair.student_layers):
+                layer = self.pair.student_layers[position]
+                student_BTD, _ = self.block(student_way, layer, student_BTD)
+            expected = entered + 1
+        return student_BTD, mismatch

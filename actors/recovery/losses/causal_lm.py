@@ -1,0 +1,26 @@
+"""Training on the text itself: the next token's cross-entropy, without a teacher."""
+
+from actors.data import TokenBatch
+from actors.recovery.distillation.student import Student, Terms
+from actors.recovery.distillation.teacher_student import Pair
+from actors.recovery.losses.distillation import causal_lm
+from actors.recovery.losses.head import OutputHead
+from actors.recovery.losses.token_weights import next_ids, predicting
+
+
+class CausalLM(Student):
+    """Next-token prediction; nothing of a teacher is computed.
+
+    Args:
+        pair: its student is trained.
+        gradient_checkpointing: see `Student`.
+    """
+
+    def __init__(self, pair: Pair, gradient_checkpointing: bool = False):
+        super().__init__(pair, gradient_checkpointing)
+        self._head = OutputHead(pair.student)
+
+    def forward(self, batch: TokenBatch) -> Terms:
+        """`causal_lm`, in nats, and the same as `loss`."""
+        loss = causal_lm(self.hidden(batch), next_ids(batch), self._head, predicting(batch))
+        return {"causal_lm": loss, "loss": loss}

@@ -1,0 +1,59 @@
+"""Whether a family's logits are its head's matrix times the hidden state, and nothing more.
+
+One probe through the family's own head tells whether the shortcut through WᵀW is exact.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from actors.models.head import LogitHead
+from actors.recovery.losses.distillation import gram_matrix
+
+PROBE_LOGIT = 1000.0
+PROBE_TOLERANCE = 0.02
+
+
+class OutputHead(LogitHead):
+    """The head of a causal language model.
+
+    Attributes:
+        frozen: whether nothing between hidden states and logits is trained.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
+        below = {id(parameter) for parameter in model.base_model.parameters()}
+        above = [parameter for parameter in model.parameters() if id(parameter) not in below]
+        self.frozen = not any(p.requires_grad for p in (*above, *model.get_output_embeddings().parameters()))
+
+    def matrix(self) -> Tensor | None:
+        """W [V, D] where the logits are exactly W h with W frozen, else None."""
+        layer = self._model.get_output_embeddings()
+        if not self.frozen or not is_plain_head(layer) or not self._is_product(layer.weight):
+            return None
+        return layer.weight
+
+    @torch.no_grad()
+    def _is_product(self, weight_VD: Tensor) -> bool:
+        """Whether logits equal W h, seen on one hidden vector that makes a logit large.
+
+        Scales show at once, soft caps because the logit is far above any of them.
+        """
+        longest_D = weight_VD[weight_VD.float().norm(dim=1).argmax()].float()
+        hidden_1D = (PROBE_LOGIT * longest_D / longest_D.square().sum())[None].to(weight_VD.dtype)
+        logits, product = self(hidden_1D).float(), hidden_1D.float() @ weight_VD.float().T
+        return bool((logits - product).abs().max() < PROBE_TOLERANCE * PROBE_LOGIT)
+
+
+def common_gram(student: OutputHead, teacher: OutputHead) -> Tensor | None:
+    """G of DESIGN §6 where both heads are the same frozen matrix and nothing else, else None."""
+    ours, theirs = student.matrix(), teacher.matrix()
+    if ours is None or theirs is None or ours.shape != theirs.shape or not torch.equal(ours, theirs):
+        return None
+    return gram_matrix(ours)
+
+
+def is_plain_head(layer: nn.Module | None) -> bool:
+    """Whether the head is one frozen matrix: linear, without bias, not trained."""
+    return isinstance(layer, nn.Linear) and layer.bias is None and not layer.weight.requires_grad

@@ -1,0 +1,205 @@
+"""Recovery on the cluster: the plain training loop inside Ray Train workers."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ray import train as ray_train
+from ray.exceptions import RayActorError
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+from actors.artifacts import explained, join
+from actors.contracts import Progress, RecoveryResult, RecoverySpec, no_progress
+from actors.errors import ChangedError, IterabreError, RequestError, WorkError
+from actors.recovery.training.train_context import KEPT_CHECKPOINTS, Workplace, Write
+
+START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+
+
+@dataclass(frozen=True)
+class _Job:
+    spec: RecoverySpec
+    adapter_uri: str
+    note_uri: str
+    progress: Progress
+
+
+def recover_on_ray(
+    spec: RecoverySpec,
+    *,
+    adapter_uri: str,
+    name: str,
+    storage_path: str,
+    workers: int = 1,
+    cpus_per_worker: float = 1.0,
+    gpus_per_worker: float = 0.0,
+    start_timeout_s: float = 600.0,
+    max_failures: int = 3,
+    progress_handle: Progress | None = None,
+) -> RecoveryResult:
+    """Run recovery as a Ray Train job and wait for it.
+
+    The loss curve is that of `recover_locally`, whatever the number of workers.
+    Dead workers are replaced and training goes on from the last checkpoint, as
+    it does if the caller died and calls again with the same `name`, be it with
+    another number of workers.
+
+    Args:
+        spec: what to train.
+        adapter_uri: where rank 0 publishes the trained adapter.
+        name: name of the run, unique to `spec` under `storage_path`.
+        storage_path: where checkpoints go; all nodes must see it.
+        workers: number of workers; `cpus_per_worker` and `gpus_per_worker` are
+            what each one reserves.
+        start_timeout_s: how long to wait for the workers' resources, each time
+            that they are asked for.
+        max_failures: how many failures of workers, and of starting them, are survived;
+            a machine that is taken away after a warning (spot) does not count.
+        progress_handle: a picklable `Progress`; called in the worker of rank 0.
+
+    Raises:
+        RequestError: the request was wrong; found by the workers, not tried again.
+        WorkError: training failed; names the cause, not the actor that died of it.
+    """
+    note_uri = join(storage_path, name, "micro_batch_size")
+    job = _Job(spec, adapter_uri, note_uri, progress_handle or no_progress)
+    scaling = ScalingConfig(
+        num_workers=workers,
+        use_gpu=gpus_per_worker > 0,
+        resources_per_worker=_resources(cpus_per_worker, gpus_per_worker),
+    )
+    with _start_timeout(start_timeout_s):
+        return _fit(job, scaling, _run_config(name, storage_path, max_failures))
+
+
+def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryResult:
+    """Run the job to its end; failures are raised as what caused them."""
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        _work, train_loop_config={"job": job}, scaling_config=scaling, run_config=run_config
+    )
+    try:
+        outcome = trainer.fit().return_value
+    except ray_train.WorkerGroupError as error:
+        raise _worker_failure(run_config.name, error) from error
+    except ray_train.TrainingFailedError as error:
+        raise WorkError(
+            f"recovery {run_config.name!r} could not run on {scaling.num_workers} workers of "
+            f"{scaling.resources_per_worker}: {_last_line(error)}"
+        ) from error
+    if isinstance(outcome, IterabreError):
+        raise outcome
+    return outcome
+
+
+def _run_config(name: str, storage_path: str, max_failures: int) -> RunConfig:
+    return RunConfig(
+        name=name,
+        storage_path=storage_path,
+        failure_config=FailureConfig(
+            max_failures=max_failures,
+            controller_failure_limit=max_failures,
+            # Losing a machine that was announced to go is no failure; as many as come are survived.
+            max_preemption_failures=-1,
+        ),
+        checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+        logging_config=LoggingConfig(log_level="WARNING"),
+    )
+
+
+def _work(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
+    """One worker. Errors that another try would meet again are returned: Ray retries what is raised."""
+    from actors.recovery.training.train_loop import DivergenceError, train
+
+    job, context = config["job"], ray_train.get_context()
+    workplace = Workplace(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        adapter_uri=job.adapter_uri,
+        note_uri=job.note_uri,
+        save_checkpoint=_report_checkpoint,
+        checkpoints=_newest_first,
+        progress=job.progress,
+        leaving=_leaving,
+    )
+    try:
+        return train(job.spec, workplace)
+    except (RequestError, ChangedError, DivergenceError) as error:
+        return error
+
+
+def _report_checkpoint(steps_done: int, write: Write) -> None:
+    """Every worker writes its share; Ray joins the shares and commits when all are there."""
+    with TemporaryDirectory(prefix="iterabre-checkpoint-") as scratch:
+        write(Path(scratch))
+        with explained(ray_train.get_context().get_experiment_name(), "store a checkpoint of recovery"):
+            ray_train.report(
+                {"steps_done": steps_done},
+                checkpoint=ray_train.Checkpoint.from_directory(scratch),
+                checkpoint_dir_name=f"step_{steps_done:06d}",
+            )
+
+
+def _newest_first() -> Iterator[AbstractContextManager[Path]]:
+    """What Ray has committed: checkpoints that every worker's share of has arrived."""
+    reported = ray_train.get_all_reported_checkpoints()
+    return (_opened(each.checkpoint) for each in reversed(reported))
+
+
+@contextmanager
+def _opened(checkpoint: ray_train.Checkpoint) -> Iterator[Path]:
+    with checkpoint.as_directory() as directory:
+        yield Path(directory)
+
+
+def _leaving() -> bool:
+    """Whether the machine of one of the workers is about to be taken away; the workers agree."""
+    return ray_train.get_preemption_info() is not None
+
+
+def _resources(cpus: float, gpus: float) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+
+
+@contextmanager
+def _start_timeout(seconds: float) -> Iterator[None]:
+    """Ray Train takes this limit from the environment of whoever calls `fit`."""
+    before = os.environ.get(START_TIMEOUT_VARIABLE)
+    os.environ[START_TIMEOUT_VARIABLE] = str(seconds)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[START_TIMEOUT_VARIABLE]
+        else:
+            os.environ[START_TIMEOUT_VARIABLE] = before
+
+
+def _worker_failure(name: str, error: ray_train.WorkerGroupError) -> IterabreError:
+    """The failure that caused the others: one worker's own error rather than a lost peer."""
+    causes = {rank: getattr(e, "_base_exc", e) for rank, e in sorted(error.worker_failures.items())}
+    rank, cause = min(causes.items(), key=lambda item: _remoteness(item[1]))
+    if isinstance(cause, IterabreError):
+        return cause
+    return WorkError(
+        f"recovery {name!r} failed on worker {rank}: {type(cause).__name__}: {_last_line(cause)}. "
+        "Finished steps are kept up to the last checkpoint; continue with --resume"
+    )
+
+
+def _remoteness(cause: BaseException) -> int:
+    """How far an error is from what went wrong first: own message, own crash, lost process, lost peer."""
+    if isinstance(cause, IterabreError):
+        return 0
+    if isinstance(cause, RayActorError):
+        return 2
+    return 3 if "peer" in str(cause).lower() else 1
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

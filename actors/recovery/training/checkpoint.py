@@ -1,0 +1,133 @@
+"""Training checkpoints that any number of workers can read back.
+
+Worker r of W writes the tensors numbered r, r + W, r + 2W, … of the training
+state, whole, into `part-r-of-W.safetensors`; worker 0 also writes `state.json`.
+Beside every file lies its SHA-256. So a checkpoint neither depends on how
+DeepSpeed shards its state nor on how many workers it is continued with, and
+a damaged one is known before anything of it is used.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from actors.artifacts import explained, sha256_of
+from actors.errors import WorkError
+from actors.recovery.training.train_context import KEPT_CHECKPOINTS, Write
+
+STATE = "state.json"
+
+
+class DamagedCheckpointError(WorkError):
+    """A checkpoint's files are not what was written; the one before it may be whole."""
+
+
+def write_share(
+    directory: Path, rank: int, world_size: int, tensors: dict[str, Tensor], state: dict[str, Any]
+) -> None:
+    """Write this worker's tensors, and `state` if it is worker 0's.
+
+    Raises:
+        WorkError: they do not fit on the disk, or cannot be written; names place and bytes.
+    """
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    part = directory / f"part-{rank}-of-{world_size}.safetensors"
+    with explained(str(directory), f"write a checkpoint of {size_bytes} bytes into"):
+        _write_tensors(part, tensors)
+        _seal(part)
+        if rank == 0:
+            (directory / STATE).write_text(json.dumps({**state, "parts": world_size}))
+            _seal(directory / STATE)
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """The `state` of a checkpoint all of whose files are whole.
+
+    Raises:
+        DamagedCheckpointError: one is missing or not as it was written.
+    """
+    _check(directory / STATE)
+    state = json.loads((directory / STATE).read_text())
+    for part in _parts(directory, state["parts"]):
+        _check(part)
+    return state
+
+
+def read_tensors(directory: Path, num_parts: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint that `read_state` found whole, one at a time."""
+    for part in _parts(directory, num_parts):
+        with safe_open(part, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                yield name, file.get_tensor(name)
+
+
+class CheckpointDirectory:
+    """Checkpoints of one process: each whole or absent, only the last few kept."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def save(self, steps_done: int, write: Write) -> None:
+        """Have `write` fill a directory of its own and, once it is whole, put it in place."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        target = self.path / f"step_{steps_done:06d}"
+        scratch = Path(tempfile.mkdtemp(dir=self.path, prefix=".writing-"))
+        try:
+            write(scratch)
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for old in self._all()[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def newest_first(self) -> Iterator[AbstractContextManager[Path]]:
+        """The whole checkpoints' directories."""
+        return (nullcontext(path) for path in reversed(self._all()))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        return sorted(self.path.glob("step_*"))
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # Its message holds the operating system's own number: "... (os error 28) ...".
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else 0, str(error)) from error
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _parts(directory: Path, num_parts: int) -> list[Path]:
+    return [directory / f"part-{i}-of-{num_parts}.safetensors" for i in range(num_parts)]
+
+
+def _seal(path: Path) -> None:
+    with path.open("rb") as file:
+        sha256, _ = sha256_of(file)
+    path.with_name(f"{path.name}.sha256").write_text(sha256)
+
+
+def _check(path: Path) -> None:
+    seal = path.with_name(f"{path.name}.sha256")
+    if not (path.is_file() and seal.is_file()):
+        raise DamagedCheckpointError(f"checkpoint file {path} is missing")
+    with path.open("rb") as file:
+        sha256, _ = sha256_of(file)
+    if sha256 != seal.read_text():
+        raise DamagedCheckpointError(f"checkpoint file {path} is not what was written (SHA-256 {sha256})")

@@ -1,0 +1,361 @@
+"""The recovery loop: the same on one process and on many, without Ray.
+
+A step's batch is one row of `batch_order`; worker r of W takes the r-th of W
+equal slices of it, cut into micro-batches. Losses and gradients are means over
+the whole batch, and random draws (LoRA dropout) are seeded by step and position
+in the batch, so the curve depends neither on W nor on interruptions: there is
+no random state and no position in the data to be kept besides the step's number.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from actors.artifacts import publish
+from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, StepRecord, digest
+from actors.data import TrainingData
+from actors.errors import IterabreError, RequestError, WorkError
+from actors.models import LayerwisePass, load_tokenizer, save_weights
+from actors.recovery.adapters.adapters import stage_seed
+from actors.recovery.check import check_recovery
+from actors.recovery.distillation.linear_bridge import Solution
+from actors.recovery.distillation.teacher_student import Pair, load_pair, save_trained
+from actors.recovery.objectives import BuildModule, Solve, find_objective
+from actors.recovery.training.checkpoint import DamagedCheckpointError, read_state
+from actors.recovery.training.deepspeed_config import fitting_micro_batch, precision_of, settings_fingerprint
+from actors.recovery.training.engine import Engine, peak_memory_bytes
+from actors.recovery.training.lr_schedule import lr_at
+from actors.recovery.training.train_context import Workplace
+from actors.recovery.training.training_data import check_vocabulary, training_data, training_order
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class DivergenceError(WorkError):
+    """The loss or its gradient is no longer a number; trying again would end the same."""
+
+
+class MicroBatchError(WorkError):
+    """A micro-batch did not fit into memory; a smaller one is noted for the next try."""
+
+
+@dataclass
+class Run:
+    """What the loop works on. `order_SB[s]` lists the sequences of step s.
+
+    `micro_batch_size` falls when memory does not suffice; nothing else changes.
+    """
+
+    spec: RecoverySpec
+    workplace: Workplace
+    pair: Pair
+    engine: Engine
+    data: TrainingData
+    order_SB: Tensor
+    micro_batch_size: int
+    checkpoints: list[int] = field(default_factory=list)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.order_SB)
+
+    @property
+    def share(self) -> int:
+        """Sequences of a step that one worker takes."""
+        return self.spec.batch_size // self.workplace.world_size
+
+
+def train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
+    """Train what `spec` asks for; every worker of the group calls this.
+
+    Continues from the workplace's last whole checkpoint if there is one. The result
+    is complete on every worker; `artifact` is None except on rank 0.
+
+    Raises:
+        RequestError: the request cannot be trained as it stands.
+        DivergenceError: a loss or gradient is not finite.
+        MicroBatchError: call again, with as many workers, to go on with smaller micro-batches.
+        WorkError: memory does not suffice for a single sequence, or the disk for a checkpoint.
+    """
+    objective = find_objective(spec.objective)
+    if objective.solve is not None:
+        return _solve(spec, workplace, objective.solve)
+    if objective.build is None:
+        return RecoveryResult(artifact=None, steps=(), tokens=0, trainable_parameters=0)
+    run = _prepare(spec, workplace, objective.build)
+    try:
+        records = _run_steps(run, _resume(run))
+        artifact = _publish_trained(run)
+    finally:
+        run.engine.close()
+    return RecoveryResult(
+        artifact=artifact,
+        steps=tuple(records),
+        tokens=sum(record.tokens for record in records),
+        trainable_parameters=run.engine.num_trainable,
+    )
+
+
+def _solve(spec: RecoverySpec, workplace: Workplace, solve: Solve) -> RecoveryResult:
+    """Recovery in closed form; nothing is trained."""
+
+    def work() -> Solution:
+        check_recovery(spec, workplace.world_size)
+        return solve(spec, training_data(spec, load_tokenizer(spec.model.source)))
+
+    solution = _all_or_none(work)
+    artifact = None
+    if workplace.rank == 0:
+        with TemporaryDirectory(prefix="iterabre-weights-") as scratch:
+            save_weights(solution.tensors, Path(scratch))
+            artifact = publish(Path(scratch), workplace.adapter_uri)
+    return RecoveryResult(artifact, steps=(), tokens=solution.tokens, trainable_parameters=0)
+
+
+def _prepare(spec: RecoverySpec, workplace: Workplace, build: BuildModule) -> Run:
+    loaded = _all_or_none(lambda: _load(spec, workplace, build))
+    smallest = min(_gathered(loaded.micro_batch_size))
+    engine = Engine(loaded.module, spec, workplace.world_size, smallest)
+    return Run(spec, workplace, loaded.pair, engine, loaded.data, loaded.order_SB, smallest)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    pair: Pair
+    module: nn.Module
+    data: TrainingData
+    order_SB: Tensor
+    micro_batch_size: int
+
+
+def _load(spec: RecoverySpec, workplace: Workplace, build: BuildModule) -> _Loaded:
+    """Everything that can be wrong with the request is found here, cheapest first."""
+    check_recovery(spec, workplace.world_size)
+    data = training_data(spec, load_tokenizer(spec.model.source))
+    order_SB = training_order(spec, data, stage_seed(spec))
+    pair, _ = load_pair(_in_precision(spec), find_objective(spec.objective).has_teacher)
+    check_vocabulary(data, pair.student)
+    module = build(pair, spec)
+    # The first pass finds out what this family's blocks return and is broken off; sharded weights
+    # do not bear that.
+    for model in filter(None, (pair.student, pair.teacher)):
+        LayerwisePass(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    noted = workplace.noted_micro_batch() or spec.micro_batch_size
+    micro_batch_size = fitting_micro_batch(spec.batch_size // workplace.world_size, noted)
+    return _Loaded(pair, module, data, order_SB, micro_batch_size)
+
+
+def _in_precision(spec: RecoverySpec) -> RecoverySpec:
+    """`spec` with its models loaded in the type of the computation.
+
+    Weights that are trained are kept in float32 by the engine, so full fine-tuning
+    starts from them as they are.
+    """
+    if spec.adapter.kind == "full":
+        return spec
+    source = replace(spec.model.source, dtype=precision_of(spec))
+    teacher = spec.teacher and replace(spec.teacher, dtype=precision_of(spec))
+    return replace(spec, model=replace(spec.model, source=source), teacher=teacher)
+
+
+def _all_or_none(work: Callable[[], T]) -> T:
+    """The worker's own result of `work`, unless it failed on any worker: then all raise that error.
+
+    Otherwise the others would wait in their next collective for one that is gone.
+    """
+    done, failed = None, None
+    try:
+        done = work()
+    except IterabreError as error:
+        failed = error
+    for failure in _gathered(failed):
+        if failure is not None:
+            raise failure
+    return cast(T, done)
+
+
+def _gathered(value: T) -> list[T]:
+    """Every worker's value, in the order of ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _resume(run: Run) -> list[StepRecord]:
+    """The steps already done; weights and optimizer are brought to that point.
+
+    A damaged checkpoint is passed over, by all workers together, for the one before it.
+    """
+    for checkpoint in run.workplace.checkpoints():
+        with checkpoint as directory:
+            try:
+                _all_or_none(lambda: read_state(directory))
+            except DamagedCheckpointError as error:
+                log.warning("%s; going back to the checkpoint before it", error)
+                continue
+            state = run.engine.load(directory)
+        if state["settings"] != settings_fingerprint(run.spec):
+            raise RequestError(
+                f"the checkpoints of {run.workplace.adapter_uri!r} are those of a recovery with other "
+                "settings; give this one a name or storage path of its own, or remove them"
+            )
+        run.checkpoints.append(len(state["steps"]))
+        return [_record_from_json(record) for record in state["steps"]]
+    return []
+
+
+def _run_steps(run: Run, records: list[StepRecord]) -> list[StepRecord]:
+    every, left = max(1, run.spec.checkpoint_steps), False
+    for step in range(len(records), run.num_steps):
+        records.append(_run_step(run, step))
+        if run.workplace.rank == 0:
+            run.workplace.progress(step + 1, run.num_steps, f"loss {records[-1].loss:.4g}")
+        leaving = run.workplace.leaving()
+        if (step + 1) % every == 0 or step + 1 == run.num_steps or (leaving and not left):
+            state = {
+                "settings": settings_fingerprint(run.spec),
+                "steps": [asdict(record) for record in records],
+            }
+            run.workplace.save_checkpoint(step + 1, partial(run.engine.save, state=state))
+            run.checkpoints.append(step + 1)
+        left = leaving
+    return records
+
+
+def _run_step(run: Run, step: int) -> StepRecord:
+    """One optimizer step; nothing is changed if the loss or its gradient is not finite.
+
+    A gradient that overflows float16 is computed again with a smaller loss scale.
+    """
+    started, spec, overflows = time.perf_counter(), run.spec, 0
+    learning_rate = lr_at(step, run.num_steps, spec.learning_rate, spec.lr_schedule, spec.warmup_steps)
+    while True:
+        terms = _accumulate(run, step)
+        _check_finite(run, step, "loss", sum(terms.values()))
+        scale = run.engine.loss_scale.value
+        grad_norm = run.engine.apply(learning_rate)
+        if math.isfinite(grad_norm) or not run.engine.loss_scale.can_fall:
+            break
+        run.engine.loss_scale.overflowed()
+        overflows += 1
+        log.warning("step %d: the gradient overflowed at loss scale %g; computed again", step + 1, scale)
+    _check_finite(run, step, "gradient", grad_norm)
+    return StepRecord(
+        step=step,
+        tokens=int(run.data.lengths_S[run.order_SB[step]].sum()),
+        loss=terms.pop("loss"),
+        terms=tuple(terms.items()),
+        learning_rate=learning_rate,
+        grad_norm=grad_norm,
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=run.engine.greatest_over_workers(peak_memory_bytes()),
+        loss_scale=scale,
+        overflows=overflows,
+    )
+
+
+def _accumulate(run: Run, step: int) -> dict[str, float]:
+    """The loss terms of one batch, its gradient being left in the engine.
+
+    If memory does not suffice on any worker, all begin the step again with
+    micro-batches of half the size.
+    """
+    while True:
+        sums, fits = None, True
+        try:
+            sums = _sum_micro_batches(run, step)
+        except torch.OutOfMemoryError as error:
+            fits, said = False, str(error)
+        if not fits and not run.engine.alone_in_backward:
+            # The others wait for this worker inside the backward pass: only a restart of all can follow.
+            raise MicroBatchError(f"{_shrink(run, step)}: {said}")
+        if run.engine.greatest_over_workers(not fits) == 0 and sums is not None:
+            means = run.engine.mean_over_workers(torch.stack(list(sums.values())).double())
+            return dict(zip(sums, means, strict=True))
+        sums = None
+        log.warning("%s; the step begins again", _shrink(run, step))
+        run.engine.restart(run.micro_batch_size)
+
+
+def _shrink(run: Run, step: int) -> str:
+    """Halve the micro-batch, for now and for later tries; what to say about it.
+
+    Raises:
+        WorkError: there is nothing left to halve.
+    """
+    before = run.micro_batch_size
+    if before == 1:
+        raise WorkError(
+            f"step {step + 1} of the recovery of {run.spec.model.source.path!r} does not fit into memory "
+            f"even with micro-batches of one sequence of {run.spec.sequence_length} tokens; make "
+            "sequence_length smaller, set recovery.gradient_checkpointing, shard or offload "
+            "(configs/deepspeed/zero3_offload.json), or use a device with more memory. "
+            f"{_last_checkpoint(run)}; --resume continues"
+        )
+    run.micro_batch_size = fitting_micro_batch(run.share, before // 2)
+    run.workplace.note_micro_batch(run.micro_batch_size)
+    return (
+        f"step {step + 1}: out of memory with micro-batches of {before}; going on with "
+        f"{run.micro_batch_size} x {run.share // run.micro_batch_size} accumulated, the batch stays "
+        f"{run.spec.batch_size}"
+    )
+
+
+def _sum_micro_batches(run: Run, step: int) -> dict[str, Tensor]:
+    """Mean of each loss term over this worker's micro-batches."""
+    size, first = run.micro_batch_size, run.workplace.rank * run.share
+    positions = range(first, first + run.share, size)
+    denominator = run.data.num_tokens(run.order_SB[step]) / (len(positions) * run.workplace.world_size)
+    sums: dict[str, Tensor] = {}
+    for position in positions:
+        torch.manual_seed(_draw_seed(stage_seed(run.spec), step, position))
+        chosen_B = run.order_SB[step, position : position + size]
+        batch = replace(run.data.batch(chosen_B), denominator=denominator)
+        for name, value in run.engine.accumulate(batch, last=position == positions[-1]).items():
+            sums[name] = sums.get(name, 0.0) + value / len(positions)
+    return sums
+
+
+def _draw_seed(seed: int, step: int, position: int) -> int:
+    return int(digest([seed, step, position])[:15], 16)
+
+
+def _check_finite(run: Run, step: int, what: str, value: float) -> None:
+    if math.isfinite(value):
+        return
+    raise DivergenceError(
+        f"recovery of {run.spec.model.source.path!r} diverged: the {what} of step {step + 1} "
+        f"of {run.num_steps} is {value}, on sequences {run.order_SB[step].tolist()}; "
+        f"{_last_checkpoint(run)}. Lower the learning rate or max_grad_norm, lengthen the warm-up, "
+        "or use float32"
+    )
+
+
+def _last_checkpoint(run: Run) -> str:
+    good = run.checkpoints[-1] if run.checkpoints else 0
+    return f"the last good checkpoint is after step {good}" if good else "there was no checkpoint yet"
+
+
+def _publish_trained(run: Run) -> ArtifactRef | None:
+    """Publish what was trained, on rank 0; the others help to gather it."""
+    with run.engine.gathered():
+        if run.workplace.rank != 0:
+            return None
+        with TemporaryDirectory(prefix="iterabre-trained-") as scratch:
+            save_trained(run.pair, Path(scratch))
+            return publish(Path(scratch), run.workplace.adapter_uri)
+
+
+def _record_from_json(record: dict[str, Any]) -> StepRecord:
+    return StepRecord(**{**record, "terms": tuple((name, value) for name, value in record["terms"])})

@@ -1,0 +1,83 @@
+"""Options and arguments that several commands have in common."""
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.config import absolute_path
+from orchestrator.errors import RequestError
+
+if TYPE_CHECKING:
+    from actors.contracts import ModelSpec
+
+Run = Annotated[
+    str, typer.Argument(help="Where a run lies: runs/smollm2-demo, s3://bucket/runs/x.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
+
+
+def _absolute(path: str | None) -> str | None:
+    """Return the path as workers of a cluster, which have directories of their own, find it, too."""
+    return path and absolute_path(path)
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="Hub id, directory, GGUF file, or package://PACKAGE/FILE.gguf.",
+        callback=_absolute,
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub model; what is newest if not given.")
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the model, with all that you may do; for sources you trust.",
+    ),
+]
+IncludePath = Annotated[
+    str | None, typer.Option(help="Directory with further lm-eval tasks.", callback=_absolute)
+]
+TaskSuffix = Annotated[str, typer.Option(help="Added to the names of suite members.")]
+AllowCodeExecution = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Run code that the model writes, in a sandbox.")
+]
+Probes = Annotated[
+    str, typer.Option(help="degeneration, arithmetic, code_failures, or a plug-in's; separated by commas.")
+]
+
+
+def source_model(model: str, dtype: str, revision: str | None, trust_remote_code: bool) -> "ModelSpec":
+    """Return the spec of the model that a command names.
+
+    Raises:
+        RequestError: a revision of what is no hub model.
+    """
+    from actors.contracts import ModelSpec
+    from actors.models import check_revision
+
+    spec = ModelSpec(model, dtype, revision, trust_remote_code)
+    check_revision(spec)
+    return spec
+
+
+def parse_layers(text: str, option: str = "--drop") -> list[int]:
+    """`3,4` and `20-24` as layer indices; `option` is where they were given.
+
+    Raises:
+        RequestError: neither numbers nor ranges.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, re.ASCII)
+        span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not span:
+            raise RequestError(f"{option} {text!r}: write layers as 3,4 or 20-24")
+        layers.extend(span)
+    return layers

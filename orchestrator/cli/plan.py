@@ -1,0 +1,115 @@
+"""`iterabre plan`: what a campaign would run, and what it would cost."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from orchestrator.config import load_config
+from orchestrator.errors import RequestError
+
+DEFAULT_MACHINES = ("8xH100-80G", "8xA100-80G", "8xL40S-48G", "8xA10G-24G")
+out = Console()
+
+
+def plan(
+    config: Annotated[
+        Path, typer.Argument(help="Campaign file, e.g. configs/demo.yaml.", show_default=False)
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a field of the campaign file. Repeatable.")
+    ] = None,
+    machine: Annotated[
+        list[str] | None,
+        typer.Option(help="Devices to estimate for, e.g. 8xH100-80G. Repeatable.", show_default=False),
+    ] = None,
+    calibrate: Annotated[
+        str | None, typer.Option(help="Scale times by what this earlier run took; it ran on --machine.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what a campaign would run and cost; checks everything and starts nothing.
+
+    What a run of that name has finished already is not counted again.
+    """
+    from orchestrator.planning.cost_model import parse_machine
+    from orchestrator.planning.estimate import plan_summary
+    from orchestrator.planning.planner import build_plan
+    from orchestrator.storage.run_manifest import read_run
+    from orchestrator.storage.stage_store import Store
+
+    loaded = load_config(config, set_)
+    if calibrate and len(machine or ()) != 1:
+        raise RequestError("--calibrate needs one --machine, the one that the earlier run ran on")
+    machines = [parse_machine(text, loaded.cost) for text in machine or DEFAULT_MACHINES]
+    store = Store.of_campaign(loaded.storage.path, loaded.name)
+    existing = store if read_run(store) is not None else None
+    factors = _factors(calibrate, machines[0][1]) if calibrate else {}
+    planned = build_plan(loaded)
+    summary = plan_summary(planned, loaded, machines, existing, factors) | {"notes": planned.notes}
+    if as_json:
+        sys.stdout.write(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        return
+    _show(summary)
+
+
+def _factors(run: str, machine: Any) -> dict[str, float]:
+    from orchestrator.planning.estimate import calibrate
+    from orchestrator.planning.planner import build_plan
+    from orchestrator.storage.ledger import Ledger
+    from orchestrator.storage.run_manifest import recorded_config
+    from orchestrator.storage.stage_store import Store
+
+    store = Store(run)
+    config = recorded_config(store)
+    if config is None:
+        raise RequestError(f"--calibrate {run!r} holds no run: there is no campaign.json in it")
+    factors = calibrate(config, build_plan(config), store, Ledger(store.ledger_uri).read(), machine)
+    if not factors:
+        raise RequestError(f"--calibrate {run!r}: that run has finished no stage yet")
+    return factors
+
+
+def _show(summary: dict[str, Any]) -> None:
+    from orchestrator.reporting.tables.terminal import plain_table
+
+    rows = summary["trajectories"]
+    columns = {
+        "trajectory": [row["trajectory"] for row in rows],
+        "layers": [f"{row['layers']} → {', '.join(map(str, row['targets']))}" for row in rows],
+        "iter": [str(row["iterations"]) for row in rows],
+        "stages": [str(row["stages"]) for row in rows],
+        "recovery\nFLOPs": [f"{row['recovery_flops']:.1e}" for row in rows],
+    }
+    out.print(plain_table(columns, "What would run"))
+    count = summary["stages"]
+    out.print(
+        f"\nStages: {count['distinct']} to compute, where {count['planned']} are asked for "
+        f"({count['shared']} shared); every cell of the grid by itself would take {count['cell_by_cell']}. "
+        f"Finished: {count['finished']}. To run: {count['to_run']}.\n"
+    )
+    kinds = summary["kinds"]
+    columns = {
+        "stage": [row["kind"] for row in kinds],
+        "to run": [str(row["to_run"]) for row in kinds],
+        "FLOPs": [f"{row['flops']:.2e}" for row in kinds],
+        "GB a worker": [f"{row['memory_bytes'] / 1e9:.2f}" for row in kinds],
+    }
+    out.print(plain_table(columns, "Work, and peak memory"))
+    machines = summary["machines"]
+    columns = {
+        "devices": [f"{row['count']} x {row['machine']['name']}" for row in machines],
+        "fits": ["yes" if row["fits"] else "no" for row in machines],
+        "device hours": [f"{row['device_hours']:,.2f}" for row in machines],
+        "hours at best": [f"{row['hours']:,.2f}" for row in machines],
+        "price": [f"{row['price']:,.2f}" for row in machines],
+    }
+    out.print(plain_table(columns, "Estimate; docs/campaigns.md says what it assumes"))
+    for note in summary["notes"]:
+        out.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+    if summary["calibration"]:
+        factors = ", ".join(f"{kind} x{factor:.2f}" for kind, factor in summary["calibration"].items())
+        out.print(f"Times are scaled by the earlier run: {factors}")

@@ -1,0 +1,96 @@
+"""The commands that come before a run: `init`, `doctor`, `schema`."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.config import campaign_schema
+from orchestrator.errors import RequestError
+
+out = Console()
+MARKS = {"ok": "[green]✓[/]", "note": "[yellow]–[/]", "fail": "[red]✗[/]"}
+
+
+def init(
+    output: Annotated[Path, typer.Argument(help="File to write.")] = Path("campaign.yaml"),
+    model: Annotated[str | None, typer.Option(help="Hub id, directory or GGUF file.")] = None,
+    fractions: Annotated[
+        str | None, typer.Option(help="Shares of the layers to remove, e.g. 0.1,0.25.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs to use; 0 for CPUs.", min=0)] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text to recover on: a file, or a built-in text by name; WikiText-2 if absent."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each recovery.", min=1)] = 2_500_000,
+    name: Annotated[
+        str | None, typer.Option(help="What paths call campaign and model; made from --model if absent.")
+    ] = None,
+) -> None:
+    """Write a commented campaign file; asks for what no option says, if there is somebody to ask."""
+    from actors.data import BUILTIN_TEXTS
+    from orchestrator.cli.config_template import Answers, campaign_file
+
+    if output.exists():
+        raise RequestError(f"{str(output)!r} is there already; choose another name")
+    asked = sys.stdin.isatty()
+    if model is None and not asked:
+        raise RequestError("--model says which model to compress; e.g. --model meta-llama/Llama-3.2-1B")
+    model = model or typer.prompt("Model (hub id, directory or GGUF file)")
+    if fractions is None:
+        fractions = typer.prompt("Shares of the layers to remove", "0.1,0.25") if asked else "0.1,0.25"
+    if gpus is None:
+        gpus = typer.prompt("GPUs to use, 0 for CPUs", 1, type=int) if asked else 1
+    answers = Answers(
+        model=str(model),
+        fractions=_fractions(str(fractions)),
+        gpus=int(gpus),
+        dtype="bfloat16" if gpus else "float32",
+        data=data,
+        builtin=data in BUILTIN_TEXTS,
+        max_tokens=max_tokens,
+        name=name,
+    )
+    output.write_text(campaign_file(answers, str(output)), encoding="utf-8")
+    out.print(f"{output} written. Next: iterabre plan {output}", soft_wrap=True)
+
+
+def doctor(
+    address: Annotated[str | None, typer.Option(help="Ray cluster to look at: auto, or HOST:PORT.")] = None,
+    storage: Annotated[str, typer.Option(help="Where runs will be kept.")] = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Check Python, packages, disk, GPUs, hub and cluster, and say what to mend.
+
+    The exit code is 1 if something will not work.
+    """
+    from orchestrator.cli.doctor import Place, examine
+
+    findings = list(examine(Place(address, storage)))
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
+    else:
+        table = Table("", "", "found", "what to do", box=None)
+        for finding in findings:
+            table.add_row(MARKS[finding.state], finding.name, finding.found, finding.remedy)
+        out.print(table)
+    if any(finding.state == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+def schema() -> None:
+    """Print the JSON Schema of campaign files, for editors that complete and check YAML."""
+    sys.stdout.write(json.dumps(campaign_schema(), indent=2, ensure_ascii=False) + "\n")
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise RequestError(f"--fractions {text!r}: write shares of the layers as 0.1,0.25") from error

@@ -1,0 +1,236 @@
+"""What a campaign will do: trajectories, and the specs that their stages ask for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from actors.contracts import (
+    BLOCK,
+    EvaluationSpec,
+    GenerationSpec,
+    MergeSpec,
+    ModelInfo,
+    ModelRef,
+    ModelSpec,
+    Origin,
+    RecoverySpec,
+    ScoreSpec,
+    TaskSpec,
+    TextSpec,
+)
+from orchestrator.config import MethodConfig
+from orchestrator.planning.keys import key_inputs
+from orchestrator.planning.pruning_schedule import IterationPlan
+from orchestrator.planning.specs import recovery_spec, text_spec
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a plan has to know of a method's criterion and objective.
+
+    Their rows hold functions, and so all that these import; a plan goes to every trial.
+
+    Attributes:
+        seeded: the scores depend on the seed.
+        chooses_run: the layers to go are chosen together, so that scores depend on how many go.
+        heals: anything is done to the pruned model.
+        trains_on: kind of data, as in `Objective`.
+    """
+
+    seeded: bool
+    chooses_run: bool
+    heals: bool
+    trains_on: str
+
+
+@dataclass(frozen=True)
+class TrajectoryPlan:
+    """One model taken by one method, with one seed, from full depth to the deepest target.
+
+    `any_layers` if the model's config can be without any of its layers, not only some.
+    `texts` gives each text as it was found, so that another in its place is refused.
+    """
+
+    id: str
+    campaign: str
+    model_id: str
+    model: ModelInfo
+    method: MethodConfig
+    seed: int
+    iterations: tuple[IterationPlan, ...]
+    evaluation: EvaluationSpec
+    also_before_recovery: bool
+    deepspeed: str
+    fingerprints: Mapping[TextSpec | ModelSpec, str]
+    traits: Traits
+    any_layers: bool
+    origin: Origin
+    tasks_fingerprint: str | None = None
+    texts: Mapping[TextSpec, TextSpec] = field(default_factory=dict)
+
+    @property
+    def dense(self) -> ModelRef:
+        """The unpruned model."""
+        return ModelRef(self.model.spec)
+
+    @property
+    def recovery_tokens(self) -> int:
+        """Tokens of one recovery, at most; none where nothing is trained."""
+        return self.method.recovery.max_tokens if self.traits.heals else 0
+
+    def recovers(self, iteration: IterationPlan) -> bool:
+        """Whether the pruned model of the iteration is healed."""
+        return iteration.recovers and self.traits.heals
+
+    def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
+        """What to ask of scoring for `model`, from which so many layers are to go."""
+        scoring = self.method.scoring
+        return ScoreSpec(
+            model=model,
+            calibration=self._found(text_spec(scoring.calibration)),
+            criterion=scoring.criterion,
+            reference=scoring.reference,
+            pooling=scoring.pooling,
+            max_sequences=scoring.max_sequences,
+            sequence_length=scoring.sequence_length,
+            # Seed and portion are left out where they do not matter, so that all share one stage.
+            seed=self.seed if self.traits.seeded or scoring.confidence else 0,
+            num_remove=layers_to_drop if self.traits.chooses_run or scoring.confidence else 1,
+            task=self._task(),
+            merge=MergeSpec(**scoring.merge.model_dump()) if scoring.merge else None,
+            memory_budget_gb=scoring.memory_budget_gb,
+            stream_weights=scoring.stream_weights,
+            confidence=scoring.confidence,
+            granularity=self.granularity,
+        )
+
+    @property
+    def granularity(self) -> str:
+        """What is removed; depths and layers to drop count this."""
+        return self.method.scoring.granularity
+
+    @property
+    def unit(self) -> str:
+        """What is removed, in the plural, where a count goes before it."""
+        return "layers" if self.granularity == BLOCK else f"{self.granularity}s"
+
+    def _task(self) -> TaskSpec | None:
+        task = self.method.scoring.task
+        if task is None:
+            return None
+        evaluation = self.evaluation
+        return TaskSpec(
+            **task.model_dump(),
+            include_path=evaluation.include_path,
+            batch_size=evaluation.batch_size,
+            tasks_fingerprint=self.tasks_fingerprint,
+            apply_chat_template=evaluation.apply_chat_template,
+        )
+
+    @property
+    def recovery_text(self) -> TextSpec:
+        """The text that recovery is configured with; for generated responses, the prompts."""
+        return self._found(text_spec(self.method.recovery.data))
+
+    def _found(self, text: TextSpec) -> TextSpec:
+        return self.texts.get(text, text)
+
+    def generation_spec(self) -> GenerationSpec | None:
+        """What the unpruned model has to generate before the first recovery; None if nothing."""
+        recovery = self.method.recovery
+        if self.traits.trains_on != "responses":
+            return None
+        generation = recovery.generation
+        # Nothing is drawn at temperature 0, so all seeds share one stage.
+        seed = self.seed if generation.temperature else 0
+        return GenerationSpec(self.model.spec, self.recovery_text, seed=seed, **generation.model_dump())
+
+    def start_spec(self, model: ModelRef, data: TextSpec) -> RecoverySpec:
+        """What is done to `model` before its recovery, where `recovery.start` says so.
+
+        Only what it depends on is set, so that methods that differ in the rest share it.
+        """
+        recovery = self.method.recovery
+        return RecoverySpec(
+            model=model,
+            data=data,
+            objective=str(recovery.start),
+            packing=recovery.packing,
+            sequence_length=recovery.sequence_length,
+            batch_size=recovery.batch_size,
+            micro_batch_size=recovery.micro_batch_size,
+            max_tokens=recovery.max_tokens,
+            precision=recovery.precision,
+            seed=self.seed,
+        )
+
+    def recovery_spec(self, model: ModelRef, data: TextSpec | None = None) -> RecoverySpec:
+        """What to ask of recovery for the pruned `model`, on `data` if it is not the configured text."""
+        spec = recovery_spec(model, self.method, self.seed, self.deepspeed)
+        if spec.teacher is not None:
+            # The described one is equal, and knows the hash of its files.
+            described = next((model for model in self.fingerprints if model == spec.teacher), spec.teacher)
+            spec = replace(spec, teacher=described)
+        return replace(spec, data=data or self.recovery_text)
+
+    def evaluation_spec(self, model: ModelRef) -> EvaluationSpec:
+        """What to ask of evaluation for `model`."""
+        known = {f.name: getattr(self.evaluation, f.name) for f in fields(EvaluationSpec)}
+        return EvaluationSpec(**{**known, "model": model})
+
+    def key_inputs(self, spec: Any) -> Any:
+        """All that a spec's result depends on, as JSON values; see `keys.key_inputs`."""
+        fingerprints = {**self.fingerprints, self.model.spec: self.model.fingerprint}
+        return key_inputs(spec, fingerprints, self.tasks_fingerprint)
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """How long a text is, where that is known before it is read into tokens."""
+
+    num_rows: int | None
+    num_bytes: int | None
+
+
+@dataclass(frozen=True)
+class CampaignPlan:
+    """Everything a campaign will do, and `notes` of what is no fault and worth knowing."""
+
+    name: str
+    trajectories: tuple[TrajectoryPlan, ...]
+    text_sizes: Mapping[TextSpec, TextSize] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def needed_bytes(self) -> int:
+        """Disk space of the exported models and the adapters, roughly."""
+        return sum(_trajectory_bytes(t) for t in self.trajectories)
+
+    def find(self, trajectory_id: str) -> TrajectoryPlan:
+        """The trajectory of that id."""
+        return next(t for t in self.trajectories if t.id == trajectory_id)
+
+
+def _trajectory_bytes(trajectory: TrajectoryPlan) -> int:
+    bytes_per_parameter = 4 if trajectory.model.spec.dtype == "float32" else 2
+    exports = sum(iteration.is_target for iteration in trajectory.iterations)
+    weights = trajectory.model.num_parameters * bytes_per_parameter
+    # Adapters and two training checkpoints with optimizer state are small beside full weights.
+    return int(weights * (exports + 0.25))
+
+
+def stages_of_iteration(trajectory: TrajectoryPlan, iteration: IterationPlan) -> int:
+    """Stages of one iteration: scoring and pruning, and what else it has."""
+    evaluations = iteration.is_measured * (1 + trajectory.also_before_recovery)
+    recoveries = trajectory.recovers(iteration) * (1 + (trajectory.method.recovery.start is not None))
+    return 2 + recoveries + evaluations + iteration.is_target
+
+
+def stages_once(trajectory: TrajectoryPlan) -> int:
+    """Stages of a trajectory before its iterations: the dense evaluation, and generation."""
+    return 1 + (trajectory.generation_spec() is not None)
+
+
+def num_stages(trajectory: TrajectoryPlan) -> int:
+    """Stages of a trajectory: those once, and those of every iteration."""
+    each = (stages_of_iteration(trajectory, iteration) for iteration in trajectory.iterations)
+    return stages_once(trajectory) + sum(each)

@@ -1,0 +1,365 @@
+"""The tables of the papers, from a campaign's own numbers: methods at a target, direct against iterative,
+languages, and what is retained of the unpruned model."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import hypot
+from statistics import mean, stdev
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from orchestrator.reporting.data.measured import (
+    DENSE,
+    PRUNED,
+    RECOVERED,
+    Measured,
+    Number,
+    direction,
+    headline_metrics,
+    is_speed,
+    retention,
+    stderr_of_difference,
+    within_noise,
+)
+from orchestrator.reporting.tables.tables import Line
+
+LANGUAGE_TASKS = ("xwinograd", "xstorycloze", "xnli", "xcopa")
+NOT_PRUNED = "not pruned"
+DIFFERENCE = "difference"
+ZERO = Number(0.0, 0.0, "")
+LABELS = ("model", "method", "layers", "removed", "parameters", "state", "seeds")
+"""Columns that say what a row is; all others are measured."""
+
+
+Cell = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of the report.
+
+    `best` holds (row, column) of the best value within each group of rows, `even`
+    those which cannot be told from it, or differences that cannot be told from 0.
+    """
+
+    name: str
+    title: str
+    note: str
+    lines: tuple[Line, ...]
+    best: frozenset[Cell] = frozenset()
+    even: frozenset[Cell] = frozenset()
+
+    def shown(self, lines: Sequence[tuple[int, Line]]) -> list[str]:
+        """The columns of a part on the page, which names its source model above: those that hold anything."""
+        names = [name for name in (self.lines[0] if self.lines else ()) if name != "model"]
+        return [name for name in names if any(line[name] is not None for _, line in lines)]
+
+    @property
+    def parts(self) -> list[tuple[str, list[tuple[int, Line]]]]:
+        """Source model, and its lines with their number in the whole table."""
+        found: dict[str, list[tuple[int, Line]]] = {}
+        for row, line in enumerate(self.lines):
+            found.setdefault(line.get("model", ""), []).append((row, line))
+        return list(found.items())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method's model at one depth and in one state, over all its seeds."""
+
+    model: str
+    method: str
+    phase: str
+    layers: int
+    parameters: int | None
+    seeds: int
+    numbers: Mapping[str, Number]
+
+
+def dense_of(model: str, found: Iterable[Entry]) -> Entry | None:
+    """The unpruned model of that source, if it has been measured."""
+    return next((entry for entry in found if (entry.model, entry.phase) == (model, DENSE)), None)
+
+
+def targets(ledger: pa.Table) -> set[tuple[str, int]]:
+    """(trajectory, iteration) of every exported model."""
+    rows = ledger.filter(pc.field("stage") == "export").select(["trajectory", "iteration"]).to_pylist()
+    return {(row["trajectory"], row["iteration"]) for row in rows}
+
+
+def entries(models: Iterable[Measured]) -> list[Entry]:
+    """Seeds of one method at one depth and in one state become one entry.
+
+    Its numbers are means over seeds, with the deviation between seeds and a standard
+    error. That of one seed is of the questions asked; the mean's has the spread over seeds added:
+    sqrt(mean of the squared errors + deviation² / seeds), as all seeds answer the same questions.
+    """
+    groups: dict[tuple[str, str, str, int], list[Measured]] = {}
+    for model in models:
+        if model.layers is not None:
+            method = NOT_PRUNED if model.phase == DENSE else model.method
+            groups.setdefault((model.model, method, model.phase, model.layers), []).append(model)
+    return [_entry(place, group) for place, group in groups.items()]
+
+
+def _entry(place: tuple[str, str, str, int], group: Sequence[Measured]) -> Entry:
+    # The unpruned model is one and the same whatever the method and seed.
+    group = group[:1] if place[2] == DENSE else group
+    names = [name for name in group[0].numbers if all(name in model.numbers for model in group)]
+    numbers = {name: _over_seeds([model.numbers[name] for model in group]) for name in names}
+    model, method, phase, layers = place
+    return Entry(model, method, phase, layers, group[0].parameters, len({m.seed for m in group}), numbers)
+
+
+def _over_seeds(numbers: Sequence[Number]) -> Number:
+    if len(numbers) == 1:
+        return numbers[0]
+    values = [number.value for number in numbers]
+    deviation = stdev(values)
+    of_questions = mean((number.stderr or 0.0) ** 2 for number in numbers) ** 0.5
+    stderr = hypot(of_questions, deviation / len(values) ** 0.5)
+    return Number(mean(values), stderr, numbers[0].key, deviation)
+
+
+def comparison_grids(ledger: pa.Table, models: Sequence[Measured], config: Mapping[str, Any]) -> list[Grid]:
+    """All tables for which the campaign has numbers."""
+    reached = targets(ledger)
+    at_targets = [m for m in models if m.phase == DENSE or (m.trajectory, m.iteration) in reached]
+    found = entries(at_targets)
+    grids = [
+        method_grid(found),
+        retention_grid(found),
+        ratio_grid(found),
+        schedule_grid(entries(models), config.get("methods") or []),
+        language_grid(found),
+    ]
+    return [grid for grid in grids if grid is not None]
+
+
+def method_grid(found: Sequence[Entry]) -> Grid | None:
+    """Method × task at each target (IteRABRe, Table 1)."""
+    rows = [entry for entry in found if entry.phase in (DENSE, RECOVERED)]
+    metrics = headline_metrics(rows)
+    if not metrics or all(entry.phase == DENSE for entry in rows):
+        return None
+    lines = _same_columns(
+        [_labels(entry) | {name: entry.numbers.get(name) for name in metrics} for entry in _sorted(rows)]
+    )
+    return Grid(
+        "methods",
+        "Methods at their targets",
+        "As Table 1 of IteRABRe. Bold: best of the pruned models of a source at one depth; ≈: not to be told "
+        "from the best, as they are no more than two standard errors of their difference apart.",
+        tuple(lines),
+        *_best(lines, metrics, ("model", "layers")),
+    )
+
+
+def retention_grid(found: Sequence[Entry]) -> Grid | None:
+    """Share of the unpruned score that is left, in per cent (*Limits*, Table 2)."""
+    lines = []
+    for entry in _sorted([e for e in found if e.phase == RECOVERED]):
+        kept = _retained(entry, found)
+        if kept:
+            average = mean(number.value for number in kept.values())
+            lines.append(_labels(entry) | kept | {"average": Number(average, None, "")})
+    lines = _same_columns(lines)
+    if not lines:
+        return None
+    metrics = [name for name in lines[0] if name not in LABELS]
+    return Grid(
+        "retention",
+        "Retention",
+        "As Table 2 of On the Limits of Layer Pruning: per cent of the unpruned model's score that is left; "
+        "perplexities count inversely.",
+        tuple(lines),
+        *_best(lines, metrics, ("model", "layers"), lower=False),
+    )
+
+
+def _retained(entry: Entry, found: Sequence[Entry]) -> dict[str, Number]:
+    dense = dense_of(entry.model, found)
+    if dense is None:
+        return {}
+    shared = [
+        name
+        for name in headline_metrics([entry, dense])
+        if name in entry.numbers.keys() & dense.numbers
+        and not is_speed(name)
+        and dense.numbers[name].value > 0
+    ]
+    return {
+        name: Number(
+            100 * retention(entry.numbers[name].value, dense.numbers[name].value, name),
+            None,
+            entry.numbers[name].key,
+        )
+        for name in shared
+    }
+
+
+def ratio_grid(found: Sequence[Entry]) -> Grid | None:
+    """Average retention by method and share of layers removed (*Limits*, the table of moderate ratios)."""
+    cells: dict[tuple[str, str], dict[str, Number]] = {}
+    for entry in _sorted([e for e in found if e.phase == RECOVERED]):
+        kept, dense = _retained(entry, found), dense_of(entry.model, found)
+        if kept and dense:
+            column = f"{1 - entry.layers / dense.layers:.0%} removed"
+            value = Number(mean(number.value for number in kept.values()), None, "")
+            cells.setdefault((entry.model, entry.method), {})[column] = value
+    columns = sorted(
+        {column for row in cells.values() for column in row}, key=lambda text: int(text.split("%")[0])
+    )
+    if len(columns) < 2:
+        return None
+    lines = [
+        {"model": model, "method": method} | {column: row.get(column) for column in columns}
+        for (model, method), row in cells.items()
+    ]
+    return Grid(
+        "ratios",
+        "Average retention by share removed",
+        "Per cent of the unpruned model's scores that is left, mean over the metrics of the table above.",
+        tuple(lines),
+        *_best(lines, columns, ("model",), lower=False),
+    )
+
+
+def schedule_grid(found: Sequence[Entry], methods: Sequence[Mapping[str, Any]]) -> Grid | None:
+    """Direct against iterative where two methods differ in nothing else (IteRABRe, Table 2)."""
+    lines: list[Line] = []
+    for direct, iterative in schedule_pairs(methods):
+        for one in _sorted([e for e in found if (e.method, e.phase) == (direct, RECOVERED)]):
+            other = next(
+                (e for e in found if (e.model, e.method, e.phase, e.layers)
+                 == (one.model, iterative, RECOVERED, one.layers)),
+                None,
+            )  # fmt: skip
+            lines += _pair_lines(one, other) if other else []
+    lines = _same_columns(lines)
+    if not lines:
+        return None
+    return Grid(
+        "schedules",
+        "Direct against iterative",
+        "As Table 2 of IteRABRe: a positive difference means that iterative is better, ≈ that it is no "
+        "more than two standard errors from nothing.",
+        tuple(lines),
+        even=frozenset(
+            (row, name)
+            for row, line in enumerate(lines)
+            for name, value in line.items()
+            if line["method"] == DIFFERENCE and isinstance(value, Number) and within_noise(value, ZERO)
+        ),
+    )
+
+
+def schedule_pairs(methods: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Names of (direct, iterative) methods that have all settings but the schedule in common."""
+
+    def settings(method: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in method.items() if name not in ("name", "schedule")}
+
+    def is_direct(method: Mapping[str, Any]) -> bool:
+        return (method.get("schedule") or {}).get("mode") == "direct"
+
+    return [
+        (one["name"], other["name"])
+        for one in methods
+        for other in methods
+        if is_direct(one) and not is_direct(other) and settings(one) == settings(other)
+    ]
+
+
+def _pair_lines(direct: Entry, iterative: Entry) -> list[Line]:
+    metrics = [
+        name
+        for name in headline_metrics([direct, iterative])
+        if name in direct.numbers.keys() & iterative.numbers
+    ]
+    gain = {
+        name: Number(
+            _gain(direct.numbers[name].value, iterative.numbers[name].value, name),
+            stderr_of_difference(direct.numbers[name], iterative.numbers[name]),
+            "",
+        )
+        for name in metrics
+    }
+    return [
+        *(_labels(entry) | {name: entry.numbers[name] for name in metrics} for entry in (direct, iterative)),
+        _labels(iterative) | {"method": DIFFERENCE} | gain,
+    ]
+
+
+def _gain(before: float, after: float, metric: str) -> float:
+    return before - after if direction(metric) == "lower" else after - before
+
+
+def language_grid(found: Sequence[Entry]) -> Grid | None:
+    """Multilingual tasks, pruned (P) and recovered (P+R) (IteRABRe, Table 3)."""
+    metrics = [
+        name
+        for name in headline_metrics(found)
+        if name.split("/")[0].removesuffix("_local") in LANGUAGE_TASKS and "acc" in name
+    ]
+    if not metrics:
+        return None
+    state = {DENSE: NOT_PRUNED, PRUNED: "P", RECOVERED: "P+R"}
+    lines = [
+        _labels(entry) | {"state": state[entry.phase]} | {name: entry.numbers.get(name) for name in metrics}
+        for entry in _sorted(found)
+    ]
+    return Grid(
+        "languages",
+        "Languages",
+        "As Table 3 of IteRABRe: P is pruned, P+R recovered.",
+        tuple(_same_columns(lines)),
+        *_best(lines, metrics, ("model", "layers")),
+    )
+
+
+def _labels(entry: Entry) -> Line:
+    labels: Line = {
+        "model": entry.model,
+        "method": entry.method,
+        "layers": entry.layers,
+        "parameters": entry.parameters,
+    }
+    return labels | ({"seeds": entry.seeds} if entry.seeds > 1 else {})
+
+
+def _sorted(found: Iterable[Entry]) -> list[Entry]:
+    """From the deepest to the shallowest of each model; models and methods in their own order."""
+    found = list(found)
+    rank = {model: place for place, model in enumerate(dict.fromkeys(entry.model for entry in found))}
+    return sorted(found, key=lambda entry: (rank[entry.model], -entry.layers))
+
+
+def _same_columns(lines: Sequence[Line]) -> list[Line]:
+    names = dict.fromkeys(name for line in lines for name in line)
+    ordered = [*(name for name in LABELS if name in names), *(name for name in names if name not in LABELS)]
+    return [{name: line.get(name) for name in ordered} for line in lines]
+
+
+def _best(
+    lines: Sequence[Line], metrics: Sequence[str], group: Sequence[str], lower: bool | None = None
+) -> tuple[frozenset[Cell], frozenset[Cell]]:
+    """Cells that no other of their group beats, and those within noise of them; a group of one has none."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, line in enumerate(lines):
+        if line.get("method") != NOT_PRUNED:
+            groups.setdefault(tuple(line[name] for name in group), []).append(index)
+    best: set[Cell] = set()
+    even: set[Cell] = set()
+    for rows in groups.values():
+        for metric in metrics:
+            numbers = {index: lines[index][metric] for index in rows if lines[index].get(metric) is not None}
+            if len({number.value for number in numbers.values()}) > 1:
+                descends = direction(metric) == "lower" if lower is None else lower
+                choose = min if descends else max
+                top = choose(numbers.values(), key=lambda number: number.value)
+                best |= {(index, metric) for index, number in numbers.items() if number.value == top.value}
+                even |= {(index, metric) for index, number in numbers.items() if within_noise(number, top)}
+    return frozenset(best), frozenset(even - best)

@@ -1,0 +1,283 @@
+"""The report: one HTML file that needs no network, with figures and tables as files beside it."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from actors.artifacts import write_bytes
+from orchestrator.reporting import explorer
+from orchestrator.reporting.charts.charts import Figure, described
+from orchestrator.reporting.charts.figures import colours_of, write_all
+from orchestrator.reporting.charts.method_charts import method_figures
+from orchestrator.reporting.charts.source_charts import source_figures, sweep_figures
+from orchestrator.reporting.data import provenance
+from orchestrator.reporting.data.comparisons import NOT_PRUNED, Entry, Grid, comparison_grids, entries
+from orchestrator.reporting.data.due import due_models
+from orchestrator.reporting.data.measured import (
+    Measured,
+    Number,
+    direction,
+    headline_metrics,
+    measured_models,
+    outcomes,
+)
+from orchestrator.reporting.tables.costs import cost_grid
+from orchestrator.reporting.tables.glossary import glossary
+from orchestrator.reporting.tables.summary import best_at_each_size, of_method
+from orchestrator.reporting.tables.tables import (
+    BEFORE_RECOVERY,
+    LEADING,
+    STAGES,
+    Line,
+    before,
+    csv,
+    is_perplexity,
+    iteration_numbers,
+    latex,
+    markdown,
+    show,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a report is made of.
+
+    Attributes:
+        ledger: all rows of the run so far.
+        config: the configuration that the run was started with.
+        versions: of the packages, when it was started.
+        planned: iterations of each trajectory, by its id, as far as known.
+        trajectories: id, model, method and depths of all that are planned, as far as known.
+        failures: reason of every trajectory that failed.
+        given_up: trajectories that the scheduler ended.
+        hashes: of source models and data, by what they are.
+        sweeps: contents of every `sweep.json` of the run.
+    """
+
+    ledger: pa.Table
+    config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    planned: Mapping[str, int] = field(default_factory=dict)
+    trajectories: Sequence[Mapping[str, Any]] = ()
+    failures: Mapping[str, str] = field(default_factory=dict)
+    given_up: Sequence[str] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    sweeps: Sequence[Mapping[str, Any]] = ()
+
+
+def build_report(source: Source, out_dir: Path) -> Path:
+    """Write `index.html`, `tables/*.{md,tex,csv}` and `figures/*.{png,svg}`; return the page.
+
+    An unfinished or empty run gives a report of what there is so far.
+    """
+    for folder in ("figures", "tables"):
+        (out_dir / folder).mkdir(parents=True, exist_ok=True)
+    ledger = source.ledger.combine_chunks()
+    models = in_order_of(source.config, measured_models(ledger))
+    found = entries(models)
+    grids = [*comparison_grids(ledger, models, source.config), cost_grid(ledger)]
+    due = due_models(ledger, models, source.trajectories, [*source.failures, *source.given_up])
+    stages = provenance.stages_of(ledger)
+    drawn = Drawn(out_dir / "figures")
+    page = _environment(stages).get_template("report.html.j2").render(
+        name=source.config.get("name", "campaign"),
+        progress=progress(models, source),
+        scope=scope(ledger),
+        failures=source.failures,
+        best=best_at_each_size(found, due),
+        explorer=explorer.describe(outcomes(models)),
+        glossary=glossary(headline_metrics(found)),
+        grids=[_with_files(grid, out_dir / "tables") for grid in grids if grid is not None],
+        sources=[_source(name, ledger, found, source, drawn) for name in _distinct(models, "model")],
+        sections=_sections(ledger, models, out_dir, drawn),
+        sweeps=[drawn.add("", figure) for figure in sweep_figures(source.sweeps)],
+        stages=stages,
+        config=yaml.safe_dump(dict(source.config), sort_keys=False, allow_unicode=True),
+        versions=source.versions,
+        hashes=source.hashes,
+        updated=pc.max(ledger["when"]).as_py(),
+        plotly_js=Markup(get_plotlyjs()),
+    )  # fmt: skip
+    # The page first: the figures for print take far longer.
+    write_bytes(str(out_dir / "index.html"), page.encode())
+    write_all(drawn.files)
+    return out_dir / "index.html"
+
+
+class Drawn:
+    """The figures of a page and the files in `folder` that they will be written to."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.files: list[tuple[Figure, Path]] = []
+
+    def add(self, prefix: str, figure: Figure) -> dict[str, Any]:
+        """What the page shows of a figure."""
+        stem = file_name(f"{prefix}-{figure.name}" if prefix else figure.name)
+        self.files.append((figure, self._folder / stem))
+        return {
+            "title": figure.title,
+            "note": figure.note,
+            "file": stem,
+            "data": described(figure, colours_of(figure)),
+        }
+
+
+def in_order_of(config: Mapping[str, Any], models: Sequence[Measured]) -> list[Measured]:
+    """The models with the sources and methods in the order in which the configuration lists them."""
+    sources = {model["id"]: rank for rank, model in enumerate(config.get("models") or [])}
+    methods = {method["name"]: rank for rank, method in enumerate(config.get("methods") or [])}
+    return sorted(
+        models, key=lambda m: (sources.get(m.model, len(sources)), methods.get(m.method, len(methods)))
+    )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Iterations measured to the end, of those planned; `waiting` trajectories have none yet."""
+
+    done: int
+    total: int
+    waiting: int = 0
+
+    @property
+    def percent(self) -> int:
+        return 100 * self.done // self.total if self.total else 0
+
+
+def progress(models: Iterable[Measured], source: Source) -> Progress | None:
+    """How far the run is; None where the plan is not known."""
+    if not source.planned:
+        return None
+    finished = {(m.trajectory, m.iteration) for m in outcomes(models) if m.iteration > 0}
+    begun = {trajectory for trajectory, _ in finished}
+    return Progress(len(finished), sum(source.planned.values()), len(source.planned.keys() - begun))
+
+
+def scope(ledger: pa.Table) -> dict[str, int]:
+    """How many of each the ledger has rows of."""
+    return {f"{name}s": len(pc.unique(ledger[name])) for name in ("model", "method", "seed")} | {
+        "trajectories": len(pc.unique(ledger["trajectory"])),
+        "rows": ledger.num_rows,
+    }
+
+
+def _distinct(models: Iterable[Measured], name: str) -> list[str]:
+    return list(dict.fromkeys(getattr(model, name) for model in models))
+
+
+def _source(
+    name: str, ledger: pa.Table, found: Sequence[Entry], source: Source, drawn: Drawn
+) -> dict[str, Any]:
+    methods = list(dict.fromkeys(entry.method for entry in found if entry.method != NOT_PRUNED))
+    criteria = {
+        method["name"]: (method.get("scoring") or {}).get("criterion", method["name"])
+        for method in source.config.get("methods") or []
+    }
+    own = [entry for entry in found if entry.model == name]
+    rows = ledger.filter(pc.field("model") == name)
+    figures = source_figures(name, rows, own, methods, criteria)
+    return {"name": name, "figures": [drawn.add("all", figure) for figure in figures]}
+
+
+def _sections(
+    ledger: pa.Table, models: Sequence[Measured], out_dir: Path, drawn: Drawn
+) -> list[dict[str, Any]]:
+    """A section a source and method, in the order of the models; what is not measured yet comes last."""
+    places = dict.fromkeys((m.model, m.method) for m in models)
+    begun = ledger.group_by(["model", "method"], use_threads=False).aggregate([]).to_pylist()
+    places |= dict.fromkeys((row["model"], row["method"]) for row in begun)
+    return [_section(model, method, ledger, models, out_dir, drawn) for model, method in places]
+
+
+def _section(
+    model: str, method: str, ledger: pa.Table, models: Sequence[Measured], out_dir: Path, drawn: Drawn
+) -> dict[str, Any]:
+    rows = ledger.filter((pc.field("model") == model) & (pc.field("method") == method))
+    own = [one for one in models if (one.model, one.method) == (model, method)]
+    lines = iteration_numbers(rows)
+    several = len({line["trajectory"] for line in lines}) > 1
+    present = [
+        name
+        for name in (lines[0] if lines else ())
+        if any(line[name] is not None for line in lines) and (several or name != "trajectory")
+    ]
+    headlines = headline_metrics(own)
+    # All metrics are in the files; those of a group's members would make the page's table endless.
+    shown = {*LEADING, *headlines, *map(before, filter(is_perplexity, headlines))}
+    shown = (shown | {f"{stage} s" for stage in STAGES}) - {"dropped score", "phase"}
+    grid = Grid(
+        f"iterations-{model}--{method}", "", "", tuple({n: line[n] for n in present} for line in lines)
+    )
+    return {
+        "model": model,
+        "method": method,
+        "summary": of_method(entries(own)),
+        "grid": _with_files(grid, out_dir / "tables"),
+        "columns": [name for name in present if name in shown],
+        "figures": [drawn.add(f"{model}--{method}", figure) for figure in method_figures(rows, own)],
+    }
+
+
+def _with_files(grid: Grid, folder: Path) -> Grid:
+    """The grid itself, once it lies in `folder` as Markdown, LaTeX and CSV."""
+    lines: Sequence[Line] = grid.lines
+    for ending, text in (("md", markdown(lines)), ("tex", latex(lines, grid.best)), ("csv", csv(lines))):
+        write_bytes(str(folder / f"{file_name(grid.name)}.{ending}"), text.encode())
+    return grid
+
+
+def file_name(name: str) -> str:
+    """`name` with nothing in it that a path could trip over."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+
+
+def _height(panel: Mapping[str, Any], panels: int) -> int:
+    """Of a panel, in pixels: a heat map's rows stay legible."""
+    rows = len(panel.get("ys", ()))
+    return max(240 if panels > 1 else 340, min(18 * rows + 90, 900))
+
+
+def _environment(stages: Mapping[str, provenance.Stage]) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("orchestrator.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+    def cell(value: Any) -> str | Markup:
+        """A number links to the stage that measured it."""
+        if not isinstance(value, Number):
+            return show(value)
+        text, stage = show(value), stages.get(value.key)
+        error = "" if value.stderr is None else f" ± {show(value.stderr)} (standard error)"
+        if stage is None:
+            return Markup('<span title="{}{}">{}</span>').format(show(value.value), error, text)
+        return Markup('<a href="#{}" title="{}{} · {}">{}</a>').format(
+            stage.anchor, show(value.value), error, stage.told, text
+        )
+
+    environment.filters["cell"] = cell
+    environment.filters["json"] = lambda value: Markup(
+        json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
+    )
+    environment.filters["file_name"] = file_name
+    environment.filters["enumerated"] = enumerate
+    environment.filters["height"] = _height
+    environment.filters["arrow"] = lambda metric: {"lower": " ↓", "higher": " ↑", None: ""}[
+        direction(metric.removesuffix(BEFORE_RECOVERY))
+    ]
+    return environment

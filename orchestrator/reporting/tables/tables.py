@@ -1,0 +1,206 @@
+"""One line per iteration, from the ledger: for the terminal, the report, Markdown and LaTeX."""
+
+import io
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from csv import writer as csv_writer
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from orchestrator.reporting.data.measured import PRUNED, RECOVERED, Number
+
+Line = dict[str, Any]
+
+STAGES = ("score", "prune", "generate", "recover", "evaluate", "export")
+LEADING = ("trajectory", "iteration", "phase", "layers", "dropped", "dropped score", "parameters")
+BEFORE_RECOVERY = " before recovery"
+NOT_MEASURED = "–"
+LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    NOT_MEASURED: "--",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "→": r"$\rightarrow$",
+}
+
+
+def is_perplexity(metric: str) -> bool:
+    """Whether lower is better and the number is worth showing before recovery as well."""
+    return metric.removesuffix(BEFORE_RECOVERY).endswith("perplexity")
+
+
+def before(metric: str) -> str:
+    """Column of a metric measured after pruning and before recovery."""
+    return metric + BEFORE_RECOVERY
+
+
+def iteration_table(ledger: pa.Table) -> list[Line]:
+    """`iteration_numbers` as plain values."""
+    return [
+        {name: value.value if isinstance(value, Number) else value for name, value in line.items()}
+        for line in iteration_numbers(ledger)
+    ]
+
+
+def iteration_numbers(ledger: pa.Table) -> list[Line]:
+    """One dict per trajectory and iteration, all with the same keys in the same order.
+
+    Keys: `trajectory`, `iteration` (0 is the unpruned model), `phase` (the last one measured:
+    dense, pruned or recovered), `layers` left, `dropped` (source layer indices), `dropped score`
+    (theirs), `parameters`, then each metric of what the iteration leaves and, as `... before recovery`,
+    of what it recovers, then the seconds of each stage as `score s`, `recover s`, .... What was measured
+    is a `Number`, what was not is None: a number of the pruned model never stands for that of the
+    recovered one, whose column is there and empty while recovery runs.
+    """
+    totals = ledger.filter(pc.is_null(ledger["step"]))
+    lines: dict[tuple[str, int], Line] = {}
+    for row in totals.to_pylist():
+        place = (row["trajectory"], row["iteration"])
+        line = lines.setdefault(place, {"trajectory": row["trajectory"], "iteration": row["iteration"]})
+        _enter(line, row)
+    _count_source_layers(lines)
+    columns = _columns(lines.values())
+    order = {name: rank for rank, name in enumerate(pc.unique(ledger["trajectory"]).to_pylist())}
+    return [
+        {name: lines[place].get(name) for name in columns}
+        for place in sorted(lines, key=lambda place: (order[place[0]], place[1]))
+    ]
+
+
+def metric_columns(lines: Sequence[Line]) -> list[str]:
+    """The columns of `iteration_table` that come from evaluation."""
+    times = {f"{stage} s" for stage in STAGES}
+    return [name for name in (lines[0] if lines else ()) if name not in LEADING and name not in times]
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The table in GitHub's Markdown."""
+    if not lines:
+        return ""
+
+    def row(cells: Iterable[Any]) -> str:
+        return f"| {' | '.join(show(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+
+    return (
+        "\n".join([row(lines[0]), f"|{'---|' * len(lines[0])}", *(row(line.values()) for line in lines)])
+        + "\n"
+    )
+
+
+def csv(lines: Sequence[Line]) -> str:
+    """The table with commas, numbers in full; standard errors and deviations have columns of their own."""
+    columns: dict[str, list[Any]] = {}
+    for name in lines[0] if lines else ():
+        values = [line[name] for line in lines]
+        columns[name] = [_plain(value) for value in values]
+        for extra in ("stderr", "deviation"):
+            found = [getattr(value, extra, None) for value in values]
+            if any(value is not None for value in found):
+                columns[f"{name} {extra}"] = found
+    text = io.StringIO()
+    writer = csv_writer(text, lineterminator="\n")
+    if columns:
+        writer.writerows([list(columns), *zip(*columns.values(), strict=True)])
+    return text.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return getattr(value, "value", value)
+
+
+def latex(lines: Sequence[Line], best: Collection[tuple[int, str]] = ()) -> str:
+    """The table as a LaTeX `tabular` with booktabs rules; the cells (row, column) of `best` are bold."""
+    if not lines:
+        return ""
+    body = [
+        " & ".join(_latex_cell(value, (row, name) in best) for name, value in line.items()) + r" \\"
+        for row, line in enumerate(lines)
+    ]
+    head = " & ".join(map(_latex_text, lines[0])) + r" \\"
+    columns = "l" + "r" * (len(lines[0]) - 1)
+    start, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
+    return "\n".join([start, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end]) + "\n"
+
+
+def show(value: Any) -> str:
+    """A cell as text: four significant digits, thousands set apart, a dash for what is missing.
+
+    A mean over seeds has their standard deviation behind it.
+    """
+    if value is None or value == ():
+        return NOT_MEASURED
+    if isinstance(value, tuple):
+        return ", ".join(map(show, value))
+    if isinstance(value, Number):
+        spread = "" if value.deviation is None else f" ± {show_error(value.deviation)}"
+        return show(value.value) + spread
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def show_error(value: float) -> str:
+    """An error or deviation as text: two significant digits."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}"
+
+
+def _enter(line: Line, row: Mapping[str, Any]) -> None:
+    """Put one row of the ledger into its column."""
+    stage, metric, value = row["stage"], row["metric"], row["value"]
+    number = Number(value, row["stderr"], row["key"])
+    if stage == "evaluate" and line.get("phase") != RECOVERED:
+        line["phase"] = row["phase"]
+    if metric == "seconds":
+        before_it = line.get(f"{stage} s")
+        line[f"{stage} s"] = number if before_it is None else Number(before_it.value + value, None, "")
+    elif stage == "prune" and metric == "dropped":
+        line["dropped"] = (*line.get("dropped", ()), row["layer"])
+        line["dropped score"] = (*line.get("dropped score", ()), value)
+    elif stage == "prune" and metric == "layers":
+        line["layers"] = int(value)
+    elif stage == "evaluate" and metric == "parameters":
+        line["parameters"] = int(value)
+    elif stage == "evaluate" and row["phase"] == PRUNED:
+        line[before(metric)] = number
+    elif stage == "evaluate":
+        line[metric] = number
+
+
+def _count_source_layers(lines: Mapping[tuple[str, int], Line]) -> None:
+    """The depth of the unpruned model: what the first iteration dropped plus what it left."""
+    for (trajectory, iteration), line in lines.items():
+        first = lines.get((trajectory, 1))
+        if iteration == 0 and first and "layers" in first:
+            line["layers"] = first["layers"] + len(first.get("dropped", ()))
+
+
+def _columns(lines: Any) -> list[str]:
+    present = {name for line in lines for name in line}
+    times = [f"{stage} s" for stage in STAGES]
+    metrics = present.difference(LEADING, times)
+    metrics |= {name.removesuffix(BEFORE_RECOVERY) for name in metrics}
+    # Perplexities first, each preceded by its value before recovery.
+    ordered = sorted(metrics, key=lambda metric: (not is_perplexity(metric), _pair(metric)))
+    return [*LEADING, *ordered, *(name for name in times if name in present)]
+
+
+def _pair(column: str) -> tuple[str, bool]:
+    metric = column.removesuffix(BEFORE_RECOVERY)
+    return metric, metric == column
+
+
+def _latex_cell(value: Any, bold: bool) -> str:
+    text = _latex_text(show(value))
+    return rf"\textbf{{{text}}}" if bold else text
+
+
+def _latex_text(text: str) -> str:
+    return "".join(LATEX.get(c, c) for c in text)

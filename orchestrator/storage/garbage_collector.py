@@ -1,0 +1,87 @@
+"""Removes from a run what interrupted attempts left in it, and what finished stages need no more.
+
+Called with the run locked and no stage at work, so whatever no manifest names belongs to nobody.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
+
+from actors.artifacts import explained, filesystem, is_temporary, join, read_bytes
+from orchestrator.errors import WorkError
+from orchestrator.storage.stage_store import SET_ASIDE, Store
+
+log = logging.getLogger(__name__)
+
+Parts = tuple[str, ...]
+"""A path inside the run, by its components."""
+
+
+def sweep(store: Store) -> None:
+    """Remove temporary files, payloads that were not committed, and checkpoints of finished recoveries.
+
+    Kept are all results, what was set aside, and the checkpoints that --resume continues from.
+    A place that cannot be swept is warned of: it costs room and nothing else.
+    """
+    fs, root = filesystem(store.uri)
+    try:
+        with explained(store.uri, "remove leftovers from"):
+            infos = fs.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
+            committed = _committed(store, _places(infos, root))
+            for info in infos:
+                if info.type == FileType.File and is_temporary(info.base_name):
+                    fs.delete_file(info.path)
+            _remove(fs, root, leftovers(_places(infos, root), committed))
+    except (FileNotFoundError, WorkError) as error:
+        log.warning("leftovers of earlier attempts remain: %s", error)
+
+
+def leftovers(places: Iterable[Parts], committed: Mapping[Parts, str | None]) -> list[Parts]:
+    """The directories that can go.
+
+    Args:
+        places: every directory and file of the run.
+        committed: the payload directory's name of each stage `(kind, key)` that has a manifest.
+    """
+    found: set[Parts] = set()
+    for parts in places:
+        match parts:
+            case ("stages", kind, key, *below) if kind != SET_ASIDE:
+                if (kind, key) not in committed:
+                    found.add(("stages", kind, key))
+                elif below and below[0].startswith("payload-") and below[0] != committed[kind, key]:
+                    found.add(("stages", kind, key, below[0]))
+            case ("train", key, *_) if ("recover", key) in committed:
+                found.add(("train", key))
+    return sorted(found)
+
+
+def _places(infos: Iterable[FileInfo], root: str) -> set[Parts]:
+    return {tuple(info.path.removeprefix(root).strip("/").split("/")) for info in infos}
+
+
+def _committed(store: Store, places: Iterable[Parts]) -> dict[Parts, str | None]:
+    found: dict[Parts, str | None] = {}
+    for parts in places:
+        match parts:
+            case ("stages", kind, key, "manifest.json") if kind != SET_ASIDE:
+                found[kind, key] = _payload_of(store, kind, key)
+    return found
+
+
+def _payload_of(store: Store, kind: str, key: str) -> str | None:
+    """Name of the directory that holds the stage's payload; None if it has none."""
+    uri = join(store.stage_uri(kind, key), "manifest.json")
+    try:
+        payload = json.loads(read_bytes(uri) or b"{}")["payload"]
+    except (ValueError, KeyError) as error:
+        raise WorkError(f"{uri} is damaged; --resume sets the stage aside") from error
+    return None if payload is None else payload["uri"].rpartition("/")[2]
+
+
+def _remove(fs: FileSystem, root: str, directories: Iterable[Parts]) -> None:
+    for parts in directories:
+        log.info("removing %s: no result needs it", "/".join(parts))
+        fs.delete_dir("/".join((root, *parts)))

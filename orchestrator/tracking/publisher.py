@@ -1,0 +1,201 @@
+"""Tells trackers what is new in the ledger, while a campaign runs and at its end.
+
+The ledger stays the truth: trials know nothing of trackers, and a tracker that cannot be
+reached is warned of and told later. Which parts of the ledger a tracker has is kept in the
+run, so a resumed campaign goes on where the last one stopped.
+"""
+
+import json
+import logging
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal, Protocol
+
+from actors.artifacts import read_bytes, write_bytes
+from actors.errors import WorkError
+from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
+from orchestrator.storage.ledger import Ledger
+from orchestrator.storage.stage_store import Store
+from orchestrator.storage.trajectory_status import read_outcomes
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 15.0
+LAST_WAIT_S = 30.0
+"""How long the end of a campaign waits for trackers."""
+
+Parameters = Mapping[str, str | float | bool]
+State = Literal["done", "failed", "unfinished"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A number of a curve. `step` is the iteration, or the optimizer step where `in_training`."""
+
+    name: str
+    value: float
+    step: int
+    when: datetime
+    in_training: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a tracker has not been told yet of one trajectory.
+
+    `number` is how many parts of the ledger it was told of before: the same batch, should it
+    come twice, has the same number.
+    """
+
+    trajectory: str
+    parameters: Parameters
+    points: Sequence[Point]
+    number: int
+
+
+class Tracker(Protocol):
+    """Keeps a run for each trajectory.
+
+    `failures` are what it raises when it cannot be reached, `keeps` says whether what an
+    earlier driver told it is still there and need not be told again.
+    """
+
+    failures: tuple[type[Exception], ...]
+    keeps: bool
+
+    def write(self, batch: Batch) -> None:
+        """Add the points to the trajectory's run, which may be there already."""
+
+    def close(self, states: Mapping[str, State]) -> None:
+        """Nothing more comes; `states` says how far each trajectory is."""
+
+
+def points(rows: Iterable[Mapping[str, Any]]) -> Iterator[Point]:
+    """Curves of rows of the ledger.
+
+    Names are STAGE/METRIC, followed by the iteration where the step is one of training, and by the
+    layer where there is one. The unpruned and the recovered models make up one curve; what was measured
+    before recovery is another.
+    """
+    for row in rows:
+        apart = row["phase"] if row["phase"] in ("pruned", "start") else None
+        parts = ["_".join(filter(None, (row["stage"], apart))), row["metric"]]
+        in_training = row["step"] is not None
+        if in_training:
+            parts.append(f"iteration_{row['iteration']:02d}")
+        if row["layer"] is not None:
+            parts.append(f"layer_{row['layer']:02d}")
+        # The characters that all trackers take.
+        name = re.sub(r"[^A-Za-z0-9_./-]", "_", "/".join(parts))
+        step = row["step"] if in_training else row["iteration"]
+        yield Point(name, row["value"], step, row["when"], in_training)
+
+
+def parameters(trajectory: TrajectoryPlan) -> Parameters:
+    """What makes the trajectory different from others: model, seed, and every field of its method."""
+    method = trajectory.method.model_dump(mode="json")
+    named = {"model": trajectory.model_id, "method": method.pop("name"), "seed": trajectory.seed}
+    return {**named, **dict(_flat(method))}
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | float | bool]]:
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield prefix + name, json.dumps(value) if isinstance(value, list) else value
+
+
+class Publisher:
+    """Tells one tracker of each part of the ledger once, or once more after a crash in between."""
+
+    def __init__(self, name: str, tracker: Tracker, plan: CampaignPlan, store: Store):
+        self._name = name
+        self._tracker = tracker
+        self._plan = plan
+        self._store = store
+        self._ledger = Ledger(store.ledger_uri)
+        self._told: list[str] | None = None
+        self._warned = False
+
+    def publish(self) -> None:
+        """Tell what is new."""
+        with self._warned_of_failures():
+            if self._told is None:
+                self._told = self._told_before()
+            new = sorted(set(self._ledger.parts()) - set(self._told))
+            if not new:
+                return
+            by_trajectory: defaultdict[str, list[Any]] = defaultdict(list)
+            for row in self._ledger.read_parts(new).to_pylist():
+                by_trajectory[row["trajectory"]].append(row)
+            for trajectory, rows in by_trajectory.items():
+                described = parameters(self._plan.find(trajectory))
+                self._tracker.write(Batch(trajectory, described, list(points(rows)), len(self._told)))
+            self._told = [*self._told, *new]
+            write_bytes(self._store.told_uri(self._name), json.dumps(self._told).encode())
+            self._warned = False
+
+    def _told_before(self) -> list[str]:
+        if not self._tracker.keeps:
+            return []
+        found: list[str] = json.loads(read_bytes(self._store.told_uri(self._name)) or b"[]")
+        return found
+
+    def close(self) -> None:
+        """Tell what is new, and how far each trajectory is."""
+        self.publish()
+        with self._warned_of_failures():
+            outcomes = {name: outcome.state for name, outcome in read_outcomes(self._store).items()}
+            states: dict[str, State] = {
+                trajectory.id: _state(outcomes.get(trajectory.id)) for trajectory in self._plan.trajectories
+            }
+            self._tracker.close(states)
+
+    @contextmanager
+    def _warned_of_failures(self) -> Iterator[None]:
+        """Warn of a tracker that fails, once until it works again; the campaign goes on."""
+        expected: tuple[type[Exception], ...] = (WorkError, OSError, *self._tracker.failures)
+        try:
+            yield
+        except expected as error:
+            if not self._warned:
+                log.warning("tracking.%s failed, and is tried again until the end: %s", self._name, error)
+            self._warned = True
+
+
+def _state(outcome: str | None) -> State:
+    return "done" if outcome == "done" else "failed" if outcome == "failed" else "unfinished"
+
+
+@contextmanager
+def published(
+    trackers: Mapping[str, Tracker], plan: CampaignPlan, store: Store, interval_s: float = INTERVAL_S
+) -> Iterator[None]:
+    """Keep the trackers told while the body runs, each in a thread of its own, and once more at its end."""
+    ended = threading.Event()
+
+    def keep_told(publisher: Publisher) -> None:
+        while not ended.wait(interval_s):
+            publisher.publish()
+        publisher.close()
+
+    threads = {
+        name: threading.Thread(target=keep_told, args=(Publisher(name, tracker, plan, store),), daemon=True)
+        for name, tracker in trackers.items()
+    }
+    for thread in threads.values():
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for name, thread in threads.items():
+            thread.join(LAST_WAIT_S)
+            if thread.is_alive():
+                log.warning("tracking.%s does not answer; --resume tells it what it lacks", name)

@@ -1,0 +1,134 @@
+"""Evaluation in the background: what may go on meanwhile, what has to wait, and what is written."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from actors.contracts import EvaluationResult, EvaluationSpec, Metric, Progress
+from actors.errors import WorkError
+from orchestrator.config import parse_config
+from orchestrator.execution.stage_runner import StoredStages
+from orchestrator.planning.plan import TrajectoryPlan
+from orchestrator.planning.planner import build_plan
+from orchestrator.planning.pruning_schedule import IterationPlan
+from orchestrator.storage.ledger import Ledger
+from orchestrator.storage.stage_store import Store
+from tests.support.tiny_campaign import claims_of_one, tiny_campaign
+
+DENSE, FIRST = IterationPlan(0, 0, 4, False), IterationPlan(1, 1, 3, True)
+
+
+class SlowBackend:
+    """Evaluates when told; the unpruned model scores 0.8, any other 0.6. Fails at first `failures` times."""
+
+    def __init__(self, failures: int = 0):
+        self.may_go_on = threading.Event()
+        self.left_to_fail = failures
+
+    def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
+        assert self.may_go_on.wait(60)
+        if self.left_to_fail:
+            self.left_to_fail -= 1
+            raise WorkError("no place")
+        return EvaluationResult((Metric("arc/acc", 0.6 if spec.model.dropped else 0.8, stderr=0.1),), 100)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> TrajectoryPlan:
+    return build_plan(parse_config(tiny_campaign(tmp_path), "campaign.yaml")).trajectories[0]
+
+
+def stages_of(plan: TrajectoryPlan, store: Store, backend: SlowBackend) -> StoredStages:
+    return StoredStages(plan, store, backend, lambda _activity: None, claims_of_one(), overlap=True)
+
+
+def measured(store: Store) -> dict[tuple[str, str], float]:
+    rows = Ledger(store.ledger_uri).read().to_pylist()
+    return {(row["phase"], row["metric"]): row["value"] for row in rows if "/" in row["metric"]}
+
+
+def test_evaluations_go_on_behind_what_follows(plan: TrajectoryPlan, tmp_path: Path) -> None:
+    backend, store = SlowBackend(), Store(str(tmp_path / "runs"))
+    stages = stages_of(plan, store, backend)
+    stages.evaluate(DENSE, plan.dense, "dense")
+    stages.evaluate(FIRST, plan.dense.without((2,)), "recovered")
+    assert measured(store) == {}
+    backend.may_go_on.set()
+    stages.wait()
+    assert measured(store) == {
+        ("dense", "arc/acc"): 0.8,
+        ("recovered", "arc/acc"): 0.6,
+    }
+    assert stages.activity.stages_done == 2
+
+
+def test_export_waits_for_the_numbers_that_its_card_tells(plan: TrajectoryPlan, tmp_path: Path) -> None:
+    backend, store = SlowBackend(), Store(str(tmp_path / "runs"))
+    stages = stages_of(plan, store, backend)
+    stages.evaluate(FIRST, plan.dense.without((2,)), "recovered")
+    seen: list[int] = []
+
+    def export(_spec: object, _uri: str) -> None:
+        seen.append(len(measured(store)))
+        raise WorkError("seen enough")
+
+    backend.export = export
+    threading.Timer(0.2, backend.may_go_on.set).start()
+    with pytest.raises(WorkError, match="seen enough"):
+        stages.export(FIRST, plan.dense.without((2,)))
+    assert seen == [1]
+
+
+def test_the_board_shows_the_perplexity_of_the_newest_healed_model(
+    plan: TrajectoryPlan, tmp_path: Path
+) -> None:
+    class Perplexity(SlowBackend):
+        def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
+            value = 9.0 + 3 * len(spec.model.dropped)
+            return EvaluationResult((Metric("fox/token_perplexity", value), Metric("arc/acc", 0.5)), 100)
+
+    stages = stages_of(plan, Store(str(tmp_path / "runs")), Perplexity())
+    shown = []
+    for iteration, dropped, phase in (
+        (DENSE, (), "dense"),
+        (FIRST, (1,), "pruned"),
+        (FIRST, (2,), "recovered"),
+    ):
+        stages.evaluate(iteration, plan.dense.without(dropped), phase)
+        stages.wait()
+        shown.append(stages.activity.perplexities)
+    assert shown == [{"fox": 9.0}, {"fox": 9.0}, {"fox": 12.0}]
+
+
+def test_a_failed_evaluation_is_tried_once_more_by_itself(plan: TrajectoryPlan, tmp_path: Path) -> None:
+    for failures, fails in ((1, False), (2, True)):
+        store, backend = Store(str(tmp_path / f"runs{failures}")), SlowBackend(failures)
+        stages = stages_of(plan, store, backend)
+        backend.may_go_on.set()
+        stages.evaluate(DENSE, plan.dense, "dense")
+        if fails:
+            with pytest.raises(WorkError, match="no place"):
+                stages.wait()
+        else:
+            stages.wait()
+            assert measured(store) == {("dense", "arc/acc"): 0.8}
+
+
+def test_a_scheduler_hears_of_an_iteration_only_what_was_measured_of_it(
+    plan: TrajectoryPlan, tmp_path: Path
+) -> None:
+    backend, heard = SlowBackend(), []
+    backend.may_go_on.set()
+    stages = StoredStages(
+        plan,
+        Store(str(tmp_path / "runs")),
+        backend,
+        lambda _activity: None,
+        claims_of_one(),
+        on_iteration=lambda iteration, metrics: heard.append((iteration, dict(metrics))),
+    )
+    stages.evaluate(FIRST, plan.dense.without((2,)), "recovered")
+    stages.finish(FIRST)
+    stages.finish(IterationPlan(2, 1, 2, False, is_measured=False))
+    assert heard == [(1, {"arc/acc": 0.6})]
