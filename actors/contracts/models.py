@@ -1,0 +1,152 @@
+"""Source models, models on a trajectory, and their export."""
+
+from dataclasses import dataclass, field, replace
+
+from actors.contracts.artifacts import ArtifactRef
+
+BLOCK = "block"
+"""The granularity at which whole blocks are removed; their layers are what depths count."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where a source model comes from and how it is loaded.
+
+    `path` is a hub id, a local directory, a GGUF file, or
+    `package://PACKAGE/FILE.gguf` for a file inside an installed Python package.
+    """
+
+    path: str
+    dtype: str = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    contents: str | None = field(default=None, compare=False)
+    """Hash of the model's files as `describe_model` found them; if it is given, they must still be those."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The hub's metadata that an exported model takes over; None where the source does not say."""
+
+    base_model: str | None = None
+    licence: str | None = None
+    licence_name: str | None = None
+    licence_link: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a source model without loading its weights.
+
+    `fingerprint` changes whenever the weights or the configuration change.
+    `block_parameters[i]` is the size of block i. D is the width of the hidden
+    state, and attention mixes `attention_width` numbers a token (H times the
+    width of a head). `block_widths` is the sum of the in- and output widths of
+    a block's matrices, the size of a low-rank update of rank 1. `context_length` is
+    the longest input that the configuration names, `position_limit` the longest that
+    the model can compute; None where there is no such limit.
+    """
+
+    spec: ModelSpec
+    model_type: str
+    num_layers: int
+    num_parameters: int
+    vocab_size: int
+    fingerprint: str
+    block_parameters: tuple[int, ...] = ()
+    hidden_size: int = 0
+    attention_width: int = 0
+    num_heads: int = 1
+    block_widths: int = 0
+    context_length: int | None = None
+    position_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The source layers `merged` go into the source layer `base`; `variant` is a name in `MERGES`."""
+
+    base: int
+    merged: tuple[int, ...]
+    variant: str = "differences"
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model on a trajectory: source model + merged and dropped layers + what recovery left.
+
+    `dropped` holds source layer indices, ascending. `emptied` names sub-blocks that
+    add nothing any more, by source layer index and kind, ascending. `merges` are done
+    before all else, in order, on the source weights; the layers that they merge are
+    among `dropped`. `weights`, left by full fine-tuning or a linear bridge, then take the
+    place of the source's. `adapters` are applied last, in order. All name their tensors by
+    source layer index, so that layers dropped later do not shift them.
+    """
+
+    source: ModelSpec
+    dropped: tuple[int, ...] = ()
+    adapters: tuple[ArtifactRef, ...] = ()
+    merges: tuple[Merge, ...] = ()
+    weights: ArtifactRef | None = None
+    emptied: tuple[tuple[int, str], ...] = ()
+
+    def pruned(self, granularity: str, source_layers: tuple[int, ...]) -> "ModelRef":
+        """The same model with whole blocks dropped (`block`), or their attention or MLP emptied."""
+        if granularity == BLOCK:
+            return self.without(source_layers)
+        emptied = {*self.emptied, *((layer, granularity) for layer in source_layers)}
+        return replace(self, emptied=tuple(sorted(emptied)))
+
+    def candidates(self, granularity: str, num_source_layers: int) -> tuple[int, ...]:
+        """Source indices of the layers that have something of this granularity to lose."""
+        return tuple(i for i in self.kept(num_source_layers) if (i, granularity) not in self.emptied)
+
+    def without(self, source_layers: tuple[int, ...]) -> "ModelRef":
+        """The same model with more source layers dropped."""
+        return replace(self, dropped=tuple(sorted({*self.dropped, *source_layers})))
+
+    def merged(self, merges: tuple[Merge, ...]) -> "ModelRef":
+        """The same model with these merges at the end of its own; drops nothing."""
+        return replace(self, merges=(*self.merges, *merges))
+
+    def adapted(self, adapter: ArtifactRef) -> "ModelRef":
+        """The same model with one more adapter at the end of its chain."""
+        return replace(self, adapters=(*self.adapters, adapter))
+
+    def retrained(self, weights: ArtifactRef) -> "ModelRef":
+        """The same layers with these full weights, into which the adapter chain has gone."""
+        return replace(self, adapters=(), weights=weights)
+
+    def bridged(self, weights: ArtifactRef) -> "ModelRef":
+        """The same layers with these weights under the adapter chain."""
+        return replace(self, weights=weights)
+
+    def kept(self, num_source_layers: int) -> tuple[int, ...]:
+        """Source indices of the layers that remain: `map(l)` of DESIGN §6."""
+        gone = set(self.dropped)
+        return tuple(i for i in range(num_source_layers) if i not in gone)
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """Write `model` as an ordinary Hugging Face directory.
+
+    `card` is the README.md text and `provenance` the `iterabre.json` content.
+    """
+
+    model: ModelRef
+    card: str
+    provenance: str
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The exported directory.
+
+    `num_emptied_parameters` of its parameters are stored and add nothing.
+    """
+
+    artifact: ArtifactRef
+    num_layers: int
+    num_parameters: int
+    num_emptied_parameters: int = 0
