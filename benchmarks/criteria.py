@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=20, help="documents of blimp_sample for task_metric")
     parser.add_argument("--threshold", type=float, default=0.6, help="least cosine of a merge of LaCo")
     arguments = parser.parse_args()
-    base = ScoreSpec(ModelRef(ModelSpec(arguments.model)), CALIBRATION)
+    base = ScoreSpec(model=ModelRef(ModelSpec(arguments.model)), calibration=CALIBRATION)
     print(
         "| criterion | one layer at a time | seconds | all at once | seconds |\n|---|---|--:|---|--:|",
         flush=True,

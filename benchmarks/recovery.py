@@ -127,8 +127,8 @@ def run(options: argparse.Namespace, work: Path) -> list[Row]:
     """All rows; those after the bridge start from what it left."""
     source = ModelSpec(options.model, options.dtype)
     base = RecoverySpec(
-        ModelRef(source, tuple(options.dropped)),
-        TRAINING,
+        model=ModelRef(source, tuple(options.dropped)),
+        data=TRAINING,
         loss=LossSpec(attention=0.0),
         sequence_length=options.tokens,
         batch_size=options.batch,

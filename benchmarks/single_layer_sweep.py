@@ -61,9 +61,9 @@ def main() -> None:
         evaluate_on_cluster(None, actors=options.actors, cpus=1, gpus=0) if options.actors else None
     )
     started = time.perf_counter()
-    arithmetic = EvaluationSpec(model, probes=("arithmetic",), limit=options.problems, batch_size=32)
+    arithmetic = EvaluationSpec(model=model, probes=("arithmetic",), limit=options.problems, batch_size=32)
     degeneration = EvaluationSpec(
-        model,
+        model=model,
         probes=("degeneration",),
         limit=options.prompts,
         max_new_tokens=options.new_tokens,

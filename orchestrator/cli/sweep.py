@@ -70,7 +70,7 @@ def sweep(
 
     named = names_in(suites)
     spec = EvaluationSpec(
-        ModelRef(source_model(model, dtype, revision, trust_remote_code)),
+        model=ModelRef(source_model(model, dtype, revision, trust_remote_code)),
         tasks=tuple(dict.fromkeys((*suite_tasks(named, task_suffix), *names_in(tasks)))),
         suites=named,
         task_suffix=task_suffix,

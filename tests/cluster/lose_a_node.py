@@ -32,7 +32,7 @@ def main() -> None:
     os.environ.update(RAY_memory_monitor_refresh_ms="0", RAY_USAGE_STATS_ENABLED="0")
     # Else other programs on this machine that call ray.init() would join this cluster.
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
-    spec = ScoreSpec(ModelRef(ModelSpec(sys.argv[1])), TextSpec(path=sys.argv[2]))
+    spec = ScoreSpec(model=ModelRef(ModelSpec(sys.argv[1])), calibration=TextSpec(path=sys.argv[2]))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False)

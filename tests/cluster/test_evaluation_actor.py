@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("ray_two_cpus")
 @pytest.fixture(scope="module")
 def specs(tmp_path_factory: pytest.TempPathFactory) -> list[EvaluationSpec]:
     model = ModelRef(ModelSpec(save_tiny(tmp_path_factory.mktemp("pool") / "model", num_layers=4)))
-    return [EvaluationSpec(model.without((i,)), tasks=("blimp_sample",), limit=20) for i in range(4)]
+    return [EvaluationSpec(model=model.without((i,)), tasks=("blimp_sample",), limit=20) for i in range(4)]
 
 
 def _evaluate_here(spec: EvaluationSpec) -> EvaluationResult:

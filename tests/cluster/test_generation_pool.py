@@ -25,7 +25,9 @@ def spec(tmp_path: Path) -> GenerationSpec:
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
     prompts = TextSpec(path=str(tmp_path / "prompts.jsonl"), prompt_column="q", chat_template="plain")
     model = ModelSpec(save_tiny(tmp_path / "model"))
-    return GenerationSpec(model, prompts, responses_per_prompt=2, max_new_tokens=4, temperature=1.0)
+    return GenerationSpec(
+        model=model, prompts=prompts, responses_per_prompt=2, max_new_tokens=4, temperature=1.0
+    )
 
 
 def test_a_pool_that_loses_an_actor_gives_what_one_process_does(

@@ -32,7 +32,9 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ScoreSpec:
     directory = tmp_path_factory.mktemp("pool")
     (directory / "calibration.txt").write_text("\n".join(LINES))
     path = save_tiny(directory / "model", num_layers=6)
-    return ScoreSpec(ModelRef(ModelSpec(path)), TextSpec(path=str(directory / "calibration.txt")))
+    return ScoreSpec(
+        model=ModelRef(ModelSpec(path)), calibration=TextSpec(path=str(directory / "calibration.txt"))
+    )
 
 
 @pytest.fixture(scope="module")

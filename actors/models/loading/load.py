@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from actors.artifacts import file_sha256
-from actors.contracts import ModelInfo, ModelSpec, digest
+from actors.contracts import Dtype, ModelInfo, ModelSpec, digest
 from actors.errors import RequestError, refusing
 from actors.models.families import depth, find_layers, text_config
 from actors.models.loading.checkpoint import (
@@ -39,7 +39,11 @@ from actors.models.loading.gguf_file import converted
 from actors.models.loading.positions import context_length, position_limit
 from actors.models.loading.tokens import check_has_vocabulary, watch_token_ids
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 PACKAGE_SCHEME = "package://"
 GENERATION_CONFIG = "generation_config.json"
 MODEL_FILES = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja", ".py"})
@@ -60,7 +64,7 @@ NO_LANGUAGE_MODEL = re.compile(r"For(\w*Classification|QuestionAnswering|Multipl
 def load_model(
     path: str,
     *,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

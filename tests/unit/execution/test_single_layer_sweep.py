@@ -22,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_numbers_are_those_of_models_loaded_one_by_one(model: str) -> None:
-    spec = EvaluationSpec(ModelRef(ModelSpec(model)), probes=PROBES, limit=3, max_new_tokens=6)
+    spec = EvaluationSpec(model=ModelRef(ModelSpec(model)), probes=PROBES, limit=3, max_new_tokens=6)
     sweep = run_sweep(spec, [3, 0])
     assert sweep.layers == (3, 0)
     for position, ref in enumerate([spec.model, spec.model.without((3,)), spec.model.without((0,))]):
@@ -34,7 +34,7 @@ def test_numbers_are_those_of_models_loaded_one_by_one(model: str) -> None:
 
 
 def test_results_may_come_in_any_order(model: str) -> None:
-    spec = EvaluationSpec(ModelRef(ModelSpec(model)), probes=("arithmetic",), limit=3)
+    spec = EvaluationSpec(model=ModelRef(ModelSpec(model)), probes=("arithmetic",), limit=3)
 
     def backwards(specs):  # type: ignore[no-untyped-def]
         done = [(i, evaluate(*materialize(one.model), one)) for i, one in enumerate(specs)]
@@ -80,5 +80,5 @@ def test_wrong_requests_are_refused(
 
 
 def test_a_sweep_writes_what_it_says_it_wrote(model: str, tmp_path: Path) -> None:
-    spec = EvaluationSpec(ModelRef(ModelSpec(model)), probes=("arithmetic",), limit=2)
+    spec = EvaluationSpec(model=ModelRef(ModelSpec(model)), probes=("arithmetic",), limit=2)
     assert all(file.is_file() for file in write_sweep(run_sweep(spec, [1]), tmp_path))

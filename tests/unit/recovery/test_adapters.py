@@ -45,14 +45,14 @@ def test_targets_that_match_nothing_are_refused_with_what_there_is() -> None:
 
 
 def test_an_unknown_adapter_kind_is_refused() -> None:
-    spec = RecoverySpec(ModelRef(ModelSpec("x")), TextSpec(), adapter=AdapterSpec(kind="lorra"))
+    spec = RecoverySpec(model=ModelRef(ModelSpec("x")), data=TextSpec(), adapter=AdapterSpec(kind="lorra"))
     with pytest.raises(RequestError, match="lorra"):
         attach_adapters(tiny_llama(2)[0], spec, (0, 1))
 
 
 def _trained_like(path: str, ref: ModelRef, kept: tuple[int, ...], seed: int) -> LockstepDistiller:
     """A distiller of `ref` whose new adapter is moved away from zero."""
-    spec = RecoverySpec(ref, TextSpec(), adapter=AdapterSpec(rank=4, alpha=8), seed=seed)
+    spec = RecoverySpec(model=ref, data=TextSpec(), adapter=AdapterSpec(rank=4, alpha=8), seed=seed)
     model, _ = load_source(ref)
     adapted = attach_adapters(model, spec, kept)
     torch.manual_seed(seed)
@@ -116,7 +116,9 @@ def test_the_new_adapter_depends_on_the_seed_alone() -> None:
     for global_seed, seed in [(1, 5), (2, 5), (2, 6)]:
         model, _ = tiny_llama(2)
         torch.manual_seed(global_seed)
-        spec = RecoverySpec(ModelRef(ModelSpec("x")), TextSpec(), adapter=AdapterSpec(rank=2), seed=seed)
+        spec = RecoverySpec(
+            model=ModelRef(ModelSpec("x")), data=TextSpec(), adapter=AdapterSpec(rank=2), seed=seed
+        )
         adapted = attach_adapters(model, spec, (0, 1))
         drawn.append(torch.cat([p.flatten() for p in trainable_parameters(adapted)]))
     assert torch.equal(drawn[0], drawn[1])

@@ -25,7 +25,7 @@ from tests.support.tiny_recovery import tiny_recovery_spec
 
 
 def _spec(path: str, dropped: tuple[int, ...]) -> RecoverySpec:
-    return RecoverySpec(ModelRef(ModelSpec(path), dropped), TextSpec(), objective="linear_bridge")
+    return RecoverySpec(model=ModelRef(ModelSpec(path), dropped), data=TextSpec(), objective="linear_bridge")
 
 
 def _stacked(model: nn.Module, ids_BT: Tensor, modules: list[nn.Module]) -> list[Tensor]:

@@ -31,7 +31,9 @@ IDS_BT = tiny_ids(2, 16)
 
 def _spec(path: str, dropped: tuple[int, ...] = (2,), kind: str = "lora", **settings: object) -> RecoverySpec:
     adapter = AdapterSpec(kind) if kind == "full" else AdapterSpec(kind, rank=4)
-    return RecoverySpec(ModelRef(ModelSpec(path), dropped), TextSpec(), adapter=adapter, **settings)
+    return RecoverySpec(
+        model=ModelRef(ModelSpec(path), dropped), data=TextSpec(), adapter=adapter, **settings
+    )
 
 
 def _move(pair: Pair, seed: int = 0, size: float = 0.05) -> None:
@@ -208,7 +210,9 @@ def test_settings_that_contradict_are_refused(settings: dict[str, object], messa
 
 
 def test_a_teacher_for_an_objective_that_has_none_is_refused() -> None:
-    spec = RecoverySpec(ModelRef(ModelSpec("x")), TextSpec(), objective="healing", teacher=ModelSpec("x"))
+    spec = RecoverySpec(
+        model=ModelRef(ModelSpec("x")), data=TextSpec(), objective="healing", teacher=ModelSpec("x")
+    )
     with pytest.raises(RequestError, match="'healing' has no teacher"):
         check_recovery(spec, workers=1)
 
@@ -219,7 +223,9 @@ def test_every_stage_of_a_trajectory_has_a_seed_of_its_own() -> None:
         "lora": [ModelRef(ModelSpec("x"), (3,)), ModelRef(ModelSpec("x"), (2, 3), (adapter,))],
         "full": [ModelRef(ModelSpec("x"), (3,)), ModelRef(ModelSpec("x"), (2, 3), weights=adapter)],
     }.items():
-        seeds = [stage_seed(RecoverySpec(m, TextSpec(), adapter=AdapterSpec(kind))) for m in models]
+        seeds = [
+            stage_seed(RecoverySpec(model=m, data=TextSpec(), adapter=AdapterSpec(kind))) for m in models
+        ]
         assert seeds[0] != seeds[1]
 
 

@@ -148,7 +148,9 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ScoreSpec:
     (directory / "text.txt").write_text("\n".join(LINES))
     source = ModelRef(ModelSpec(save_tiny(directory / "model", num_layers=6)))
     model = source.pruned("block", (2,)).pruned("attention", (0, 5))
-    return ScoreSpec(model, TextSpec(path=str(directory / "text.txt")), granularity="attention")
+    return ScoreSpec(
+        model=model, calibration=TextSpec(path=str(directory / "text.txt")), granularity="attention"
+    )
 
 
 def test_emptied_sub_blocks_are_no_candidates(spec: ScoreSpec) -> None:

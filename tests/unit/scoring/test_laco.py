@@ -150,7 +150,9 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ScoreSpec:
     tiny_tokenizer().save_pretrained(directory)
     (directory / "text.txt").write_text("The quick brown fox .\nThere is a way .")
     text = TextSpec(path=str(directory / "text.txt"))
-    return ScoreSpec(ModelRef(ModelSpec(str(directory))), text, "laco", num_remove=3)
+    return ScoreSpec(
+        model=ModelRef(ModelSpec(str(directory))), calibration=text, criterion="laco", num_remove=3
+    )
 
 
 @pytest.mark.parametrize("variant", MERGES)

@@ -79,7 +79,7 @@ def test_schedules(saved: Path, family: str, criterion: str, portions: tuple[int
     """One layer an iteration, several, and all at once: the layers that go, in order."""
     source, tokenizer = load_model(str(saved / family))
     text = TextSpec(path=str(saved / "text.txt"))
-    spec = ScoreSpec(ModelRef(ModelSpec(str(saved / family))), text, criterion)
+    spec = ScoreSpec(model=ModelRef(ModelSpec(str(saved / family))), calibration=text, criterion=criterion)
     removed = []
     for portion in portions:
         result = score_locally(replace(spec, num_remove=portion))
