@@ -60,7 +60,8 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     texts, teachers = _texts_and_teachers([method for _, method in grid], evaluations.values())
     found = {text: info.spec for text, info in texts.items()}
     evaluations = {name: _with_fingerprints(spec, found) for name, spec in evaluations.items()}
-    fingerprints = {info.spec: info.fingerprint for info in (*texts.values(), *teachers.values())}
+    described: list[TextInfo | ModelInfo] = [*texts.values(), *teachers.values()]
+    fingerprints = {info.spec: info.fingerprint for info in described}
     trajectories = tuple(
         TrajectoryPlan(
             id=trajectory_id,
@@ -84,7 +85,6 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
         for trajectory_id, iterations in trajectories_of(config, model, method, seed, infos[model.id])
     )
     _check(config, trajectories)
-    _check_search(config.search, evaluations.values())
     sizes = {spec: TextSize(text.num_rows, _text_bytes(spec)) for spec, text in texts.items()}
     return CampaignPlan(config.name, trajectories, sizes, check_inputs(trajectories, teachers, sizes))
 
@@ -129,6 +129,7 @@ def _check(config: CampaignConfig, trajectories: Sequence[TrajectoryPlan]) -> No
                 chat_template(load_tokenizer(trajectory.model.spec), trajectory.recovery_text)
         except RequestError as error:
             raise RequestError(f"method {method.name!r}: {error}") from error
+    _check_search(config.search, [trajectory.evaluation for trajectory in trajectories])
 
 
 def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
