@@ -173,8 +173,8 @@ class _Foreseen:
     def _heal(self, iteration: IterationPlan, spec: RecoverySpec, trains: bool) -> ModelRef:
         key, result = self._note("recover", iteration, iteration.layers_left, spec, RecoveryResult)
         if result:
-            return spec.healed(result.artifact)
-        return spec.healed(_stand_in("healed", key)) if trains else spec.model
+            return spec.with_recovery(result.artifact)
+        return spec.with_recovery(_stand_in("healed", key)) if trains else spec.model
 
     def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
         spec = self._plan.evaluation_spec(model)

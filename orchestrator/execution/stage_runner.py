@@ -160,7 +160,7 @@ class StoredStages:
             lambda progress, uri, key: self._backend.recover(spec, uri, key, progress),
         )
         self._write(iteration, stage, _recovery_numbers(stage.result), phase)
-        return spec.healed(stage.artifact)
+        return spec.with_recovery(stage.artifact)
 
     def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
         """Measure `model`, now or in the background; the numbers go to the ledger."""
@@ -223,7 +223,7 @@ class StoredStages:
             ("parameters", stage.result.num_parameters, "", {}),
             ("layers", stage.result.num_layers, "", {}),
         ]
-        if emptied := stage.result.num_emptied_parameters:
+        if emptied := stage.result.num_zeroed_parameters:
             numbers.append(("parameters_in_use", stage.result.num_parameters - emptied, "", {}))
         self._write(iteration, stage, numbers)
 

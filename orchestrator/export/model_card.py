@@ -46,7 +46,7 @@ def provenance(
         "layers": iteration.layers_left,
         "dropped_source_layers": list(model.dropped),
         "granularity": plan.granularity,
-        "emptied_sub_blocks": [list(sub_block) for sub_block in model.emptied],
+        "emptied_sub_blocks": [list(sub_block) for sub_block in model.zeroed],
         "merges": [asdict(merge) for merge in model.merges],
         "adapters_sha256": [adapter.sha256 for adapter in model.adapters],
         "weights_sha256": model.weights and model.weights.sha256,
@@ -106,7 +106,7 @@ def model_card(
         f"recovery `{plan.method.recovery.objective}` on {tokens:,} tokens"
         f"{f' of `{_text_name(plan.recovery_text)}`' if tokens else ''}). {_licence(source)}",
         "",
-        *([EMPTIED, ""] if model.emptied else []),
+        *([EMPTIED, ""] if model.zeroed else []),
         f"| measure | source, {plan.model.num_layers} {unit} | this model |",
         "|---|---|---|",
         *table,
@@ -181,9 +181,9 @@ def _public_name(path: str) -> str:
 
 def _how(model: ModelRef) -> str:
     """What was done to the source's blocks, in words."""
-    if model.emptied:
-        kinds = sorted({kind for _, kind in model.emptied})
-        parts = (f"the {kind} of blocks {[i for i, k in model.emptied if k == kind]}" for kind in kinds)
+    if model.zeroed:
+        kinds = sorted({kind for _, kind in model.zeroed})
+        parts = (f"the {kind} of blocks {[i for i, k in model.zeroed if k == kind]}" for kind in kinds)
         return f"emptying {' and '.join(parts)}"
     return f"{'merging' if model.merges else 'removing'} transformer blocks {list(model.dropped)}"
 

@@ -11,7 +11,7 @@ from orchestrator.planning.pruning_schedule import IterationPlan, iterative_sche
 def trajectories_of(
     config: CampaignConfig, model: ModelConfig, method: MethodConfig, seed: int, info: ModelInfo
 ) -> Iterator[tuple[str, tuple[IterationPlan, ...]]]:
-    """One trajectory through all targets, or, if all layers go at once, one for each target.
+    """Yield one trajectory through all targets, or, if all layers go at once, one for each target.
 
     Raises:
         RequestError: a target that the model cannot be taken to.

@@ -155,9 +155,9 @@ def _misfit(method: MethodConfig) -> str | None:
         return "has no use for scoring.merge; leave it out"
     if criterion.by_merge and method.schedule.mode != "direct":
         return "merges all layers at once; set schedule.mode: direct"
-    if criterion.by_merge and _heals(method):
+    if criterion.by_merge and _applies_recovery(method):
         return "changes weights that recovery trains on; set recovery.objective: none"
-    if scoring.granularity != BLOCK and _heals(method):
+    if scoring.granularity != BLOCK and _applies_recovery(method):
         return f"empties {scoring.granularity}, which recovery would fill again; set recovery.objective: none"
     return None
 
@@ -177,8 +177,8 @@ def _traits(method: MethodConfig) -> Traits:
     return Traits(criterion.seeded, criterion.chooses_run, objective.heals, objective.trains_on)
 
 
-def _heals(method: MethodConfig) -> bool:
-    return _traits(method).heals
+def _applies_recovery(method: MethodConfig) -> bool:
+    return _traits(method).applies_recovery
 
 
 def _texts_and_teachers(
@@ -189,7 +189,7 @@ def _texts_and_teachers(
     teachers = set()
     for method in methods:
         texts.add(extend(TextSpec, method.scoring.calibration))
-        if _heals(method):
+        if _applies_recovery(method):
             texts.add(extend(TextSpec, method.recovery.data))
         if method.recovery.teacher is not None:
             teachers.add(extend(ModelSpec, method.recovery.teacher))

@@ -115,13 +115,13 @@ def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:
 
 def _emptied(model: PreTrainedModel, ref: ModelRef, kept: Sequence[int]) -> list[set[str]]:
     """Names of the weights of each block that are to be zeros."""
-    for kind in {kind for _, kind in ref.emptied}:
+    for kind in {kind for _, kind in ref.zeroed}:
         check_emptiable(model, kind)
     return [
         {
             name
             for kind in SUB_BLOCKS
-            if (source, kind) in ref.emptied
+            if (source, kind) in ref.zeroed
             for name in sub_block_weights(block, kind)
         }
         for source, block in zip(kept, find_layers(model).modules, strict=True)
