@@ -171,7 +171,12 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     *parents, last = path.split(".")
     place: Any = raw
     for part in parents:
-        place = _step_into(place, part, override)
+        if isinstance(place, list):
+            place = place[_position(place, part, override)]
+        else:
+            place = place.setdefault(part, {})
+        if not isinstance(place, (dict, list)):
+            raise ConfigError(f"--set {override!r}: {part!r} holds a value, not a section")
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -180,17 +185,6 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         place[_position(place, last, override)] = value
     else:
         place[last] = value
-
-
-def _step_into(place: Any, part: str, override: str) -> Any:
-    if isinstance(place, list):
-        position = _position(place, part, override)
-        inner = place[position]
-    else:
-        inner = place.setdefault(part, {})
-    if not isinstance(inner, (dict, list)):
-        raise ConfigError(f"--set {override!r}: {part!r} holds a value, not a section")
-    return inner
 
 
 def _position(place: list[Any], part: str, override: str) -> int:
