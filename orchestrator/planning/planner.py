@@ -131,6 +131,7 @@ def _check(config: CampaignConfig, trajectories: Sequence[TrajectoryPlan]) -> No
             raise RequestError(f"method {method.name!r}: {error}") from error
     if config.search.scheduler == "none":
         return
+    metric = config.search.metric
     for evaluation in (trajectory.evaluation for trajectory in trajectories):
         subjects = [*(text.name for text in evaluation.perplexity), *evaluation.tasks, *evaluation.probes]
         if config.search.metric.partition("/")[0] not in subjects:
