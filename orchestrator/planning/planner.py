@@ -134,10 +134,8 @@ def _check(config: CampaignConfig, trajectories: Sequence[TrajectoryPlan]) -> No
     metric = config.search.metric
     for evaluation in (trajectory.evaluation for trajectory in trajectories):
         subjects = [*(text.name for text in evaluation.perplexity), *evaluation.tasks, *evaluation.probes]
-        if config.search.metric.partition("/")[0] not in subjects:
-            raise unknown_name(
-                "search.metric", config.search.metric, [f"{subject}/…" for subject in subjects]
-            )
+        if metric.partition("/")[0] not in subjects:
+            raise unknown_name("search.metric", metric, [f"{subject}/…" for subject in subjects])
 
 
 def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
