@@ -28,7 +28,7 @@ from actors.contracts.models import (
 )
 from actors.contracts.progress import Progress, no_progress
 from actors.contracts.recovery import AdapterSpec, LossSpec, RecoveryResult, RecoverySpec, StepRecord
-from actors.contracts.scoring import MergeSpec, ScoreResult, ScoreSpec, TaskSpec
+from actors.contracts.scoring import MergeSpec, Removal, ScoreResult, ScoreSpec, TaskSpec
 
 __all__ = [
     "AdapterSpec",
@@ -54,6 +54,7 @@ __all__ = [
     "Progress",
     "RecoveryResult",
     "RecoverySpec",
+    "Removal",
     "ScoreResult",
     "ScoreSpec",
     "StepRecord",

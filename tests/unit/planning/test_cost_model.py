@@ -14,6 +14,7 @@ from actors.contracts import ModelInfo, ModelSpec
 from actors.models import describe_model
 from orchestrator.config import CostConfig, parse_config
 from orchestrator.errors import RequestError
+from orchestrator.execution.dry_run import campaign_stages
 from orchestrator.planning.cost_model import (
     MACHINES,
     StageCost,
@@ -35,6 +36,7 @@ from orchestrator.planning.estimate import (
     plan_summary,
     spent_before,
 )
+from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.planner import build_plan
 from orchestrator.scheduling.limits import Limits
 from orchestrator.storage.ledger import Ledger, Row
@@ -140,7 +142,7 @@ def test_a_campaign_is_the_sum_of_its_distinct_stages(tmp_path: Path) -> None:
     campaign = tiny_campaign(tmp_path)
     config = parse_config(campaign, "c.yaml")
     plan = build_plan(config)
-    stages = costed_stages(plan)
+    stages = costed_stages(plan, campaign_stages(plan))
     count, machine = parse_machine("4xA100-80G", config.cost)
     one = estimate(config, stages, count, machine)
     # One evaluation holds one device, scoring two, recovery one; nothing but starts matters at this size.
@@ -156,10 +158,12 @@ def test_a_campaign_is_the_sum_of_its_distinct_stages(tmp_path: Path) -> None:
     campaign["methods"].append({**campaign["methods"][0], "name": "same"})
     twice = parse_config(campaign, "c.yaml")
     exports = 2 * 5 / 3600
-    assert estimate(twice, costed_stages(build_plan(twice)), count, machine).device_hours == pytest.approx(
+    both = build_plan(twice)
+    stages_of_both = costed_stages(both, campaign_stages(both))
+    assert estimate(twice, stages_of_both, count, machine).device_hours == pytest.approx(
         one.device_hours + exports, rel=0.01
     )
-    summary = plan_summary(plan, config, [(count, machine)])
+    summary = plan_summary(plan, config, [(count, machine)], campaign_stages(plan))
     recovered = next(row for row in summary["kinds"] if row["kind"] == "recover")
     assert recovered["flops"] == summary["trajectories"][0]["recovery_flops"] > 0
 
@@ -168,7 +172,8 @@ def test_no_recovery_costs_nothing(tmp_path: Path) -> None:
     campaign = tiny_campaign(tmp_path)
     campaign["methods"][0]["recovery"]["objective"] = "none"
     config = parse_config(campaign, "c.yaml")
-    (row,) = plan_summary(build_plan(config), config, [])["trajectories"]
+    plan = build_plan(config)
+    (row,) = plan_summary(plan, config, [], campaign_stages(plan))["trajectories"]
     assert (row["recovery_tokens"], row["recovery_flops"]) == (0, 0)
 
 
@@ -188,4 +193,4 @@ def test_what_a_run_has_spent_counts_a_shared_stage_once(tmp_path: Path) -> None
         ("recover", "b"): 900,
     }
     limits = Limits(price_per_hour=2.0, devices={"score": 1.0, "recover": 4.0})
-    assert spent_before(table, limits) == 1.0 + 2 * 2.0
+    assert spent_before(table, limits, CampaignPlan("c", ())) == 1.0 + 2 * 2.0
