@@ -1,8 +1,12 @@
 """What a campaign will do: trajectories, and the specs that their stages ask for."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter
+from pydantic_core import to_jsonable_python
 
 from actors.contracts import (
     BLOCK,
@@ -182,6 +186,42 @@ class TrajectoryPlan:
         """All that a spec's result depends on, as JSON values; see `keys.key_inputs`."""
         fingerprints = {**self.fingerprints, self.model.spec: self.model.fingerprint}
         return key_inputs(spec, fingerprints, self.tasks_fingerprint)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values, from which `from_json` makes an equal one."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        # Keys of JSON are text, so what has specs for keys becomes pairs.
+        hashes = self.fingerprints.items()
+        values["fingerprints"] = {
+            "texts": [pair for pair in hashes if isinstance(pair[0], TextSpec)],
+            "models": [pair for pair in hashes if isinstance(pair[0], ModelSpec)],
+        }
+        values["texts"] = list(self.texts.items())
+        return to_jsonable_python(values)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "TrajectoryPlan":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it is no plan that this version can read.
+        """
+        types = get_type_hints(cls, include_extras=True)
+        types["texts"] = tuple[tuple[TextSpec, TextSpec], ...]
+        types["fingerprints"] = _Fingerprints
+        values = {
+            name: TypeAdapter(types[name]).validate_json(json.dumps(value)) for name, value in raw.items()
+        }
+        hashes = values["fingerprints"]
+        return cls(
+            **{**values, "fingerprints": dict(hashes.texts + hashes.models), "texts": dict(values["texts"])}
+        )
+
+
+@dataclass(frozen=True)
+class _Fingerprints:
+    texts: tuple[tuple[TextSpec, str], ...]
+    models: tuple[tuple[ModelSpec, str], ...]
 
 
 @dataclass(frozen=True)
