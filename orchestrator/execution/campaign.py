@@ -25,12 +25,11 @@ from orchestrator.execution.local import LocalBackend
 from orchestrator.execution.progress import ProgressBoard, live_view
 from orchestrator.execution.tune import LOG_FORMAT, CampaignOutcome, run_trial, run_trials
 from orchestrator.planning.cost_model import machine_of
-from orchestrator.planning.estimate import spent_before
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.recorded import record_trajectories
 from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.coordinator import Coordinator
-from orchestrator.scheduling.limits import Limits
+from orchestrator.scheduling.limits import Limits, spent_before
 from orchestrator.scheduling.resources import devices_held, stage_resources
 from orchestrator.storage.garbage_collector import collect
 from orchestrator.storage.ledger import Ledger
@@ -107,12 +106,14 @@ def limits_of(config: CampaignConfig) -> Limits:
         RequestError: `cost.machine` is no known machine.
     """
     execution = config.execution
+    methods = [config.method_for(model, method) for model in config.models for method in config.methods]
     return Limits(
         max_failures=execution.max_failures,
         time_limit_s=execution.time_limit_s,
         budget=execution.budget,
         price_per_hour=machine_of(config.cost, config.cost.machine).price_per_hour,
         devices=devices_held(execution),
+        task_methods={method.name for method in methods if method.scoring.task is not None},
     )
 
 
@@ -120,7 +121,7 @@ def _run_in_this_process(
     config: CampaignConfig, plan: CampaignPlan, store: Store, limits: Limits
 ) -> CampaignOutcome:
     board = ProgressBoard()
-    price = spent_before(Ledger(store.ledger_uri).read(), limits, plan)
+    price = spent_before(Ledger(store.ledger_uri).read(), limits)
     coordinator = Coordinator(limits, price)
     failures: dict[str, str] = {}
     backend = LocalBackend(config.execution, store)

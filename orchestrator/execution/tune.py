@@ -33,11 +33,10 @@ from orchestrator.execution.resolvers import ComputeResolver
 from orchestrator.execution.stage_kinds import Backend
 from orchestrator.execution.stage_runner import OnIteration, StageRunner
 from orchestrator.execution.trajectory import run_trajectory
-from orchestrator.planning.estimate import spent_before
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.coordinator import Coordinator, CoordinatorClient, Leases, LimitReachedError
-from orchestrator.scheduling.limits import Limits, backoff_s
+from orchestrator.scheduling.limits import Limits, backoff_s, spent_before
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import TrajectoryStatus, write_status
@@ -88,7 +87,7 @@ def run_trials(
     if not trajectories:
         return CampaignOutcome({})
     board = ray.remote(num_cpus=0)(ProgressBoard).remote()
-    price = spent_before(Ledger(store.ledger_uri).read(), limits, plan)
+    price = spent_before(Ledger(store.ledger_uri).read(), limits)
     # A trajectory may wait for a stage and for one in the background, and renews its leases meanwhile.
     many = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 3 * at_a_time + 8}
     coordinator = RayCoordinatorClient(ray.remote(**many)(Coordinator).remote(limits, price, admission))

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from actors.contracts import EvaluationSpec, GenerationSpec, RecoverySpec, ScoreSpec, TextSpec
 from actors.recovery import find_objective
@@ -28,8 +27,8 @@ from orchestrator.planning.cost_model import (
 )
 from orchestrator.planning.plan import CampaignPlan, TextSize, TrajectoryPlan
 from orchestrator.planning.stages import PlannedStage, count_stages, distinct_stages
-from orchestrator.scheduling.limits import Limits
-from orchestrator.scheduling.resources import TASK_SCORING, devices_held, resource_kind
+from orchestrator.scheduling.resources import devices_held, resource_kind
+from orchestrator.storage.ledger import measured_seconds
 
 BYTES_PER_TOKEN = 4
 """Assumption: length of a token in English text."""
@@ -319,20 +318,3 @@ def calibrate(
         if costed.stage.finished
     }
     return calibration(measured_seconds(ledger), predicted)
-
-
-def measured_seconds(ledger: pa.Table) -> dict[tuple[str, str], float]:
-    """Return the seconds of every stage in a ledger, by kind and key; a shared stage once."""
-    rows = ledger.select(["stage", "key", "metric", "value"]).to_pylist()
-    return {(row["stage"], row["key"]): row["value"] for row in rows if row["metric"] == "seconds"}
-
-
-def spent_before(ledger: pa.Table, limits: Limits, plan: CampaignPlan) -> float:
-    """Return the price of all stages that a run of `plan` has finished so far."""
-    by_task = {t.method.name for t in plan.trajectories if t.method.scoring.task is not None}
-    scored = ledger.filter((pc.field("stage") == "score") & pc.field("method").isin(list(by_task)))
-    task_scorings = set(scored["key"].to_pylist())
-    return sum(
-        limits.price(TASK_SCORING if kind == "score" and key in task_scorings else kind, took)
-        for (kind, key), took in measured_seconds(ledger).items()
-    )

@@ -128,3 +128,9 @@ class Ledger:
 
     def _part_uri(self, part_name: str) -> str:
         return join(self.uri, safe_name(part_name) + SUFFIX)
+
+
+def measured_seconds(ledger: pa.Table) -> dict[tuple[str, str], float]:
+    """Return the seconds of every stage in a ledger, by kind and key; a shared stage once."""
+    rows = ledger.select(["stage", "key", "metric", "value"]).to_pylist()
+    return {(row["stage"], row["key"]): row["value"] for row in rows if row["metric"] == "seconds"}

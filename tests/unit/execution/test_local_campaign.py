@@ -150,14 +150,14 @@ def test_a_lost_recovery_alone_is_run_again(copied: Path, config: str) -> None:
     assert _measured(copied) == numbers
 
 
-def test_a_damaged_stage_is_set_aside_and_run_again(copied: Path, config: str) -> None:
+def test_a_damaged_stage_is_quarantined_and_run_again(copied: Path, config: str) -> None:
     numbers = _measured(copied)
     (damaged, *_) = (copied / "stages/score").iterdir()
     content = (damaged / "result.json").read_text()
     (damaged / "result.json").write_text(content.replace("1", "2", 1))
     assert _resume(config, copied).exit_code == 0
     assert (damaged / "result.json").read_text() == content
-    assert len(list((copied / "stages/set-aside").iterdir())) == 1
+    assert len(list((copied / "stages/quarantine").iterdir())) == 1
     assert _measured(copied) == numbers
 
 

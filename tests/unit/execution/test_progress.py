@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from orchestrator.execution.progress import (
-    TrajectoryProgress,
     ProgressBoard,
     RemoteReport,
     StageProgress,
+    TrajectoryProgress,
     line,
     live_view,
     render,

@@ -32,14 +32,12 @@ from orchestrator.planning.cost_model import (
 from orchestrator.planning.estimate import (
     costed_stages,
     estimate,
-    measured_seconds,
     plan_summary,
-    spent_before,
 )
-from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.planner import build_plan
-from orchestrator.scheduling.limits import Limits
-from orchestrator.storage.ledger import Ledger, Row
+from orchestrator.scheduling.limits import Limits, spent_before
+from orchestrator.scheduling.resources import TASK_SCORING
+from orchestrator.storage.ledger import Ledger, Row, measured_seconds
 from tests.support.tiny_campaign import tiny_campaign
 from tests.support.tiny_models import save_tiny, tiny_ids, tiny_llama, tiny_model, tiny_tokenizer
 
@@ -192,5 +190,8 @@ def test_what_a_run_has_spent_counts_a_shared_stage_once(tmp_path: Path) -> None
         ("recover", "a"): 900,
         ("recover", "b"): 900,
     }
-    limits = Limits(price_per_hour=2.0, devices={"score": 1.0, "recover": 4.0})
-    assert spent_before(table, limits, CampaignPlan("c", ())) == 1.0 + 2 * 2.0
+    devices = {"score": 1.0, TASK_SCORING: 8.0, "recover": 4.0}
+    limits = Limits(price_per_hour=2.0, devices=devices)
+    assert spent_before(table, limits) == 1.0 + 2 * 2.0
+    by_task = Limits(price_per_hour=2.0, devices=devices, task_methods={"x"})
+    assert spent_before(table, by_task) == 8.0 + 2 * 2.0
