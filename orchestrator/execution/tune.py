@@ -17,6 +17,7 @@ from ray import tune
 from ray.exceptions import RayError
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 
+from actors.errors import last_line
 from orchestrator.config import CampaignConfig, ExecutionConfig, SearchConfig
 from orchestrator.errors import IterabreError, UnexpectedError, unexpected, unknown_name
 from orchestrator.execution.cluster import HEAD, QUIET
@@ -208,11 +209,6 @@ def _with_retries(attempt: Callable[[], str | None]) -> str | None:
             log.warning("something was lost (%s); trying again in %.0f s", last_line(lost), pause_s)
             time.sleep(pause_s)
     return attempt()
-
-
-def last_line(error: BaseException) -> str:
-    """Return what went wrong, without the trace of the processes it went through; the logs have that."""
-    return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def run_trial(
