@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from actors.contracts import ModelInfo, ModelSpec
+from actors.contracts import GenerationSpec, ModelInfo, ModelSpec, TextSpec
 from actors.models import describe_model
 from orchestrator.config import CostConfig, parse_config
 from orchestrator.errors import RequestError
@@ -33,8 +34,11 @@ from orchestrator.planning.estimate import (
     costed_stages,
     estimate,
     plan_summary,
+    stage_cost,
 )
+from orchestrator.planning.plan import TextSize
 from orchestrator.planning.planner import build_plan
+from orchestrator.planning.stages import PlannedStage
 from orchestrator.scheduling.limits import Limits, spent_before
 from orchestrator.scheduling.resources import TASK_SCORING
 from orchestrator.storage.ledger import Ledger, Row, measured_seconds
@@ -164,6 +168,18 @@ def test_a_campaign_is_the_sum_of_its_distinct_stages(tmp_path: Path) -> None:
     summary = plan_summary(plan, config, [(count, machine)], campaign_stages(plan))
     recovered = next(row for row in summary["kinds"] if row["kind"] == "recover")
     assert recovered["flops"] == summary["trajectories"][0]["recovery_flops"] > 0
+
+
+def test_generation_by_hand(info: ModelInfo) -> None:
+    prompts = TextSpec(path="prompts.jsonl")
+    spec = GenerationSpec(info.spec, prompts, max_prompts=10, responses_per_prompt=2, max_new_tokens=50)
+    stage = PlannedStage("generate", "key", 1, info.num_layers, spec, False)
+    # 100 prompts of 20 tokens (80 bytes) each; two responses of 50 tokens to each of the first ten.
+    cost = stage_cost(stage, SimpleNamespace(model=info), {prompts: TextSize(100, 100 * 80)})
+    prefill = 4 * block_flops(info, 20 * 20, 20)
+    decoding = 4 * block_flops(info, 20 * 50, 20 + 25)
+    assert cost.flops == pytest.approx(prefill + decoding + head_flops(info, 20 + 20 * 50))
+    assert cost.load_bytes == 4 * info.num_parameters < cost.memory_bytes
 
 
 def test_no_recovery_costs_nothing(tmp_path: Path) -> None:
