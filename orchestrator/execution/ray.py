@@ -1,13 +1,14 @@
-"""Where a stage's work is done: in this process, or on Ray actors and Ray Train.
+"""The work of stages on Ray actors and Ray Train, and the coordinator in an actor of its own.
 
-Both compute the same numbers; `execution.backend` chooses. The rooms load what computes
-when it is first asked for, which for Ray is on the actors alone.
+The numbers are those of `orchestrator.execution.local`. The packages that compute are loaded on the
+actors alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from actors import evaluation, generation, models, recovery, scoring
-from actors.artifacts import cache_entry, local_path
+import ray
+
 from actors.contracts import (
     EvaluationResult,
     EvaluationSpec,
@@ -20,7 +21,6 @@ from actors.contracts import (
     RecoverySpec,
     ScoreResult,
     ScoreSpec,
-    no_progress,
 )
 from actors.evaluation.ray import evaluate_all_on_ray, evaluate_on_ray
 from actors.generation.ray import generate_on_ray
@@ -28,46 +28,16 @@ from actors.ray_pool import conducted, export_on_ray
 from actors.recovery.ray import recover_on_ray
 from actors.scoring.ray import score_on_ray
 from orchestrator.config import ExecutionConfig
-from orchestrator.execution.stage_runner import Backend
 from orchestrator.execution.task_scoring import score_by_task
+from orchestrator.scheduling.coordinator import LeaseReply, LeaseRequest
 from orchestrator.storage.stage_store import Store
-
-
-class LocalBackend:
-    """Every stage in this process, without Ray."""
-
-    def __init__(self, _execution: ExecutionConfig, store: Store):
-        self._store = store
-
-    def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult:
-        if spec.task is not None:
-            return score_by_task(spec, self._evaluate_all, progress)
-        return scoring.score_locally(spec, progress)
-
-    def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult:
-        return generation.generate_locally(spec, uri, progress)
-
-    def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult:
-        work_dir = local_path(self._store.train_uri(key)) or cache_entry("train", key)
-        return recovery.recover_locally(spec, uri, work_dir, progress)
-
-    def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
-        return evaluation.evaluate_model(spec, progress)
-
-    def _evaluate_all(self, specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
-        for position, spec in enumerate(specs):
-            yield position, self.evaluate(spec, no_progress)
-
-    def export(self, spec: ExportSpec, uri: str) -> ExportResult:
-        return models.export_model(spec, uri)
 
 
 class RayBackend:
     """Scoring, generation and evaluation on actors, recovery as a Ray Train job.
 
-    One class of resources is held at a time and released before the next is
-    asked for, so trajectories that share a cluster never wait for each other
-    in a circle.
+    A stage's resources are released before the next stage requests its own, so trajectories that
+    share a cluster never wait for each other in a circle.
     """
 
     def __init__(self, execution: ExecutionConfig, store: Store):
@@ -143,4 +113,23 @@ class RayBackend:
         return export_on_ray(spec, uri, cpus=worker.cpus, gpus=worker.gpus)
 
 
-BACKENDS: dict[str, Callable[[ExecutionConfig, Store], Backend]] = {"local": LocalBackend, "ray": RayBackend}
+class RayCoordinatorClient:
+    """A `CoordinatorClient` of a coordinator that a Ray actor holds."""
+
+    def __init__(self, actor: Any):
+        self._actor = actor
+
+    def try_acquire(self, request: LeaseRequest, wait_s: float = 0.0) -> LeaseReply:
+        return ray.get(self._actor.try_acquire.remote(request, wait_s))
+
+    def release(self, request: LeaseRequest, seconds: float) -> None:
+        ray.get(self._actor.release.remote(request, seconds))
+
+    def renew(self, holder: str) -> None:
+        ray.get(self._actor.renew.remote(holder))
+
+    def fail(self, trajectory: str) -> None:
+        ray.get(self._actor.fail.remote(trajectory))
+
+    def ended_by(self) -> str | None:
+        return ray.get(self._actor.ended_by.remote())
