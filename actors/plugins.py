@@ -1,7 +1,7 @@
 """Criteria, objectives and probes of other installed packages, which register them as entry points.
 
 A package that is to be used on a cluster is installed on every node, as this one is;
-a node that has another version, or none, is told by what the driver has (`environment`).
+a node that has another version than the driver, or none, is found by what `environment` passes on.
 """
 
 import json
@@ -25,14 +25,14 @@ GROUPS: Mapping[str, str] = {
 """The group of entry points of each kind of row."""
 
 STARTED_WITH = "ITERABRE_PLUGINS"
-"""The variable by which workers know what the driver has: {kind: {name: release}}, as JSON."""
+"""The variable that holds what the driver has, for its workers: {kind: {name: release}}, as JSON."""
 
 UNUSABLE = (ImportError, AttributeError, NameError, SyntaxError, TypeError, ValueError, OSError)
 """What a package that does not fit this version, or this machine, raises when it is imported."""
 
 
 def find_row(kind: str, name: str, built_in: Mapping[str, RowT], row_type: type[RowT]) -> RowT:
-    """The row of that name: of the table `built_in`, or what a package has registered.
+    """Return the row of that name: of the table `built_in`, or what a package has registered.
 
     Raises:
         RequestError: there is none, a package has taken a name of the table's, two have the
@@ -54,7 +54,7 @@ def find_row(kind: str, name: str, built_in: Mapping[str, RowT], row_type: type[
 
 
 def releases(spec: Any) -> list[str]:
-    """Name and version of each package whose rows a spec names, for the key of its result."""
+    """Return the name and version of each package whose rows a spec names, for the key of its result."""
     match spec:
         case ScoreSpec():
             kind, names = "criterion", [spec.criterion]
@@ -68,7 +68,7 @@ def releases(spec: Any) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """What a driver sets in the environment of its workers, on whatever node they start."""
+    """Return the variables that a driver sets for its workers, on whatever node they start."""
     rows = {kind: {entry.name: _release(entry) for entry in registered(kind)} for kind in GROUPS}
     return {STARTED_WITH: json.dumps(rows)}
 
@@ -83,9 +83,9 @@ def _check_as_started(kind: str, name: str, here: list[str]) -> None:
         )
 
 
-@cache  # All installed packages are looked through, and keys ask thousands of times.
+@cache  # It reads the metadata of all installed packages, and keys need it thousands of times.
 def registered(kind: str) -> EntryPoints:
-    """What installed packages register of that kind."""
+    """Return the entry points of that kind of all installed packages."""
     return entry_points(group=GROUPS[kind])
 
 

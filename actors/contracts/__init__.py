@@ -26,11 +26,13 @@ from actors.contracts.models import (
     ModelSpec,
     Origin,
 )
+from actors.contracts.pool import ActorPoolSpec
 from actors.contracts.progress import Progress, no_progress
 from actors.contracts.recovery import AdapterSpec, LossSpec, RecoveryResult, RecoverySpec, StepRecord
 from actors.contracts.scoring import MergeSpec, ScoreResult, ScoreSpec, TaskSpec
 
 __all__ = [
+    "ActorPoolSpec",
     "AdapterSpec",
     "ArtifactRef",
     "BLOCK",

@@ -16,21 +16,16 @@ from actors.contracts import (
     no_progress,
 )
 from actors.data import load_texts, tokenize_text
-from actors.evaluation.lm_eval.harness import (
-    Answer,
-    Versions,
-    answering,
-    check_chat_template,
-    check_task_data,
-    evaluate_tasks_by,
-)
+from actors.evaluation.lm_eval.harness import Versions, evaluate_tasks_with
+from actors.evaluation.lm_eval.language_models import Responder, check_chat_template, local_responder
 from actors.evaluation.lm_eval.suites import suite_means
 from actors.evaluation.lm_eval.task_folder import check_tasks_unchanged
+from actors.evaluation.lm_eval.task_loading import check_task_data
 from actors.evaluation.perplexity import token_perplexity
 from actors.evaluation.probes.probes import check_probes, run_probe
 from actors.evaluation.sandbox.sandbox import check_sandbox
 from actors.evaluation.throughput import check_length, throughput
-from actors.models import device, load_source, materialize, text_config
+from actors.models import build_model, device, load_source, text_config
 
 TIMED_TEXT = TextSpec(builtin="wikitext-2-raw-test")
 LONG_TOKEN = 20
@@ -46,7 +41,7 @@ def evaluate_model(spec: EvaluationSpec, progress: Progress = no_progress) -> Ev
     Raises RequestError for what cannot be had, before any weights are read.
     """
     check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
-    model, tokenizer = materialize(spec.model)
+    model, tokenizer = build_model(spec.model)
     return evaluate(model.to(device()), tokenizer, spec, progress)
 
 
@@ -83,8 +78,8 @@ def evaluate(
         metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size or WINDOWS_AT_A_TIME)
     if spec.tasks:
         progress(len(spec.perplexity), total, ", ".join(spec.tasks))
-        answer = answering(model, tokenizer, spec.batch_size, spec.max_length)
-        task_metrics, task_versions = measure_tasks(spec, answer, tokenizer)
+        respond = local_responder(model, tokenizer, spec.batch_size, spec.max_length)
+        task_metrics, task_versions = measure_tasks(spec, respond, tokenizer)
         metrics += task_metrics
         versions += task_versions
     for done, name in enumerate(spec.probes, start=len(spec.perplexity) + bool(spec.tasks)):
@@ -99,11 +94,11 @@ def evaluate(
 
 
 def measure_tasks(
-    spec: EvaluationSpec, answer: Answer, tokenizer: PreTrainedTokenizerBase
+    spec: EvaluationSpec, respond: Responder, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Metric], Versions]:
     """The spec's tasks and suites, by a model that answers requests here or elsewhere."""
-    metrics, versions = evaluate_tasks_by(
-        answer,
+    metrics, versions = evaluate_tasks_with(
+        respond,
         spec.tasks,
         include_path=spec.include_path,
         limit=spec.limit,

@@ -3,7 +3,7 @@ from .exporting.export import export_model, save_pretrained
 from .families import depth, find_layers, text_config
 from .layerwise import LayerwisePass
 from .loading.load import check_revision, describe_model, load_model, load_tokenizer, open_model
-from .model_builder import device, load_source, materialize, prune_to
+from .model_builder import build_model, device, load_source, prune_to
 from .offloading.sharded import prune_checkpoint
 from .offloading.streaming import load_streamed, resident
 from .pruning.removable import any_layers, check_prunable, choose_removable, removable_layers
@@ -42,7 +42,7 @@ __all__ = [
     "load_source",
     "load_streamed",
     "load_tokenizer",
-    "materialize",
+    "build_model",
     "open_model",
     "prune_checkpoint",
     "removable_layers",

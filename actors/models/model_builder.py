@@ -30,7 +30,7 @@ from actors.models.weights import put_weights
 ValueT = TypeVar("ValueT")
 
 
-def materialize(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def build_model(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model that `ref` describes, with its adapters merged, and its tokenizer."""
     model, tokenizer = load_source(ref)
     return prune_to(model, ref), tokenizer

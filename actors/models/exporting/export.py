@@ -41,7 +41,7 @@ from actors.models.loading.source_files import (
     source_files,
     write_json,
 )
-from actors.models.model_builder import emptied_layers, materialize
+from actors.models.model_builder import build_model, emptied_layers
 from actors.models.pruning.subblocks import SUB_BLOCKS, sub_block_weights
 from actors.models.pruning.surgery import pruned_config
 
@@ -82,7 +82,7 @@ def save_pretrained(
 
 def export_model(spec: ExportSpec, uri: str) -> ExportResult:
     """Publish the model that `spec` describes, with its card, licence and `iterabre.json`, at `uri`."""
-    model, _ = materialize(spec.model)
+    model, _ = build_model(spec.model)
     source = source_files(spec.model.source)
     with tempfile.TemporaryDirectory(prefix="iterabre-export-") as scratch:
         directory = Path(scratch)

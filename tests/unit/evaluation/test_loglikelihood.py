@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, Pr
 from actors.errors import WorkError
 from actors.evaluation.lm_eval import loglikelihood, prefix_tree
 from actors.evaluation.lm_eval.family_support import family_support
-from actors.evaluation.lm_eval.harness import PrefixTreeLM
+from actors.evaluation.lm_eval.language_models import PrefixTreeLM
 from actors.evaluation.lm_eval.loglikelihood import LikelihoodModel, Scored
 from actors.evaluation.lm_eval.prefix_tree import plant
 from tests.support.decoder_zoo import tiny_decoder_config

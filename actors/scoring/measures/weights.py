@@ -1,4 +1,4 @@
-"""What the weights of a block or sub-block say of its importance, alone or with their gradients.
+"""Measures of the weights of a block or sub-block, alone or with their gradients.
 
 Weights are the matrices (attention and MLP projections, experts); norms and biases
 are left out.
@@ -15,32 +15,50 @@ from transformers import PreTrainedModel
 from actors.errors import RequestError
 from actors.models import BLOCK, LayerwisePass, find_layers, sub_block_weights
 from actors.models.offloading.dispatch import loaded_weights
+from actors.scoring.measures.calibration import Calibration
+
+
+def magnitude_l1(model: PreTrainedModel, calibration: Calibration) -> Tensor:
+    """Return the sum of the absolute values of the weight matrices. [1, N]"""
+    return weight_norms(model, 1, calibration.granularity)[None]
+
+
+def magnitude_l2(model: PreTrainedModel, calibration: Calibration) -> Tensor:
+    """Return the sum of the Frobenius norms of the weight matrices. [1, N]"""
+    return weight_norms(model, 2, calibration.granularity)[None]
+
+
+def taylor(model: PreTrainedModel, calibration: Calibration) -> Tensor:
+    """Return the first-order change of the mean loss with the weight matrices zero, by weight. [S, N]"""
+    changes = first_order_taylor(model, calibration.sequences, calibration.granularity)
+    return changes.expand(len(calibration.sequences), -1)
 
 
 def matrices(block: nn.Module, granularity: str = BLOCK) -> list[nn.Parameter]:
-    """The weight matrices of the block, or of its attention or MLP."""
+    """Return the weight matrices of the block, or of its attention or MLP."""
     weights = block.parameters() if granularity == BLOCK else sub_block_weights(block, granularity).values()
     return [parameter for parameter in weights if parameter.dim() >= 2]
 
 
 @torch.no_grad()
 def weight_norms(model: PreTrainedModel, order: int, granularity: str = BLOCK) -> Tensor:
-    """Σ_k ‖W_k‖_p over the matrices of each block, entrywise norms of order p. [N]"""
+    """Return Σ_k ‖W_k‖_p over the matrices of each block, entrywise norms of order p. [N]"""
     norms = []
     for block in find_layers(model).modules:
         with loaded_weights(block):
-            norms.append(sum(_norm(weight, order) for weight in matrices(block, granularity)))
+            norms.append(
+                sum(
+                    torch.linalg.vector_norm(weight, ord=order, dtype=torch.float32).item()
+                    for weight in matrices(block, granularity)
+                )
+            )
     return torch.tensor(norms, dtype=torch.float64)
-
-
-def _norm(weight: Tensor, order: int) -> float:
-    return torch.linalg.vector_norm(weight, ord=order, dtype=torch.float32).item()
 
 
 def first_order_taylor(
     model: PreTrainedModel, sequences: Sequence[Tensor], granularity: str = BLOCK
 ) -> Tensor:
-    """Σ_k Σ_ij |W_k,ij · ∂L/∂W_k,ij| of each block, L the mean loss of the sequences in nats. [N]
+    """Return Σ_k Σ_ij |W_k,ij · ∂L/∂W_k,ij| of each block, L the mean loss of the sequences in nats. [N]
 
     Backpropagation goes block by block: forward once without a graph, keeping what
     each block receives; then each block, from the last to the first, is run again
@@ -53,62 +71,70 @@ def first_order_taylor(
     Raises:
         RequestError: every sequence is a single token.
     """
-    walks = [LayerwisePass(model, sequence[None]) for sequence in sequences if len(sequence) > 1]
-    if not walks:
+    passes = [LayerwisePass(model, sequence[None]) for sequence in sequences if len(sequence) > 1]
+    if not passes:
         raise RequestError("every calibration sequence is a single token, which has no next-token loss")
     blocks = find_layers(model).modules
-    received = [_inputs(walk, len(blocks)) for walk in walks]
+    received = [_block_inputs(layerwise, len(blocks)) for layerwise in passes]
     targets = [sequence for sequence in sequences if len(sequence) > 1]
     upstream = [
-        _loss_gradient(walk, points.pop(), target) / len(walks)
-        for walk, points, target in zip(walks, received, targets, strict=True)
+        _loss_gradient(layerwise, points.pop(), target) / len(passes)
+        for layerwise, points, target in zip(passes, received, targets, strict=True)
     ]
     scores = torch.zeros(len(blocks), dtype=torch.float64)
     for index in reversed(range(len(blocks))):
         with loaded_weights(blocks[index]):
             weights = matrices(blocks[index], granularity)
             gradients = [torch.zeros_like(weight) for weight in weights]
-            for i, walk in enumerate(walks):
+            for i, layerwise in enumerate(passes):
                 hidden = received[i].pop()
-                upstream[i], *found = _backward(walk, index, hidden, upstream[i], weights)
+                upstream[i], *found = _backward(layerwise, index, hidden, upstream[i], weights)
                 for total, gradient in zip(gradients, found, strict=True):
                     total += gradient
-            scores[index] = sum(map(_first_order_change, weights, gradients))
+            with torch.no_grad():
+                scores[index] = sum(
+                    (weight.float() * gradient.float()).abs().sum(dtype=torch.float64).item()
+                    for weight, gradient in zip(weights, gradients, strict=True)
+                )
     return scores
 
 
 @torch.no_grad()
-def _inputs(walk: LayerwisePass, num_layers: int) -> list[Tensor]:
-    """What each block receives, and the output of the last: N+1 tensors [1, T, D]."""
-    points = [walk.hidden_BTD.detach()]
+def _block_inputs(layerwise: LayerwisePass, num_layers: int) -> list[Tensor]:
+    """Return the input of each block, and the output of the last: N+1 tensors [1, T, D]."""
+    points = [layerwise.hidden_BTD.detach()]
     for index in range(num_layers):
-        points.append(walk.block(index, points[-1]))
+        points.append(layerwise.block(index, points[-1]))
     return points
 
 
 @torch.enable_grad()
-def _loss_gradient(walk: LayerwisePass, output_BTD: Tensor, target_T: Tensor) -> Tensor:
-    """Gradient of the mean next-token loss by the output of the last block. [1, T, D]"""
+def _loss_gradient(layerwise: LayerwisePass, output_BTD: Tensor, target_T: Tensor) -> Tensor:
+    """Return the gradient of the mean next-token loss by the output of the last block. [1, T, D]"""
     leaf = output_BTD.requires_grad_()
     predicting = torch.arange(len(target_T) - 1, device=target_T.device)
-    loss = cross_entropy(walk.logits(leaf, predicting)[0].float(), target_T[1:])
+    loss = cross_entropy(layerwise.logits(leaf, predicting)[0].float(), target_T[1:])
     return torch.autograd.grad(loss, leaf)[0]
 
 
 @torch.enable_grad()
 def _backward(
-    walk: LayerwisePass, index: int, hidden_BTD: Tensor, upstream_BTD: Tensor, weights: Sequence[nn.Parameter]
+    layerwise: LayerwisePass,
+    index: int,
+    hidden_BTD: Tensor,
+    upstream_BTD: Tensor,
+    weights: Sequence[nn.Parameter],
 ) -> tuple[Tensor, ...]:
-    """Gradients by the block's input and by `weights`; zero for an expert that saw no token."""
+    """Return the gradients by the block's input and by `weights`; zero for an expert that saw no token."""
     leaf = hidden_BTD.detach().requires_grad_()
     with _differentiable(weights):
-        output = walk.block(index, leaf)
+        output = layerwise.block(index, leaf)
         return torch.autograd.grad(output, [leaf, *weights], upstream_BTD, materialize_grads=True)
 
 
 @contextmanager
 def _differentiable(weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Weights of a model with folded adapters come frozen."""
+    """Unfreeze the weights meanwhile; those of a model with folded adapters come frozen."""
     frozen = [weight for weight in weights if not weight.requires_grad]
     for weight in frozen:
         weight.requires_grad_(True)
@@ -117,8 +143,3 @@ def _differentiable(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
-
-
-@torch.no_grad()
-def _first_order_change(weight: Tensor, gradient: Tensor) -> float:
-    return (weight.float() * gradient.float()).abs().sum(dtype=torch.float64).item()
