@@ -66,7 +66,7 @@ def _no_cache(place: str, reason: str) -> RequestError:
 
 
 def filesystem(uri: str) -> tuple[FileSystem, str]:
-    """The file system that holds `uri`, and the path within it (absolute if local)."""
+    """Return the file system that holds `uri`, and the path within it (absolute if local)."""
     if "://" not in uri:
         return LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
@@ -78,13 +78,13 @@ def filesystem(uri: str) -> tuple[FileSystem, str]:
 
 
 def local_path(uri: str) -> Path | None:
-    """`uri` as a path of the local file system, or None if it lies elsewhere."""
+    """Return `uri` as a path of the local file system, or None if it lies elsewhere."""
     fs, path = filesystem(uri)
     return Path(path) if isinstance(fs, LocalFileSystem) else None
 
 
 def join(uri: str, *names: str) -> str:
-    """`uri` with path components appended."""
+    """Return `uri` with path components appended."""
     return "/".join((uri.rstrip("/"), *names))
 
 
@@ -101,7 +101,7 @@ def publish(local_dir: Path, uri: str) -> ArtifactRef:
 
 
 def fetch(ref: ArtifactRef) -> Path:
-    """A local directory that holds the files of `ref`, verified.
+    """Return a local directory that holds the files of `ref`, verified.
 
     A local artifact is used where it is. Any other is downloaded once per node
     into `cache_dir()` under the hash of its content, whoever asks first.
@@ -132,7 +132,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def read_bytes(uri: str) -> bytes | None:
-    """The content of one file, or None if there is no such file."""
+    """Return the content of one file, or None if there is no such file."""
     fs, path = filesystem(uri)
     with explained(uri, "read"):
         try:
@@ -155,7 +155,7 @@ def without_empty_directories(path: Path) -> Iterator[None]:
 
 
 def list_files(uri: str, recursive: bool = False) -> list[FileInfo]:
-    """Files directly (or anywhere) under `uri`, by path; empty if nothing is there.
+    """Return the files directly (or anywhere) under `uri`, by path; empty if nothing is there.
 
     Files still being written are not listed.
     """
@@ -167,7 +167,7 @@ def list_files(uri: str, recursive: bool = False) -> list[FileInfo]:
 
 
 def sha256_of(stream: IO[bytes], copy_to: IO[bytes] | None = None) -> tuple[str, int]:
-    """SHA-256 (hex) and length in bytes of a stream, copied to another while it is read."""
+    """Return SHA-256 (hex) and length in bytes of a stream, copied to another while it is read."""
     state, size_bytes = hashlib.sha256(), 0
     while chunk := stream.read(CHUNK_BYTES):
         state.update(chunk)
@@ -200,7 +200,7 @@ def file_sha256(file: Path) -> str:
 
 
 def place_and_date(uri: str) -> str:
-    """Hash of a file's place, size and time of change: all that is known of it without reading it."""
+    """Return a hash of a file's place, size and time of change, without reading it."""
     fs, path = filesystem(uri)
     (info,) = fs.get_file_info([path])
     return digest([uri, info.size, str(info.mtime)])
@@ -287,7 +287,7 @@ def _damaged(place: str, name: str, what: str) -> WorkError:
 
 
 def _inside(directory: Path, name: str) -> Path:
-    """`directory / name`, refusing names that would lead out of it."""
+    """Return `directory / name`; refuse names that would lead out of it."""
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
         raise WorkError(f"artifact file name {name!r} leads out of its directory; the manifest is not ours")
@@ -331,5 +331,5 @@ def _flush_to_disk(file: IO[bytes]) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name is one still being written, or left so by a process that died."""
+    """Return true for the name of a file still being written, or left so by a process that ended."""
     return name.startswith(".") and name.endswith(".tmp")

@@ -23,15 +23,15 @@ from actors.evaluation.lm_eval.task_folder import check_tasks_unchanged
 from actors.evaluation.lm_eval.task_loading import check_task_data
 from actors.evaluation.perplexity import token_perplexity
 from actors.evaluation.probes.probes import check_probes, run_probe
-from actors.evaluation.sandbox.sandbox import check_sandbox
+from actors.evaluation.sandbox.runner import check_sandbox
 from actors.evaluation.throughput import check_length, throughput
 from actors.models import build_model, device, load_source, text_config
 
 TIMED_TEXT = TextSpec(builtin="wikitext-2-raw-test")
-LONG_TOKEN = 20
+CHARS_PER_TOKEN = 20
 """The text whose first tokens throughput is measured on; tokens of it are shorter, on average."""
 
-WINDOWS_AT_A_TIME = 8
+PERPLEXITY_BATCH = 8
 """Perplexity windows of a batch where no batch size is given."""
 
 
@@ -75,7 +75,7 @@ def evaluate(
     versions = [(name, version(name)) for name in ("torch", "transformers")]
     for done, text in enumerate(spec.perplexity):
         progress(done, total, text.name)
-        metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size or WINDOWS_AT_A_TIME)
+        metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size or PERPLEXITY_BATCH)
     if spec.tasks:
         progress(len(spec.perplexity), total, ", ".join(spec.tasks))
         respond = local_responder(model, tokenizer, spec.batch_size, spec.max_length)
@@ -96,7 +96,7 @@ def evaluate(
 def measure_tasks(
     spec: EvaluationSpec, respond: Responder, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Metric], Versions]:
-    """The spec's tasks and suites, by a model that answers requests here or elsewhere."""
+    """Return metrics of the spec's tasks and suites, by the model behind `respond`."""
     metrics, versions = evaluate_tasks_with(
         respond,
         spec.tasks,
@@ -117,7 +117,7 @@ def _throughput(
     unpruned = spec.model == ModelRef(spec.model.source)
     dense = None if unpruned else load_source(spec.model)[0].to(model.device)
     needed = spec.throughput.batch_size * spec.throughput.context
-    beginning = "".join(load_texts(TIMED_TEXT))[: needed * LONG_TOKEN]
+    beginning = "".join(load_texts(TIMED_TEXT))[: needed * CHARS_PER_TOKEN]
     return throughput(model, dense, tokenize_text([beginning], tokenizer, needed), spec.throughput)
 
 
@@ -128,7 +128,7 @@ def _perplexity(
     texts: list[str],
     batch_size: int,
 ) -> list[Metric]:
-    """Loss over log V is 1 for a model that knows nothing, whatever its vocabulary (Gromov et al., §4)."""
+    """Return perplexity, loss, and loss over log V, 1 for uniform predictions (Gromov et al., §4)."""
     input_ids = tokenize_text(texts, tokenizer, spec.max_tokens, repr(spec.data.name))
     vocab_size = text_config(model.config).vocab_size
     measured = token_perplexity(model, input_ids, spec.context, batch_size)

@@ -4,7 +4,7 @@ from actors.contracts import GenerationSpec, digest
 from actors.data import chat_template
 from actors.errors import RequestError
 from actors.generation.responses import Response, Shard
-from actors.models.loading.load import snapshot
+from actors.models.loading.source import snapshot
 
 
 class VllmEngine:

@@ -43,7 +43,7 @@ nothing, W_k are the sub-block's matrices, and a candidate passes its own layer,
 `block_influence` compares the stream before the sub-block with the stream after it, with 2·S·N. Targets
 count the sub-blocks that are left. {blocks_only} choose whole blocks and are refused.
 
-No config of transformers says that half a block is missing. So an emptied sub-block stays in the checkpoint,
+No config of transformers says that half a block is missing. So a removed sub-block stays in the checkpoint,
 as zeros: plain transformers then computes exactly what a model without it would, but the files, the memory
 and the time are those of the source; the ledger has `parameters_in_use` beside `parameters`.
 docs/families.md lists for which families this holds. Where a norm or a gate changes the stream between the
@@ -55,7 +55,7 @@ and Mamba, remove blocks. Recovery would fill the zeros again, so it has to be `
 `laco` (Algorithm 1) goes from the top down: a layer takes in the `group` − 1 layers after it, and the merge
 stays if the mean cosine to the unmerged model's last hidden states is above `threshold`. It ends when the
 target's layers are gone, and is an error if they do not go. The settings are those of `scoring.merge`. As
-the merges make one walk and change the source's own weights, `laco` goes with `mode: direct` and
+the merges make one pass and change the source's own weights, `laco` goes with `mode: direct` and
 `recovery.objective: none` only. In Python it is `laco_compress` of `actors.scoring.laco`, and
 `merge_layers` of `actors.models.pruning.merging` is a single merge, in two variants:
 

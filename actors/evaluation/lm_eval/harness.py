@@ -108,7 +108,7 @@ def evaluate_tasks_with(
 
 
 def _metrics(task: str, values: dict[str, Any]) -> Iterator[Metric]:
-    """Metrics of one task from lm-eval's `{"acc,none": ..., "acc_stderr,none": ..., "alias": ...}`."""
+    """Yield metrics of one task from lm-eval's `{"acc,none": ..., "acc_stderr,none": ..., "alias": ...}`."""
     for key, value in values.items():
         measure, _, filter_name = key.partition(",")
         if not filter_name or measure.endswith("_stderr") or measure == "bypass":

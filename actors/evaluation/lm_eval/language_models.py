@@ -16,7 +16,7 @@ from actors.evaluation.lm_eval.loglikelihood import LikelihoodModel, Scored
 from actors.evaluation.lm_eval.quiet import quiet
 from actors.models.offloading.dispatch import input_device
 
-GENERATED_AT_A_TIME = 8
+CPU_GENERATION_BATCH = 8
 """Texts generated at a time on a CPU where no batch size is given."""
 
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -49,7 +49,7 @@ class PrefixTreeLM(HFLM):
         max_length: int | None = None,
     ):
         # HFLM's search for a batch size runs the longest input 64 times over, which a CPU takes minutes for.
-        generating = batch_size or ("auto" if input_device(model).type == "cuda" else GENERATED_AT_A_TIME)
+        generating = batch_size or ("auto" if input_device(model).type == "cuda" else CPU_GENERATION_BATCH)
         # HFLM sets a missing pad token on the tokenizer it is given; the caller's stays as it is.
         super().__init__(
             pretrained=model,
@@ -63,7 +63,7 @@ class PrefixTreeLM(HFLM):
         self._likelihoods = LikelihoodModel(model)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding gives it) of each request's continuation."""
+        """Return (log-likelihood, true if greedy decoding gives it) of each request's continuation."""
         pairs = [request.args for request in requests]
         split = [_at_word_boundary(*pair) for pair in pairs if pair[0] != ""]
         whole = self._encode({text for pair in split for text in (pair[0], "".join(pair))}, None)
@@ -80,11 +80,11 @@ class PrefixTreeLM(HFLM):
         return self._loglikelihood_tokens(encoded)
 
     def _after_prefix(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """Context and continuation of a text without context; its first token serves if it is the prefix."""
+        """Return context and continuation of a text without context: its first token if it is the prefix."""
         return (ids[:1], ids[1:]) if ids[0] == self.prefix_token_id else ([self.prefix_token_id], ids)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each request's whole text, in windows that predict every token once."""
+        """Return the log-likelihood of each whole text, in windows that predict every token once."""
         texts = [request.args[0] for request in requests]
         ids = self._encode(set(texts), None)
         windows = [list(self._windows(ids[text])) for text in texts]
@@ -105,13 +105,13 @@ class PrefixTreeLM(HFLM):
         return self._likelihoods.loglikelihoods(scored)
 
     def _truncated(self, context: list[int], continuation: list[int]) -> Scored:
-        """What the model reads, cut from the left, and what it is asked for."""
+        """Return the model's input, cut from the left, and its targets."""
         assert 0 < len(continuation) <= self.max_length, "a continuation fits into the model's length"
         assert context, "a context has at least one token"
         return Scored((context + continuation)[-(self.max_length + 1) :][:-1], continuation)
 
     def _encode(self, texts: set[str], add_special_tokens: bool | None) -> dict[str, list[int]]:
-        """`tok_encode` of each text, all in one call of the tokenizer."""
+        """Return `tok_encode` of each text, all in one call of the tokenizer."""
         bos = self.tokenizer.decode(self.prefix_token_id)
         own = {text for text in texts if add_special_tokens is None and has_bos_prefix(text, bos)}
         choices = [(own, False), (texts - own, self.add_bos_token if add_special_tokens is None else False)]
@@ -162,7 +162,7 @@ class RemoteLM(LM):
 
 
 def _at_word_boundary(context: str, continuation: str) -> tuple[str, str]:
-    """Spaces at the end of a context belong to the continuation (`TemplateLM._encode_pair`)."""
+    """Move spaces at the end of a context to the continuation (`TemplateLM._encode_pair`)."""
     bare = context.rstrip()
     return bare, context[len(bare) :] + continuation
 
@@ -182,7 +182,7 @@ def local_responder(
     batch_size: int | None = None,
     max_length: int | None = None,
 ) -> Responder:
-    """What answers lm-eval's requests from a model that is in memory, as `PrefixTreeLM` does."""
+    """Return a function that responds to lm-eval's requests by a `PrefixTreeLM` of this model."""
     with quiet():
         lm = PrefixTreeLM(model, tokenizer, batch_size, max_length)
 

@@ -32,7 +32,7 @@ def check_tasks(tasks: Sequence[str], include_path: str | None = None, num_fewsh
 def check_task_data(
     tasks: Sequence[str], include_path: str | None = None, num_fewshot: FewShot = None
 ) -> None:
-    """Raise RequestError unless the data of all tasks can be read; they are then at hand in this process."""
+    """Raise RequestError unless the data of all tasks can be read; this process then keeps them."""
     if tasks:
         with quiet():
             load_tasks(tuple(tasks), include_path, num_fewshot)
@@ -40,7 +40,7 @@ def check_task_data(
 
 @lru_cache(maxsize=1)
 def load_tasks(tasks: tuple[str, ...], include_path: str | None, num_fewshot: FewShot) -> TaskDict:
-    """The tasks with their data, which are kept for the next model, and with `num_fewshot` as asked for.
+    """Load the tasks with their data, kept for the next model, and with `num_fewshot` as requested.
 
     Settings are made as `lm_eval.simple_evaluate` makes them. That function
     itself is not called: it also runs `git` and `pip` at every call, to describe
@@ -68,7 +68,7 @@ def load_tasks(tasks: tuple[str, ...], include_path: str | None, num_fewshot: Fe
 
 
 def _shots(manager: TaskManager, tasks: tuple[str, ...], num_fewshot: FewShot) -> dict[str, int]:
-    """The number of examples for each single task that is named; of two groups with it, the later one's."""
+    """Return the number of examples for each single task that is named; of two groups, the later one's."""
     known = {leaf for task in tasks for leaf in _leaves(manager, task)}
     shots: dict[str, int] = {}
     for name, number in num_fewshot if isinstance(num_fewshot, tuple) else ():
@@ -82,7 +82,7 @@ def _shots(manager: TaskManager, tasks: tuple[str, ...], num_fewshot: FewShot) -
 
 
 def _task_manager(tasks: tuple[str, ...], include_path: str | None) -> TaskManager:
-    """A task manager that knows every one of `tasks`.
+    """Return a task manager whose index has every one of `tasks`.
 
     Indexing the thousands of tasks of the harness takes seconds, so it is left
     out where our own tasks and those of `include_path` are all that is asked for.
@@ -108,7 +108,7 @@ def _task_manager(tasks: tuple[str, ...], include_path: str | None) -> TaskManag
 
 
 def _leaves(manager: TaskManager, request: Any) -> set[str]:
-    """Names of the single tasks that a name, or a group's list of them, stands for."""
+    """Return the names of the single tasks that a name, or a group's list of them, stands for."""
     if isinstance(request, dict):  # a child that a group defines in place
         request = request.get("task", [])
     if isinstance(request, str) and request in manager.all_groups:

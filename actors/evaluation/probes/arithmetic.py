@@ -31,7 +31,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Answer:
+class DigitPrediction:
     """The right digit's log-probability, in nats, and whether it was the likeliest of the ten digits.
 
     `log_probability` is taken over the ten digits, `log_probability_vocabulary`
@@ -44,7 +44,7 @@ class Answer:
 
 
 def all_problems() -> list[Problem]:
-    """Every problem `(a ∘ b) ∘ c` with a, b, c of 1..9, ∘ of + − ×, whose value is one digit.
+    """Return every problem `(a ∘ b) ∘ c` with a, b, c of 1..9, ∘ of + − ×, whose value is one digit.
 
     In a fixed order. These are 1,847 of the 6,561 from which GPT-3's `single_digit_three_ops` was
     drawn, worded as in EleutherAI/arithmetic. Values below 0 or above 9 are left
@@ -60,7 +60,7 @@ def all_problems() -> list[Problem]:
 
 
 def draw_problems(count: int, seed: int = 0) -> list[Problem]:
-    """`count` problems of `all_problems`, or all if there are no more, drawn without repetition."""
+    """Draw `count` of `all_problems`, or all if there are no more, without repetition."""
     problems = all_problems()
     return random.Random(seed).sample(problems, min(count, len(problems)))
 
@@ -71,8 +71,8 @@ def answer_problems(
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     batch_size: int = 8,
-) -> list[Answer]:
-    """What `model` holds of the right digit after each prompt, in the order of the problems.
+) -> list[DigitPrediction]:
+    """Return the model's prediction of the right digit after each prompt, in the order of the problems.
 
     Problems of equal length share a batch, so nothing is padded.
 
@@ -84,7 +84,7 @@ def answer_problems(
     for index, (context, _) in enumerate(encoded):
         by_length[len(context)].append(index)
     last_only = last_logits_only(model)
-    answers: dict[int, Answer] = {}
+    answers: dict[int, DigitPrediction] = {}
     for alike in by_length.values():
         for start in range(0, len(alike), batch_size):
             chosen = alike[start : start + batch_size]
@@ -96,7 +96,7 @@ def answer_problems(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], list[int]]:
-    """The context that all ten answers share, and the token of each digit after it.
+    """Return the context that all ten digits share, and the token of each digit after it.
 
     Found by encoding the prompt with each answer: some tokenizers have tokens
     ` 7`, others put the space into the context.
@@ -112,9 +112,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int],
     return whole[0][:at], [ids[at] for ids in whole]
 
 
-def _answer(logits_V: Tensor, digit_tokens: list[int], right: int) -> Answer:
+def _answer(logits_V: Tensor, digit_tokens: list[int], right: int) -> DigitPrediction:
     digits = logits_V[digit_tokens]
-    return Answer(
+    return DigitPrediction(
         log_probability=digits.log_softmax(-1)[right].item(),
         log_probability_vocabulary=logits_V.log_softmax(-1)[digit_tokens[right]].item(),
         right=digits.argmax().item() == right,

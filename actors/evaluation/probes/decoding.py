@@ -29,7 +29,7 @@ def respond(
     max_new_tokens: int,
     batch_size: int = 8,
 ) -> list[Response]:
-    """The likeliest next tokens after each prompt, up to `max_new_tokens`, in the order of the prompts.
+    """Generate the likeliest tokens after each prompt, up to `max_new_tokens`, in the order of the prompts.
 
     The model's own generation configuration gives the end tokens and nothing else: no penalty, no sampling.
 
@@ -77,5 +77,5 @@ def _response(row: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenize
 
 
 def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
-    """Keywords with which `model` runs its head at the last position alone, where its family knows how."""
+    """Return keywords with which `model` runs its head at the last position alone, where its family can."""
     return {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}

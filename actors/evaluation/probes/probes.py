@@ -57,13 +57,13 @@ def check_probes(names: Sequence[str]) -> None:
 def run_probe(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
 ) -> list[Metric]:
-    """Metrics `name/measure` of one probe, measured on a model that is in memory."""
+    """Return metrics `name/measure` of one probe, measured on a model that is in memory."""
     measured = find_row("probe", name, PROBES, Probe).run(model, tokenizer, spec)
     return [Metric(f"{name}/{metric.name}", metric.value, metric.unit, metric.stderr) for metric in measured]
 
 
 def probe_prompts(name: str, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec) -> list[list[int]]:
-    """Return the tokens of what a probe of ours has the model write on; none if it does not generate."""
+    """Return the tokens of a built-in probe's prompts; none if it does not generate."""
     texts = {
         "degeneration": lambda: _instructions(spec),
         "code_failures": lambda: _code_prompts(tokenizer, spec),
@@ -84,7 +84,7 @@ def _code_prompts(tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec) -> l
 def degeneration(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
 ) -> list[Metric]:
-    """Repetition within the answers to instructions, and among them."""
+    """Measure repetition within the responses to instructions, and among them."""
     prompts = _instructions(spec)
     answers = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
     texts = [answer.tokens for answer in answers]
@@ -98,7 +98,7 @@ def degeneration(
 def arithmetic(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
 ) -> list[Metric]:
-    """What is left of one-digit sums; the change is taken against the unpruned model's row."""
+    """Measure one-digit sums; the change is taken against the unpruned model's row."""
     problems = draw_problems(spec.limit or NUM_PROBLEMS, spec.seed)
     answers = answer_problems(model, tokenizer, problems, spec.batch_size or BATCH_SIZE)
     return [
@@ -113,7 +113,7 @@ def arithmetic(
 def code_failures(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
 ) -> list[Metric]:
-    """How the code that a model writes for small problems goes wrong.
+    """Classify the failures of the code that a model writes for small problems.
 
     Models with a chat template are asked to complete a function, others go on
     from its signature and docstring.
@@ -139,7 +139,7 @@ def _until_stop(text: str) -> str:
 
 
 def _mean(name: str, values: Sequence[float], unit: str = "") -> Metric:
-    """Mean over items, with its standard error where there are two."""
+    """Return the mean over items, with its standard error where there are two."""
     count = len(values)
     mean = sum(values) / count
     spread = sum((value - mean) ** 2 for value in values)

@@ -1,6 +1,6 @@
-"""Runs one program that a model wrote, shut in by the Linux kernel; `sandbox` starts it.
+"""Runs one program that a model wrote, confined by the Linux kernel; `runner` starts it.
 
-    python -I confined.py DIRECTORY LIMITS_JSON
+    python -I sandbox_child.py DIRECTORY LIMITS_JSON
 
 A script of its own, standard library only: it is executed by path, in a fresh
 interpreter with an empty environment. Before the program begins, the process
@@ -15,9 +15,9 @@ that holds no more than the limits say and is gone with the process; elsewhere
 the limits of disk space are left to the parent.
 
 The first line of the standard output is `PROTECTED`, or what protection is
-missing. What became of the program follows: the token that was read from the
+missing. The verdict follows: the token that was read from the
 standard input, "passed" or "failed", and the exception. A program that writes to
-the same channel does not know the token, and comes too late for the first line.
+the same channel does not have the token, and comes too late for the first line.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ class UnprotectedError(Exception):
 
 
 def main(directory: str, limits: dict[str, int]) -> None:
-    """Shut this process in and run `program.py` of `directory`.
+    """Confine this process and run `program.py` of `directory`.
 
     What is used after the program is bound before it: it may replace any module's
     functions. Of its own it can raise, and then it has not passed.
@@ -105,7 +105,7 @@ def main(directory: str, limits: dict[str, int]) -> None:
     os.set_blocking(answer, False)  # a program that fills the channel goes on, and fails
     program = Path(directory, "program.py").read_bytes()
     try:
-        shut_in(directory, limits)
+        confine(directory, limits)
     except UnprotectedError as error:
         write(answer, str(error).encode())
         end(0)
@@ -128,7 +128,7 @@ def describe(error: BaseException) -> bytes:
     return text[:300].encode("ascii", "backslashreplace")
 
 
-def shut_in(directory: str, limits: dict[str, int]) -> None:
+def confine(directory: str, limits: dict[str, int]) -> None:
     """Give up everything that a program does not need.
 
     Raises:
@@ -191,7 +191,7 @@ def _limit_resources(limits: dict[str, int]) -> None:
 
 
 def _drop_capabilities() -> None:
-    """Root without capabilities is a user like any other."""
+    """Drop all capabilities: root without them is a user like any other."""
     header = struct.pack("Ii", 0x20080522, 0)
     _checked("capset", libc.capset(header, bytes(24)))
 

@@ -77,7 +77,7 @@ def exported_config(
         _write(exported, _values(before), _values(after), after, add=False)
     try:
         _complete(exported, after)
-        _mend_periods(exported, before, after, kept)
+        _fix_periods(exported, before, after, kept)
         _complete(exported, after)
     except UNREADABLE:
         # Fields of an older version that no rule here shortens: better another spelling than a wrong one.
@@ -274,7 +274,7 @@ def _computed_lists(
     }
 
 
-def _mend_periods(
+def _fix_periods(
     exported: Json, before: PretrainedConfig, after: PretrainedConfig, kept: Sequence[int] | None
 ) -> None:
     """Change or remove periods of which the layers' kinds no longer are."""
@@ -282,7 +282,7 @@ def _mend_periods(
     lists = _listed(after)
     for name in sorted(PERIODS & fields.keys()):
         if isinstance(fields[name], str):
-            _mend_letters(fields, name, text_config(before).num_hidden_layers, kept)
+            _fix_pattern(fields, name, text_config(before).num_hidden_layers, kept)
             continue
         rule = name.lstrip("_")
         by_period = {
@@ -301,7 +301,7 @@ def _mend_periods(
             del fields[name]
 
 
-def _mend_letters(fields: Json, name: str, num_layers: int, kept: Sequence[int] | None) -> None:
+def _fix_pattern(fields: Json, name: str, num_layers: int, kept: Sequence[int] | None) -> None:
     """Write out a pattern of letters that readers repeat, such as LLLG, if it no longer repeats."""
     pattern: str = fields[name]
     if kept is None or not pattern:

@@ -201,7 +201,7 @@ def _refuse_without_weights(directory: Path, shards: list[str]) -> None:
 
 
 def _check_index(directory: Path, weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse an index that is not of these shards: what it says decides for other programs."""
+    """Refuse an index that is not of these shards: other programs go by it."""
     for name in sorted(weight_map.keys() | tensors.keys()):
         said = weight_map.get(name)
         found = tensors[name].file.name if name in tensors else None
@@ -251,7 +251,7 @@ def read_header(file: Path) -> list[StoredTensor]:
 
 
 def _tensor(file: Path, name: str, entry: Any, data: int) -> StoredTensor:
-    """Return what a header's entry says; raise ValueError if it is none."""
+    """Return a header's entry; raise ValueError if it is none."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
             if dtype not in BITS:

@@ -130,7 +130,7 @@ def _check_nothing_besides(checkpoint: Checkpoint, model: PreTrainedModel, unexp
 
 
 def _check_tied(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Refuse a second copy of a tied weight unless it is the same: which of them counts is not said."""
+    """Refuse a second copy of a tied weight unless it is the same: nothing states which of them counts."""
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for target, source in tied.items():
         copy, original = (stored_as(name, model, checkpoint.tensors) for name in (target, source))
@@ -148,7 +148,7 @@ def stored_as(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTen
 
 
 def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two stored tensors are equal, read a part at a time."""
+    """Return true if two stored tensors are equal, read a part at a time."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with one.file.open("rb") as first, other.file.open("rb") as second:

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData, RepoCard, hf_hub_download
 
 from actors.contracts import ModelSpec, Origin
 from actors.errors import RequestError
-from actors.models.loading.load import source_path
+from actors.models.loading.source import source_path
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Files that go with a model wherever it goes."""
@@ -28,7 +28,7 @@ HEAD = 400
 
 
 def origin(spec: ModelSpec) -> Origin:
-    """What the source says of itself: in its README.md, its licence file, or its GGUF metadata.
+    """Return the source's own statement: in its README.md, its licence file, or its GGUF metadata.
 
     A hub model's README.md is read from the hub or, where that is out of reach, from the cache.
     """
@@ -48,7 +48,7 @@ def origin(spec: ModelSpec) -> Origin:
 
 
 def licence_files(spec: ModelSpec) -> list[Path]:
-    """The licence texts of a model directory; what lies beside a single file may be another's."""
+    """Return the licence texts of a model directory; what lies beside a single file may be another's."""
     source = source_path(spec)
     if not source.is_dir():
         return []

@@ -12,7 +12,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from actors.contracts import ModelSpec
 from actors.errors import RequestError
 from actors.models.exporting.exported_config import Json
-from actors.models.loading.load import GENERATION_CONFIG, load_config, resolve
+from actors.models.loading.load import GENERATION_CONFIG, load_config
+from actors.models.loading.source import resolve
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -104,10 +105,10 @@ def copy_source_files(source: SourceFiles, output: Path, *, tokenizer: bool = Tr
             drop_code(fields)
             write_json(target, fields)
     if tokenizer:
-        mend_tokenizer_config(output / TOKENIZER_CONFIG)
+        add_older_tokenizer_fields(output / TOKENIZER_CONFIG)
 
 
-def mend_tokenizer_config(file: Path) -> None:
+def add_older_tokenizer_fields(file: Path) -> None:
     """Write a tokenizer_config.json of transformers 5 so that transformers 4 opens it, too."""
     written = _json(file)
     fields = dict(written)
@@ -128,7 +129,7 @@ def write_json(file: Path, fields: Json) -> None:
 
 
 def drop_code(fields: Json) -> None:
-    """Take out of a configuration where the code of its classes is: it does not go along."""
+    """Remove from a configuration where the code of its classes is: it does not go along."""
     fields.pop("auto_map", None)
     for part in fields.values():
         if isinstance(part, dict):

@@ -34,10 +34,10 @@ from actors.models.loading.load import (
 from actors.models.loading.source_files import copy_source_files, source_files
 from actors.models.pruning.subblocks import (
     BLOCK,
-    check_emptiable,
     check_granularity,
-    empty_sub_blocks,
+    check_zeroable,
     sub_block_weights,
+    zero_sub_blocks,
 )
 from actors.models.pruning.surgery import remaining, remove_layers
 
@@ -60,7 +60,7 @@ def prune_checkpoint(
 ) -> tuple[int, int]:
     """Write the checkpoint `source` without some of its blocks, or with sub-blocks empty, in little memory.
 
-    What is written is what `remove_layers` (or `empty_sub_blocks`) and
+    What is written is what `remove_layers` (or `zero_sub_blocks`) and
     `save_pretrained` would write; everything is checked on a model without weights
     first.
 
@@ -76,7 +76,7 @@ def prune_checkpoint(
         Number of blocks left, number of parameters left.
 
     Raises:
-        RequestError: as `load_model`, `remove_layers` and `empty_sub_blocks`.
+        RequestError: as `load_model`, `remove_layers` and `zero_sub_blocks`.
     """
     check_granularity(granularity)
     spec = ModelSpec(source, dtype or "float32", revision, trust_remote_code)
@@ -91,7 +91,7 @@ def prune_checkpoint(
     if granularity == BLOCK:
         remove_layers(model, layers)
     else:
-        check_emptiable(model, granularity)
+        check_zeroable(model, granularity)
         kept = list(range(num_layers))
     if not in_place:
         return _prune_in_memory(spec, checkpoint, dtype, layers, output, granularity)
@@ -114,7 +114,7 @@ def prune_checkpoint(
 def _sub_block_tensors(
     model: PreTrainedModel, kind: str, layers: Sequence[int], tensors: Collection[StoredTensor]
 ) -> set[str] | None:
-    """Names in the files of the sub-blocks' parameters; None if the files do not hold them all, and whole.
+    """Return the file's names of the sub-blocks' parameters; None if it does not hold them all, and whole.
 
     Files may name them otherwise than the model does, and hold experts one by one that it holds together.
     """
@@ -133,7 +133,7 @@ def _sub_block_tensors(
 
 
 def _model_names(model: PreTrainedModel, tensors: Collection[StoredTensor]) -> dict[str, str]:
-    """By name in the files, the parameter of `model` that transformers makes of a tensor."""
+    """Return, by name in the files, the parameter of `model` that transformers makes of a tensor."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -152,7 +152,7 @@ def _prune_in_memory(
     output: str | Path,
     granularity: str,
 ) -> tuple[int, int]:
-    """For files that are no image of the model: a decoder among others, weights shared or named otherwise.
+    """Prune where files are no image of the model: a decoder among others, weights shared or renamed.
 
     Each parameter is written in `dtype` or, without one, in the type that it is stored in.
     """
@@ -176,7 +176,7 @@ def _prune_in_memory(
         kept = remaining(len(kept), layers)
         remove_layers(model, layers)
     else:
-        empty_sub_blocks(model, granularity, layers)
+        zero_sub_blocks(model, granularity, layers)
     save_with_files(model, Path(output), source_files(spec), kept)
     return depth(model.config), model.num_parameters()
 
@@ -187,7 +187,7 @@ def _tied_across_layers(model: PreTrainedModel, path: str) -> bool:
 
 
 def _layers_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
-    """What stands before a layer's index in the file; older files leave out the model's own prefix.
+    """Return the prefix of a layer's index in the file; older files leave out the model's own prefix.
 
     Raises:
         RequestError: no prefix, or more than one, under which all layers lie.
@@ -208,7 +208,7 @@ def _layers_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
 
 
 def _renamed(name: str, prefix: str, renumbered: Mapping[int, int]) -> str | None:
-    """The tensor's name in the pruned model, None if its layer goes."""
+    """Return the tensor's name in the pruned model, None if its layer is dropped."""
     layer, _, rest = name.removeprefix(prefix).partition(".")
     if MTP.search(name):
         return None
@@ -252,7 +252,7 @@ def _write_shard(
     dtype: torch.dtype | None,
     zeros: Collection[str],
 ) -> int:
-    """Write the tensors `kept` of one file under their new names, zeros for `zeros`; returns their bytes."""
+    """Write the tensors `kept` of one file under their new names, zeros for `zeros`; return their bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in kept:
@@ -276,7 +276,7 @@ def _write_shard(
 
 
 def _write_zeros(size: int, write: BinaryIO) -> None:
-    """So many zero bytes, which are zeros in every floating-point type."""
+    """Write so many zero bytes, which are zeros in every floating-point type."""
     for start in range(0, size, COPY_BYTES):
         write.write(bytes(min(COPY_BYTES, size - start)))
 

@@ -17,7 +17,7 @@ from actors.models.pruning.surgery import remove_layers
 
 @torch.no_grad()
 def differences(base: nn.Module, following: Sequence[nn.Module]) -> None:
-    """Eq. 1 over all parameters of the block: the differences to the base as it was are added up."""
+    """Add the differences to the base as it was, over all parameters of the block (Eq. 1)."""
     parameters = [dict(block.named_parameters()) for block in following]
     for name, value in base.named_parameters():
         original = value.clone()
@@ -27,7 +27,7 @@ def differences(base: nn.Module, following: Sequence[nn.Module]) -> None:
 
 @torch.no_grad()
 def in_place(base: nn.Module, following: Sequence[nn.Module]) -> None:
-    """The published code: each difference is taken to the base as the last one left it, projections only.
+    """Add each difference to the base as the last one left it, projections only, as the published code does.
 
     So the sum collapses: what is left are the projections of the last of `following`
     with the norms of the base.
@@ -86,7 +86,7 @@ def merge_layers(
 
 
 def _is_projection(module: nn.Module) -> bool:
-    """Whether the module holds a matrix of its own, so that it is no norm."""
+    """Return true if the module holds a matrix of its own, so that it is no norm."""
     return any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
 
 

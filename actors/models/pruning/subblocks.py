@@ -17,7 +17,7 @@ from actors.contracts import BLOCK
 from actors.errors import RequestError, unknown_name
 from actors.models.families import check_layers_apart, find_layers, text_config
 from actors.models.layerwise import LayerwisePass
-from actors.models.loading.hollow import hollow_model, zeros
+from actors.models.loading.dummy_weights import dummy_model, zeros
 from actors.models.offloading.dispatch import loaded_weights
 from actors.models.pruning.surgery import check_reads_back, remaining, traits
 
@@ -40,20 +40,20 @@ GRANULARITIES = (BLOCK, *SUB_BLOCKS)
 
 
 def check_granularity(name: str) -> None:
-    """Raises RequestError unless `name` is one of `GRANULARITIES`."""
+    """Raise RequestError unless `name` is one of `GRANULARITIES`."""
     if name not in GRANULARITIES:
         raise unknown_name("granularity", name, GRANULARITIES)
 
 
 def sub_block_paths(block: nn.Module, kind: str) -> list[str]:
-    """Where in the block its attention or MLP is; nowhere if it has no such part."""
+    """Return the paths of the block's attention or MLP; none if it has no such part."""
     known = {path for path, _ in block.named_modules()}
     paths = [path for path in SUB_BLOCKS[kind] if path in known]
     return [path for path in paths if not any(other.startswith(f"{path}.") for other in paths)]
 
 
 def sub_block_weights(block: nn.Module, kind: str) -> dict[str, nn.Parameter]:
-    """The parameters of the block's attention or MLP, by their names in the block."""
+    """Return the parameters of the block's attention or MLP, by their names in the block."""
     return {
         f"{path}.{name}": parameter
         for path in sub_block_paths(block, kind)
@@ -62,7 +62,7 @@ def sub_block_weights(block: nn.Module, kind: str) -> dict[str, nn.Parameter]:
 
 
 def check_sub_blocks(model: PreTrainedModel, kind: str) -> None:
-    """Whether every block has a sub-block of that kind, so that it can be scored without it.
+    """Check that every block has a sub-block of that kind, so that it can be scored without it.
 
     Raises:
         RequestError: a block has none.
@@ -76,7 +76,7 @@ def check_sub_blocks(model: PreTrainedModel, kind: str) -> None:
             )
 
 
-def empty_sub_blocks(model: PreTrainedModel, kind: str, layers: Sequence[int]) -> PreTrainedModel:
+def zero_sub_blocks(model: PreTrainedModel, kind: str, layers: Sequence[int]) -> PreTrainedModel:
     """Set the attention or the MLP of some blocks to zero in place and return the model.
 
     Saved and loaded by plain transformers it computes what `model` computes when
@@ -92,7 +92,7 @@ def empty_sub_blocks(model: PreTrainedModel, kind: str, layers: Sequence[int]) -
             whose blocks do not hand the stream on unchanged without their sub-blocks.
     """
     remaining(len(find_layers(model).modules), layers)
-    check_emptiable(model, kind)
+    check_zeroable(model, kind)
     blocks = find_layers(model).modules
     with torch.no_grad():
         for layer in layers:
@@ -103,7 +103,7 @@ def empty_sub_blocks(model: PreTrainedModel, kind: str, layers: Sequence[int]) -
 
 @contextmanager
 def without_sub_block(block: nn.Module, kind: str) -> Iterator[None]:
-    """The block computes as if the sub-block's parameters were zero."""
+    """Have the block compute as if the sub-block's parameters were zero."""
     with loaded_weights(block):
         weights = sub_block_weights(block, kind).values()
         kept = [parameter.data for parameter in weights]
@@ -116,8 +116,8 @@ def without_sub_block(block: nn.Module, kind: str) -> Iterator[None]:
                 parameter.data = data
 
 
-def check_emptiable(model: PreTrainedModel, kind: str) -> None:
-    """Whether zeros in a sub-block take it out of the residual stream, tried on one block of each make.
+def check_zeroable(model: PreTrainedModel, kind: str) -> None:
+    """Check that zeros in a sub-block take it out of the residual stream, on one block of each make.
 
     Only the config and the modules of `model` are used. In a copy whose sub-blocks
     are all zero and whose other weights are drawn at random, a block must hand on
@@ -130,9 +130,9 @@ def check_emptiable(model: PreTrainedModel, kind: str) -> None:
     check_sub_blocks(model, kind)
     check_layers_apart(text_config(model.config), range(len(find_layers(model).modules)))
     check_reads_back(model.config, {})
-    hollow = hollow_model(model, zeros)
-    walk = LayerwisePass(hollow, torch.zeros(1, 3, dtype=torch.long))
-    blocks = find_layers(hollow).modules
+    dummy = dummy_model(model, zeros)
+    walk = LayerwisePass(dummy, torch.zeros(1, 3, dtype=torch.long))
+    blocks = find_layers(dummy).modules
     seen = set()
     for index, block in enumerate(blocks):
         if (make := tuple(sorted(traits(block)))) in seen:

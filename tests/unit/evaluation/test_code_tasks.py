@@ -45,7 +45,7 @@ def test_shares_of_classes_and_of_what_passes() -> None:
 
 def test_without_leave_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "actors.evaluation.sandbox.sandbox.subprocess.Popen", lambda *_, **__: pytest.fail("ran")
+        "actors.evaluation.sandbox.runner.subprocess.Popen", lambda *_, **__: pytest.fail("ran")
     )
     metrics = code_task_metrics({"add": _logged(ADD, "    return a + b\n")}, execute=False)
     assert [m.name for m in metrics] == [f"add/{name}" for name in CLASSES]
