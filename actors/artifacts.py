@@ -97,7 +97,12 @@ def publish(local_dir: Path, uri: str) -> ArtifactRef:
     names = sorted(p.relative_to(local_dir).as_posix() for p in local_dir.rglob("*") if p.is_file())
     if not names:
         raise WorkError(f"nothing to publish: {local_dir} holds no files")
-    return ArtifactRef(uri=uri, files=tuple(_upload(local_dir / name, uri, name) for name in names))
+    files = []
+    for name in names:
+        with (local_dir / name).open("rb") as reader, _open_atomic(join(uri, name)) as writer:
+            sha256, size_bytes = sha256_of(reader, copy_to=writer)
+        files.append(FileRef(name, size_bytes, sha256))
+    return ArtifactRef(uri=uri, files=tuple(files))
 
 
 def fetch(ref: ArtifactRef) -> Path:
@@ -120,7 +125,12 @@ def fetch(ref: ArtifactRef) -> Path:
             "must be one that all of them see (NFS, s3:// or gs://)"
         )
     for file in ref.files:
-        _check_size(directory, file)
+        path = _inside(directory, file.name)
+        if not path.is_file():
+            raise _damaged(str(directory), file.name, "is missing")
+        if path.stat().st_size != file.size_bytes:
+            found = f"has {path.stat().st_size} bytes, not {file.size_bytes}"
+            raise _damaged(str(directory), file.name, found)
     _verify_hashes(str(directory), ref.files)
     return directory
 
@@ -228,12 +238,6 @@ def explained(place: str, doing: str) -> Iterator[None]:
         raise WorkError(f"cannot {doing} {place}: {reason}. Then continue with --resume") from error
 
 
-def _upload(source: Path, uri: str, name: str) -> FileRef:
-    with source.open("rb") as reader, _open_atomic(join(uri, name)) as writer:
-        sha256, size_bytes = sha256_of(reader, copy_to=writer)
-    return FileRef(name, size_bytes, sha256)
-
-
 def _download(ref: ArtifactRef, directory: Path) -> None:
     """Fill a directory of our own, then rename it; the first of several processes wins."""
     fs, root = filesystem(ref.uri)
@@ -261,14 +265,6 @@ def _download_file(fs: FileSystem, path: str, file: FileRef, target: Path, uri: 
         raise _damaged(uri, file.name, "is missing") from error
     if (sha256, size_bytes) != (file.sha256, file.size_bytes):
         raise _damaged(uri, file.name, f"is not what was published ({size_bytes} bytes, SHA-256 {sha256})")
-
-
-def _check_size(directory: Path, file: FileRef) -> None:
-    path = _inside(directory, file.name)
-    if not path.is_file():
-        raise _damaged(str(directory), file.name, "is missing")
-    if path.stat().st_size != file.size_bytes:
-        raise _damaged(str(directory), file.name, f"has {path.stat().st_size} bytes, not {file.size_bytes}")
 
 
 @lru_cache(maxsize=4096)

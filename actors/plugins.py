@@ -41,14 +41,21 @@ def find_row(kind: str, name: str, built_in: Mapping[str, RowT], row_type: type[
     """
     others = registered(kind)
     found = sorted(others.select(name=name), key=_release)
-    _check_as_started(kind, name, [_release(entry) for entry in found])
+    wanted = json.loads(os.environ.get(STARTED_WITH, "{}")).get(kind, {}).get(name)
+    here = [_release(entry) for entry in found]
+    if wanted is not None and here != [wanted]:
+        raise WorkError(
+            f"{kind} {name!r} is that of {wanted} where the campaign was started, but the node "
+            f"{platform.node()} has {' and '.join(here) or 'no such package'}; install {wanted} on every "
+            "node, then --resume"
+        )
     if not found:
         if name not in built_in:
             raise unknown_name(kind, name, {*built_in, *others.names})
         return built_in[name]
     if name in built_in or len(found) > 1:
         ours = ["this project"] if name in built_in else []
-        holders = " and ".join([*ours, *map(_release, found)])
+        holders = " and ".join([*ours, *here])
         raise RequestError(f"{kind} {name!r} is registered by {holders}; uninstall or rename one")
     return _loaded(kind, found[0], row_type)
 
@@ -71,16 +78,6 @@ def environment() -> dict[str, str]:
     """Return the variables that a driver sets for its workers, on whatever node they start."""
     rows = {kind: {entry.name: _release(entry) for entry in registered(kind)} for kind in GROUPS}
     return {STARTED_WITH: json.dumps(rows)}
-
-
-def _check_as_started(kind: str, name: str, here: list[str]) -> None:
-    wanted = json.loads(os.environ.get(STARTED_WITH, "{}")).get(kind, {}).get(name)
-    if wanted is not None and here != [wanted]:
-        raise WorkError(
-            f"{kind} {name!r} is that of {wanted} where the campaign was started, but the node "
-            f"{platform.node()} has {' and '.join(here) or 'no such package'}; install {wanted} on every "
-            "node, then --resume"
-        )
 
 
 @cache  # It reads the metadata of all installed packages, and keys need it thousands of times.

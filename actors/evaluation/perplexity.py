@@ -54,7 +54,12 @@ def token_perplexity(
     if 2 <= len(windows[-1]) < context:
         batches.append(windows[-1][None])
     plain = _has_plain_head(model, batches[0])
-    nats = sum(_plain_nats(model, batch) if plain else _full_nats(model, batch) for batch in batches)
+    nats = 0.0
+    for batch in batches:
+        if plain:
+            nats += _plain_nats(model, batch)
+        else:  # through the family's own forward pass, one window at a time
+            nats += sum(_nats(model(ids[None], use_cache=False).logits[0, :-1], ids[1:]) for ids in batch)
     num_tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     return Perplexity(nats / num_tokens, num_tokens)
 
@@ -93,11 +98,6 @@ def _plain_nats(model: PreTrainedModel, ids_BT: Tensor) -> float:
     head = model.get_output_embeddings()
     chunks = zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True)
     return sum(_nats(head(h), t) for h, t in chunks)
-
-
-def _full_nats(model: PreTrainedModel, ids_BT: Tensor) -> float:
-    """Return the same through the family's own forward pass, one window at a time."""
-    return sum(_nats(model(ids[None], use_cache=False).logits[0, :-1], ids[1:]) for ids in ids_BT)
 
 
 def _nats(logits: Tensor, targets: Tensor) -> float:

@@ -65,7 +65,8 @@ class LayerwisePass:
     def block(self, index: int, hidden_BTD: Tensor) -> Tensor:
         """Return the output of block `index` on `hidden_BTD`."""
         args, kwargs = self._calls[index]
-        return _hidden_of(self._blocks[index](hidden_BTD, *args, **kwargs))
+        output = self._blocks[index](hidden_BTD, *args, **kwargs)
+        return output[0] if isinstance(output, (tuple, list)) else output
 
     def finish(self, hidden_BTD: Tensor) -> Tensor:
         """Return the last hidden state after the final norm, from the output of the last block."""
@@ -108,15 +109,6 @@ class LayerwisePass:
                 replaced.enter_context(replaced_forward(block, self._stub(index, compute, capture)))
             yield
 
-    def _check_single_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(value is _NOT_CARRIED for value in (*args, *kwargs.values())):
-            block = type(self._blocks[0]).__name__
-            raise RequestError(
-                f"model type {self.config.model_type!r}: a block ({block}) goes on with more than the hidden "
-                "states of the one before it, so that blocks cannot be run one by one; score by deepest, "
-                "reverse, random, magnitude_l1, magnitude_l2 or task_metric"
-            )
-
     def _stub(self, index: int, compute: BlockStub, capture: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if args:
@@ -124,7 +116,13 @@ class LayerwisePass:
             else:
                 hidden = kwargs.pop("hidden_states")
             if capture:
-                self._check_single_input(args, kwargs)
+                if any(value is _NOT_CARRIED for value in (*args, *kwargs.values())):
+                    block = type(self._blocks[0]).__name__
+                    raise RequestError(
+                        f"model type {self.config.model_type!r}: a block ({block}) goes on with more than "
+                        "the hidden states of the one before it, so that blocks cannot be run one by one; score "
+                        "by deepest, reverse, random, magnitude_l1, magnitude_l2 or task_metric"
+                    )
                 self._calls.append((args, kwargs))
             output = compute(index, hidden)
             if self._extra is None:
@@ -145,10 +143,6 @@ def _attention_inputs(mask_BT: Tensor | None, position_ids_BT: Tensor | None) ->
     if mask_BT is not None:
         position_ids_BT = position_ids_BT * mask_BT.to(position_ids_BT.dtype)
     return {"attention_mask": None, "position_ids": position_ids_BT}
-
-
-def _hidden_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 class _StopForwardError(Exception):

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from actors.artifacts import fetch
 from actors.contracts import ArtifactRef, ModelRef
-from actors.models.adapter_deltas import ADAPTER_WEIGHTS, Deltas, add_deltas, plain_deltas
+from actors.models.adapter_deltas import ADAPTER_WEIGHTS, add_deltas, plain_deltas
 from actors.models.families import depth, find_layers
 from actors.models.loading.load import open_model
 from actors.models.pruning.merging import merge_blocks
@@ -77,7 +77,15 @@ def merge_adapters(
     """
     layers = find_layers(model)
     chain = [plain_deltas(adapter, layers.path, kept) for adapter in adapters]
-    plain = [deltas for deltas in chain if deltas is not None and _fits(deltas, layers.modules)]
+    linear = [
+        {f"{path}.weight" for path, part in block.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
+        for block in layers.modules
+    ]
+    plain = [
+        deltas
+        for deltas in chain
+        if deltas is not None and all(name in linear[block] for block, name in deltas.factors)
+    ]
     if len(plain) < len(chain):
         return _merge_by_peft(model, adapters, kept)
     for block, name in {place for deltas in plain for place in deltas.factors}:
@@ -85,15 +93,6 @@ def merge_adapters(
         as_kept = [replace(deltas, transposed=isinstance(layer, Conv1D)) for deltas in plain]
         add_deltas(layer.weight, as_kept, block, name)
     return model
-
-
-def _fits(deltas: Deltas, blocks: nn.ModuleList) -> bool:
-    """Return true if every update is one of a linear layer's weight."""
-    linear = [
-        {f"{path}.weight" for path, part in block.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
-        for block in blocks
-    ]
-    return all(name in linear[block] for block, name in deltas.factors)
 
 
 def _merge_by_peft(

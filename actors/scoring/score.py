@@ -270,7 +270,11 @@ class ScoreTable:
     def result(self) -> ScoreResult:
         """Return the scores; an eliminated layer has that of the sequences it was scored on, and is last."""
         scorer, criterion = self._scorer, self._scorer.criterion
-        scores = [self._score(layer) for layer in scorer.candidates]
+        scores = []
+        for layer in scorer.candidates:
+            known = self._known[:, layer]
+            score = criterion.combine(self._rows[known, layer, None], self._weights[known])
+            scores.append(score.item())
         scored = [scorer.source_layers[layer] for layer in scorer.candidates]
         run = scorer.spec.num_remove if criterion.chooses_run else 1
         order = removal_order(scores, criterion.highest_first, run)
@@ -285,10 +289,6 @@ class ScoreTable:
             layer_forwards=self._layer_forwards,
             layer_forwards_saved=self._saved(),
         )
-
-    def _score(self, layer: int) -> float:
-        known = self._known[:, layer]
-        return self._scorer.criterion.combine(self._rows[known, layer, None], self._weights[known]).item()
 
     def _saved(self) -> int:
         """Return the cost of the unknown cells: the blocks after candidate i, N for a new sequence.

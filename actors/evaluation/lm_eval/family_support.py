@@ -1,4 +1,4 @@
-"""What a family of models lets evaluation save, tried out on a copy without its weights.
+"""Savings that a family of models allows in evaluation, tried out on a copy without its weights.
 
 The copy computes in float32 whatever the model's own type is: in bfloat16, rounding would
 hide that a recurrent layer mixes the branches of a tree.

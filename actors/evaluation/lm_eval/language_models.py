@@ -1,7 +1,7 @@
 """The models that lm-eval evaluates: one in memory, and one in other processes."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -72,43 +72,46 @@ class PrefixTreeLM(HFLM):
         for pair in pairs:
             context, continuation = _at_word_boundary(*pair)
             if pair[0] == "":
-                context_ids, continuation_ids = self._after_prefix(bare[continuation])
+                # The text's first token serves as its context if it is the prefix.
+                ids = bare[continuation]
+                start = 1 if ids[0] == self.prefix_token_id else 0
+                context_ids, continuation_ids = [self.prefix_token_id], ids[start:]
             else:
                 context_ids = whole[context]
                 continuation_ids = whole[context + continuation][len(context_ids) :]
             encoded.append((pair, context_ids, continuation_ids))
         return self._loglikelihood_tokens(encoded)
 
-    def _after_prefix(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """Return context and continuation of a text without context: its first token if it is the prefix."""
-        return (ids[:1], ids[1:]) if ids[0] == self.prefix_token_id else ([self.prefix_token_id], ids)
-
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each whole text, in windows that predict every token once."""
         texts = [request.args[0] for request in requests]
         ids = self._encode(set(texts), None)
-        windows = [list(self._windows(ids[text])) for text in texts]
+        windows = [
+            list(
+                map(
+                    make_disjoint_window,
+                    get_rolling_token_windows(ids[text], self.prefix_token_id, self.max_length, 1),
+                )
+            )
+            for text in texts
+        ]
         scored = iter(self._loglikelihood_tokens([(None, *pair) for pairs in windows for pair in pairs]))
         return [sum(next(scored)[0] for _ in pairs) for pairs in windows]
-
-    def _windows(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        prefix = self.prefix_token_id
-        return map(make_disjoint_window, get_rolling_token_windows(ids, prefix, self.max_length, 1))
 
     def _loglikelihood_tokens(
         self, requests: list[Encoded], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        scored = [self._truncated(context, continuation) for _, context, continuation in requests]
+        scored = []
+        for _, context, continuation in requests:
+            assert 0 < len(continuation) <= self.max_length, "a continuation fits into the model's length"
+            assert context, "a context has at least one token"
+            # The model's input is cut from the left.
+            tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
+            scored.append(Scored(tokens, continuation))
         if self._longest_at_a_time and scored:
             longest = max(len(request.tokens) for request in scored)
             self._likelihoods.batch_tokens = self._longest_at_a_time * longest
         return self._likelihoods.loglikelihoods(scored)
-
-    def _truncated(self, context: list[int], continuation: list[int]) -> Scored:
-        """Return the model's input, cut from the left, and its targets."""
-        assert 0 < len(continuation) <= self.max_length, "a continuation fits into the model's length"
-        assert context, "a context has at least one token"
-        return Scored((context + continuation)[-(self.max_length + 1) :][:-1], continuation)
 
     def _encode(self, texts: set[str], add_special_tokens: bool | None) -> dict[str, list[int]]:
         """Return `tok_encode` of each text, all in one call of the tokenizer."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.errors import RequestError
@@ -84,15 +83,21 @@ def answer_problems(
     for index, (context, _) in enumerate(encoded):
         by_length[len(context)].append(index)
     last_only = last_logits_only(model)
-    answers: dict[int, DigitPrediction] = {}
+    predictions: dict[int, DigitPrediction] = {}
     for alike in by_length.values():
         for start in range(0, len(alike), batch_size):
             chosen = alike[start : start + batch_size]
             ids_BT = torch.tensor([encoded[i][0] for i in chosen], device=input_device(model))
             logits_BV = model(ids_BT, use_cache=False, **last_only).logits[:, -1].float()
             for index, logits_V in zip(chosen, logits_BV, strict=True):
-                answers[index] = _answer(logits_V, encoded[index][1], problems[index].answer)
-    return [answers[index] for index in range(len(problems))]
+                tokens, right = encoded[index][1], problems[index].answer
+                digits = logits_V[tokens]
+                predictions[index] = DigitPrediction(
+                    log_probability=digits.log_softmax(-1)[right].item(),
+                    log_probability_vocabulary=logits_V.log_softmax(-1)[tokens[right]].item(),
+                    right=digits.argmax().item() == right,
+                )
+    return [predictions[index] for index in range(len(problems))]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], list[int]]:
@@ -110,12 +115,3 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int],
             f"encodes {prompt + ' 0'!r} to {prompt + ' 9'!r} otherwise; leave the probe out"
         )
     return whole[0][:at], [ids[at] for ids in whole]
-
-
-def _answer(logits_V: Tensor, digit_tokens: list[int], right: int) -> DigitPrediction:
-    digits = logits_V[digit_tokens]
-    return DigitPrediction(
-        log_probability=digits.log_softmax(-1)[right].item(),
-        log_probability_vocabulary=logits_V.log_softmax(-1)[digit_tokens[right]].item(),
-        right=digits.argmax().item() == right,
-    )

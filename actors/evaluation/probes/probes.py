@@ -1,4 +1,4 @@
-"""What a model can no longer do, beyond its accuracy on tasks: the probes.
+"""The probes: abilities that a pruned model may lose, beyond its accuracy on tasks.
 
 A new probe is one function and one row of `PROBES`.
 """
@@ -86,8 +86,8 @@ def degeneration(
 ) -> list[Metric]:
     """Measure repetition within the responses to instructions, and among them."""
     prompts = _instructions(spec)
-    answers = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
-    texts = [answer.tokens for answer in answers]
+    responses = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
+    texts = [response.tokens for response in responses]
     return [
         _mean("repetition_4", [repetition(text) for text in texts]),
         Metric("self_bleu_4", self_bleu(texts)),
@@ -100,13 +100,13 @@ def arithmetic(
 ) -> list[Metric]:
     """Measure one-digit sums; the change is taken against the unpruned model's row."""
     problems = draw_problems(spec.limit or NUM_PROBLEMS, spec.seed)
-    answers = answer_problems(model, tokenizer, problems, spec.batch_size or BATCH_SIZE)
+    predictions = answer_problems(model, tokenizer, problems, spec.batch_size or BATCH_SIZE)
     return [
-        _mean("log_probability", [answer.log_probability for answer in answers], "nats"),
+        _mean("log_probability", [found.log_probability for found in predictions], "nats"),
         _mean(
-            "log_probability_vocabulary", [answer.log_probability_vocabulary for answer in answers], "nats"
+            "log_probability_vocabulary", [found.log_probability_vocabulary for found in predictions], "nats"
         ),
-        _mean("top1", [float(answer.right) for answer in answers]),
+        _mean("top1", [float(found.right) for found in predictions]),
     ]
 
 
@@ -121,21 +121,22 @@ def code_failures(
     problems = _code_problems()[: spec.limit]
     chat = bool(tokenizer.chat_template)
     prompts = _code_prompts(tokenizer, spec)
-    answers = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
-    texts = [answer.text if chat else _until_stop(answer.text) for answer in answers]
+    responses = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
+    texts = [response.text for response in responses]
+    if not chat:
+        ends = [[at for stop in STOPS if (at := text.find(stop)) >= 0] for text in texts]
+        texts = [text[: min(found, default=None)] for text, found in zip(texts, ends, strict=True)]
     # A text that goes on after its function has ended was not cut within it.
-    finished = [answer.finished or text != answer.text for answer, text in zip(answers, texts, strict=True)]
-    unfinished = sum(not answer.finished for answer in answers) / len(answers)
+    finished = [
+        response.finished or text != response.text for response, text in zip(responses, texts, strict=True)
+    ]
+    unfinished = sum(not response.finished for response in responses) / len(responses)
     scores = score_code(problems, texts, spec.allow_code_execution, finished)
     return [*scores, Metric("unfinished", unfinished)]
 
 
 def _code_problems() -> list[dict[str, Any]]:
     return [json.loads(line) for line in (PROMPTS / "code.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def _until_stop(text: str) -> str:
-    return text[: min((at for stop in STOPS if (at := text.find(stop)) >= 0), default=None)]
 
 
 def _mean(name: str, values: Sequence[float], unit: str = "") -> Metric:

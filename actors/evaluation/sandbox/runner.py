@@ -108,7 +108,10 @@ def run_program(program: str, limits: Limits = Limits()) -> Verdict:
                 process.stdin.write(token)
             stopped = _wait(process, directory, limits)
         finally:
-            _kill(process)
+            # A program cannot leave the session, or add to it.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         with process.stdout:
             output = os.read(process.stdout.fileno(), MAX_VERDICT_BYTES)
     return stopped or _read_verdict(output, token, process.returncode)
@@ -147,13 +150,6 @@ def _wait(process: subprocess.Popen[bytes], directory: str, limits: Limits) -> V
             return Verdict("killed", f"made more than {limits.files} files")
         time.sleep(POLL_S)
     return None
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the process and its session; a program cannot leave the session, or add to it."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _read_verdict(output: bytes, token: bytes, exit_code: int) -> Verdict:

@@ -97,25 +97,25 @@ def main(directory: str, limits: dict[str, int]) -> None:
     What is used after the program is bound before it: it may replace any module's
     functions. Of its own it can raise, and then it has not passed.
     """
-    answer, token = os.dup(1), sys.stdin.buffer.read()
-    write, end, told = os.write, os._exit, describe
+    channel, token = os.dup(1), sys.stdin.buffer.read()
+    write, end, described = os.write, os._exit, describe
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
-    os.set_blocking(answer, False)  # a program that fills the channel goes on, and fails
+    os.set_blocking(channel, False)  # a program that fills the channel goes on, and fails
     program = Path(directory, "program.py").read_bytes()
     try:
         confine(directory, limits)
     except UnprotectedError as error:
-        write(answer, str(error).encode())
+        write(channel, str(error).encode())
         end(0)
-    write(answer, PROTECTED)
+    write(channel, PROTECTED)
     try:
         exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
         verdict = b"passed"
-    except BaseException as error:  # whatever it raised, SystemExit too, is what became of it
-        verdict = b"failed " + told(error)
-    write(answer, token + verdict)
+    except BaseException as error:  # whatever it raised, SystemExit too, is its verdict
+        verdict = b"failed " + described(error)
+    write(channel, token + verdict)
     end(0)
 
 
@@ -145,7 +145,8 @@ def confine(directory: str, limits: dict[str, int]) -> None:
     os.chdir(directory)
     _checked("prctl(PR_SET_PDEATHSIG)", libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     _limit_resources(limits)
-    _drop_capabilities()
+    # Root without capabilities is a user like any other.
+    _checked("capset", libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)))
     _checked("prctl(PR_SET_NO_NEW_PRIVS)", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     _close_file_system(directory)
     _close_kernel()
@@ -188,12 +189,6 @@ def _limit_resources(limits: dict[str, int]) -> None:
         _, hard = resource.getrlimit(kind)
         bound = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(kind, (bound, bound))
-
-
-def _drop_capabilities() -> None:
-    """Drop all capabilities: root without them is a user like any other."""
-    header = struct.pack("Ii", 0x20080522, 0)
-    _checked("capset", libc.capset(header, bytes(24)))
 
 
 def _close_file_system(directory: str) -> None:

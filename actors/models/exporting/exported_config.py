@@ -125,23 +125,20 @@ def _add_older_fields(fields: Json, config: PretrainedConfig) -> None:
         fields.setdefault("torch_dtype", fields["dtype"])
     completed = copy.deepcopy(fields)
     for part in (completed, *completed.values()):
-        if isinstance(part, dict):
-            _name_for_4(part)
+        if not isinstance(part, dict):
+            continue
+        model_type = str(part.get("model_type"))
+        older = {old: part[new] for old, new in OLDER_NAMES.get(model_type, {}).items() if new in part}
+        if isinstance(rope := part.get("rope_parameters"), dict):
+            older |= _older_rope(rope, model_type)
+        for name, value in older.items():
+            part.setdefault(name, value)
     try:
         read = _values(_read(completed, config))
     except UNREADABLE:
         return
     if all(read.get(name) == value for name, value in _values(_read(fields, config)).items()):
         fields |= completed
-
-
-def _name_for_4(fields: Json) -> None:
-    model_type = str(fields.get("model_type"))
-    older = {old: fields[new] for old, new in OLDER_NAMES.get(model_type, {}).items() if new in fields}
-    if isinstance(rope := fields.get("rope_parameters"), dict):
-        older |= _older_rope(rope, model_type)
-    for name, value in older.items():
-        fields.setdefault(name, value)
 
 
 def _older_rope(rope: Json, model_type: str) -> Json:

@@ -42,7 +42,12 @@ def check_complete(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         RequestError: names the tensor, and where it is not as the model needs it.
     """
     path, config = str(checkpoint.directory), model.config
-    _check_named_once(checkpoint, model.base_model_prefix)
+    for name in checkpoint.tensors:
+        if (prefixed := f"{model.base_model_prefix}.{name}") in checkpoint.tensors:
+            raise RequestError(
+                f"model {path!r} holds both {name!r} and {prefixed!r}, which are "
+                "the same weight; get the model again"
+            )
     headers = {
         name: torch.empty(tensor.shape, dtype=FLOATING[tensor.dtype], device="meta")
         for name, tensor in checkpoint.tensors.items()
@@ -75,16 +80,6 @@ def check_complete(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     if loading["unexpected_keys"]:
         _check_nothing_besides(checkpoint, empty, loading["unexpected_keys"])
     _check_tied(checkpoint, model)
-
-
-def _check_named_once(checkpoint: Checkpoint, prefix: str) -> None:
-    """Refuse a weight that is there with the model's prefix and without it: both would be the same one."""
-    for name in checkpoint.tensors:
-        if f"{prefix}.{name}" in checkpoint.tensors:
-            raise RequestError(
-                f"model {str(checkpoint.directory)!r} holds both {name!r} and '{prefix}.{name}', which are "
-                "the same weight; get the model again"
-            )
 
 
 def _refuse_missing(checkpoint: Checkpoint, names: Collection[str]) -> None:

@@ -58,7 +58,7 @@ def prune_checkpoint(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[int, int]:
-    """Write the checkpoint `source` without some of its blocks, or with sub-blocks empty, in little memory.
+    """Write the checkpoint `source` without some of its blocks, or with sub-blocks zeroed, in little memory.
 
     What is written is what `remove_layers` (or `zero_sub_blocks`) and
     `save_pretrained` would write; everything is checked on a model without weights
@@ -87,20 +87,18 @@ def prune_checkpoint(
     num_layers = depth(config)
     kept = remaining(num_layers, layers)
     block_list = find_layers(model)
-    in_place = type(model.config) is type(config) and not _tied_across_layers(model, block_list.path)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied_blocks = any(name.startswith(f"{block_list.path}.") for pair in tied.items() for name in pair)
+    zeros: set[str] | None = set()
     if granularity == BLOCK:
         remove_layers(model, layers)
     else:
         check_zeroable(model, granularity)
         kept = list(range(num_layers))
-    if not in_place:
+        zeros = _sub_block_tensors(model, granularity, layers, checkpoint.tensors.values())
+    if type(model.config) is not type(config) or tied_blocks or zeros is None:
         return _prune_in_memory(spec, checkpoint, dtype, layers, output, granularity)
     prefix = _layers_prefix(checkpoint.tensors, block_list.path, num_layers)
-    zeros: set[str] | None = set()
-    if granularity != BLOCK:
-        zeros = _sub_block_tensors(model, granularity, layers, checkpoint.tensors.values())
-    if zeros is None:
-        return _prune_in_memory(spec, checkpoint, dtype, layers, output, granularity)
     renumbered = {old: new for new, old in enumerate(kept)}
     files = source_files(spec)
     Path(output).mkdir(parents=True, exist_ok=True)
@@ -179,11 +177,6 @@ def _prune_in_memory(
         zero_sub_blocks(model, granularity, layers)
     save_with_files(model, Path(output), source_files(spec), kept)
     return depth(model.config), model.num_parameters()
-
-
-def _tied_across_layers(model: PreTrainedModel, path: str) -> bool:
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return any(name.startswith(f"{path}.") for pair in tied.items() for name in pair)
 
 
 def _layers_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
@@ -269,16 +262,13 @@ def _write_shard(
         write.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in kept:
             if tensor.name in zeros:
-                _write_zeros(_size_bytes(tensor, dtype), write)
+                # Zero bytes are zeros in every floating-point type.
+                size = _size_bytes(tensor, dtype)
+                for start in range(0, size, COPY_BYTES):
+                    write.write(bytes(min(COPY_BYTES, size - start)))
             else:
                 _copy(tensor, read, write, dtype)
     return at
-
-
-def _write_zeros(size: int, write: BinaryIO) -> None:
-    """Write so many zero bytes, which are zeros in every floating-point type."""
-    for start in range(0, size, COPY_BYTES):
-        write.write(bytes(min(COPY_BYTES, size - start)))
 
 
 def _written_dtype(tensor: StoredTensor, dtype: torch.dtype | None) -> str:

@@ -1,4 +1,4 @@
-"""Taking the attention or the MLP out of single blocks, by setting its parameters to zero.
+"""Removal of the attention or the MLP of single blocks, by setting its parameters to zero.
 
 transformers has no config that leaves out half a block, so a checkpoint that opens
 without code of ours keeps the sub-block's place, filled with zeros: it then adds
@@ -131,30 +131,26 @@ def check_zeroable(model: PreTrainedModel, kind: str) -> None:
     check_layers_apart(text_config(model.config), range(len(find_layers(model).modules)))
     check_reads_back(model.config, {})
     dummy = dummy_model(model, zeros)
-    walk = LayerwisePass(dummy, torch.zeros(1, 3, dtype=torch.long))
+    layerwise = LayerwisePass(dummy, torch.zeros(1, 3, dtype=torch.long))
     blocks = find_layers(dummy).modules
     seen = set()
     for index, block in enumerate(blocks):
         if (make := tuple(sorted(traits(block)))) in seen:
             continue
         seen.add(make)
-        _draw_outside_sub_blocks(block)
-        received = torch.randn(walk.hidden_BTD.shape, generator=torch.Generator().manual_seed(index))
+        inside = {name for part in SUB_BLOCKS for name in sub_block_weights(block, part)}
+        generator = torch.Generator().manual_seed(0)
+        for path, module in block.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if f"{path}.{name}".lstrip(".") not in inside:
+                    drawn = torch.randn(parameter.shape, generator=generator)
+                    module.register_parameter(name, nn.Parameter(drawn, requires_grad=False))
+        received = torch.randn(layerwise.hidden_BTD.shape, generator=torch.Generator().manual_seed(index))
         with torch.no_grad():
-            given = walk.block(index, received)
+            given = layerwise.block(index, received)
         if not torch.equal(given, received):
             raise RequestError(
                 f"model type {model.config.model_type!r}: layer {index} ({type(block).__name__}) changes the "
                 "residual stream even without attention and MLP, so that no checkpoint can leave out its "
                 f"{kind} alone; remove whole blocks (granularity: block)"
             )
-
-
-def _draw_outside_sub_blocks(block: nn.Module) -> None:
-    inside = {name for kind in SUB_BLOCKS for name in sub_block_weights(block, kind)}
-    generator = torch.Generator().manual_seed(0)
-    for path, module in block.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if f"{path}.{name}".lstrip(".") not in inside:
-                drawn = torch.randn(parameter.shape, generator=generator)
-                module.register_parameter(name, nn.Parameter(drawn, requires_grad=False))

@@ -47,9 +47,20 @@ def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
     block_list = find_layers(model)
     blocks = list(block_list.modules)
     for new_index, old_index in enumerate(kept):
-        _renumber(blocks[old_index], old_index, new_index)
+        for module in blocks[old_index].modules():
+            for name in OWN_INDEX:
+                if getattr(module, name, None) == old_index:
+                    setattr(module, name, new_index)
     setattr(block_list.parent, block_list.attribute, nn.ModuleList(blocks[i] for i in kept))
-    _adopt(model, kept)
+    # The model's modules share the config objects, so these are changed rather than replaced.
+    inner = text_config(model.config)
+    stale = {id(value): name for name, value in vars(inner).items() if isinstance(value, list)}
+    _shrink(inner, kept)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            # Zamba's backbone holds on to a list of the config.
+            if isinstance(value, list) and id(value) in stale:
+                setattr(module, name, getattr(inner, stale[id(value)]))
     return model
 
 
@@ -274,22 +285,3 @@ def traits(block: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield f"{path}.{name}".lstrip("."), value
         for name, parameter in module.named_parameters(recurse=False):
             yield f"{path}.{name}:shape", tuple(parameter.shape)
-
-
-def _renumber(block: nn.Module, old_index: int, new_index: int) -> None:
-    for module in block.modules():
-        for name in OWN_INDEX:
-            if getattr(module, name, None) == old_index:
-                setattr(module, name, new_index)
-
-
-def _adopt(model: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Write the pruned fields into the config objects that the model's modules already share."""
-    inner = text_config(model.config)
-    stale = {id(value): name for name, value in vars(inner).items() if isinstance(value, list)}
-    _shrink(inner, kept)
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            # Zamba's backbone holds on to a list of the config.
-            if isinstance(value, list) and id(value) in stale:
-                setattr(module, name, getattr(inner, stale[id(value)]))

@@ -82,21 +82,18 @@ class _Streams:
         """Take every active stream through block `index`."""
         active = 1 + bisect_left(self._candidates, index)
         if index in self._candidates:
-            self._hidden_SGTD[active] = self._without(index, counter)
+            # Candidate `index` leaves its layer with its input, or with that through the rest of the layer.
+            leaving_GTD = self._hidden_SGTD[0]
+            if self._granularity != BLOCK:
+                counter.layer_forwards += len(leaving_GTD)
+                with without_sub_block(find_layers(self._model).modules[index], self._granularity):
+                    leaving_GTD = self._pass_over(1).block(index, leaving_GTD)
+            self._hidden_SGTD[active] = leaving_GTD
         first = 0 if index < self._unpruned_until else 1
         for start, stop in self._chunks(first, active):
             rows_BTD = self._hidden_SGTD[start:stop].flatten(0, 1)
             rows_BTD.copy_(self._pass_over(stop - start).block(index, rows_BTD))
             counter.layer_forwards += len(rows_BTD)
-
-    def _without(self, index: int, counter: ForwardCounter) -> Tensor:
-        """Return the output of candidate `index` for its layer. [G, T, D]"""
-        received_GTD = self._hidden_SGTD[0]
-        if self._granularity == BLOCK:
-            return received_GTD
-        counter.layer_forwards += len(received_GTD)
-        with without_sub_block(find_layers(self._model).modules[index], self._granularity):
-            return self._pass_over(1).block(index, received_GTD)
 
     def final_states(self) -> Iterator[FinalStates]:
         """Yield the streams after the last block, the unpruned one first if it was kept."""

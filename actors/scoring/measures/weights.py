@@ -4,8 +4,7 @@ Weights are the matrices (attention and MLP projections, experts); norms and bia
 are left out.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +74,13 @@ def first_order_taylor(
     if not passes:
         raise RequestError("every calibration sequence is a single token, which has no next-token loss")
     blocks = find_layers(model).modules
-    received = [_block_inputs(layerwise, len(blocks)) for layerwise in passes]
+    received: list[list[Tensor]] = []  # by sequence, the input of each block and the output of the last
+    with torch.no_grad():
+        for layerwise in passes:
+            points = [layerwise.hidden_BTD.detach()]
+            for index in range(len(blocks)):
+                points.append(layerwise.block(index, points[-1]))
+            received.append(points)
     targets = [sequence for sequence in sequences if len(sequence) > 1]
     upstream = [
         _loss_gradient(layerwise, points.pop(), target) / len(passes)
@@ -99,15 +104,6 @@ def first_order_taylor(
     return scores
 
 
-@torch.no_grad()
-def _block_inputs(layerwise: LayerwisePass, num_layers: int) -> list[Tensor]:
-    """Return the input of each block, and the output of the last: N+1 tensors [1, T, D]."""
-    points = [layerwise.hidden_BTD.detach()]
-    for index in range(num_layers):
-        points.append(layerwise.block(index, points[-1]))
-    return points
-
-
 @torch.enable_grad()
 def _loss_gradient(layerwise: LayerwisePass, output_BTD: Tensor, target_T: Tensor) -> Tensor:
     """Return the gradient of the mean next-token loss by the output of the last block. [1, T, D]"""
@@ -127,19 +123,13 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients by the block's input and by `weights`; zero for an expert that saw no token."""
     leaf = hidden_BTD.detach().requires_grad_()
-    with _differentiable(weights):
-        output = layerwise.block(index, leaf)
-        return torch.autograd.grad(output, [leaf, *weights], upstream_BTD, materialize_grads=True)
-
-
-@contextmanager
-def _differentiable(weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Unfreeze the weights meanwhile; those of a model with folded adapters come frozen."""
+    # Weights of a model with folded adapters come frozen.
     frozen = [weight for weight in weights if not weight.requires_grad]
     for weight in frozen:
         weight.requires_grad_(True)
     try:
-        yield
+        output = layerwise.block(index, leaf)
+        return torch.autograd.grad(output, [leaf, *weights], upstream_BTD, materialize_grads=True)
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
