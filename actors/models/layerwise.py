@@ -119,8 +119,8 @@ class LayerwisePass:
                 if any(value is _NOT_CARRIED for value in (*args, *kwargs.values())):
                     block = type(self._blocks[0]).__name__
                     raise RequestError(
-                        f"model type {self.config.model_type!r}: a block ({block}) goes on with more than "
-                        "the hidden states of the one before it, so that blocks cannot be run one by one; score "
+                        f"model type {self.config.model_type!r}: a block ({block}) goes on with more "
+                        "than the hidden states of the one before it, so that blocks cannot be run one by one; score "
                         "by deepest, reverse, random, magnitude_l1, magnitude_l2 or task_metric"
                     )
                 self._calls.append((args, kwargs))

@@ -26,7 +26,7 @@ from typing import Literal
 
 from actors.contracts import Metric
 from actors.errors import WorkError
-from actors.evaluation.sandbox.runner_child import PROTECTED
+from actors.evaluation.sandbox.sandbox_child import PROTECTED
 from actors.evaluation.sandbox.scratch import scratch_directory, usage
 
 SANDBOX_CHILD = Path(__file__).with_name("sandbox_child.py")

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from actors.evaluation.sandbox.runner_child import PROTECTED
+from actors.evaluation.sandbox.sandbox_child import PROTECTED
 
 from actors.errors import WorkError
 from actors.evaluation.sandbox import runner as sandbox
