@@ -26,7 +26,7 @@ from actors.errors import RequestError, WorkError
 CHUNK_BYTES = 8 * 2**20
 
 DRIVER_DIRECTORY = "ITERABRE_DRIVER_DIRECTORY"
-"""The variable by which workers, which have directories of their own, know the driver's."""
+"""The variable that holds the driver's directory for workers, which have directories of their own."""
 
 
 def cache_dir() -> Path:
@@ -109,7 +109,7 @@ def fetch(ref: ArtifactRef) -> Path:
     """Return a local directory that holds the files of `ref`, verified.
 
     A local artifact is used where it is. Any other is downloaded once per node
-    into `cache_dir()` under the hash of its content, whoever asks first.
+    into `cache_dir()` under the hash of its content, by the first process that needs it.
 
     Raises:
         WorkError: a file is missing, damaged, or cannot be stored here.
@@ -220,7 +220,7 @@ def place_and_date(uri: str) -> str:
 def explained(place: str, doing: str) -> Iterator[None]:
     """Turn an operating system error into a `WorkError` that names place and remedy.
 
-    A missing file stays a `FileNotFoundError`: only the caller knows what it means.
+    A missing file stays a `FileNotFoundError`: its meaning depends on the caller.
     """
     try:
         yield

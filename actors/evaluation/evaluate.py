@@ -1,4 +1,4 @@
-"""Everything an `EvaluationSpec` asks for, measured on a model that is in memory."""
+"""Evaluation of a model in memory by an `EvaluationSpec`."""
 
 import math
 from importlib.metadata import version
@@ -53,7 +53,7 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure `model` on the spec's perplexity texts, its lm-eval tasks, its probes, and its speed.
 
-    `spec.model` is what the caller has loaded; only throughput looks at it, for the
+    `spec.model` is what the caller has loaded; only throughput reads it, for the
     unpruned model to compare with. The tasks run together, as one call of the
     harness. Progress counts texts, probes, throughput and, as one unit, the tasks.
 

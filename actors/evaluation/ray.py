@@ -14,7 +14,7 @@ SHARDS_PER_ACTOR = 8
 """More shards than actors, so that a fast actor takes over from a slow or lost one."""
 
 RETRIES = 3
-"""How often Ray runs a whole evaluation again, on the actor restarted elsewhere, when its machine is lost."""
+"""Retries by Ray of a whole evaluation, on the actor restarted elsewhere, when its machine is lost."""
 
 
 class EvalActor:

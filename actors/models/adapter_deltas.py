@@ -1,4 +1,4 @@
-"""What a LoRA adapter adds to single weights, without the model around them."""
+"""Updates of single weights by LoRA adapters, without the model around them."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""What a decoder family looks like: where its blocks are and which config fields count layers.
+"""Structure of a decoder family: where its blocks are and which config fields count layers.
 
 Everything is found from the model and its config; the tables below list only the
 field names whose meaning cannot be seen from their value.
@@ -67,7 +67,7 @@ REPEATED = frozenset({"block_types"})
 """Config lists that are repeated until there is an entry for every layer (RecurrentGemma)."""
 
 BORROWERS = {"indexer_types": "shared"}
-"""Per-layer lists of kinds, and the kind that goes on with what the last layer of another kind chose."""
+"""Per-layer lists of kinds, and the kind that reuses the choice of the last layer of another kind."""
 
 INDEXED_AT_RUN = ("rescale_every",)
 """Config fields, 0 for off, by which a model changes its layers' weights by index when it runs (RWKV)."""
@@ -75,7 +75,7 @@ INDEXED_AT_RUN = ("rescale_every",)
 INDEX_RULE = re.compile(
     r"_(period|offset|interval|step|freq|pattern|end_index)$|_every_|^n_layers_per|^scale_depth$|_by_inverse_layer"
 )
-"""Names of config fields that tell a layer's kind by arithmetic on its index."""
+"""Names of config fields that give a layer's kind by arithmetic on its index."""
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,8 @@ class LayerwisePass:
                     block = type(self._blocks[0]).__name__
                     raise RequestError(
                         f"model type {self.config.model_type!r}: a block ({block}) goes on with more "
-                        "than the hidden states of the one before it, so that blocks cannot be run one by one; score "
-                        "by deepest, reverse, random, magnitude_l1, magnitude_l2 or task_metric"
+                        "than the hidden states of the one before it, so that blocks cannot be run one by "
+                        "one; score by deepest, reverse, random, magnitude_l1, magnitude_l2 or task_metric"
                     )
                 self._calls.append((args, kwargs))
             output = compute(index, hidden)
@@ -150,7 +150,7 @@ class _StopForwardError(Exception):
 
 
 _EXTRA_OUTPUTS: dict[type[nn.Module], tuple[bool, ...] | None] = {}
-"""What `_extra_outputs` found for each class of block, so that it looks once a process."""
+"""Results of `_extra_outputs` by class of block, found once a process."""
 
 
 def _extra_outputs(backbone: nn.Module, block: nn.Module, input_ids_BT: Tensor) -> tuple[bool, ...] | None:

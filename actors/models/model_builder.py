@@ -1,4 +1,4 @@
-"""From a `ModelRef` to a model: source weights or those in their place, layers dropped, adapters folded in.
+"""Building the model of a `ModelRef`: source weights or those in their place, layers dropped, adapters merged.
 
 Adapters are ordinary PEFT LoRA directories whose tensors are named by *source*
 layer index, so each also opens on the unpruned model with plain PEFT.

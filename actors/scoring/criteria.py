@@ -20,7 +20,7 @@ TIE_TOLERANCE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Criterion:
-    """What every row of `CRITERIA` has; a row is of one of the types below.
+    """A row of `CRITERIA`, of one of the types below.
 
     Attributes:
         source: paper and section.

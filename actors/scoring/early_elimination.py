@@ -11,7 +11,7 @@ from statistics import NormalDist
 from torch import Tensor
 
 ROUND_SEQUENCES = 16
-"""Sequences scored between two looks at the candidates."""
+"""Sequences scored between two eliminations."""
 
 
 def surviving_candidates(rows_SC: Tensor, num_winners: int, confidence: float, looks: int) -> list[int]:

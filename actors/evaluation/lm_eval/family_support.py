@@ -36,12 +36,12 @@ REFUSALS = (
     AssertionError, AttributeError, ImportError, IndexError, KeyError, OSError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
-"""What a family raises that cannot be built from its config alone, or makes its own masks."""
+"""Errors of a family that cannot be built from its config alone, or makes its own masks."""
 
 
 @dataclass(frozen=True)
 class FamilySupport:
-    """How the family's models can be run.
+    """Ways in which the family's models can be run.
 
     Attributes:
         head_stands_alone: the logits are those of the head on the backbone's last hidden states.
@@ -53,7 +53,7 @@ class FamilySupport:
 
 
 _KNOWN: dict[tuple[type[PreTrainedModel], str], FamilySupport] = {}
-"""What `family_support` found for each class and config, so that it tries once a process."""
+"""Results of `family_support` by class and config, found once a process."""
 
 
 def family_support(model: PreTrainedModel) -> FamilySupport:

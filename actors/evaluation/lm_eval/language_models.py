@@ -128,11 +128,11 @@ class PrefixTreeLM(HFLM):
 
 
 class RemoteLM(LM):
-    """A model that is somewhere else: lm-eval sends it requests of one kind, and `answer` finds the answers.
+    """A model in other processes: lm-eval sends it requests of one kind, and `respond` returns the responses.
 
     Args:
-        answer: from a kind ("loglikelihood", "loglikelihood_rolling",
-            "generate_until") and the requests' arguments to an answer for each.
+        respond: from a kind ("loglikelihood", "loglikelihood_rolling",
+            "generate_until") and the requests' arguments to a response for each.
         tokenizer: its chat template is applied where tasks are put as conversations.
     """
 
@@ -145,7 +145,7 @@ class RemoteLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Needed for lm-eval's cache of requests alone, which is not used."""
+        """Required by lm-eval for its cache of requests alone, which is not used."""
         return ""
 
     def apply_chat_template(

@@ -72,15 +72,15 @@ class LikelihoodModel:
 
         Raises WorkError if memory does not suffice for a single row.
         """
-        answers: dict[int, tuple[float, bool]] = {}
+        found: dict[int, tuple[float, bool]] = {}
         trees = build_trees([request.tokens for request in requests], self.most_nodes)
         chains = sorted((tree for tree in trees if tree.is_chain), key=len, reverse=True)
         branched = sorted((tree for tree in trees if not tree.is_chain), key=len, reverse=True)
         for rows in chain(self._batches(chains), self._batches(branched)):
             members = [member for tree in rows for member in tree.members]
             scored = self._fitting(rows, [requests[member] for member in members])
-            answers |= zip(members, scored, strict=True)
-        return [answers[i] for i in range(len(requests))]
+            found |= zip(members, scored, strict=True)
+        return [found[i] for i in range(len(requests))]
 
     def _batches(self, trees: list[PrefixTree]) -> Iterator[list[PrefixTree]]:
         """Yield rows of falling size; `batch_tokens` may have shrunk when the next are taken."""

@@ -59,7 +59,7 @@ class PrefixTree:
 
     @property
     def is_chain(self) -> bool:
-        """Whether the row is one sequence, so that plain causal attention serves it."""
+        """True if the row is one sequence, so that plain causal attention serves it."""
         return self.depths[-1] == len(self) - 1
 
 

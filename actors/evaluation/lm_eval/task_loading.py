@@ -61,9 +61,9 @@ def load_tasks(tasks: tuple[str, ...], include_path: str | None, num_fewshot: Fe
     for name, task in loaded["tasks"].items():
         own = task.get_config("num_fewshot")
         single = name.rpartition("::")[2]  # a task that a group defines in place has the group's name before
-        asked = num_fewshot if isinstance(num_fewshot, int) else shots.get(single)
-        if own is None or (asked is not None and own != 0):  # a task that sets 0 means it
-            task.set_config("num_fewshot", asked or 0)
+        requested = num_fewshot if isinstance(num_fewshot, int) else shots.get(single)
+        if own is None or (requested is not None and own != 0):  # a task that sets 0 means it
+            task.set_config("num_fewshot", requested or 0)
     return loaded
 
 
@@ -85,7 +85,7 @@ def _task_manager(tasks: tuple[str, ...], include_path: str | None) -> TaskManag
     """Return a task manager whose index has every one of `tasks`.
 
     Indexing the thousands of tasks of the harness takes seconds, so it is left
-    out where our own tasks and those of `include_path` are all that is asked for.
+    out where our own tasks and those of `include_path` are all that is requested.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise RequestError(f"the include_path of lm-eval tasks, {include_path!r}, is not a folder")

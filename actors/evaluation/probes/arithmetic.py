@@ -23,7 +23,7 @@ DIGITS = tuple("0123456789")
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt and the digit that answers it."""
+    """A prompt and the right digit after it."""
 
     prompt: str
     answer: int
@@ -47,7 +47,7 @@ def all_problems() -> list[Problem]:
 
     In a fixed order. These are 1,847 of the 6,561 from which GPT-3's `single_digit_three_ops` was
     drawn, worded as in EleutherAI/arithmetic. Values below 0 or above 9 are left
-    out: no single digit answers them.
+    out: no single digit is right.
     """
     digits = range(1, 10)
     problems = []
@@ -103,7 +103,7 @@ def answer_problems(
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], list[int]]:
     """Return the context that all ten digits share, and the token of each digit after it.
 
-    Found by encoding the prompt with each answer: some tokenizers have tokens
+    Found by encoding the prompt with each digit: some tokenizers have tokens
     ` 7`, others put the space into the context.
     """
     whole = [tokenizer(f"{prompt} {digit}").input_ids for digit in DIGITS]

@@ -1,4 +1,4 @@
-"""What is wrong with generated code, found by parsing alone; nothing is executed.
+"""Faults of generated code, found by parsing alone; nothing is executed.
 
 The classes are those of *Limits of Layer Pruning*, §3.3 and Fig. 4(b).
 """
@@ -48,7 +48,7 @@ def classify(response: str, before: str = "", finished: bool = True) -> str:
 
     A response that the limit of tokens ended, so that it is not `finished`, is
     `CUT_OFF` unless its code was closed by a fence before: how it would have gone on is
-    not known. `before` is code that the response goes on from (a signature with its
+    not known. `before` is code that the response continues (a signature with its
     docstring), parsed together with it. Other syntax errors come before undefined
     names where code does not parse, as names are only looked up where it does.
     """
@@ -164,7 +164,7 @@ def program_of(problem: Mapping[str, Any], response: str, finished: bool = True)
 
     Args:
         problem: a row of HumanEval(+) (`prompt`, `entry_point`, `test`), whose prompt
-            the code goes on from, or of MBPP(+) (`test_list`, and `test` or
+            the code continues, or of MBPP(+) (`test_list`, and `test` or
             `test_imports` where it has them).
         response: code, fenced or not; with malformed fences it is taken as it stands.
         finished: as for `classify`.

@@ -29,15 +29,15 @@ def score_code(
 ) -> list[Metric]:
     """Return the share of responses in each of `CLASSES`, and `pass_at_1` if `execute`.
 
-    `finished` tells which responses the model ended itself; all, if it is not given.
+    `finished` marks responses that the model ended itself; all, if it is not given.
 
     Raises WorkError if the code is to be run and cannot be shut in.
     """
-    answers = list(zip(problems, responses, finished or [True] * len(problems), strict=True))
-    found = Counter(classify(response, _before(problem), ended) for problem, response, ended in answers)
-    metrics = [Metric(name, found[name] / len(answers)) for name in CLASSES]
+    completed = list(zip(problems, responses, finished or [True] * len(problems), strict=True))
+    found = Counter(classify(response, _before(problem), ended) for problem, response, ended in completed)
+    metrics = [Metric(name, found[name] / len(completed)) for name in CLASSES]
     if execute:
-        metrics.append(pass_at_1([program_of(*answer) for answer in answers]))
+        metrics.append(pass_at_1([program_of(*each) for each in completed]))
     return metrics
 
 

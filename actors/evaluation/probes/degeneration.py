@@ -1,4 +1,4 @@
-"""How much a model's texts repeat themselves and one another (*Limits of Layer Pruning*, §3.1 and App. A.2).
+"""Repetition within a model's texts and among them (*Limits of Layer Pruning*, §3.1 and App. A.2).
 
 Tokens are the model's own. Texts shorter than an n-gram have none of it.
 """

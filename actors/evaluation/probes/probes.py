@@ -27,7 +27,7 @@ BATCH_SIZE = 8
 """Prompts and problems at a time where the spec gives no batch size."""
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Where the continuation of a function ends (Chen et al. 2021, §2.2)."""
+"""Ends of the continuation of a function (Chen et al. 2021, §2.2)."""
 
 CODE_REQUEST = (
     "Complete this Python function. Answer with one fenced block of code.\n\n```python\n{prompt}```"
@@ -115,8 +115,8 @@ def code_failures(
 ) -> list[Metric]:
     """Classify the failures of the code that a model writes for small problems.
 
-    Models with a chat template are asked to complete a function, others go on
-    from its signature and docstring.
+    Models with a chat template are asked to complete a function, others continue
+    its signature and docstring.
     """
     problems = _code_problems()[: spec.limit]
     chat = bool(tokenizer.chat_template)
@@ -126,7 +126,7 @@ def code_failures(
     if not chat:
         ends = [[at for stop in STOPS if (at := text.find(stop)) >= 0] for text in texts]
         texts = [text[: min(found, default=None)] for text, found in zip(texts, ends, strict=True)]
-    # A text that goes on after its function has ended was not cut within it.
+    # A text that continues after its function has ended was not cut within it.
     finished = [
         response.finished or text != response.text for response, text in zip(responses, texts, strict=True)
     ]

@@ -11,7 +11,7 @@ call among them that makes a process, a thread or a socket, signals another
 process, or changes the mode or owner of a file: a program is one thread that can
 compute, and read and write below DIRECTORY. If any of this cannot be had, the
 program is not run. Where users may mount, DIRECTORY is a file system of its own
-that holds no more than the limits say and is gone with the process; elsewhere
+that holds no more than the limits say and ends with the process; elsewhere
 the limits of disk space are left to the parent.
 
 The first line of the standard output is `PROTECTED`, or what protection is
@@ -102,7 +102,7 @@ def main(directory: str, limits: dict[str, int]) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
-    os.set_blocking(channel, False)  # a program that fills the channel goes on, and fails
+    os.set_blocking(channel, False)  # a program that fills the channel continues, and fails
     program = Path(directory, "program.py").read_bytes()
     try:
         confine(directory, limits)
@@ -173,8 +173,8 @@ def _bound_disk(directory: str, limits: dict[str, int]) -> None:
     Path(directory, "program.py").write_bytes(program)
 
 
-def _called(answer: int) -> None:
-    if answer < 0:
+def _called(status: int) -> None:
+    if status < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
@@ -244,8 +244,8 @@ def _close_kernel() -> None:
     _checked("seccomp", libc.prctl(PR_SET_SECCOMP, 2, description, 0, 0))
 
 
-def _checked(what: str, answer: int) -> None:
-    if answer < 0:
+def _checked(what: str, status: int) -> None:
+    if status < 0:
         raise UnprotectedError(f"{what} ({os.strerror(ctypes.get_errno())})")
 
 

@@ -52,7 +52,7 @@ SHIFTED = (
     "({family}) computes them from a layer's index. transformers and vLLM read them from config.json; "
     "runtimes that compute them, such as llama.cpp, compute other ones"
 )
-"""What is told of a removal that moves layers of one kind to places of another."""
+"""Note on a removal that moves layers of one kind to places of another."""
 
 
 def save_pretrained(
@@ -148,7 +148,7 @@ def write_config(
         architecture: the class that wrote the weights, if they are not the source's own tensors.
 
     Returns:
-        What is to be told to users of runtimes that compute the layers' kinds by themselves, None if nothing.
+        A note for users of runtimes that compute the layers' kinds by themselves, None if there is none.
     """
     fields, before, after = _descriptions(model, source, kept)
     exported = exported_config(fields, before, after, kept)
@@ -254,7 +254,7 @@ def _same_tokenizer(tokenizer: PreTrainedTokenizerBase, source: SourceFiles) -> 
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return all by which a tokenizer splits text; how it was last asked to pad is no part of it."""
+    """Return all by which a tokenizer splits text; its last padding is no part of it."""
     if not tokenizer.is_fast:
         return tokenizer.get_vocab()
     described = json.loads(tokenizer.backend_tokenizer.to_str())

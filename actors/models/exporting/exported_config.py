@@ -20,7 +20,7 @@ Json = dict[str, Any]
 NOT_OF_LAYERS = frozenset(
     {"architectures", "auto_map", "dtype", "quantization_config", "torch_dtype", "transformers_version"}
 )
-"""Fields that tell how a model is stored, not how it is built."""
+"""Fields of how a model is stored, not how it is built."""
 
 PERIODS = frozenset(
     {
@@ -37,10 +37,10 @@ PERIODS = frozenset(
         "_sliding_window_pattern",
     }
 )
-"""Fields from which a reader computes the kinds of all layers if no list tells them."""
+"""Fields from which a reader computes the kinds of all layers if no list gives them."""
 
 OLDER_NAMES = {"qwen3_moe": {"num_experts": "num_local_experts"}}
-"""Fields that transformers 5 writes under a name that transformers 4 does not know, by model type."""
+"""Fields that transformers 5 writes under a name new to transformers 4, by model type."""
 
 UNREADABLE = (
     ValueError,
@@ -50,7 +50,7 @@ UNREADABLE = (
     LookupError,
     StrictDataclassError,
 )
-"""What configurations raise at fields that do not suit each other."""
+"""Errors of configurations at fields that do not suit each other."""
 
 
 def exported_config(
@@ -62,13 +62,13 @@ def exported_config(
     """Return the source's config.json with the fields changed in which `after` differs from `before`.
 
     Fields that `source` does not have are added only where transformers would otherwise read another
-    value. Periods that no longer tell the kinds of the layers are mended or go.
+    value. Periods that no longer give the kinds of the layers are corrected or removed.
 
     Args:
         source: config.json of the source as written.
         before: how transformers reads it.
         after: the configuration of the exported model, of the same class.
-        kept: the source's layers that stay, ascending; without it, lists that transformers does not know
+        kept: the source's layers that stay, ascending; without it, lists that are no fields of transformers
             cannot be shortened and go.
     """
     exported = copy.deepcopy(dict(source))
@@ -164,7 +164,7 @@ def _older_rope(rope: Json, model_type: str) -> Json:
     if scaling.get("rope_type", "default") == "default":
         return fields
     if model_type.startswith("phi3") or model_type == "phimoe":
-        # Its own check allows these three and knows the type by its first name.
+        # Its own check allows these three, and the type under its first name.
         scaling = {"type": scaling["rope_type"]} | {n: scaling[n] for n in scaling if n.endswith("_factor")}
     return fields | {"rope_scaling": scaling}
 
@@ -205,7 +205,7 @@ def _shorten(
     beyond = max((fields[name] for name in MTP_COUNTS if isinstance(fields.get(name), int)), default=0)
     for name in _listed(before).keys() & fields.keys():
         if isinstance(fields[name], list) and len(fields[name]) == num_layers + beyond:
-            fields[name] = fields[name][:num_layers]  # the rest tells of multi-token prediction
+            fields[name] = fields[name][:num_layers]  # the rest is of multi-token prediction
     per_layer = kept_fields(SimpleNamespace(**fields | {"num_hidden_layers": num_layers}), kept or every)
     per_layer |= {
         name: "".join(value[layer] for layer in kept or every)
@@ -286,9 +286,9 @@ def _fix_periods(
             period: _computed_lists(exported, after, after, **{rule: period})
             for period in range(1, num_layers + 2)
         }
-        told = [n for n in lists if any(found[n] != by_period[1][n] for found in by_period.values())]
-        right = [p for p, found in by_period.items() if all(found[n] == lists[n] for n in told)]
-        if not told or fields[name] in right:
+        ruled = [n for n in lists if any(found[n] != by_period[1][n] for found in by_period.values())]
+        right = [p for p, found in by_period.items() if all(found[n] == lists[n] for n in ruled)]
+        if not ruled or fields[name] in right:
             continue
         if isinstance(fields[name], int) and fields[name] > num_layers and num_layers + 1 in right:
             continue

@@ -1,4 +1,4 @@
-"""Which weights a model directory holds: the one reading that loading, streaming, pruning and planning share.
+"""Weights of a model directory: the one reading that loading, streaming, pruning and planning share.
 
 A safetensors file is an 8-byte length, a JSON header and the tensors' bytes
 (https://github.com/huggingface/safetensors#format). Only headers are read here.
@@ -40,7 +40,7 @@ BITS = {name: dtype.itemsize * 8 for name, dtype in FLOATING.items()} | {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **{f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)},
 }
-"""Size of an element of every type that safetensors know."""
+"""Size of an element of every type of safetensors."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Checking, without reading a weight, that a checkpoint holds the model that its config.json describes."""
+"""Checks, without reading a weight, that a checkpoint holds the model that its config.json describes."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping

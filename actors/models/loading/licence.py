@@ -1,4 +1,4 @@
-"""Under which licence a source model came, and from which model of the hub it is."""
+"""Licence and origin of a source model."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ TITLES = {
     "LLAMA 3.1 COMMUNITY": "llama3.1",
     "LLAMA 3.2 COMMUNITY": "llama3.2",
 }
-"""What the head of a licence says, and the hub's name of it."""
+"""Titles at the head of a licence, and the hub's names for them."""
 
 HEAD = 400
 """Characters of a licence's text that its title is looked for in."""
@@ -34,7 +34,7 @@ def origin(spec: ModelSpec) -> Origin:
     """
     try:
         source = source_path(spec)
-    except RequestError:  # the package or file is gone since the model was read
+    except RequestError:  # the package or file was removed since the model was read
         return Origin()
     if source.suffix == ".gguf":
         return _of_gguf(source)

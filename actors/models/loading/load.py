@@ -90,7 +90,7 @@ def open_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             trust_remote_code=spec.trust_remote_code,
         )
     if missing := loading["missing_keys"]:
-        # transformers draws missing weights at random and goes on.
+        # transformers draws missing weights at random and continues.
         raise RequestError(
             f"model {spec.path!r}: its safetensors lack {len(missing)} weights, such as {min(missing)!r}; "
             "get the model again"

@@ -1,4 +1,4 @@
-"""Where source models lie: hub id, directory, GGUF file or file of a package."""
+"""Places of source models: hub id, directory, GGUF file or file of a package."""
 
 import importlib.util
 from contextlib import AbstractContextManager

@@ -116,7 +116,7 @@ def add_older_tokenizer_fields(file: Path) -> None:
         fields["tokenizer_class"] = BACKENDS[name]
         fields = {key: value for key, value in fields.items() if key not in OF_BACKENDS}
     if isinstance(fields.get("extra_special_tokens"), list):
-        # Earlier versions know a mapping under this name, and call the list otherwise.
+        # Earlier versions have a mapping under this name, and another name for the list.
         fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
     if isinstance(fields.get("model_specific_special_tokens"), dict):
         fields["extra_special_tokens"] = fields.pop("model_specific_special_tokens")

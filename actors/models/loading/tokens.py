@@ -1,4 +1,4 @@
-"""Refusing a tokenizer that has no vocabulary, or tokens that the model has no row for."""
+"""Checks of a tokenizer: it has a vocabulary, and the model a row for each of its tokens."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +17,7 @@ def check_has_vocabulary(tokenizer: PreTrainedTokenizerBase, directory: Path) ->
     """Refuse an empty tokenizer: without its files, transformers makes some of them so.
 
     Raises:
-        RequestError: it knows none.
+        RequestError: it is empty.
     """
     ids = tokenizer(ANY_TEXT, add_special_tokens=False)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id}:

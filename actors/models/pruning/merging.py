@@ -44,7 +44,7 @@ MERGES: dict[str, Callable[[nn.Module, Sequence[nn.Module]], None]] = {
     "differences": differences,
     "in_place": in_place,
 }
-"""How a block is merged with those that follow it: the paper's Eq. 1, or what its published code does."""
+"""Ways to merge a block with those that follow it: the paper's Eq. 1, and its published code's."""
 
 
 def merge_blocks(model: PreTrainedModel, merges: Iterable[Merge]) -> None:

@@ -1,4 +1,4 @@
-"""Which removals a family can express at all, found from its config before anything is computed."""
+"""Removals that a family can express at all, found from its config before anything is computed."""
 
 from collections.abc import Sequence
 from functools import lru_cache

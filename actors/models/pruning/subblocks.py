@@ -32,11 +32,11 @@ SUB_BLOCKS: dict[str, tuple[str, ...]] = {
         "fc1", "fc2", "intermediate", "output.dense",
     ),
 }  # fmt: skip
-"""Where families keep them in a block. `attention` is what mixes tokens: in hybrids also a state-space
+"""Paths of sub-blocks in a block, by family. `attention` is what mixes tokens: in hybrids also a state-space
 layer, a convolution or linear attention. Several of a kind are taken together; of nested ones the inner."""
 
 GRANULARITIES = (BLOCK, *SUB_BLOCKS)
-"""What is removed: whole blocks, or one kind of sub-block."""
+"""Parts that are removed: whole blocks, or one kind of sub-block."""
 
 
 def check_granularity(name: str) -> None:

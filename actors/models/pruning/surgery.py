@@ -280,8 +280,8 @@ def traits(block: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in block.named_modules():
         yield f"{path}:class", type(module).__name__
         for name, value in vars(module).items():
-            told = isinstance(value, (bool, int, float, str)) and not name.startswith("_")
-            if told and name not in OWN_INDEX and name != "training":
+            plain = isinstance(value, (bool, int, float, str)) and not name.startswith("_")
+            if plain and name not in OWN_INDEX and name != "training":
                 yield f"{path}.{name}".lstrip("."), value
         for name, parameter in module.named_parameters(recurse=False):
             yield f"{path}.{name}:shape", tuple(parameter.shape)

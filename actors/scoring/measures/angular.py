@@ -54,11 +54,11 @@ def angular_block(model: PreTrainedModel, calibration: Calibration) -> Tensor:
 @torch.no_grad()
 def _distances(model: PreTrainedModel, sequence_T: Tensor) -> Tensor:
     """Return Eq. 7 for one sequence. [N+1, N+1]"""
-    walk = LayerwisePass(model, sequence_T[None])
-    hidden = walk.hidden_BTD
+    layerwise = LayerwisePass(model, sequence_T[None])
+    hidden = layerwise.hidden_BTD
     points = [hidden[0, -1]]
     for index in range(depth(model.config)):
-        hidden = walk.block(index, hidden)
+        hidden = layerwise.block(index, hidden)
         points.append(hidden[0, -1])
     # In float64, as arccos near 1 turns an error of 1e-7 in the cosine into one of 1e-4.
     directions = normalize(torch.stack(points).double(), dim=-1)

@@ -93,7 +93,7 @@ def plan_waves(lengths: Sequence[int], candidates: Sequence[int], costs: Costs, 
     Half of the budget holds the streams, half what a block makes of the rows it
     is given. There is one wave if all fits; more sequences make more waves; only
     if a single sequence with all candidates does not fit are the candidates
-    divided too, and the unpruned stream is then walked once for each portion.
+    divided too, and the unpruned stream then passes once for each portion.
 
     Raises:
         RequestError: the budget cannot hold the longest sequence and one candidate.

@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from actors.evaluation.sandbox.sandbox_child import PROTECTED
 
 from actors.errors import WorkError
 from actors.evaluation.sandbox import runner as sandbox
 from actors.evaluation.sandbox.runner import SANDBOX_CHILD, Limits, pass_at_1, run_program, run_tests
+from actors.evaluation.sandbox.sandbox_child import PROTECTED
 
 NOBODY = 65534
 FORBIDDEN = {

@@ -1,4 +1,4 @@
-"""How well a summary agrees with its reference."""
+"""Agreement of a summary with its reference."""
 
 from collections.abc import Sequence
 from functools import cache
