@@ -1,4 +1,4 @@
-"""Building the model of a `ModelRef`: source weights or those in their place, layers dropped, adapters merged.
+"""Building the model of a `ModelRef`: source or replaced weights, layers dropped, adapters merged.
 
 Adapters are ordinary PEFT LoRA directories whose tensors are named by *source*
 layer index, so each also opens on the unpruned model with plain PEFT.
