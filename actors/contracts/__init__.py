@@ -31,6 +31,7 @@ from actors.contracts.models import (
     ModelSpec,
     Origin,
 )
+from actors.contracts.pool import ActorPoolSpec
 from actors.contracts.progress import Progress, no_progress
 from actors.contracts.recovery import (
     AdapterSpec,
@@ -52,6 +53,7 @@ from actors.contracts.scoring import (
 from actors.contracts.settings import Doc, LocalPath, Name, Settings, extend
 
 __all__ = [
+    "ActorPoolSpec",
     "AdapterSpec",
     "ArtifactRef",
     "BLOCK",
