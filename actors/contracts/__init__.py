@@ -31,6 +31,7 @@ from actors.contracts.models import (
     ModelSpec,
     Origin,
 )
+from actors.contracts.pool import ActorPoolSpec
 from actors.contracts.progress import Progress, no_progress
 from actors.contracts.recovery import (
     AdapterSpec,
@@ -42,6 +43,7 @@ from actors.contracts.recovery import (
 )
 from actors.contracts.scoring import (
     MergeSpec,
+    Removal,
     ScoreResult,
     ScoreSpec,
     ScoringSettings,
@@ -51,6 +53,7 @@ from actors.contracts.scoring import (
 from actors.contracts.settings import Doc, LocalPath, Name, Settings, extend
 
 __all__ = [
+    "ActorPoolSpec",
     "AdapterSpec",
     "ArtifactRef",
     "BLOCK",
@@ -83,6 +86,7 @@ __all__ = [
     "RecoveryResult",
     "RecoverySettings",
     "RecoverySpec",
+    "Removal",
     "ScoreResult",
     "ScoreSpec",
     "ScoringSettings",

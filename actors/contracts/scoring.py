@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
+from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSettings, TextSpec
 from actors.contracts.models import BLOCK, Merge, ModelRef
 from actors.contracts.settings import AddedLater, Doc, InKeyAs, NotInKey, Settings
@@ -115,3 +116,24 @@ class ScoreResult:
     layer_forwards: int
     merges: tuple[Merge, ...] = ()
     layer_forwards_saved: int = 0
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a model loses next: `source_layers` of a granularity, each with its score, and their merges.
+
+    In a dry run the layers are not known before they are scored: `placeholder` then stands for
+    the choice, named by the stage that will decide.
+    """
+
+    granularity: str
+    source_layers: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    merges: tuple[Merge, ...] = ()
+    placeholder: ArtifactRef | None = None
+
+    def applied_to(self, model: ModelRef) -> ModelRef:
+        """Return `model` without those layers."""
+        if self.placeholder is not None:
+            return model.adapted(self.placeholder)
+        return model.pruned(self.granularity, self.source_layers).merged(self.merges)

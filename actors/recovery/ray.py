@@ -13,7 +13,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 
 from actors.artifacts import explained, join
 from actors.contracts import Progress, RecoveryResult, RecoverySpec, no_progress
-from actors.errors import ChangedError, IterabreError, RequestError, WorkError
+from actors.errors import ChangedError, IterabreError, RequestError, WorkError, last_line
 from actors.recovery.training.train_context import KEPT_CHECKPOINTS, Workplace, Write
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -89,7 +89,7 @@ def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryRe
     except ray_train.TrainingFailedError as error:
         raise WorkError(
             f"recovery {run_config.name!r} could not run on {scaling.num_workers} workers of "
-            f"{scaling.resources_per_worker}: {_last_line(error)}"
+            f"{scaling.resources_per_worker}: {last_line(error)}"
         ) from error
     if isinstance(outcome, IterabreError):
         raise outcome
@@ -186,7 +186,7 @@ def _worker_failure(name: str, error: ray_train.WorkerGroupError) -> IterabreErr
     if isinstance(cause, IterabreError):
         return cause
     return WorkError(
-        f"recovery {name!r} failed on worker {rank}: {type(cause).__name__}: {_last_line(cause)}. "
+        f"recovery {name!r} failed on worker {rank}: {type(cause).__name__}: {last_line(cause)}. "
         "Finished steps are kept up to the last checkpoint; continue with --resume"
     )
 
@@ -198,8 +198,3 @@ def _remoteness(cause: BaseException) -> int:
     if isinstance(cause, RayActorError):
         return 2
     return 3 if "peer" in str(cause).lower() else 1
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

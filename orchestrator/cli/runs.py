@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from orchestrator.cli.options import Json, Run
-from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
     from orchestrator.storage.stage_store import Store
@@ -37,11 +36,10 @@ def report(run: Run) -> None:
 
 
 def existing_run(run: str) -> str:
-    from orchestrator.storage.run_manifest import read_run
+    from orchestrator.storage import run_manifest
     from orchestrator.storage.stage_store import Store
 
-    if read_run(Store(run)) is None:
-        raise RequestError(f"{run!r} holds no run: there is no campaign.json in it")
+    run_manifest.existing_run(Store(run), repr(run))
     return run
 
 
@@ -50,11 +48,11 @@ def status_json(run: str) -> str:
     from orchestrator.reporting.tables.tables import iteration_table
     from orchestrator.storage.ledger import Ledger
     from orchestrator.storage.stage_store import Store
-    from orchestrator.storage.trajectory_status import read_outcomes
+    from orchestrator.storage.trajectory_status import read_statuses
 
     store = Store(run)
     lines = iteration_table(Ledger(store.ledger_uri).read())
-    outcomes = {trajectory: asdict(outcome) for trajectory, outcome in read_outcomes(store).items()}
+    outcomes = {trajectory: asdict(outcome) for trajectory, outcome in read_statuses(store).items()}
     return json.dumps({"iterations": lines, "outcomes": outcomes}, indent=2, ensure_ascii=False)
 
 
@@ -74,9 +72,9 @@ def show_results(run: str) -> None:
 
 def show_outcomes(store: "Store") -> None:
     """Name the trajectories that failed or were given up, with the reason."""
-    from orchestrator.storage.trajectory_status import read_outcomes
+    from orchestrator.storage.trajectory_status import read_statuses
 
-    for trajectory, outcome in read_outcomes(store).items():
+    for trajectory, outcome in read_statuses(store).items():
         if outcome.state != "done":
             line = f"{outcome.state}: {trajectory}: {outcome.reason}"
             err.print(line, style="red", markup=False, soft_wrap=True)

@@ -45,7 +45,13 @@ on-demand clouds. `cost.machines` in the campaign file replaces them."""
 LOAD_GB_PER_S = 1.0
 """Assumption: how fast weights come from storage to a device."""
 
-START_S: Mapping[str, float] = {"score": 15.0, "recover": 45.0, "evaluate": 15.0, "export": 5.0}
+START_S: Mapping[str, float] = {
+    "score": 15.0,
+    "generate": 15.0,
+    "recover": 45.0,
+    "evaluate": 15.0,
+    "export": 5.0,
+}
 """Assumption: seconds until the processes of a stage work, without the loading of weights."""
 
 ADAM_BYTES = 16

@@ -249,21 +249,3 @@ def _trajectory_bytes(trajectory: TrajectoryPlan) -> int:
     weights = trajectory.model.num_parameters * bytes_per_parameter
     # Adapters and two training checkpoints with optimizer state are small beside full weights.
     return int(weights * (exports + 0.25))
-
-
-def stages_of_iteration(trajectory: TrajectoryPlan, iteration: IterationPlan) -> int:
-    """Stages of one iteration: scoring and pruning, and what else it has."""
-    evaluations = iteration.is_measured * (1 + trajectory.also_before_recovery)
-    recoveries = trajectory.recovers(iteration) * (1 + (trajectory.method.recovery.start is not None))
-    return 2 + recoveries + evaluations + iteration.is_target
-
-
-def stages_once(trajectory: TrajectoryPlan) -> int:
-    """Stages of a trajectory before its iterations: the dense evaluation, and generation."""
-    return 1 + (trajectory.generation_spec() is not None)
-
-
-def num_stages(trajectory: TrajectoryPlan) -> int:
-    """Stages of a trajectory: those once, and those of every iteration."""
-    each = (stages_of_iteration(trajectory, iteration) for iteration in trajectory.iterations)
-    return stages_once(trajectory) + sum(each)

@@ -13,7 +13,7 @@ from actors.models import any_layers, check_prunable, describe_model, load_token
 from actors.models.loading.licence import origin
 from actors.models.pruning.merging import MERGES
 from actors.recovery import check_data, check_recovery, find_objective
-from actors.scoring import find_criterion
+from actors.scoring import MergeCriterion, TaskCriterion, find_criterion
 from orchestrator.config import (
     CampaignConfig,
     EvaluationConfig,
@@ -153,15 +153,15 @@ def _misfit(method: MethodConfig) -> str | None:
     """Return what does not go with the method's criterion, in words that follow its name."""
     scoring = method.scoring
     criterion = find_criterion(scoring.criterion, scoring.pooling, scoring.granularity)
-    if criterion.by_task and scoring.task is None:
+    if isinstance(criterion, TaskCriterion) and scoring.task is None:
         return "needs scoring.task"
-    if scoring.task is not None and not criterion.by_task:
+    if scoring.task is not None and not isinstance(criterion, TaskCriterion):
         return "has no use for scoring.task; leave it out"
-    if scoring.merge is not None and not criterion.by_merge:
+    if scoring.merge is not None and not isinstance(criterion, MergeCriterion):
         return "has no use for scoring.merge; leave it out"
-    if criterion.by_merge and method.schedule.mode != "direct":
+    if isinstance(criterion, MergeCriterion) and method.schedule.mode != "direct":
         return "merges all layers at once; set schedule.mode: direct"
-    if criterion.by_merge and _applies_recovery(method):
+    if isinstance(criterion, MergeCriterion) and _applies_recovery(method):
         return "changes weights that recovery trains on; set recovery.objective: none"
     if scoring.granularity != BLOCK and _applies_recovery(method):
         return f"empties {scoring.granularity}, which recovery would fill again; set recovery.objective: none"

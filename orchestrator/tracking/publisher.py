@@ -21,7 +21,7 @@ from actors.errors import WorkError
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
-from orchestrator.storage.trajectory_status import read_outcomes
+from orchestrator.storage.trajectory_status import read_statuses
 
 log = logging.getLogger(__name__)
 
@@ -138,20 +138,20 @@ class Publisher:
                 described = parameters(self._plan.find(trajectory))
                 self._tracker.write(Batch(trajectory, described, list(points(rows)), len(self._told)))
             self._told = [*self._told, *new]
-            write_bytes(self._store.told_uri(self._name), json.dumps(self._told).encode())
+            write_bytes(self._store.published_uri(self._name), json.dumps(self._told).encode())
             self._warned = False
 
     def _told_before(self) -> list[str]:
         if not self._tracker.keeps:
             return []
-        found: list[str] = json.loads(read_bytes(self._store.told_uri(self._name)) or b"[]")
+        found: list[str] = json.loads(read_bytes(self._store.published_uri(self._name)) or b"[]")
         return found
 
     def close(self) -> None:
         """Tell what is new, and how far each trajectory is."""
         self.publish()
         with self._warned_of_failures():
-            outcomes = {name: outcome.state for name, outcome in read_outcomes(self._store).items()}
+            outcomes = {name: outcome.state for name, outcome in read_statuses(self._store).items()}
             states: dict[str, State] = {
                 trajectory.id: _state(outcomes.get(trajectory.id)) for trajectory in self._plan.trajectories
             }

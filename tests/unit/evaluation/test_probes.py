@@ -69,7 +69,7 @@ def test_every_probe_gives_what_its_row_says() -> None:
 
 def test_code_is_run_only_if_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "actors.evaluation.sandbox.sandbox.subprocess.Popen", lambda *_, **__: pytest.fail("ran")
+        "actors.evaluation.sandbox.runner.subprocess.Popen", lambda *_, **__: pytest.fail("ran")
     )
     model, tokenizer = tiny_llama()
     spec = EvaluationSpec(model=MODEL, probes=("code_failures",), limit=2, max_new_tokens=4)

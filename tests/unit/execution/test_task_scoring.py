@@ -22,7 +22,7 @@ from actors.evaluation.lm_eval.harness import evaluate_tasks
 from actors.models import load_model, remove_layers
 from actors.scoring.task_metric import task_scores, task_value
 from orchestrator.config import ExecutionConfig, parse_config
-from orchestrator.execution.backends import LocalBackend
+from orchestrator.execution.local import LocalBackend
 from orchestrator.planning.keys import stage_key
 from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.planner import build_plan

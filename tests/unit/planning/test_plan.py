@@ -30,8 +30,9 @@ from actors.contracts import (
 from actors.contracts.settings import AddedLater
 from orchestrator.config import TargetConfig, parse_config
 from orchestrator.errors import RequestError
+from orchestrator.execution.dry_run import planned_stages
 from orchestrator.planning.keys import key_inputs, stage_key
-from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan, num_stages
+from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.planning.planner import build_plan
 from orchestrator.planning.pruning_schedule import iterative_schedule, target_depth
 from tests.support.tiny_campaign import tiny_campaign
@@ -299,7 +300,7 @@ def test_keys_depend_on_what_became_of_the_model(place: Path) -> None:
 def test_a_trajectorys_stages_and_bytes(place: Path) -> None:
     plan = _plan(tiny_campaign(place))
     # Dense evaluation; then score, prune, evaluate, recover, evaluate, export, twice.
-    assert num_stages(plan.trajectories[0]) == 1 + 2 * 6
+    assert len(planned_stages(plan.trajectories[0])) == 1 + 2 * 6
     weights_bytes = 4 * plan.trajectories[0].model.num_parameters
     assert 2 * weights_bytes <= plan.needed_bytes() <= 3 * weights_bytes
 

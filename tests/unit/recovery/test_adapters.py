@@ -11,7 +11,7 @@ from actors.artifacts import publish
 from actors.contracts import AdapterSpec, ArtifactRef, LossSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
 from actors.data import TokenBatch
 from actors.errors import RequestError
-from actors.models import load_source, materialize
+from actors.models import build_model, load_source
 from actors.recovery.adapters.adapters import (
     attach_adapters,
     save_adapter,
@@ -77,7 +77,7 @@ def test_a_chain_with_layers_dropped_in_between_reads_back_as_the_student(tmp_pa
     second = _trained_like(path, ref, (0, 3, 5), seed=2)
     ref = ref.adapted(_saved(second, tmp_path / "a2", str(tmp_path / "store" / "a2")))
 
-    merged, _ = materialize(ref)
+    merged, _ = build_model(ref)
     assert merged.config.num_hidden_layers == 3
     with torch.no_grad():
         got = merged(ids_BT, use_cache=False).logits

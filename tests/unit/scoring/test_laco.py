@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from actors.contracts import MergeSpec, ModelRef, ModelSpec, ScoreSpec, TextSpec
 from actors.data import calibration_sequences, load_texts
 from actors.errors import RequestError, WorkError
-from actors.models import LayerwisePass, materialize
+from actors.models import LayerwisePass, build_model
 from actors.models.pruning.merging import MERGES, merge_layers
 from actors.scoring import score_locally
 from actors.scoring.laco import laco_compress
@@ -163,9 +163,9 @@ def test_the_model_that_a_spec_leads_to(spec: ScoreSpec, variant: str, dropped: 
     spec = replace(spec, model=spec.model.without(dropped), merge=settings)
     result = score_locally(spec)
     removed = result.removal_order[:3]
-    again, tokenizer = materialize(spec.model.without(removed).merged(result.merges))
+    again, tokenizer = build_model(spec.model.without(removed).merged(result.merges))
 
-    model, _ = materialize(spec.model)
+    model, _ = build_model(spec.model)
     sequences = calibration_sequences(load_texts(spec.calibration), tokenizer, 512)
     accepted = laco_compress(model, sequences, settings, min_layers=3 - len(dropped)).accepted
     for value, wanted in zip(again.parameters(), model.parameters(), strict=True):

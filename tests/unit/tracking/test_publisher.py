@@ -27,7 +27,7 @@ from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.planner import build_plan
 from orchestrator.storage.ledger import Ledger, Row
 from orchestrator.storage.stage_store import Store
-from orchestrator.storage.trajectory_status import TrajectoryOutcome, write_outcome
+from orchestrator.storage.trajectory_status import TrajectoryStatus, write_status
 from orchestrator.tracking.publisher import Point, Publisher, parameters, points, published
 from orchestrator.tracking.trackers import TRACKERS, make_trackers
 from tests.support.object_store import loopback_s3
@@ -131,7 +131,7 @@ def test_tensorboard_reads_each_number_once(place: Path, plan: CampaignPlan, tmp
     config, store = _config(place), Store(str(tmp_path / "run"))
     _measure(store, "a-dense", "b-score")
     _publish(config, plan, store, "tensorboard")
-    state = Path(store.told_uri("tensorboard"))
+    state = Path(store.published_uri("tensorboard"))
     first = state.read_bytes()
     _measure(store)
     _publish(config, plan, store, "tensorboard")
@@ -185,9 +185,9 @@ def test_mlflow_has_one_run_of_a_trajectory_over_all_drivers(
     run, _ = _mlflow_run(mlflow_uri, "depth")
     assert (run.info.run_name, run.info.status) == (TRAJECTORY, "KILLED")
     _measure(store)
-    write_outcome(store, TRAJECTORY, TrajectoryOutcome("done"))
+    write_status(store, TRAJECTORY, TrajectoryStatus("done"))
     _publish(config, plan, store, "mlflow")
-    Path(store.told_uri("mlflow")).unlink()
+    Path(store.published_uri("mlflow")).unlink()
     _publish(config, plan, store, "mlflow")
     run, curves = _mlflow_run(mlflow_uri, "depth")
     assert curves == CURVES
@@ -281,7 +281,7 @@ def test_a_server_that_is_away_is_warned_of_once_and_told_later(
 
 def test_trackers_are_told_while_the_campaign_runs(place: Path, plan: CampaignPlan, tmp_path: Path) -> None:
     config, store = _config(place), Store(str(tmp_path / "run"))
-    told = Path(store.told_uri("tensorboard"))
+    told = Path(store.published_uri("tensorboard"))
     with published(make_trackers(config, store), plan, store, interval_s=0.02):
         _measure(store, "a-dense")
         deadline = time.monotonic() + 10
