@@ -9,8 +9,7 @@ import pyarrow.compute as pc
 import pytest
 import ray
 
-from orchestrator.config import CampaignConfig, parse_config
-from orchestrator.config.campaign import ClusterMaximumConfig
+from orchestrator.config import CampaignConfig, ClusterMaximumConfig, parse_config
 from orchestrator.execution.campaign import limits_of
 from orchestrator.execution.cluster import ClusterResources
 from orchestrator.execution.ray import RayCoordinatorClient
