@@ -98,7 +98,7 @@ class RayBackend:
         )
 
     def _evaluate_all(self, specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
-        """As many evaluations at a time as scoring may have actors, each with what an evaluation holds."""
+        """Evaluate as many at a time as scoring may have actors, each with what an evaluation holds."""
         worker, timeout_s = self._execution.evaluation, self._execution.start_timeout_s
         return evaluate_all_on_ray(
             specs,
