@@ -79,7 +79,7 @@ def kept_parameters(info: ModelInfo, layers: int) -> float:
 
 
 def block_flops(info: ModelInfo, tokens: float, length: float) -> float:
-    """Count one block's forward pass over `tokens` in sequences of `length`: 2·P·T + 4·W·S·T for attention."""
+    """Count a block's forward pass over `tokens` in sequences of `length`: 2·P·T + 4·W·S·T for attention."""
     parameters = sum(info.block_parameters) / info.num_layers
     return tokens * (2 * parameters + 4 * info.attention_width * length)
 
@@ -127,7 +127,7 @@ def seconds(
 def calibration(
     measured: Mapping[tuple[str, str], float], predicted: Mapping[tuple[str, str], float]
 ) -> dict[str, float]:
-    """Return measured over predicted time of each kind of stage, from the stages (kind, key) that both have."""
+    """Return measured over predicted time by kind of stage, from the stages (kind, key) that both have."""
     both = measured.keys() & predicted.keys()
     kinds = {kind for kind, _ in both}
     totals = {
