@@ -142,7 +142,7 @@ def pefts_own_forward() -> Iterator[None]:
 
 def recovery_spec() -> RecoverySpec:
     """LoRA r = 32 on all linear layers of the layers that are kept."""
-    return RecoverySpec(ModelRef(ModelSpec(MODEL), DROPPED), TextSpec())
+    return RecoverySpec(model=ModelRef(ModelSpec(MODEL), DROPPED), data=TextSpec())
 
 
 def build(way: str, options: argparse.Namespace, attention: bool) -> Loss:

@@ -165,8 +165,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="zero-model-") as scratch:
         model = options.model or save_small_model(Path(scratch))
         spec = RecoverySpec(
-            ModelRef(ModelSpec(model), dropped=tuple(options.drop)),
-            TEXT,
+            model=ModelRef(ModelSpec(model), dropped=tuple(options.drop)),
+            data=TEXT,
             adapter=AdapterSpec(rank=8),
             sequence_length=options.tokens,
             batch_size=options.batch,

@@ -47,7 +47,7 @@ class _Run:
 def measure_speed(
     models: Sequence[PreTrainedModel], input_ids: LongTensor, spec: ThroughputSpec
 ) -> list[Speed]:
-    """Speed of each model on the same tokens, in this process.
+    """Measure the speed of each model on the same tokens, in this process.
 
     The models take turns, so that whatever else the machine does strikes all of
     them alike; the first round warms up and does not count. A run is one forward
@@ -78,7 +78,7 @@ def measure_speed(
 def throughput(
     model: PreTrainedModel, dense: PreTrainedModel | None, input_ids: LongTensor, spec: ThroughputSpec
 ) -> list[Metric]:
-    """Metrics of `model` beside the unpruned `dense`, or of `model` alone if it is that (speed-ups 1).
+    """Return metrics of `model` beside the unpruned `dense`, or of `model` alone if it is that (speed-ups 1).
 
     Raises RequestError as `measure_speed` does.
     """
@@ -98,7 +98,7 @@ def throughput(
 
 
 def check_length(model: PreTrainedModel, spec: ThroughputSpec) -> None:
-    """Raise RequestError if the model has too few positions for what `spec` asks for."""
+    """Raise RequestError if the model has too few positions for `spec`."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and spec.context + spec.new_tokens > positions:
         raise RequestError(
@@ -137,7 +137,7 @@ def _now(cuda: bool) -> float:
 
 
 def _cache_bytes(cache: object) -> int:
-    """Bytes of all keys and values; layers of another kind than attention hold their state otherwise."""
+    """Return the bytes of all keys and values; layers of other kinds hold their state otherwise."""
     tensors = [value for layer in getattr(cache, "layers", ()) for value in vars(layer).values()]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -146,7 +146,9 @@ def score(
     text = TextSpec(builtin=calibration) if calibration in BUILTIN_TEXTS else TextSpec(path=calibration)
     text = describe_text(text).spec
     info = describe_model(source_model(model, dtype, revision, trust_remote_code))
-    spec = ScoreSpec(ModelRef(info.spec), text, criterion, granularity=granularity)
+    spec = ScoreSpec(
+        model=ModelRef(info.spec), calibration=text, criterion=criterion, granularity=cast(Any, granularity)
+    )
     check_calibration(spec, info, load_tokenizer(info.spec))
     result = score_locally(spec)
     order = {layer: rank for rank, layer in enumerate(result.removal_order, start=1)}
@@ -192,7 +194,7 @@ def prune(
             model,
             layers,
             output,
-            dtype=dtype,
+            dtype=cast(Any, dtype),
             granularity=granularity,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -232,7 +234,7 @@ def evaluate(
     single = (name for name in names if name not in SUITES)
     info = describe_model(source_model(model, dtype, revision, trust_remote_code))
     spec = EvaluationSpec(
-        ModelRef(info.spec),
+        model=ModelRef(info.spec),
         tasks=tuple(dict.fromkeys((*members, *single))),
         suites=suites,
         task_suffix=task_suffix,

@@ -63,14 +63,14 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Remove every layer once and measure what is lost: a table and a plot."""
-    from actors.contracts import EvaluationSpec, ModelRef, to_json
+    from actors.contracts import ActorPoolSpec, EvaluationSpec, ModelRef, to_json
     from actors.evaluation import suite_tasks
     from orchestrator.execution.single_layer_sweep import run_sweep, sweep_columns, write_sweep
     from orchestrator.reporting.tables.terminal import plain_table
 
     named = names_in(suites)
     spec = EvaluationSpec(
-        ModelRef(source_model(model, dtype, revision, trust_remote_code)),
+        model=ModelRef(source_model(model, dtype, revision, trust_remote_code)),
         tasks=tuple(dict.fromkeys((*suite_tasks(named, task_suffix), *names_in(tasks)))),
         suites=named,
         task_suffix=task_suffix,
@@ -86,7 +86,7 @@ def sweep(
     if actors:
         from orchestrator.execution.cluster import evaluate_on_cluster
 
-        evaluate_all = evaluate_on_cluster(address, actors=actors, cpus=cpus, gpus=gpus)
+        evaluate_all = evaluate_on_cluster(address, ActorPoolSpec(actors, cpus, gpus))
     measured = run_sweep(spec, chosen, evaluate_all, _tell)
     files = write_sweep(measured, output)
     if as_json:

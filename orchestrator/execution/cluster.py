@@ -22,7 +22,7 @@ from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.artifacts import DRIVER_DIRECTORY
-from actors.contracts import EvaluationResult, EvaluationSpec
+from actors.contracts import ActorPoolSpec, EvaluationResult, EvaluationSpec
 from actors.evaluation.ray import evaluate_all_on_ray
 from actors.plugins import environment
 from orchestrator.config import ClusterMaximumConfig, ExecutionConfig
@@ -213,16 +213,12 @@ def with_autoscaling(capacity: Capacity, maximum: ClusterMaximumConfig | None) -
     )
 
 
-def evaluate_on_cluster(
-    address: str | None, *, actors: int, cpus: float, gpus: float, start_timeout_s: float = 600.0
-) -> EvaluateAll:
+def evaluate_on_cluster(address: str | None, pool: ActorPoolSpec) -> EvaluateAll:
     """Return what evaluates many models on actors of the cluster at `address`, or of this machine if None."""
 
     def evaluate_all(specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
         with cluster(address):
-            yield from evaluate_all_on_ray(
-                specs, actors=actors, cpus=cpus, gpus=gpus, start_timeout_s=start_timeout_s
-            )
+            yield from evaluate_all_on_ray(specs, pool)
 
     return evaluate_all
 

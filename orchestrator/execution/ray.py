@@ -5,11 +5,13 @@ actors alone.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from actors.contracts import (
+    ActorPoolSpec,
     EvaluationResult,
     EvaluationSpec,
     ExportResult,
@@ -24,10 +26,11 @@ from actors.contracts import (
 )
 from actors.evaluation.ray import evaluate_all_on_ray, evaluate_on_ray
 from actors.generation.ray import generate_on_ray
-from actors.ray_pool import conducted, export_on_ray
+from actors.models.ray import export_on_ray
+from actors.ray_pool import run_in_task
 from actors.recovery.ray import recover_on_ray
 from actors.scoring.ray import score_on_ray
-from orchestrator.config import ExecutionConfig
+from orchestrator.config import ExecutionConfig, PoolConfig, WorkerConfig
 from orchestrator.execution.task_scoring import score_by_task
 from orchestrator.scheduling.coordinator import LeaseReply, LeaseRequest
 from orchestrator.storage.stage_store import Store
@@ -47,29 +50,10 @@ class RayBackend:
     def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult:
         if spec.task is not None:
             return score_by_task(spec, self._evaluate_all, progress)
-        pool, timeout_s = self._execution.scoring, self._execution.start_timeout_s
-        return conducted(
-            score_on_ray,
-            spec,
-            actors=pool.actors,
-            cpus=pool.cpus,
-            gpus=pool.gpus,
-            start_timeout_s=timeout_s,
-            progress=progress,
-        )
+        return run_in_task(score_on_ray, spec, self._pool(self._execution.scoring), progress)
 
     def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult:
-        pool, timeout_s = self._execution.generation, self._execution.start_timeout_s
-        return conducted(
-            generate_on_ray,
-            spec,
-            uri,
-            actors=pool.actors,
-            cpus=pool.cpus,
-            gpus=pool.gpus,
-            start_timeout_s=timeout_s,
-            progress=progress,
-        )
+        return run_in_task(generate_on_ray, spec, uri, self._pool(self._execution.generation), progress)
 
     def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult:
         training = self._execution.training
@@ -87,26 +71,15 @@ class RayBackend:
         )
 
     def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
-        worker, timeout_s = self._execution.evaluation, self._execution.start_timeout_s
-        return evaluate_on_ray(
-            spec,
-            actors=worker.actors,
-            cpus=worker.cpus,
-            gpus=worker.gpus,
-            start_timeout_s=timeout_s,
-            progress=progress,
-        )
+        return evaluate_on_ray(spec, self._pool(self._execution.evaluation), progress)
 
     def _evaluate_all(self, specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
         """Evaluate as many at a time as scoring may have actors, each with what an evaluation holds."""
-        worker, timeout_s = self._execution.evaluation, self._execution.start_timeout_s
-        return evaluate_all_on_ray(
-            specs,
-            actors=self._execution.scoring.actors,
-            cpus=worker.cpus,
-            gpus=worker.gpus,
-            start_timeout_s=timeout_s,
-        )
+        pool = replace(self._pool(self._execution.evaluation), actors=self._execution.scoring.actors)
+        return evaluate_all_on_ray(specs, pool)
+
+    def _pool(self, actors: PoolConfig | WorkerConfig) -> ActorPoolSpec:
+        return ActorPoolSpec(actors.actors, actors.cpus, actors.gpus, self._execution.start_timeout_s)
 
     def export(self, spec: ExportSpec, uri: str) -> ExportResult:
         worker = self._execution.evaluation

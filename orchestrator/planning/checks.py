@@ -188,7 +188,12 @@ def _targets(trajectory: TrajectoryPlan) -> RecoverySpec:
     """Return of the recovery's spec what its adapter's targets depend on."""
     spec = trajectory.recovery_spec(trajectory.dense)
     kind, targets = spec.adapter.kind, spec.adapter.targets
-    return RecoverySpec(spec.model, TextSpec(), spec.objective, adapter=AdapterSpec(kind, targets=targets))
+    return RecoverySpec(
+        model=spec.model,
+        data=TextSpec(),
+        objective=spec.objective,
+        adapter=AdapterSpec(kind, targets=targets),
+    )
 
 
 def _check_targets(spec: RecoverySpec) -> None:

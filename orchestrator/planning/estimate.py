@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from actors.contracts import EvaluationSpec, GenerationSpec, RecoverySpec, ScoreSpec, TextSpec
 from actors.recovery import find_objective
-from actors.scoring import find_criterion
+from actors.scoring import TaskCriterion, find_criterion
 from orchestrator.config import CampaignConfig
 from orchestrator.planning.cost_model import (
     ADAM_BYTES,
@@ -86,7 +86,7 @@ def score_cost(
     info, criterion = trajectory.model, find_criterion(spec.criterion)
     each, layers = BYTES[info.spec.dtype], stage.layers
     weights = kept_parameters(info, layers) * each
-    if criterion.by_task and spec.task:
+    if isinstance(criterion, TaskCriterion) and spec.task:
         requests = float(layers * (spec.task.limit or TASK_DOCUMENTS) * TASK_REQUESTS * TASK_TOKENS)
         flops = (layers - 1) * block_flops(info, requests, TASK_TOKENS) + head_flops(info, requests)
         return StageCost(flops, layers * weights, weights)

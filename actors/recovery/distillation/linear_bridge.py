@@ -29,11 +29,11 @@ from actors.errors import RequestError
 from actors.models import (
     LayerwisePass,
     add_deltas,
+    build_model,
     depth,
     device,
     find_layers,
     load_source,
-    materialize,
     read_deltas,
     read_weights,
 )
@@ -113,7 +113,7 @@ def solve_bridges(spec: RecoverySpec, data: TrainingData) -> Solution:
     """
     if spec.model.merges:
         raise RequestError("objective 'linear_bridge' replaces dropped layers and cannot mend merged ones")
-    source, student = (load(spec.model)[0].to(device()) for load in (load_source, materialize))
+    source, student = (load(spec.model)[0].to(device()) for load in (load_source, build_model))
     kept = spec.model.kept(depth(source.config))
     chosen = _within(data, spec.max_tokens)
     changed = lay_bridges(source, student, kept, lambda: _own_batches(spec, data, chosen))

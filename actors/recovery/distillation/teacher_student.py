@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contracts import ModelSpec, RecoverySpec
 from actors.errors import RequestError
-from actors.models import depth, device, find_layers, load_source, materialize, open_model, save_weights
+from actors.models import build_model, depth, device, find_layers, load_source, open_model, save_weights
 from actors.models.model_builder import rename_layers
 from actors.recovery.adapters.adapters import attach_adapters, check_adapter, new_adapter, save_adapter
 from actors.recovery.adapters.overrides import is_shareable
@@ -121,7 +121,7 @@ def _own_student(
     spec: RecoverySpec, teacher: PreTrainedModel | None, teacher_layers: tuple[int, ...] | None
 ) -> tuple[Pair, PreTrainedTokenizerBase]:
     """A pruned student beside a teacher, or without one."""
-    student, tokenizer = materialize(spec.model)
+    student, tokenizer = build_model(spec.model)
     student = student.to(device())
     layers = tuple(range(depth(student.config)))
     source_layers = spec.model.kept(len(layers) + len(spec.model.dropped))

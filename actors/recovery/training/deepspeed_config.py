@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from actors.contracts import ModelSpec, RecoverySpec, TextSpec, digest, to_json
+from actors.contracts import Dtype, ModelSpec, RecoverySpec, TextSpec, digest, to_json
 from actors.errors import RequestError
 from actors.recovery.training.deepspeed_fields import AUTO, check_fields, without_auto
 
@@ -124,7 +124,7 @@ def fitting_micro_batch(share: int, at_most: int) -> int:
     return next(size for size in range(max(1, min(share, at_most)), 0, -1) if share % size == 0)
 
 
-def precision_of(spec: RecoverySpec) -> str:
+def precision_of(spec: RecoverySpec) -> Dtype:
     """Name of the type that recovery computes in: that of the source's weights if none is asked for.
 
     Raises:

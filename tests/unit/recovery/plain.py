@@ -19,7 +19,9 @@ def adapted_pair(model: PreTrainedModel, kept: Sequence[int], **adapter: Any) ->
     depth = len(find_layers(model).modules)
     dropped = tuple(i for i in range(depth) if i not in kept)
     spec = RecoverySpec(
-        ModelRef(ModelSpec("source"), dropped), TextSpec(), adapter=AdapterSpec(**{"rank": 4} | adapter)
+        model=ModelRef(ModelSpec("source"), dropped),
+        data=TextSpec(),
+        adapter=AdapterSpec(**{"rank": 4} | adapter),
     )
     adapted = attach_adapters(model, spec, tuple(kept))
     with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ from actors.artifacts import publish
 from actors.contracts import AdapterSpec, ArtifactRef, LossSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
 from actors.data import TokenBatch
 from actors.errors import RequestError
-from actors.models import load_source, materialize
+from actors.models import build_model, load_source
 from actors.recovery.adapters.adapters import (
     attach_adapters,
     save_adapter,
@@ -45,14 +45,14 @@ def test_targets_that_match_nothing_are_refused_with_what_there_is() -> None:
 
 
 def test_an_unknown_adapter_kind_is_refused() -> None:
-    spec = RecoverySpec(ModelRef(ModelSpec("x")), TextSpec(), adapter=AdapterSpec(kind="lorra"))
+    spec = RecoverySpec(model=ModelRef(ModelSpec("x")), data=TextSpec(), adapter=AdapterSpec(kind="lorra"))
     with pytest.raises(RequestError, match="lorra"):
         attach_adapters(tiny_llama(2)[0], spec, (0, 1))
 
 
 def _trained_like(path: str, ref: ModelRef, kept: tuple[int, ...], seed: int) -> LockstepDistiller:
     """A distiller of `ref` whose new adapter is moved away from zero."""
-    spec = RecoverySpec(ref, TextSpec(), adapter=AdapterSpec(rank=4, alpha=8), seed=seed)
+    spec = RecoverySpec(model=ref, data=TextSpec(), adapter=AdapterSpec(rank=4, alpha=8), seed=seed)
     model, _ = load_source(ref)
     adapted = attach_adapters(model, spec, kept)
     torch.manual_seed(seed)
@@ -77,7 +77,7 @@ def test_a_chain_with_layers_dropped_in_between_reads_back_as_the_student(tmp_pa
     second = _trained_like(path, ref, (0, 3, 5), seed=2)
     ref = ref.adapted(_saved(second, tmp_path / "a2", str(tmp_path / "store" / "a2")))
 
-    merged, _ = materialize(ref)
+    merged, _ = build_model(ref)
     assert merged.config.num_hidden_layers == 3
     with torch.no_grad():
         got = merged(ids_BT, use_cache=False).logits
@@ -116,7 +116,9 @@ def test_the_new_adapter_depends_on_the_seed_alone() -> None:
     for global_seed, seed in [(1, 5), (2, 5), (2, 6)]:
         model, _ = tiny_llama(2)
         torch.manual_seed(global_seed)
-        spec = RecoverySpec(ModelRef(ModelSpec("x")), TextSpec(), adapter=AdapterSpec(rank=2), seed=seed)
+        spec = RecoverySpec(
+            model=ModelRef(ModelSpec("x")), data=TextSpec(), adapter=AdapterSpec(rank=2), seed=seed
+        )
         adapted = attach_adapters(model, spec, (0, 1))
         drawn.append(torch.cat([p.flatten() for p in trainable_parameters(adapted)]))
     assert torch.equal(drawn[0], drawn[1])

@@ -16,7 +16,7 @@ from actors.recovery.objectives import find_objective
 from tests.support.tiny_models import tiny_ids, tiny_model
 from tests.unit.recovery.plain import adapted_pair, assert_same_gradients, run, separate_student
 
-SPEC = RecoverySpec(ModelRef(ModelSpec("source")), TextSpec(), loss=LossSpec(auxiliary=0.3))
+SPEC = RecoverySpec(model=ModelRef(ModelSpec("source")), data=TextSpec(), loss=LossSpec(auxiliary=0.3))
 IGNORED = -100
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from actors.contracts import ModelRef, ModelSpec, RecoverySpec, TextSpec
 from actors.data import BlockData, TokenBatch
 from actors.errors import RequestError
-from actors.models import load_model, materialize, remove_layers
+from actors.models import build_model, load_model, remove_layers
 from actors.recovery.distillation.linear_bridge import (
     Bridge,
     NormalEquations,
@@ -25,7 +25,7 @@ from tests.support.tiny_recovery import tiny_recovery_spec
 
 
 def _spec(path: str, dropped: tuple[int, ...]) -> RecoverySpec:
-    return RecoverySpec(ModelRef(ModelSpec(path), dropped), TextSpec(), objective="linear_bridge")
+    return RecoverySpec(model=ModelRef(ModelSpec(path), dropped), data=TextSpec(), objective="linear_bridge")
 
 
 def _stacked(model: nn.Module, ids_BT: Tensor, modules: list[nn.Module]) -> list[Tensor]:
@@ -76,7 +76,7 @@ def test_bridges_are_those_of_stacked_activations(tmp_path: Path) -> None:
     assert set(solved) == {f"model.layers.{i}.mlp.down_proj.weight" for i in (1, 4)}
 
     source, _ = load_model(path)
-    student, _ = materialize(ModelRef(ModelSpec(path), (2, 3, 5)))
+    student, _ = build_model(ModelRef(ModelSpec(path), (2, 3, 5)))
     for block, kept, last in ((1, 1, 3), (2, 4, 5)):
         down = student.model.layers[block].mlp.down_proj
         mlp, after = _stacked(student, ids_BT, [down, student.model.layers[block]])
@@ -146,7 +146,7 @@ def test_recovery_by_bridge_then_by_distillation(tmp_path: Path) -> None:
     with torch.no_grad():
         want = source(ids_BT, use_cache=False).logits
         errors = [
-            float((materialize(ref)[0](ids_BT, use_cache=False).logits - want).square().mean())
+            float((build_model(ref)[0](ids_BT, use_cache=False).logits - want).square().mean())
             for ref in (spec.model, bridged)
         ]
     assert errors[1] < errors[0]

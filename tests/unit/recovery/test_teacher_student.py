@@ -13,11 +13,11 @@ from actors.contracts import AdapterSpec, ArtifactRef, ModelRef, ModelSpec, Reco
 from actors.errors import RequestError, WorkError
 from actors.models import (
     LayerwisePass,
+    build_model,
     depth,
     find_layers,
     load_model,
     load_streamed,
-    materialize,
     resident,
     save_weights,
 )
@@ -31,7 +31,9 @@ IDS_BT = tiny_ids(2, 16)
 
 def _spec(path: str, dropped: tuple[int, ...] = (2,), kind: str = "lora", **settings: object) -> RecoverySpec:
     adapter = AdapterSpec(kind) if kind == "full" else AdapterSpec(kind, rank=4)
-    return RecoverySpec(ModelRef(ModelSpec(path), dropped), TextSpec(), adapter=adapter, **settings)
+    return RecoverySpec(
+        model=ModelRef(ModelSpec(path), dropped), data=TextSpec(), adapter=adapter, **settings
+    )
 
 
 def _move(pair: Pair, seed: int = 0, size: float = 0.05) -> None:
@@ -84,7 +86,7 @@ def test_a_chain_of_three_is_the_same_unmerged_and_merged(
         last = _student_logits(pair)
         spec = replace(spec, model=spec.healed(_saved(pair, tmp_path / str(number))))
     assert len(spec.model.adapters) == 3
-    merged = _logits(materialize(spec.model)[0])
+    merged = _logits(build_model(spec.model)[0])
     assert (merged - last).float().norm() / last.float().norm() < tolerance
 
 
@@ -106,7 +108,7 @@ def test_full_fine_tuning_trains_all_weights_beside_the_unpruned_teacher(path: s
     want = _student_logits(pair)
     trained = spec.healed(_saved(pair, tmp_path))
     assert trained.adapters == ()
-    _assert_same(_logits(materialize(trained)[0]), want)
+    _assert_same(_logits(build_model(trained)[0]), want)
     _assert_same(_logits(pair.teacher), _logits(load_model(path)[0]))
 
 
@@ -118,7 +120,7 @@ def test_trained_weights_follow_their_source_layers(path: str, tmp_path: Path) -
     with torch.no_grad():
         pair = replace(pair, student_layers=(1, 2, 3, 4))
         want = _student_logits(pair)
-    _assert_same(_logits(materialize(later)[0]), want)
+    _assert_same(_logits(build_model(later)[0]), want)
 
     streamed = load_streamed(later, torch.device("cpu"))
     way = LayerwisePass(streamed, IDS_BT)
@@ -138,14 +140,14 @@ def test_full_fine_tuning_takes_in_the_chain(path: str, tmp_path: Path) -> None:
     full = replace(_spec(path, kind="full"), model=chained)
     pair, _ = load_pair(full)
     _move(pair, seed=1)
-    _assert_same(_logits(materialize(full.healed(_saved(pair, tmp_path / "full")))[0]), _student_logits(pair))
+    _assert_same(_logits(build_model(full.healed(_saved(pair, tmp_path / "full")))[0]), _student_logits(pair))
 
 
 def test_weights_of_another_model_are_refused(path: str, tmp_path: Path) -> None:
     save_weights({"model.layers.0.mlp.down_proj.weight": torch.zeros(3, 3)}, tmp_path / "new")
     ref = ModelRef(ModelSpec(path)).bridged(publish(tmp_path / "new", str(tmp_path / "published")))
     with pytest.raises(WorkError, match="down_proj"):
-        materialize(ref)
+        build_model(ref)
 
 
 def test_a_few_replaced_weights_are_switched_off_for_the_teacher(path: str, tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def test_a_few_replaced_weights_are_switched_off_for_the_teacher(path: str, tmp_
     spec = replace(spec, model=spec.model.bridged(weights))
     pair, _ = load_pair(spec)
     assert pair.teacher is None
-    _assert_same(_student_logits(pair), _logits(materialize(spec.model)[0]))
+    _assert_same(_student_logits(pair), _logits(build_model(spec.model)[0]))
     with switched_off([layer for block in find_layers(pair.student).modules for layer in lora_layers(block)]):
         _assert_same(_logits(pair.student), _logits(load_model(path)[0]))
 
@@ -208,7 +210,9 @@ def test_settings_that_contradict_are_refused(settings: dict[str, object], messa
 
 
 def test_a_teacher_for_an_objective_that_has_none_is_refused() -> None:
-    spec = RecoverySpec(ModelRef(ModelSpec("x")), TextSpec(), objective="healing", teacher=ModelSpec("x"))
+    spec = RecoverySpec(
+        model=ModelRef(ModelSpec("x")), data=TextSpec(), objective="healing", teacher=ModelSpec("x")
+    )
     with pytest.raises(RequestError, match="'healing' has no teacher"):
         check_recovery(spec, workers=1)
 
@@ -219,7 +223,9 @@ def test_every_stage_of_a_trajectory_has_a_seed_of_its_own() -> None:
         "lora": [ModelRef(ModelSpec("x"), (3,)), ModelRef(ModelSpec("x"), (2, 3), (adapter,))],
         "full": [ModelRef(ModelSpec("x"), (3,)), ModelRef(ModelSpec("x"), (2, 3), weights=adapter)],
     }.items():
-        seeds = [stage_seed(RecoverySpec(m, TextSpec(), adapter=AdapterSpec(kind))) for m in models]
+        seeds = [
+            stage_seed(RecoverySpec(model=m, data=TextSpec(), adapter=AdapterSpec(kind))) for m in models
+        ]
         assert seeds[0] != seeds[1]
 
 
@@ -235,7 +241,7 @@ def test_qlora_quantises_the_blocks_linear_layers_only(path: str, tmp_path: Path
     down = pair.student.model.layers[0].mlp.down_proj.base_layer.weight
     assert (down.quant_type, down.quant_state.nested, down.data.dtype) == ("nf4", double, torch.uint8)
     _move(pair)
-    merged, _ = materialize(spec.healed(_saved(pair, tmp_path)))
+    merged, _ = build_model(spec.healed(_saved(pair, tmp_path)))
     lora = {n: p for n, p in pair.student.named_parameters() if ".lora_" in n}
     a, b = (lora[f"model.layers.0.mlp.down_proj.lora_{x}.current.weight"] for x in "AB")
     source = load_model(path)[0].model.layers[0].mlp.down_proj.weight

@@ -42,7 +42,9 @@ def request(directory: Path, kind: str, **changes: object) -> RecoverySpec:
     if "answers" in kind:
         text = replace(text, prompt_column="text", response_column="a")
     apart = "documents" if kind.endswith(("documents", "blocks")) else "concatenated"
-    spec = RecoverySpec(ModelRef(ModelSpec("m")), text, packing=apart, sequence_length=64, batch_size=4)
+    spec = RecoverySpec(
+        model=ModelRef(ModelSpec("m")), data=text, packing=apart, sequence_length=64, batch_size=4
+    )
     return replace(spec, **{"max_tokens": 2000, **changes})
 
 

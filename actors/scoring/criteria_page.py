@@ -1,13 +1,13 @@
-"""The reference page of the criteria, from their table: `python -m actors.scoring.reference`."""
+"""The reference page of the criteria, from their table: `python -m actors.scoring.criteria_page`."""
 
 import sys
 
-from actors.scoring.criteria import CRITERIA, Criterion
+from actors.scoring.criteria import CRITERIA, Criterion, MergeCriterion, TaskCriterion
 
 HEAD = """# Criteria
 
 What `methods[].scoring.criterion` may name. This page is written from the table of criteria
-(`python -m actors.scoring.reference > docs/criteria.md`); a test keeps it so.
+(`python -m actors.scoring.criteria_page > docs/criteria.md`); a test keeps it so.
 
 M is the current model of N layers, d a calibration sequence, h the last hidden state after the final norm,
 x_i,t what layer i receives at token t (T the last), W_k the weight matrices of a layer. Sequences are
@@ -43,7 +43,7 @@ nothing, W_k are the sub-block's matrices, and a candidate passes its own layer,
 `block_influence` compares the stream before the sub-block with the stream after it, with 2·S·N. Targets
 count the sub-blocks that are left. {blocks_only} choose whole blocks and are refused.
 
-No config of transformers says that half a block is missing. So an emptied sub-block stays in the checkpoint,
+No config of transformers says that half a block is missing. So a removed sub-block stays in the checkpoint,
 as zeros: plain transformers then computes exactly what a model without it would, but the files, the memory
 and the time are those of the source; the ledger has `parameters_in_use` beside `parameters`.
 docs/families.md lists for which families this holds. Where a norm or a gate changes the stream between the
@@ -55,7 +55,7 @@ and Mamba, remove blocks. Recovery would fill the zeros again, so it has to be `
 `laco` (Algorithm 1) goes from the top down: a layer takes in the `group` − 1 layers after it, and the merge
 stays if the mean cosine to the unmerged model's last hidden states is above `threshold`. It ends when the
 target's layers are gone, and is an error if they do not go. The settings are those of `scoring.merge`. As
-the merges make one walk and change the source's own weights, `laco` goes with `mode: direct` and
+the merges make one pass and change the source's own weights, `laco` goes with `mode: direct` and
 `recovery.objective: none` only. In Python it is `laco_compress` of `actors.scoring.laco`, and
 `merge_layers` of `actors.models.pruning.merging` is a single merge, in two variants:
 
@@ -69,26 +69,27 @@ collapses.
 """
 
 
-def reference() -> str:
-    """The whole page as Markdown."""
+def criteria_page() -> str:
+    """Return the whole page as Markdown."""
     blocks_only = " and ".join(f"`{name}`" for name, row in CRITERIA.items() if row.blocks_only)
-    rows = "".join(_row(name, criterion) for name, criterion in CRITERIA.items())
+    rows = ""
+    for name, row in CRITERIA.items():
+        cells = [f"`{name}`", row.source, row.equation, "highest" if row.highest_first else "lowest"]
+        cells += ["yes" if row.uses_sequences else "no", _forwards(row)]
+        rows += f"| {' | '.join(cells)} |\n"
     return HEAD + rows + TAIL.format(blocks_only=blocks_only)
 
 
-def _row(name: str, criterion: Criterion) -> str:
-    first = "highest" if criterion.highest_first else "lowest"
-    cells = [f"`{name}`", criterion.source, criterion.equation, first]
-    cells += ["yes" if criterion.uses_sequences else "no", _forwards(criterion)]
-    return f"| {' | '.join(cells)} |\n"
-
-
 def _forwards(criterion: Criterion) -> str:
-    """In terms of S and N, told from the counts for N = 10."""
-    known = {0: "none", 10: "S·N", 20: "2·S·N", 55: "S·N(N+1)/2"}
-    own = "N evaluations" * criterion.by_task or "by tries" * criterion.by_merge
-    return own or known[criterion.forwards(10, 1)]
+    """Name the count in terms of S and N, by its values for N = 10."""
+    match criterion:
+        case TaskCriterion():
+            return "N evaluations"
+        case MergeCriterion():
+            return "by tries"
+        case _:
+            return {0: "none", 10: "S·N", 20: "2·S·N", 55: "S·N(N+1)/2"}[criterion.forwards(10, 1)]
 
 
 if __name__ == "__main__":
-    sys.stdout.write(reference())
+    sys.stdout.write(criteria_page())

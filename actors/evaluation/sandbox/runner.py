@@ -1,10 +1,10 @@
 """Running code that a model wrote, and the share of it that passes its tests (pass@1).
 
-Each program runs in a process of its own that `confined` shuts in: no network,
+Each program runs in a process of its own that `sandbox_child` confines: no network,
 no other process, no file outside an own directory, bounded CPU time, memory,
-files, disk space and wall time. Whatever it does is its verdict; it guards the
+files, disk space and wall time. Whatever it does is its verdict; the sandbox guards the
 machine, its data and the evaluation against what a model may write. A verdict
-needs a token that the program is not told; one that searches its own process for
+needs a token that the program does not get; one that searches its own process for
 it, or answers every comparison with yes, can still forge a pass.
 """
 
@@ -29,15 +29,15 @@ from actors.errors import WorkError
 from actors.evaluation.sandbox.sandbox_child import PROTECTED
 from actors.evaluation.sandbox.scratch import scratch_directory, usage
 
-CONFINED = Path(__file__).with_name("confined.py")
+SANDBOX_CHILD = Path(__file__).with_name("sandbox_child.py")
 POLL_S = 0.01
-LONGEST_ANSWER = 8192
+MAX_VERDICT_BYTES = 8192
 MiB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """Limits of one program.
 
     `disk_bytes` bounds all its files together, `file_bytes` each, `files` their
     number with that of directories; `memory_bytes` is address space. With 10 s and
@@ -55,8 +55,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a program.
+class Verdict:
+    """How a program ended.
 
     `passed`: it ended without an exception. `failed`: `detail` is the exception,
     which may come from a limit: MemoryError, or OSError where its disk is full.
@@ -69,13 +69,13 @@ class Outcome:
 
 
 def check_sandbox() -> None:
-    """Raise WorkError unless this machine can shut a program in, and run it."""
-    outcome = run_program("")
-    if outcome.status != "passed":
-        raise WorkError(f"an empty program does not end in the sandbox of this machine: {outcome.detail}")
+    """Raise WorkError unless this machine can confine a program, and run it."""
+    verdict = run_program("")
+    if verdict.status != "passed":
+        raise WorkError(f"an empty program does not end in the sandbox of this machine: {verdict.detail}")
 
 
-def run_tests(code: str, tests: str, limits: Limits = Limits()) -> Outcome:
+def run_tests(code: str, tests: str, limits: Limits = Limits()) -> Verdict:
     """Run `code` and then `tests`, which raise an exception where the code is wrong.
 
     Raises WorkError as `run_program` does.
@@ -83,8 +83,8 @@ def run_tests(code: str, tests: str, limits: Limits = Limits()) -> Outcome:
     return run_program(f"{code}\n\n{tests}\n", limits)
 
 
-def run_program(program: str, limits: Limits = Limits()) -> Outcome:
-    """Run a Python program, shut in, to its end or to that of its limits.
+def run_program(program: str, limits: Limits = Limits()) -> Verdict:
+    """Run a Python program, confined, to its end or to that of its limits.
 
     Raises WorkError, and runs nothing, where the kernel does not give all of the
     protection: the message names what is missing.
@@ -92,7 +92,7 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
     token = secrets.token_hex().encode()
     with scratch_directory() as directory:
         Path(directory, "program.py").write_text(program, encoding="utf-8", errors="replace")
-        command = [sys.executable, "-I", "-B", str(CONFINED), directory, json.dumps(asdict(limits))]
+        command = [sys.executable, "-I", "-B", str(SANDBOX_CHILD), directory, json.dumps(asdict(limits))]
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -104,18 +104,21 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            with suppress(BrokenPipeError), process.stdin:  # broken: it has ended, and `_outcome` tells
+            with suppress(BrokenPipeError), process.stdin:  # broken: it has ended; see `_read_verdict`
                 process.stdin.write(token)
             stopped = _wait(process, directory, limits)
         finally:
-            _kill(process)
+            # A program cannot leave the session, or add to it.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         with process.stdout:
-            answer = os.read(process.stdout.fileno(), LONGEST_ANSWER)
-    return stopped or _outcome(answer, token, process.returncode)
+            output = os.read(process.stdout.fileno(), MAX_VERDICT_BYTES)
+    return stopped or _read_verdict(output, token, process.returncode)
 
 
 def pass_at_1(programs: Sequence[str], limits: Limits = Limits(), workers: int | None = None) -> Metric:
-    """Share of programs that pass, one for each problem, each with its tests at its end.
+    """Return the share of programs that pass, one for each problem, each with its tests at its end.
 
     pass@1 of Chen et al. (2021, "Evaluating Large Language Models Trained on Code",
     Eq. 1) with n = 1 sample a problem, and its standard error. `workers` programs run
@@ -125,53 +128,46 @@ def pass_at_1(programs: Sequence[str], limits: Limits = Limits(), workers: int |
     """
     count = len(programs)
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        outcomes = list(pool.map(partial(run_program, limits=limits), programs))
-    share = sum(outcome.status == "passed" for outcome in outcomes) / max(count, 1)
+        verdicts = list(pool.map(partial(run_program, limits=limits), programs))
+    share = sum(verdict.status == "passed" for verdict in verdicts) / max(count, 1)
     stderr = math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
     return Metric("pass_at_1", share, stderr=stderr)
 
 
-def _wait(process: subprocess.Popen[bytes], directory: str, limits: Limits) -> Outcome | None:
-    """Wait for the process to end; return what it must be stopped for, if anything."""
+def _wait(process: subprocess.Popen[bytes], directory: str, limits: Limits) -> Verdict | None:
+    """Wait for the process to end; return the verdict if it must be stopped."""
     deadline = time.monotonic() + limits.wall_s
     while process.poll() is None:
         if time.monotonic() > deadline:
-            return Outcome("timeout", f"ran longer than {limits.wall_s:g} s")
+            return Verdict("timeout", f"ran longer than {limits.wall_s:g} s")
         try:
             used, files = usage(directory, process.pid, limits.files, limits.file_bytes)
         except OSError as error:
-            return Outcome("killed", f"made a directory that cannot be read ({error.strerror})")
+            return Verdict("killed", f"made a directory that cannot be read ({error.strerror})")
         if used > limits.disk_bytes:
-            return Outcome("killed", f"wrote more than {limits.disk_bytes} bytes")
+            return Verdict("killed", f"wrote more than {limits.disk_bytes} bytes")
         if files > limits.files:
-            return Outcome("killed", f"made more than {limits.files} files")
+            return Verdict("killed", f"made more than {limits.files} files")
         time.sleep(POLL_S)
     return None
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the process and its session; a program cannot leave the session, or add to it."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _outcome(answer: bytes, token: bytes, exit_code: int) -> Outcome:
-    """Read the answer of `confined`; all that follows its first line may be the program's."""
+def _read_verdict(output: bytes, token: bytes, exit_code: int) -> Verdict:
+    """Read the verdict of `sandbox_child`; all that follows its first line may be the program's."""
     code = -exit_code
     reason = signal.Signals(code).name if code in set(signal.Signals) else f"exit code {exit_code}"
-    if not answer.startswith(PROTECTED):
-        missing = answer.decode(errors="replace") or f"its process ended before the program began ({reason})"
+    if not output.startswith(PROTECTED):
+        missing = output.decode(errors="replace") or f"its process ended before the program began ({reason})"
         raise WorkError(
             f"generated code is not run on this machine, which lacks a protection: {missing}; "
             "evaluate on a machine that has it, or set allow_code_execution: false"
         )
-    verdict = answer.removeprefix(PROTECTED)
+    verdict = output.removeprefix(PROTECTED)
     if not verdict or exit_code:
-        return Outcome("killed", f"ended without an answer ({reason})")
+        return Verdict("killed", f"ended without an answer ({reason})")
     status, _, detail = verdict.removeprefix(token).partition(b" ")
     if verdict == token + b"passed":
-        return Outcome("passed")
+        return Verdict("passed")
     if verdict.startswith(token) and status == b"failed":
-        return Outcome("failed", detail.decode(errors="replace"))
-    return Outcome("killed", "wrote over its answer")
+        return Verdict("failed", detail.decode(errors="replace"))
+    return Verdict("killed", "wrote over its answer")

@@ -1,4 +1,4 @@
-"""All candidate removals in one walk through the layers (DESIGN §5, Wavefront).
+"""All candidate removals in one pass through the layers (docs/architecture.md, Scoring).
 
 At layer j the batch holds the unpruned stream and one stream for every candidate
 i < j, which left it when its layer was skipped. Candidate j joins after layer j
@@ -22,38 +22,38 @@ from transformers import PreTrainedModel
 
 from actors.models import BLOCK, LayerwisePass, depth, find_layers, resident, without_sub_block
 from actors.models.offloading.dispatch import input_device
-from actors.scoring.memory_budget import Group, Wave, costs_of, default_budget, plan_waves
+from actors.scoring.measures.memory_budget import Group, Wave, costs_of, default_budget, plan_waves
 
 UNPRUNED = -1
 """Stands for the unpruned stream where others are named by the layer they are without."""
 
 
 @dataclass
-class Tally:
+class ForwardCounter:
     """Counts how many times a sequence passed a block."""
 
     layer_forwards: int = 0
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FinalStates:
     """Rows that have left the last block.
 
     Attributes:
-        walk: knows the family's final norm and head.
+        layerwise: applies the family's final norm and head.
         streams: what the rows are without: a layer's index, or `UNPRUNED`.
         positions: sequences of each stream, by position.
         hidden_BTD: output of the last block; B = streams × positions, stream by stream.
     """
 
-    walk: LayerwisePass
+    layerwise: LayerwisePass
     streams: tuple[int, ...]
     positions: tuple[int, ...]
     hidden_BTD: Tensor
 
     def last_hidden(self) -> Tensor:
-        """The last hidden states after the final norm: [streams, positions, T, D]."""
-        hidden = self.walk.finish(self.hidden_BTD)
+        """Return the last hidden states after the final norm: [streams, positions, T, D]."""
+        hidden = self.layerwise.finish(self.hidden_BTD)
         return hidden.unflatten(0, (len(self.streams), len(self.positions)))
 
 
@@ -73,52 +73,50 @@ class _Streams:
         self._candidates, self._granularity = candidates, granularity
         self._unpruned_until = depth(model.config) if keep else max(candidates, default=0)
         self._at_once = max(1, group.rows // len(group.positions))
-        self._walks: dict[int, LayerwisePass] = {}
+        self._passes: dict[int, LayerwisePass] = {}
         entering_GTD = LayerwisePass(model, ids_GT).hidden_BTD
         self._hidden_SGTD = entering_GTD.new_empty(1 + len(candidates), *entering_GTD.shape)
         self._hidden_SGTD[0] = entering_GTD
 
-    def advance(self, index: int, tally: Tally) -> None:
-        """Take every stream that is under way through block `index`."""
+    def advance(self, index: int, counter: ForwardCounter) -> None:
+        """Take every active stream through block `index`."""
         active = 1 + bisect_left(self._candidates, index)
         if index in self._candidates:
-            self._hidden_SGTD[active] = self._without(index, tally)
+            # Candidate `index` leaves its layer with its input, or with that through the rest of the layer.
+            leaving_GTD = self._hidden_SGTD[0]
+            if self._granularity != BLOCK:
+                counter.layer_forwards += len(leaving_GTD)
+                with without_sub_block(find_layers(self._model).modules[index], self._granularity):
+                    leaving_GTD = self._pass_over(1).block(index, leaving_GTD)
+            self._hidden_SGTD[active] = leaving_GTD
         first = 0 if index < self._unpruned_until else 1
         for start, stop in self._chunks(first, active):
             rows_BTD = self._hidden_SGTD[start:stop].flatten(0, 1)
-            rows_BTD.copy_(self._walk(stop - start).block(index, rows_BTD))
-            tally.layer_forwards += len(rows_BTD)
+            rows_BTD.copy_(self._pass_over(stop - start).block(index, rows_BTD))
+            counter.layer_forwards += len(rows_BTD)
 
-    def _without(self, index: int, tally: Tally) -> Tensor:
-        """What the candidate `index` has after its layer. [G, T, D]"""
-        received_GTD = self._hidden_SGTD[0]
-        if self._granularity == BLOCK:
-            return received_GTD
-        tally.layer_forwards += len(received_GTD)
-        with without_sub_block(find_layers(self._model).modules[index], self._granularity):
-            return self._walk(1).block(index, received_GTD)
-
-    def outcomes(self) -> Iterator[Outcome]:
-        """The streams after the last block, the unpruned one first if it was kept."""
+    def final_states(self) -> Iterator[FinalStates]:
+        """Yield the streams after the last block, the unpruned one first if it was kept."""
         names = (UNPRUNED, *self._candidates)
         first = 0 if self._unpruned_until == depth(self._model.config) else 1
         for start, stop in self._chunks(first, len(names)):
             rows_BTD = self._hidden_SGTD[start:stop].flatten(0, 1)
-            yield Outcome(self._walk(stop - start), names[start:stop], self._group.positions, rows_BTD)
+            layerwise = self._pass_over(stop - start)
+            yield FinalStates(layerwise, names[start:stop], self._group.positions, rows_BTD)
 
     def _chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         return ((at, min(at + self._at_once, stop)) for at in range(start, stop, self._at_once))
 
-    def _walk(self, num_streams: int) -> LayerwisePass:
-        """What blocks are called with for so many streams; kept for one and for a full chunk."""
-        if num_streams in self._walks:
-            return self._walks[num_streams]
-        walk = LayerwisePass(self._model, self._ids_GT.repeat(num_streams, 1))
+    def _pass_over(self, num_streams: int) -> LayerwisePass:
+        """Return the pass that calls blocks with so many streams; it is kept for one and for a full chunk."""
+        if num_streams in self._passes:
+            return self._passes[num_streams]
+        layerwise = LayerwisePass(self._model, self._ids_GT.repeat(num_streams, 1))
         # What enters the first block is not needed again, and would be kept for every group.
-        walk.hidden_BTD = walk.hidden_BTD.new_empty(0)
+        layerwise.hidden_BTD = layerwise.hidden_BTD.new_empty(0)
         if num_streams in (1, self._at_once):
-            self._walks[num_streams] = walk
-        return walk
+            self._passes[num_streams] = layerwise
+        return layerwise
 
 
 @torch.no_grad()
@@ -128,10 +126,10 @@ def wavefront(
     wave: Wave,
     *,
     keep_unpruned: bool,
-    tally: Tally,
+    counter: ForwardCounter,
     granularity: str = BLOCK,
-) -> Iterator[Outcome]:
-    """Walk the unpruned model and its candidates over the sequences of one wave.
+) -> Iterator[FinalStates]:
+    """Yield the unpruned model's and its candidates' final states for the sequences of one wave.
 
     Args:
         model: a decoder language model of N blocks; its weights may be streamed.
@@ -140,15 +138,16 @@ def wavefront(
         keep_unpruned: take the unpruned stream to the end and yield it, before the group's candidates.
         granularity: what each candidate is without: its block, or the block's attention or MLP.
     """
-    under_way: list[_Streams] = []
+    active: list[_Streams] = []
+    device = input_device(model)
     for index in range(depth(model.config)):
         with resident(model, index):
             if index == 0:
-                # The first walk over a family looks into its first block, so the block must be there.
-                under_way = [
+                # The first pass over a family looks into its first block, so the block must be there.
+                active = [
                     _Streams(
                         model,
-                        _stacked(model, sequences, group),
+                        torch.stack([sequences[i] for i in group.positions]).to(device),
                         group,
                         wave.candidates,
                         keep_unpruned,
@@ -156,14 +155,10 @@ def wavefront(
                     )
                     for group in wave.groups
                 ]
-            for streams in under_way:
-                streams.advance(index, tally)
-    while under_way:
-        yield from under_way.pop(0).outcomes()
-
-
-def _stacked(model: PreTrainedModel, sequences: Sequence[Tensor], group: Group) -> Tensor:
-    return torch.stack([sequences[i] for i in group.positions]).to(input_device(model))
+            for streams in active:
+                streams.advance(index, counter)
+    while active:
+        yield from active.pop(0).final_states()
 
 
 def waves(
@@ -172,17 +167,12 @@ def waves(
     candidates: Sequence[int] | None = None,
     budget: int | None = None,
 ) -> list[Wave]:
-    """How the sequences and candidates (all layers, if None) are divided to keep a memory budget in bytes."""
+    """Divide the sequences and candidates (all layers, if None) to keep a memory budget in bytes."""
     if candidates is None:
         candidates = range(depth(model.config))
     if budget is None:
         budget = default_budget(input_device(model))
     return plan_waves([len(sequence) for sequence in sequences], candidates, costs_of(model), budget)
-
-
-def last_hidden(model: PreTrainedModel, sequence_T: Tensor) -> Tensor:
-    """The last hidden state [T, D] after the final norm; the LM head is not run."""
-    return last_hiddens(model, [sequence_T])[0]
 
 
 @torch.no_grad()
@@ -191,34 +181,17 @@ def last_hiddens(
     sequences: Sequence[Tensor],
     *,
     budget: int | None = None,
-    tally: Tally | None = None,
+    counter: ForwardCounter | None = None,
 ) -> list[Tensor]:
-    """Each sequence's last hidden state [T, D], as `last_hidden`, many in one walk."""
-    tally = tally or Tally()
+    """Return each sequence's last hidden state [T, D] after the final norm; the LM head is not run."""
+    counter = counter or ForwardCounter()
     found: dict[int, Tensor] = {}
     for wave in waves(model, sequences, (), budget):
-        for outcome in wavefront(model, sequences, wave, keep_unpruned=True, tally=tally):
-            found.update(zip(outcome.positions, outcome.last_hidden()[0], strict=True))
+        for states in wavefront(model, sequences, wave, keep_unpruned=True, counter=counter):
+            found.update(zip(states.positions, states.last_hidden()[0], strict=True))
     return [found[position] for position in range(len(sequences))]
 
 
-@torch.no_grad()
-def candidate_hidden(model: PreTrainedModel, sequence_T: Tensor) -> Tensor:
-    """The last hidden state of the model and of every model with one layer less.
-
-    Args:
-        model: a decoder language model of N blocks.
-        sequence_T: token ids of one sequence; no padding.
-
-    Returns:
-        [1 + N, T, D] after the final norm: row 0 is the model itself, row 1 + i
-        the model without block i.
-    """
-    (wave,) = waves(model, [sequence_T], budget=2**62)
-    outcomes = wavefront(model, [sequence_T], wave, keep_unpruned=True, tally=Tally())
-    return torch.cat([outcome.last_hidden()[:, 0] for outcome in outcomes])
-
-
 def layer_forwards(num_layers: int, num_sequences: int) -> int:
-    """How many times a sequence passes a block over all sequences and candidates, undivided."""
+    """Return how many times a sequence passes a block over all sequences and candidates, undivided."""
     return num_sequences * num_layers * (num_layers + 1) // 2

@@ -1,4 +1,4 @@
-"""Which sequences and candidates go through the layers together, so that a memory budget is kept.
+"""Waves of sequences and candidates that go through the layers together within a memory budget.
 
 Shape letters: S sequences, G sequences of one length, C candidates, T tokens, D hidden.
 """
@@ -41,7 +41,7 @@ class Costs:
     chunk_tokens: int
 
     def row(self, num_tokens: int) -> int:
-        """Bytes of one sequence inside a block."""
+        """Return the bytes of one sequence inside a block."""
         return num_tokens * (self.working + num_tokens * self.pair)
 
 
@@ -55,7 +55,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Wave:
-    """Groups that walk through the layers side by side, carrying the same candidates."""
+    """Groups that pass through the layers side by side, carrying the same candidates."""
 
     groups: tuple[Group, ...]
     candidates: tuple[int, ...]
@@ -67,11 +67,11 @@ class Wave:
 
 
 def costs_of(model: PreTrainedModel) -> Costs:
-    """What a token costs in `model`, from the shapes of its largest block's weights.
+    """Return the cost of a token in `model`, from the shapes of its largest block's weights.
 
-    Inside a block, what the matrix products give exists at the same time as what
-    the norms, rotations and activations make of it: twice their width is more
-    than families of dense blocks were seen to need.
+    Inside a block, the results of the matrix products exist at the same time as those of
+    the norms, rotations and activations: twice their width is more than families of
+    dense blocks were seen to need.
     """
     blocks = find_layers(model).modules
     config = text_config(model.config)
@@ -93,7 +93,7 @@ def plan_waves(lengths: Sequence[int], candidates: Sequence[int], costs: Costs, 
     Half of the budget holds the streams, half what a block makes of the rows it
     is given. There is one wave if all fits; more sequences make more waves; only
     if a single sequence with all candidates does not fit are the candidates
-    divided too, and the unpruned stream is then walked once for each portion.
+    divided too, and the unpruned stream then passes once for each portion.
 
     Raises:
         RequestError: the budget cannot hold the longest sequence and one candidate.
@@ -106,30 +106,25 @@ def plan_waves(lengths: Sequence[int], candidates: Sequence[int], costs: Costs, 
             f"a memory budget of {budget / GIB:.3g} GiB is too small for {longest} tokens; "
             f"it needs {needed:.3g}. Raise scoring.memory_budget_gb or lower scoring.sequence_length"
         )
-    groups = [_group(lengths, positions, costs, room) for positions in _equal_lengths(lengths, costs, room)]
+    groups = [
+        Group(tuple(positions), _rows(lengths[positions[0]], costs, room))
+        for positions in _equal_lengths(lengths, costs, room)
+    ]
+    # One portion also where there are no candidates: the unpruned stream alone.
+    portions = [tuple(candidates[at : at + fits]) for at in range(0, len(candidates), max(1, fits))] or [()]
     return [
         Wave(tuple(part), portion)
-        for portion in _portions(tuple(candidates), fits)
+        for portion in portions
         for part in _packed(groups, lengths, (1 + len(portion)) * costs.stream, room)
     ]
-
-
-def _portions(candidates: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
-    if len(candidates) <= size:
-        return [candidates]
-    return [candidates[start : start + size] for start in range(0, len(candidates), size)]
 
 
 def _rows(num_tokens: int, costs: Costs, room: int) -> int:
     return max(1, min(costs.chunk_tokens // num_tokens, room // costs.row(num_tokens)))
 
 
-def _group(lengths: Sequence[int], positions: Sequence[int], costs: Costs, room: int) -> Group:
-    return Group(tuple(positions), _rows(lengths[positions[0]], costs, room))
-
-
 def _equal_lengths(lengths: Sequence[int], costs: Costs, room: int) -> Iterator[list[int]]:
-    """Positions of sequences of one length, no more than enter a block at one time, longest first."""
+    """Yield positions of sequences of one length, as many as enter a block at one time, longest first."""
     alike: dict[int, list[int]] = defaultdict(list)
     for position, length in enumerate(lengths):
         alike[length].append(position)
@@ -141,7 +136,7 @@ def _equal_lengths(lengths: Sequence[int], costs: Costs, room: int) -> Iterator[
 def _packed(
     groups: Sequence[Group], lengths: Sequence[int], bytes_per_token: int, room: int
 ) -> Iterator[list[Group]]:
-    """Groups in order, as many together as there is room for; one that is too large is divided."""
+    """Yield groups in order, as many together as fit; divide one that is too large."""
     part: list[Group] = []
     taken = 0
     for group in groups:
@@ -158,7 +153,7 @@ def _packed(
 
 
 def default_budget(device: torch.device) -> int:
-    """Half of what the accelerator has free; on a CPU, where others have their part of it, a fixed size."""
+    """Return half of the accelerator's free memory; on a CPU, which other processes share, a fixed size."""
     if device.type != "cuda":
         return CPU_BUDGET
     return torch.cuda.mem_get_info(device)[0] // 2

@@ -12,7 +12,7 @@ from actors.models.families import find_layers
 from actors.models.pruning.surgery import read_back, remove_layers, traits
 
 
-def hollow_model(model: PreTrainedModel, draw: Callable[[torch.Size], Tensor]) -> PreTrainedModel:
+def dummy_model(model: PreTrainedModel, draw: Callable[[torch.Size], Tensor]) -> PreTrainedModel:
     """Build the float32 model of `model`'s config, on the CPU, with parameters that `draw` gives by shape.
 
     They may overlap in memory: a view that repeats its values costs nothing.
@@ -20,13 +20,13 @@ def hollow_model(model: PreTrainedModel, draw: Callable[[torch.Size], Tensor]) -
     config = read_back(model.config)
     config.dtype = torch.float32
     with init_empty_weights(include_buffers=False):
-        hollow = type(model)(config).eval()
+        dummy = type(model)(config).eval()
     # The grouped matrix product of experts takes no weights that overlap.
-    hollow.set_experts_implementation("eager")
-    for module in hollow.modules():
+    dummy.set_experts_implementation("eager")
+    for module in dummy.modules():
         for name, parameter in module.named_parameters(recurse=False):
             module.register_parameter(name, nn.Parameter(draw(parameter.shape), requires_grad=False))
-    return hollow
+    return dummy
 
 
 def zeros(shape: torch.Size) -> Tensor:
@@ -51,7 +51,7 @@ def overlapping_draws(seed: int = 0) -> Callable[[torch.Size], Tensor]:
     return draw
 
 
-def keep_one_of_each_make(model: PreTrainedModel) -> PreTrainedModel:
+def keep_one_of_each_kind(model: PreTrainedModel) -> PreTrainedModel:
     """Remove the blocks that another block is like in all but its weights, where the family can be pruned."""
     makes: dict[tuple[object, ...], int] = {}
     try:

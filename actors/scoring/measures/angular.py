@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 from actors.errors import RequestError
 from actors.models import LayerwisePass, depth
+from actors.scoring.measures.calibration import Calibration
 
 FARTHEST = 1.0
 """The largest angular distance there is, given to starts after which no n blocks are left."""
 
 
 def angular_distances(model: PreTrainedModel, sequences: Sequence[Tensor]) -> Tensor:
-    """Eq. 7 between all points of the stream: mean over sequences of arccos(cos) / π at the last token.
+    """Return Eq. 7 between all points of the stream: the mean of arccos(cos) / π at the last token.
 
     Args:
         model: a decoder language model of N blocks.
@@ -33,31 +34,31 @@ def angular_distances(model: PreTrainedModel, sequences: Sequence[Tensor]) -> Te
     return torch.stack([_distances(model, sequence) for sequence in sequences]).mean(0)
 
 
-def run_distances(model: PreTrainedModel, sequences: Sequence[Tensor], num_remove: int) -> Tensor:
-    """For each sequence the distance over the run of `num_remove` blocks that begins at each block. [S, N]
+def angular_block(model: PreTrainedModel, calibration: Calibration) -> Tensor:
+    """Return the angular distance at the last token between the inputs of the blocks i and i + n. [S, N]
 
-    Starts later than N - `num_remove` get `FARTHEST`.
+    n is `calibration.num_remove`. Starts later than N - n get `FARTHEST`.
 
     Raises:
         RequestError: no run of so many blocks.
     """
-    num_layers = depth(model.config)
+    num_layers, num_remove = depth(model.config), calibration.num_remove
     if not 1 <= num_remove <= num_layers:
         raise RequestError(f"no run of {num_remove} blocks in a model of {num_layers}")
-    rows = torch.full((len(sequences), num_layers), FARTHEST, dtype=torch.float64)
-    for row, sequence in zip(rows, sequences, strict=True):
+    rows = torch.full((len(calibration.sequences), num_layers), FARTHEST, dtype=torch.float64)
+    for row, sequence in zip(rows, calibration.sequences, strict=True):
         row[: num_layers - num_remove + 1] = _distances(model, sequence).diagonal(num_remove)
     return rows
 
 
 @torch.no_grad()
 def _distances(model: PreTrainedModel, sequence_T: Tensor) -> Tensor:
-    """Eq. 7 for one sequence. [N+1, N+1]"""
-    walk = LayerwisePass(model, sequence_T[None])
-    hidden = walk.hidden_BTD
+    """Return Eq. 7 for one sequence. [N+1, N+1]"""
+    layerwise = LayerwisePass(model, sequence_T[None])
+    hidden = layerwise.hidden_BTD
     points = [hidden[0, -1]]
     for index in range(depth(model.config)):
-        hidden = walk.block(index, hidden)
+        hidden = layerwise.block(index, hidden)
         points.append(hidden[0, -1])
     # In float64, as arccos near 1 turns an error of 1e-7 in the cosine into one of 1e-4.
     directions = normalize(torch.stack(points).double(), dim=-1)
