@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from actors.evaluation import suite_tasks
-from actors.evaluation.lm_eval.harness import TASKS as OUR_TASKS
+from actors.evaluation.lm_eval.task_loading import TASKS as OUR_TASKS
 from orchestrator.config import CampaignConfig, MethodConfig, TextConfig
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 
