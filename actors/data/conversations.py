@@ -19,7 +19,7 @@ from actors.contracts import TextSpec
 from actors.data.files import Record
 from actors.data.packing import Sequence
 from actors.data.text import PLAIN, chat_template_text, open_records
-from actors.data.tokens import naming
+from actors.data.tokens import tokenizer_errors
 from actors.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -38,13 +38,13 @@ GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, of which the first `num_given` are not to be learnt.
+    """Messages, of which the first `num_context` are not to be learnt.
 
     `finished` is False for a last answer that was cut off: its turn has no end.
     """
 
     messages: tuple[Message, ...]
-    num_given: int = 0
+    num_context: int = 0
     finished: bool = True
 
 
@@ -95,7 +95,7 @@ def conversation_sequences(
     template = chat_template(tokenizer, spec)
     kept = skipped = 0
     for row, record in enumerate(open_records(spec, seed)):
-        with naming(f"row {row} of {spec.name!r}", tokenizer):
+        with tokenizer_errors(f"row {row} of {spec.name!r}", tokenizer):
             sequence = encode(_conversation(record, spec), tokenizer, template, sequence_length)
         if sequence is None:
             skipped += 1
@@ -118,15 +118,15 @@ def encode(
     messages = list(conversation.messages)
     answers = [
         i
-        for i in range(conversation.num_given, len(messages))
+        for i in range(conversation.num_context, len(messages))
         if messages[i]["role"] == "assistant" and messages[i]["content"].strip()
     ]
     if not answers:
         return None
-    if GENERATION_BLOCK.search(template) and conversation.num_given <= 1 and conversation.finished:
-        ids, targets = _by_block(messages, tokenizer, template)
+    if GENERATION_BLOCK.search(template) and conversation.num_context <= 1 and conversation.finished:
+        ids, targets = _encode_by_generation_block(messages, tokenizer, template)
     else:
-        ids, targets = _by_growth(conversation, answers, tokenizer, template)
+        ids, targets = _encode_by_prefix(conversation, answers, tokenizer, template)
     targets[:1] = 0  # nothing comes before the first token that could predict it
     if not targets[:sequence_length].any():
         return None
@@ -157,7 +157,7 @@ def render(
         ) from error
 
 
-def _by_block(
+def _encode_by_generation_block(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, template: str
 ) -> tuple[np.ndarray, np.ndarray]:
     encoded = render(
@@ -166,12 +166,12 @@ def _by_block(
     return np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"], dtype=np.uint8)
 
 
-def _by_growth(
+def _encode_by_prefix(
     conversation: Conversation, answers: list[int], tokenizer: PreTrainedTokenizerBase, template: str
 ) -> tuple[np.ndarray, np.ndarray]:
     messages = list(conversation.messages)
     text = render(messages, tokenizer, template)
-    spans = [_grown(messages, i, text, tokenizer, template) for i in answers]
+    spans = [_answer_span(messages, i, text, tokenizer, template) for i in answers]
     if not conversation.finished:
         start, _ = spans[-1]
         content = messages[-1]["content"].strip()
@@ -185,7 +185,7 @@ def _by_growth(
     return np.array(encoded["input_ids"]), targets
 
 
-def _grown(
+def _answer_span(
     messages: list[Message], answer: int, text: str, tokenizer: PreTrainedTokenizerBase, template: str
 ) -> tuple[int, int]:
     """Where in `text` the message number `answer` stands, with its end of turn."""
@@ -203,15 +203,15 @@ def _conversation(record: Record, spec: TextSpec) -> Conversation:
     if spec.generated is not None:
         prompt = tuple(record["prompt"])
         answer = {"role": "assistant", "content": record["response"]}
-        return Conversation((*prompt, answer), num_given=len(prompt), finished=record["finished"])
+        return Conversation((*prompt, answer), num_context=len(prompt), finished=record["finished"])
     if spec.messages_column is not None:
         return Conversation(tuple(_message(message) for message in record[spec.messages_column]))
     prompt_text, more = record[str(spec.prompt_column)], record.get(spec.input_column or "")
     question = _message({"role": "user", "content": f"{prompt_text}\n\n{more}" if more else prompt_text})
     if spec.response_column is None:
-        return Conversation((question,), num_given=1)
+        return Conversation((question,), num_context=1)
     answer = {"role": "assistant", "content": record[spec.response_column]}
-    return Conversation((question, answer), num_given=1)
+    return Conversation((question, answer), num_context=1)
 
 
 def _message(message: Message) -> Message:

@@ -30,7 +30,7 @@ Row = tuple[int | None, Record]
 LINE_COLUMN = "text"
 """Column of the lines of a `.txt` file."""
 
-ROWS_AT_A_TIME = 256
+ROWS_PER_BATCH = 256
 
 COMPRESSED = (".bz2", ".gz", ".lz4", ".xz", ".zip", ".zst")
 
@@ -55,7 +55,7 @@ def check_suffix(file: str) -> None:
 
 def read_file(file: str) -> bytes:
     """The file's content. Raises RequestError if it cannot be read or is blank."""
-    with _open(file) as stream, _explained(file):
+    with _open(file) as stream, _reader_errors(file):
         content = stream.read()
     if not content.strip():
         raise RequestError(f"the text file {file!r} is empty")
@@ -69,8 +69,8 @@ def read_text(file: str) -> str:
         RequestError: it cannot be read, is blank, or is not UTF-8; says where.
     """
     content = read_file(file)
-    with _explained(file):
-        return "".join(_decoded(BytesIO(content)))
+    with _reader_errors(file):
+        return "".join(_decode_lines(BytesIO(content)))
 
 
 def parse_rows(content: bytes, file: str, columns: Collection[str] = ()) -> Iterator[Row]:
@@ -80,7 +80,7 @@ def parse_rows(content: bytes, file: str, columns: Collection[str] = ()) -> Iter
         RequestError: it is not what its ending says; names the line or row.
     """
     check_suffix(file)
-    with _explained(file), pa.BufferReader(content) as stream:
+    with _reader_errors(file), pa.BufferReader(content) as stream:
         yield from READERS[suffix_of(file)](stream, columns)
 
 
@@ -93,7 +93,7 @@ def stream_rows(file: str, columns: Collection[str] = ()) -> Iterator[Row]:
     check_suffix(file)
     if suffix_of(file) == ".json":
         raise RequestError(f"{file!r} cannot be streamed, a .json file is one value; write it as .jsonl")
-    with _open(file) as stream, _explained(file):
+    with _open(file) as stream, _reader_errors(file):
         yield from READERS[suffix_of(file)](stream, columns)
 
 
@@ -104,13 +104,13 @@ def read_rows(file: str) -> Iterator[Row]:
 
 def first_line(file: str) -> bytes:
     """The bytes up to and with the first newline."""
-    with _open(file) as stream, _explained(file):
+    with _open(file) as stream, _reader_errors(file):
         return BufferedReader(stream).readline()
 
 
 @contextmanager
 def _open(file: str) -> Iterator[pa.NativeFile]:
-    with _explained(file):
+    with _reader_errors(file):
         source, path = filesystem(file)
         opened = source.open_input_file(path)
     with opened:
@@ -118,7 +118,7 @@ def _open(file: str) -> Iterator[pa.NativeFile]:
 
 
 @contextmanager
-def _explained(file: str) -> Iterator[None]:
+def _reader_errors(file: str) -> Iterator[None]:
     """Turn what a reader raises into a RequestError that names the file, and what the reader names."""
     try:
         yield
@@ -139,7 +139,7 @@ def reason_of(error: BaseException) -> str:
     return message if speaks else f"{type(error).__name__}: {message}".rstrip(": ")
 
 
-def _decoded(stream: pa.NativeFile | BytesIO) -> Iterator[str]:
+def _decode_lines(stream: pa.NativeFile | BytesIO) -> Iterator[str]:
     """The lines of a UTF-8 file with their ends, each ended by a newline but perhaps the last."""
     offset = 0
     for number, raw in enumerate(BufferedReader(stream), start=1):
@@ -164,7 +164,7 @@ def _lines(stream: pa.NativeFile) -> Iterator[str]:
     Only in a file without any `\n` do lines end with `\r`, as old Macs wrote them.
     """
     # Not str.splitlines: it also cuts at form feeds and Unicode separators inside a sentence.
-    for number, line in enumerate(_decoded(stream)):
+    for number, line in enumerate(_decode_lines(stream)):
         if number == 0 and not line.endswith("\n"):
             yield from StringIO(line.replace("\r", "\n"), newline="\n")
         else:
@@ -181,7 +181,7 @@ def _read_jsonl(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Ro
         if not line.strip():
             continue
         try:
-            record = json.loads(line.rstrip("\n"), object_pairs_hook=_unique)
+            record = json.loads(line.rstrip("\n"), object_pairs_hook=_unique_keys)
             if not isinstance(record, dict):
                 raise ValueError(f"{NO_RECORD}, not {type(record).__name__}")
         except Exception as error:
@@ -195,7 +195,7 @@ def _read_jsonl(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Ro
 
 def _read_json(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row]:
     try:
-        value = json.loads("".join(_decoded(stream)), object_pairs_hook=_unique)
+        value = json.loads("".join(_decode_lines(stream)), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         lines = "; a file with a record a line must end with .jsonl" if error.msg == "Extra data" else ""
         raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}{lines}") from error
@@ -208,20 +208,20 @@ def _read_json(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row
         yield None, item
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> Record:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError(f"an object names {_repeated([name for name, _ in pairs])} twice")
+        raise ValueError(f"an object names {_duplicates([name for name, _ in pairs])} twice")
     return record
 
 
-def _repeated(names: Collection[str]) -> str:
+def _duplicates(names: Collection[str]) -> str:
     return ", ".join(repr(name) for name, count in Counter(names).items() if count > 1)
 
 
 def _read_csv(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    lines = ([line] if "\r" not in line else CSV_LINE.findall(line) for line in _decoded(stream))
+    lines = ([line] if "\r" not in line else CSV_LINE.findall(line) for line in _decode_lines(stream))
     reader = csv.reader(chain.from_iterable(lines), strict=True)
     header: list[str] = []
     while True:
@@ -236,7 +236,7 @@ def _read_csv(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row]
             continue
         if not header:
             header = cells
-            if repeated := _repeated([name for name in header if name]):
+            if repeated := _duplicates([name for name in header if name]):
                 raise ValueError(f"line {line}: the header names {repeated} twice")
             continue
         if len(cells) != len(header):
@@ -247,12 +247,12 @@ def _read_csv(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row]
 def _read_parquet(stream: pa.NativeFile, columns: Collection[str]) -> Iterator[Row]:
     table = papq.ParquetFile(stream)
     names = table.schema_arrow.names
-    if repeated := _repeated(names):
+    if repeated := _duplicates(names):
         raise ValueError(f"it has the column {repeated} twice")
     # Where one is missing, all are read, so that whoever looks for it can say what there is.
     wanted = list(columns) if columns and set(columns) <= set(names) else names
     row = 0
-    batches = table.iter_batches(batch_size=ROWS_AT_A_TIME, columns=wanted)
+    batches = table.iter_batches(batch_size=ROWS_PER_BATCH, columns=wanted)
     while True:
         try:
             batch = next(batches, None)
@@ -260,11 +260,11 @@ def _read_parquet(stream: pa.NativeFile, columns: Collection[str]) -> Iterator[R
             raise ValueError(f"damaged at or after row {row}: {reason_of(error)}") from error
         if batch is None:
             return
-        yield from ((None, record) for record in _values(batch, row))
+        yield from ((None, record) for record in _records_of(batch, row))
         row += batch.num_rows
 
 
-def _values(batch: pa.RecordBatch, first_row: int) -> list[Record]:
+def _records_of(batch: pa.RecordBatch, first_row: int) -> list[Record]:
     try:
         return batch.to_pylist()
     except Exception:

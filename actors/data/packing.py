@@ -24,7 +24,7 @@ T = TypeVar("T")
 PADDING = 0
 """Token id of padding. Any will do: no token attends to it, and no loss counts it."""
 
-TYPES = {"ids": np.int32, "starts": np.uint8, "targets": np.uint8}
+COLUMN_DTYPES = {"ids": np.int32, "starts": np.uint8, "targets": np.uint8}
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,13 @@ class Sequence:
     targets: np.ndarray | None = None
 
 
-def cut_into_blocks(documents: Iterable[list[int]], sequence_length: int, apart: bool) -> Iterator[Sequence]:
+def cut_into_blocks(
+    documents: Iterable[list[int]], sequence_length: int, isolated: bool
+) -> Iterator[Sequence]:
     """Fill blocks of `sequence_length` tokens with one document after another.
 
     A document that does not fit goes on in the next block. What is left at the
-    end and fills no block is dropped. If `apart`, the blocks say where documents
+    end and fills no block is dropped. If `isolated`, the blocks say where documents
     begin, so that no token need see another document.
     """
     ids: list[int] = []
@@ -58,20 +60,20 @@ def cut_into_blocks(documents: Iterable[list[int]], sequence_length: int, apart:
         for at in range(0, full, sequence_length):
             starts[at] = 1
             block = slice(at, at + sequence_length)
-            yield Sequence(np.array(ids[block]), np.array(starts[block]) if apart else None)
+            yield Sequence(np.array(ids[block]), np.array(starts[block]) if isolated else None)
         del ids[:full], starts[:full]
 
 
-def pack_whole(sequences: Iterable[Sequence], sequence_length: int) -> Iterator[Sequence]:
+def pack_sequences(sequences: Iterable[Sequence], sequence_length: int) -> Iterator[Sequence]:
     """Put as many sequences into one as fit into `sequence_length` tokens, in order; none is cut."""
     waiting: list[Sequence] = []
     for sequence in sequences:
         if waiting and sum(len(s.ids) for s in waiting) + len(sequence.ids) > sequence_length:
-            yield _side_by_side(waiting)
+            yield _concatenate(waiting)
             waiting = []
         waiting.append(sequence)
     if waiting:
-        yield _side_by_side(waiting)
+        yield _concatenate(waiting)
 
 
 def shuffled(items: Iterable[T], seed: int, buffer_size: int) -> Iterator[T]:
@@ -88,7 +90,7 @@ def shuffled(items: Iterable[T], seed: int, buffer_size: int) -> Iterator[T]:
     yield from buffer
 
 
-def _side_by_side(sequences: list[Sequence]) -> Sequence:
+def _concatenate(sequences: list[Sequence]) -> Sequence:
     starts = [np.arange(len(sequence.ids)) == 0 for sequence in sequences]
     return Sequence(
         np.concatenate([sequence.ids for sequence in sequences]),
@@ -97,7 +99,7 @@ def _side_by_side(sequences: list[Sequence]) -> Sequence:
     )
 
 
-def up_to(sequences: Iterable[Sequence], max_tokens: int) -> Iterator[Sequence]:
+def take_tokens(sequences: Iterable[Sequence], max_tokens: int) -> Iterator[Sequence]:
     """The first sequences, together at most `max_tokens` tokens."""
     for sequence in sequences:
         max_tokens -= len(sequence.ids)
@@ -119,9 +121,11 @@ class PackedData:
     def __init__(self, columns: Mapping[str, np.ndarray], bounds: np.ndarray):
         self._columns = columns
         self._bounds = bounds
-        self._counted = torch.from_numpy(np.diff(bounds))
+        self._num_targets_S = torch.from_numpy(np.diff(bounds))
         if "targets" in columns:
-            self._counted = torch.from_numpy(np.add.reduceat(columns["targets"], bounds[:-1], dtype=np.int64))
+            self._num_targets_S = torch.from_numpy(
+                np.add.reduceat(columns["targets"], bounds[:-1], dtype=np.int64)
+            )
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -135,7 +139,7 @@ class PackedData:
         return int(self._columns["ids"].max())
 
     def num_tokens(self, chosen_B: LongTensor) -> int:
-        return int(self._counted[chosen_B].sum())
+        return int(self._num_targets_S[chosen_B].sum())
 
     def batch(self, chosen_B: LongTensor) -> TokenBatch:
         lengths_B = self.lengths_S[chosen_B]
@@ -166,18 +170,18 @@ def _positions(starts_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return (index_T - (index_T * starts_BT).cummax(dim=1).values) * mask_BT
 
 
-def collect(sequences: Iterable[Sequence]) -> PackedData:
+def in_memory(sequences: Iterable[Sequence]) -> PackedData:
     """The sequences, in memory. All have the same attributes."""
     held = list(sequences)
     columns = {
         name: np.concatenate([getattr(sequence, name) for sequence in held]).astype(kind)
-        for name, kind in TYPES.items()
+        for name, kind in COLUMN_DTYPES.items()
         if held and getattr(held[0], name) is not None
     }
     return PackedData(columns, _bounds([len(sequence.ids) for sequence in held]))
 
 
-def spool(make: Callable[[], Iterable[Sequence]], directory: Path) -> PackedData:
+def memory_mapped(make: Callable[[], Iterable[Sequence]], directory: Path) -> PackedData:
     """The sequences, in files under `directory` that are mapped rather than read.
 
     If the directory is there it is used as it is, and nothing is made anew. It
@@ -198,7 +202,7 @@ def spool(make: Callable[[], Iterable[Sequence]], directory: Path) -> PackedData
     lengths = np.load(directory / "lengths.npy")
     columns = {
         name: np.memmap(directory / name, dtype=kind, mode="r")
-        for name, kind in TYPES.items()
+        for name, kind in COLUMN_DTYPES.items()
         if (directory / name).is_file()
     }
     return PackedData(columns, _bounds(lengths))
@@ -210,7 +214,7 @@ def _write(sequences: Iterable[Sequence], directory: Path) -> None:
         files = {}
         for sequence in sequences:
             lengths.append(len(sequence.ids))
-            for name, kind in TYPES.items():
+            for name, kind in COLUMN_DTYPES.items():
                 if (column := getattr(sequence, name)) is None:
                     continue
                 if name not in files:

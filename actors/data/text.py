@@ -36,7 +36,7 @@ from actors.data.files import (
     stream_rows,
     suffix_of,
 )
-from actors.data.hf_datasets import dataset_fingerprint, explained, open_dataset, stream_dataset
+from actors.data.hf_datasets import dataset_errors, dataset_fingerprint, open_dataset, stream_dataset
 from actors.errors import ChangedError, RequestError, unknown_name
 
 BUILTIN_TEXTS = ("iterabre-appendix-a", "wikitext-2-raw-test", "wikitext-2-raw-validation")
@@ -114,17 +114,17 @@ def documents(rows: Iterable[str]) -> Iterator[str]:
     for row in rows:
         is_line = row.endswith("\n") or not row
         if lines and (not is_line or length > LONGEST_DOCUMENT or HEADING.fullmatch(row)):
-            yield from _joined(lines)
+            yield from _document_of(lines)
             lines, length = [], 0
         if not is_line:
-            yield from _joined([row])
+            yield from _document_of([row])
             continue
         lines.append(row)
         length += len(row)
-    yield from _joined(lines)
+    yield from _document_of(lines)
 
 
-def _joined(lines: list[str]) -> Iterator[str]:
+def _document_of(lines: list[str]) -> Iterator[str]:
     text = "".join(lines)
     if text.strip():
         yield text
@@ -216,7 +216,7 @@ def _stream(spec: TextSpec, seed: int = 0) -> Iterator[Row]:
 
 
 def _dataset_rows(records: Iterable[Record], spec: TextSpec) -> Iterator[Row]:
-    with explained(spec):
+    with dataset_errors(spec):
         yield from ((None, record) for record in records)
 
 

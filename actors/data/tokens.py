@@ -17,12 +17,12 @@ from actors.contracts import digest
 from actors.data.files import reason_of
 from actors.errors import IterabreError, RequestError
 
-DOCUMENTS_AT_A_TIME = 256
+DOCUMENTS_PER_BATCH = 256
 """Documents that the tokenizer is handed at once: it works on several cores."""
 
 
 @contextmanager
-def naming(row: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def tokenizer_errors(row: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Turn what a tokenizer or a chat template raises into a RequestError that begins with `row`."""
     try:
         yield
@@ -50,7 +50,7 @@ def encode_rows(
         return tokenizer(rows, **options)["input_ids"]
     except Exception:
         for place, row in enumerate(rows):  # only to say which row it is
-            with naming(name(place), tokenizer):
+            with tokenizer_errors(name(place), tokenizer):
                 tokenizer(row, **options)
         raise
 
@@ -117,13 +117,13 @@ def tokenize_documents(
     As in `tokenize_text`, a document that does not end its line is followed by a newline.
     """
     remaining = iter(texts)
-    while chunk := list(islice(remaining, DOCUMENTS_AT_A_TIME)):
+    while chunk := list(islice(remaining, DOCUMENTS_PER_BATCH)):
         whole = [text if text.endswith("\n") else text + "\n" for text in chunk]
-        name = partial(_beginning, whole, source)
+        name = partial(_document_label, whole, source)
         yield from encode_rows(whole, tokenizer, name, add_special_tokens=False)
 
 
-def _beginning(documents: list[str], source: str, place: int) -> str:
+def _document_label(documents: list[str], source: str, place: int) -> str:
     """A document by its first words: in a shuffled stream, it has no number."""
     return f"the document of {source} that begins with {documents[place][:40]!r}"
 

@@ -2,7 +2,7 @@
 
 from actors.contracts import RecoverySpec
 from actors.errors import RequestError
-from actors.recovery.adapters.adapters import check_adapter
+from actors.recovery.adapters.lora import check_adapter
 from actors.recovery.distillation.teacher_student import check_teacher
 from actors.recovery.objectives import Objective, find_objective
 from actors.recovery.training.deepspeed_config import deepspeed_config, precision_of
@@ -18,7 +18,7 @@ def check_recovery(spec: RecoverySpec, workers: int) -> None:
             that do not divide, a DeepSpeed JSON that contradicts them, or no loss.
     """
     objective = find_objective(spec.objective)
-    if not objective.heals:
+    if not objective.applies_recovery:
         return
     if spec.model.merges:
         raise RequestError(

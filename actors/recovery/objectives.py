@@ -9,15 +9,15 @@ from torch import nn
 from actors.contracts import RecoverySpec
 from actors.data import TrainingData
 from actors.plugins import find_row
-from actors.recovery.distillation.distillation import LockstepDistiller
-from actors.recovery.distillation.healing import AuxiliaryHealing
+from actors.recovery.distillation.auxiliary_healing import AuxiliaryHealing
+from actors.recovery.distillation.causal_lm import CausalLM
 from actors.recovery.distillation.linear_bridge import Solution, solve_bridges
+from actors.recovery.distillation.lockstep_distiller import LockstepDistiller
 from actors.recovery.distillation.student import Student
-from actors.recovery.distillation.teacher_student import Pair
-from actors.recovery.losses.causal_lm import CausalLM
-from actors.recovery.training.documents import check_documents_apart
+from actors.recovery.distillation.teacher_student import TeacherStudent
+from actors.recovery.training.document_isolation import check_document_isolation
 
-BuildModule = Callable[[Pair, RecoverySpec], nn.Module]
+BuildModule = Callable[[TeacherStudent, RecoverySpec], nn.Module]
 """Gives the module to train: forward(batch: TokenBatch) → dict of scalar terms, their weighted sum
 under `loss`, each the sum over the batch's tokens divided by `batch.denominator`."""
 
@@ -43,34 +43,36 @@ class Objective:
     solve: Solve | None = None
 
     @property
-    def heals(self) -> bool:
+    def applies_recovery(self) -> bool:
         """Whether anything is done to the pruned model."""
         return self.build is not None or self.solve is not None
 
 
-def build_lockstep(pair: Pair, spec: RecoverySpec) -> nn.Module:
+def build_lockstep(pair: TeacherStudent, spec: RecoverySpec) -> nn.Module:
     """Knowledge distillation from the unpruned model, or from the teacher that is named."""
-    return _packed(LockstepDistiller(pair, spec.loss, spec.gradient_checkpointing), spec)
+    return _checked_for_packing(LockstepDistiller(pair, spec.loss, spec.gradient_checkpointing), spec)
 
 
-def build_causal_lm(pair: Pair, spec: RecoverySpec) -> nn.Module:
+def build_causal_lm(pair: TeacherStudent, spec: RecoverySpec) -> nn.Module:
     """Next-token prediction on the targets of the data."""
-    return _packed(CausalLM(pair, spec.gradient_checkpointing), spec)
+    return _checked_for_packing(CausalLM(pair, spec.gradient_checkpointing), spec)
 
 
-def build_auxiliary_healing(pair: Pair, spec: RecoverySpec) -> nn.Module:
+def build_auxiliary_healing(pair: TeacherStudent, spec: RecoverySpec) -> nn.Module:
     """Next-token prediction and the mismatch at the cuts; without its weight, the former alone."""
     if not spec.loss.auxiliary:
         return build_causal_lm(pair, spec)
-    return _packed(AuxiliaryHealing(pair, spec.loss.auxiliary, spec.gradient_checkpointing), spec)
+    return _checked_for_packing(
+        AuxiliaryHealing(pair, spec.loss.auxiliary, spec.gradient_checkpointing), spec
+    )
 
 
-def _packed(module: Student, spec: RecoverySpec) -> Student:
+def _checked_for_packing(module: Student, spec: RecoverySpec) -> Student:
     """The module, once its models are known to keep documents apart, where rows hold several."""
     if spec.packing == "documents":
-        check_documents_apart(module.pair.student)
+        check_document_isolation(module.pair.student)
         if module.pair.teacher is not None:
-            check_documents_apart(module.pair.teacher)
+            check_document_isolation(module.pair.teacher)
     return module
 
 

@@ -14,7 +14,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from actors.artifacts import explained, join
 from actors.contracts import Progress, RecoveryResult, RecoverySpec, no_progress
 from actors.errors import ChangedError, IterabreError, RequestError, WorkError
-from actors.recovery.training.train_context import KEPT_CHECKPOINTS, Workplace, Write
+from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, TrainContext, Write
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
@@ -23,7 +23,7 @@ START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 class _Job:
     spec: RecoverySpec
     adapter_uri: str
-    note_uri: str
+    micro_batch_hint_uri: str
     progress: Progress
 
 
@@ -64,8 +64,8 @@ def recover_on_ray(
         RequestError: the request was wrong; found by the workers, not tried again.
         WorkError: training failed; names the cause, not the actor that died of it.
     """
-    note_uri = join(storage_path, name, "micro_batch_size")
-    job = _Job(spec, adapter_uri, note_uri, progress_handle or no_progress)
+    micro_batch_hint_uri = join(storage_path, name, "micro_batch_size")
+    job = _Job(spec, adapter_uri, micro_batch_hint_uri, progress_handle or no_progress)
     scaling = ScalingConfig(
         num_workers=workers,
         use_gpu=gpus_per_worker > 0,
@@ -80,7 +80,7 @@ def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryRe
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
-        _work, train_loop_config={"job": job}, scaling_config=scaling, run_config=run_config
+        _train_worker, train_loop_config={"job": job}, scaling_config=scaling, run_config=run_config
     )
     try:
         outcome = trainer.fit().return_value
@@ -106,28 +106,28 @@ def _run_config(name: str, storage_path: str, max_failures: int) -> RunConfig:
             # Losing a machine that was announced to go is no failure; as many as come are survived.
             max_preemption_failures=-1,
         ),
-        checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+        checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_TO_KEEP),
         logging_config=LoggingConfig(log_level="WARNING"),
     )
 
 
-def _work(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
+def _train_worker(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
     """One worker. Errors that another try would meet again are returned: Ray retries what is raised."""
     from actors.recovery.training.train_loop import DivergenceError, train
 
-    job, context = config["job"], ray_train.get_context()
-    workplace = Workplace(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
+    job, ray_context = config["job"], ray_train.get_context()
+    context = TrainContext(
+        rank=ray_context.get_world_rank(),
+        world_size=ray_context.get_world_size(),
         adapter_uri=job.adapter_uri,
-        note_uri=job.note_uri,
+        micro_batch_hint_uri=job.micro_batch_hint_uri,
         save_checkpoint=_report_checkpoint,
-        checkpoints=_newest_first,
+        checkpoints=_checkpoints_newest_first,
         progress=job.progress,
-        leaving=_leaving,
+        preemption_requested=_preemption_requested,
     )
     try:
-        return train(job.spec, workplace)
+        return train(job.spec, context)
     except (RequestError, ChangedError, DivergenceError) as error:
         return error
 
@@ -144,19 +144,19 @@ def _report_checkpoint(steps_done: int, write: Write) -> None:
             )
 
 
-def _newest_first() -> Iterator[AbstractContextManager[Path]]:
+def _checkpoints_newest_first() -> Iterator[AbstractContextManager[Path]]:
     """What Ray has committed: checkpoints that every worker's share of has arrived."""
     reported = ray_train.get_all_reported_checkpoints()
-    return (_opened(each.checkpoint) for each in reversed(reported))
+    return (_open_checkpoint(each.checkpoint) for each in reversed(reported))
 
 
 @contextmanager
-def _opened(checkpoint: ray_train.Checkpoint) -> Iterator[Path]:
+def _open_checkpoint(checkpoint: ray_train.Checkpoint) -> Iterator[Path]:
     with checkpoint.as_directory() as directory:
         yield Path(directory)
 
 
-def _leaving() -> bool:
+def _preemption_requested() -> bool:
     """Whether the machine of one of the workers is about to be taken away; the workers agree."""
     return ray_train.get_preemption_info() is not None
 
@@ -182,7 +182,7 @@ def _start_timeout(seconds: float) -> Iterator[None]:
 def _worker_failure(name: str, error: ray_train.WorkerGroupError) -> IterabreError:
     """The failure that caused the others: one worker's own error rather than a lost peer."""
     causes = {rank: getattr(e, "_base_exc", e) for rank, e in sorted(error.worker_failures.items())}
-    rank, cause = min(causes.items(), key=lambda item: _remoteness(item[1]))
+    rank, cause = min(causes.items(), key=lambda item: _failure_rank(item[1]))
     if isinstance(cause, IterabreError):
         return cause
     return WorkError(
@@ -191,7 +191,7 @@ def _worker_failure(name: str, error: ray_train.WorkerGroupError) -> IterabreErr
     )
 
 
-def _remoteness(cause: BaseException) -> int:
+def _failure_rank(cause: BaseException) -> int:
     """How far an error is from what went wrong first: own message, own crash, lost process, lost peer."""
     if isinstance(cause, IterabreError):
         return 0

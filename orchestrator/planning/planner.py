@@ -162,7 +162,7 @@ def _teachers(methods: Iterable[MethodConfig]) -> set[ModelSpec]:
 
 def _traits(method: MethodConfig) -> Traits:
     criterion, objective = find_criterion(method.scoring.criterion), find_objective(method.recovery.objective)
-    return Traits(criterion.seeded, criterion.chooses_run, objective.heals, objective.trains_on)
+    return Traits(criterion.seeded, criterion.chooses_run, objective.applies_recovery, objective.trains_on)
 
 
 def _heals(method: MethodConfig) -> bool:

@@ -10,14 +10,14 @@ from actors.contracts import LossSpec
 from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.models import LayerwisePass, depth, find_layers, text_config
-from actors.recovery.adapters.adapters import switched_off
-from actors.recovery.distillation.student import Student, run_block, way_through
-from actors.recovery.distillation.teacher_student import Pair
-from actors.recovery.losses.attention import AttentionTap
+from actors.recovery.adapters.lora import adapters_disabled
+from actors.recovery.distillation.student import Student, layerwise_pass, run_block
+from actors.recovery.distillation.teacher_student import TeacherStudent
+from actors.recovery.losses.attention_recorder import AttentionRecorder
 
 
 class Lockstep(Student):
-    """Base of the modules that compare the student with a teacher on the way.
+    """Base of the modules that compare the student with a teacher on the layerwise.
 
     If the pair's teacher is its student with adapters off, both pass through the
     same modules, and the frozen weights exist once. A separate teacher's depth
@@ -29,39 +29,39 @@ class Lockstep(Student):
         attention: read the attention matrices of both.
     """
 
-    def __init__(self, pair: Pair, gradient_checkpointing: bool = False, attention: bool = False):
+    def __init__(self, pair: TeacherStudent, gradient_checkpointing: bool = False, attention: bool = False):
         super().__init__(pair, gradient_checkpointing, attention)
         self.teacher = pair.teacher
         self._shared = pair.teacher is None
-        self._teacher_tap = (
-            AttentionTap(pair.teacher) if attention and pair.teacher is not None else self._tap
+        self._teacher_recorder = (
+            AttentionRecorder(pair.teacher) if attention and pair.teacher is not None else self._recorder
         )
         self._teacher_depth = len(find_layers(pair.teacher or pair.student).modules)
 
-    def ways(self, batch: TokenBatch) -> tuple[LayerwisePass, LayerwisePass]:
-        """The batch's ways through student and teacher."""
-        student = way_through(self.model, batch)
+    def layerwise_passes(self, batch: TokenBatch) -> tuple[LayerwisePass, LayerwisePass]:
+        """The batch's layerwise_passes through student and teacher."""
+        student = layerwise_pass(self.model, batch)
         if self.teacher is None:
             return student, student
         with torch.no_grad():
-            return student, way_through(self.teacher, batch)
+            return student, layerwise_pass(self.teacher, batch)
 
     @torch.no_grad()
-    def teach(
-        self, way: LayerwisePass, layers: Iterable[int], teacher_BTD: Tensor
+    def advance_teacher(
+        self, layerwise: LayerwisePass, layers: Iterable[int], teacher_BTD: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The teacher's hidden state after those of its layers, and the last one's attention matrix."""
         attention_BHTT = None
         for layer in layers:
             with self._frozen(layer):
-                teacher_BTD, attention_BHTT = run_block(way, layer, teacher_BTD, self._teacher_tap)
+                teacher_BTD, attention_BHTT = run_block(layerwise, layer, teacher_BTD, self._teacher_recorder)
         return teacher_BTD.detach(), attention_BHTT
 
     def _frozen(self, layer: int) -> AbstractContextManager[None]:
-        return switched_off(self._lora[layer]) if self._shared else nullcontext()
+        return adapters_disabled(self._lora[layer]) if self._shared else nullcontext()
 
 
-def check_comparable(pair: Pair, loss: LossSpec) -> None:
+def check_comparable(pair: TeacherStudent, loss: LossSpec) -> None:
     """Refuse terms that compare what a separate teacher and the student do not have in common.
 
     Raises:
@@ -87,7 +87,7 @@ def check_comparable(pair: Pair, loss: LossSpec) -> None:
             )
 
 
-def check_layer_map(pair: Pair) -> None:
+def check_layer_map(pair: TeacherStudent) -> None:
     """Refuse a map(l) that is not one ascending layer of the teacher for each of the student.
 
     Raises:

@@ -11,12 +11,12 @@ from actors.contracts import ModelSpec, RecoverySpec
 from actors.errors import RequestError
 from actors.models import depth, device, find_layers, load_source, materialize, open_model, save_weights
 from actors.models.model_builder import rename_layers
-from actors.recovery.adapters.adapters import attach_adapters, check_adapter, new_adapter, save_adapter
-from actors.recovery.adapters.overrides import is_shareable
+from actors.recovery.adapters.lora import attach_adapters, check_adapter, new_adapter, save_adapter
+from actors.recovery.adapters.weight_deltas import can_share_weights
 
 
 @dataclass(frozen=True)
-class Pair:
+class TeacherStudent:
     """What a recovery trains and what it compares that with.
 
     If `teacher` is None, both live in the one model `student`: the teacher is all its
@@ -44,12 +44,14 @@ class Pair:
     source_layers: tuple[int, ...] | None = None
 
 
-def shared_pair(adapted: PeftModel, kept: tuple[int, ...]) -> Pair:
+def shared_teacher_student(adapted: PeftModel, kept: tuple[int, ...]) -> TeacherStudent:
     """Teacher and student in one adapted source model, the student being its layers `kept`."""
-    return Pair(adapted.get_base_model(), kept, None, kept, adapted)
+    return TeacherStudent(adapted.get_base_model(), kept, None, kept, adapted)
 
 
-def load_pair(spec: RecoverySpec, has_teacher: bool = True) -> tuple[Pair, PreTrainedTokenizerBase]:
+def load_teacher_student(
+    spec: RecoverySpec, has_teacher: bool = True
+) -> tuple[TeacherStudent, PreTrainedTokenizerBase]:
     """Load what `spec` trains and its teacher, with the tokenizer of both.
 
     With adapters and the source as teacher, one model serves both. In all other
@@ -63,15 +65,15 @@ def load_pair(spec: RecoverySpec, has_teacher: bool = True) -> tuple[Pair, PreTr
     check_adapter(spec)
     check_teacher(spec, has_teacher)
     if not has_teacher:
-        return _own_student(spec, None, None)
+        return _separate_student(spec, None, None)
     if spec.teacher is not None:
-        return _taught_by(spec, spec.teacher)
+        return _with_separate_teacher(spec, spec.teacher)
     source, tokenizer = load_source(spec.model)
     kept = spec.model.kept(depth(source.config))
     source = source.to(device())
-    if spec.adapter.kind != "full" and is_shareable(source, spec.model):
-        return shared_pair(attach_adapters(source, spec, kept), kept), tokenizer
-    return _own_student(spec, source.requires_grad_(False), kept)
+    if spec.adapter.kind != "full" and can_share_weights(source, spec.model):
+        return shared_teacher_student(attach_adapters(source, spec, kept), kept), tokenizer
+    return _separate_student(spec, source.requires_grad_(False), kept)
 
 
 def check_teacher(spec: RecoverySpec, has_teacher: bool) -> None:
@@ -90,15 +92,15 @@ def check_teacher(spec: RecoverySpec, has_teacher: bool) -> None:
         )
 
 
-def save_trained(pair: Pair, directory: Path) -> None:
+def save_trained(pair: TeacherStudent, directory: Path) -> None:
     """Write what was trained: the adapter, or with full fine-tuning the weights; named by source layer."""
     if pair.adapted is not None:
         save_adapter(pair.adapted, directory, pair.source_layers)
         return
-    save_weights(source_named(pair.student, pair.source_layers), directory)
+    save_weights(named_by_source(pair.student, pair.source_layers), directory)
 
 
-def source_named(model: PreTrainedModel, source_layers: tuple[int, ...] | None) -> dict[str, Tensor]:
+def named_by_source(model: PreTrainedModel, source_layers: tuple[int, ...] | None) -> dict[str, Tensor]:
     """The model's trained tensors under the names that they have in the source, in the source's type."""
     trained = {n: p.detach().to(model.config.dtype) for n, p in model.named_parameters() if p.requires_grad}
     if source_layers is None:
@@ -106,9 +108,11 @@ def source_named(model: PreTrainedModel, source_layers: tuple[int, ...] | None) 
     return rename_layers(trained, find_layers(model).path, dict(enumerate(source_layers)))
 
 
-def _taught_by(spec: RecoverySpec, teacher: ModelSpec) -> tuple[Pair, PreTrainedTokenizerBase]:
+def _with_separate_teacher(
+    spec: RecoverySpec, teacher: ModelSpec
+) -> tuple[TeacherStudent, PreTrainedTokenizerBase]:
     model, theirs = open_model(teacher)
-    pair, ours = _own_student(spec, model.to(device()).requires_grad_(False), spec.teacher_layers)
+    pair, ours = _separate_student(spec, model.to(device()).requires_grad_(False), spec.teacher_layers)
     if ours.get_vocab() != theirs.get_vocab():
         raise RequestError(
             f"the tokenizer of teacher {teacher.path!r} is not that of {spec.model.source.path!r}: their "
@@ -117,9 +121,9 @@ def _taught_by(spec: RecoverySpec, teacher: ModelSpec) -> tuple[Pair, PreTrained
     return pair, ours
 
 
-def _own_student(
+def _separate_student(
     spec: RecoverySpec, teacher: PreTrainedModel | None, teacher_layers: tuple[int, ...] | None
-) -> tuple[Pair, PreTrainedTokenizerBase]:
+) -> tuple[TeacherStudent, PreTrainedTokenizerBase]:
     """A pruned student beside a teacher, or without one."""
     student, tokenizer = materialize(spec.model)
     student = student.to(device())
@@ -127,6 +131,6 @@ def _own_student(
     source_layers = spec.model.kept(len(layers) + len(spec.model.dropped))
     if spec.adapter.kind == "full":
         student.requires_grad_(True)
-        return Pair(student, layers, teacher, teacher_layers, None, source_layers), tokenizer
+        return TeacherStudent(student, layers, teacher, teacher_layers, None, source_layers), tokenizer
     adapted = new_adapter(student, spec, layers)
-    return Pair(student, layers, teacher, teacher_layers, adapted, source_layers), tokenizer
+    return TeacherStudent(student, layers, teacher, teacher_layers, adapted, source_layers), tokenizer

@@ -10,9 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, logaddexp
 
 from actors.errors import RequestError, unknown_name
+from actors.recovery.losses.chunked_sum import Head, sum_over_chunks
+from actors.recovery.losses.token_weights import ALL_TOKENS, TokenWeights
 
 LogitLoss = Callable[[Tensor, Tensor], Tensor]
 """(student_NV, teacher_NV) → values of the tokens [N]."""
@@ -78,6 +81,60 @@ def find_logit_loss(name: str, temperature: float) -> LogitLoss:
         raise RequestError(f"recovery.loss.temperature must be above 0, not {temperature}")
     loss = LOGIT_LOSSES[name].loss
     return lambda student_NV, teacher_NV: loss(student_NV, teacher_NV, temperature)
+
+
+def gram_matrix(head_VD: Tensor) -> Tensor:
+    """G = WᵀW / V [D, D] in fp32: all that a logit MSE needs to know of the LM head (DESIGN §6)."""
+    weight_VD = head_VD.detach().float()
+    return weight_VD.T @ weight_VD / weight_VD.shape[0]
+
+
+def logit_mse_from_hidden(
+    student_BTD: Tensor, teacher_BTD: Tensor, gram_DD: Tensor, weights: TokenWeights = ALL_TOKENS
+) -> Tensor:
+    """Squared distance of logits z = Wh without forming them; a token's value is the mean over V.
+
+    Equal to MSE(W h_S, W h_T), since |W Δh|² / V = Δhᵀ G Δh: D² products a token
+    instead of V·D. Valid only where the logits are exactly W h, and W is frozen
+    and common to both models. Computed in fp32 whatever the type of the states.
+
+    Args:
+        student_BTD, teacher_BTD: after the final norm.
+        gram_DD: `gram_matrix` of the common head.
+    """
+    difference_BTD = student_BTD.float() - teacher_BTD.float()
+    with torch.autocast(difference_BTD.device.type, enabled=False):
+        squares_BT = ((difference_BTD @ gram_DD) * difference_BTD).sum(-1)
+    return weights.mean(squares_BT)
+
+
+def chunked_logit_loss(
+    student_BTD: Tensor,
+    teacher_BTD: Tensor,
+    heads: tuple[Head, Head],
+    distance: LogitLoss,
+    weights: TokenWeights = ALL_TOKENS,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Any row of `LOGIT_LOSSES` between the logits of student and teacher, for any head.
+
+    Logits exist for a chunk of tokens at a time, and only for tokens that count.
+
+    Args:
+        student_BTD, teacher_BTD: after the final norm; D may differ.
+        heads: the student's and the teacher's.
+        distance: (student_NV, teacher_NV) → values of the tokens [N].
+    """
+    student_head, teacher_head = heads
+    teacher_ND = weights.rows(teacher_BTD.detach())
+
+    def chunk_sum(student_ND: Tensor, rows: slice) -> Tensor:
+        with torch.no_grad():
+            teacher_NV = teacher_head(teacher_ND[rows]).float()
+        return distance(student_head(student_ND).float(), teacher_NV).sum()
+
+    total = sum_over_chunks(weights.rows(student_BTD), chunk_sum, student_head, chunk_tokens)
+    return weights.divided(total, student_BTD[..., 0].numel())
 
 
 def _log_probabilities(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -23,16 +23,16 @@ from torch import Tensor
 
 from actors.artifacts import explained, sha256_of
 from actors.errors import WorkError
-from actors.recovery.training.train_context import KEPT_CHECKPOINTS, Write
+from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, Write
 
 STATE = "state.json"
 
 
-class DamagedCheckpointError(WorkError):
+class CorruptCheckpointError(WorkError):
     """A checkpoint's files are not what was written; the one before it may be whole."""
 
 
-def write_share(
+def write_shard(
     directory: Path, rank: int, world_size: int, tensors: dict[str, Tensor], state: dict[str, Any]
 ) -> None:
     """Write this worker's tensors, and `state` if it is worker 0's.
@@ -44,22 +44,22 @@ def write_share(
     part = directory / f"part-{rank}-of-{world_size}.safetensors"
     with explained(str(directory), f"write a checkpoint of {size_bytes} bytes into"):
         _write_tensors(part, tensors)
-        _seal(part)
+        _write_checksum(part)
         if rank == 0:
             (directory / STATE).write_text(json.dumps({**state, "parts": world_size}))
-            _seal(directory / STATE)
+            _write_checksum(directory / STATE)
 
 
 def read_state(directory: Path) -> dict[str, Any]:
     """The `state` of a checkpoint all of whose files are whole.
 
     Raises:
-        DamagedCheckpointError: one is missing or not as it was written.
+        CorruptCheckpointError: one is missing or not as it was written.
     """
-    _check(directory / STATE)
+    _verify_checksum(directory / STATE)
     state = json.loads((directory / STATE).read_text())
     for part in _parts(directory, state["parts"]):
-        _check(part)
+        _verify_checksum(part)
     return state
 
 
@@ -88,7 +88,7 @@ class CheckpointDirectory:
             os.rename(scratch, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        for old in self._all()[:-KEPT_CHECKPOINTS]:
+        for old in self._all()[:-CHECKPOINTS_TO_KEEP]:
             shutil.rmtree(old)
 
     def newest_first(self) -> Iterator[AbstractContextManager[Path]]:
@@ -117,17 +117,17 @@ def _parts(directory: Path, num_parts: int) -> list[Path]:
     return [directory / f"part-{i}-of-{num_parts}.safetensors" for i in range(num_parts)]
 
 
-def _seal(path: Path) -> None:
+def _write_checksum(path: Path) -> None:
     with path.open("rb") as file:
         sha256, _ = sha256_of(file)
     path.with_name(f"{path.name}.sha256").write_text(sha256)
 
 
-def _check(path: Path) -> None:
+def _verify_checksum(path: Path) -> None:
     seal = path.with_name(f"{path.name}.sha256")
     if not (path.is_file() and seal.is_file()):
-        raise DamagedCheckpointError(f"checkpoint file {path} is missing")
+        raise CorruptCheckpointError(f"checkpoint file {path} is missing")
     with path.open("rb") as file:
         sha256, _ = sha256_of(file)
     if sha256 != seal.read_text():
-        raise DamagedCheckpointError(f"checkpoint file {path} is not what was written (SHA-256 {sha256})")
+        raise CorruptCheckpointError(f"checkpoint file {path} is not what was written (SHA-256 {sha256})")

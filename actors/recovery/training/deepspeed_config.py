@@ -14,7 +14,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 PRECISION_SECTIONS = {"fp16": "float16", "bf16": "bfloat16"}
 LOSS_SCALE_FIELDS = ("initial_scale_power", "loss_scale_window")
 OPTIMIZER_FIELDS = ("betas", "eps")
-OURS = {
+DERIVED = {
     "train_batch_size": "batch_size",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
     "gradient_accumulation_steps": "batch_size / (micro_batch_size * workers)",
@@ -27,7 +27,7 @@ OURS = {
     "bf16.enabled": "precision",
 }
 """DeepSpeed fields that follow from the recovery settings, and from which."""
-NOT_OURS = {
+UNSUPPORTED = {
     "torch_autocast": "precision",
     "amp": "precision",
     "data_types": "gradients are accumulated in float32",
@@ -71,13 +71,13 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation_steps(spec, world_size, micro),
         "gradient_clipping": spec.max_grad_norm,
     }
-    for name, value in _ours_among(user):
-        wanted = _implied(spec, name, ours)
+    for name, value in _derived_fields(user):
+        wanted = _derived_value(spec, name, ours)
         if value not in (None, AUTO, wanted):
             given = "" if wanted is None else f", which give {wanted!r}"
             raise RequestError(
                 f"DeepSpeed field {name!r} is {value!r}, but it follows from the recovery settings "
-                f"({OURS[name]}{given}); leave it out or give 'auto'"
+                f"({DERIVED[name]}{given}); leave it out or give 'auto'"
             )
     apart = {"optimizer", "scheduler", *PRECISION_SECTIONS}
     free = {name: value for name, value in without_auto(user).items() if name not in apart}
@@ -92,14 +92,14 @@ def check_user_config(user: dict[str, Any]) -> None:
     Raises:
         RequestError: names the field that is wrong or has no place in recovery.
     """
-    for name, why in NOT_OURS.items():
+    for name, why in UNSUPPORTED.items():
         if _find(user, name)[0]:
             raise RequestError(f"DeepSpeed field {name!r} does not go with recovery ({why}); leave it out")
     # What the schedule is, the recovery settings say; any scheduler is told so below.
     check_fields({name: value for name, value in user.items() if name != "scheduler"})
     if user.get("scheduler") not in (None, AUTO):
         raise RequestError(
-            f"DeepSpeed field 'scheduler' does not go with recovery ({OURS['scheduler']}); leave it out"
+            f"DeepSpeed field 'scheduler' does not go with recovery ({DERIVED['scheduler']}); leave it out"
         )
 
 
@@ -119,7 +119,7 @@ def accumulation_steps(spec: RecoverySpec, world_size: int, micro_batch_size: in
     return spec.batch_size // at_once
 
 
-def fitting_micro_batch(share: int, at_most: int) -> int:
+def largest_micro_batch(share: int, at_most: int) -> int:
     """The largest micro-batch of no more than `at_most` sequences that cuts a worker's share evenly."""
     return next(size for size in range(max(1, min(share, at_most)), 0, -1) if share % size == 0)
 
@@ -180,7 +180,7 @@ def parse(text: str) -> dict[str, Any]:
         RequestError: it is not a JSON object, or has a field twice; names the line.
     """
     try:
-        config = json.loads(text or "{}", object_pairs_hook=_without_repetition, parse_constant=_no_number)
+        config = json.loads(text or "{}", object_pairs_hook=_unique_fields, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the DeepSpeed configuration is not JSON: {error}") from error
     if not isinstance(config, dict):
@@ -188,7 +188,7 @@ def parse(text: str) -> dict[str, Any]:
     return config
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of those pairs; DeepSpeed refuses a name that stands there twice, and so do we."""
     names = [name for name, _ in pairs]
     if repeated := [name for name in names if names.count(name) > 1]:
@@ -196,13 +196,13 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _no_number(constant: str) -> float:
+def _reject_constant(constant: str) -> float:
     raise ValueError(f"{constant} is no number of JSON")
 
 
-def _ours_among(user: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _derived_fields(user: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Fields of ours that the user gives, with their values."""
-    for name in OURS:
+    for name in DERIVED:
         found, value = _find(user, name)
         if found:
             yield name, value
@@ -217,7 +217,7 @@ def _find(config: dict[str, Any], name: str) -> tuple[bool, Any]:
     return _find(value, rest) if rest and isinstance(value, dict) else (not rest, value)
 
 
-def _implied(spec: RecoverySpec, name: str, ours: dict[str, Any]) -> Any:
+def _derived_value(spec: RecoverySpec, name: str, ours: dict[str, Any]) -> Any:
     section = name.partition(".")[0]
     if section in PRECISION_SECTIONS:
         return precision_of(spec) == PRECISION_SECTIONS[section]

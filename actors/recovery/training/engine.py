@@ -28,7 +28,7 @@ from torch import distributed as dist
 
 from actors.contracts import RecoverySpec
 from actors.data import TokenBatch
-from actors.recovery.training.checkpoint import read_state, read_tensors, write_share
+from actors.recovery.training.checkpoint import read_state, read_tensors, write_shard
 from actors.recovery.training.deepspeed_config import (
     deepspeed_config,
     loss_scale_settings,
@@ -60,7 +60,7 @@ class Engine:
     """
 
     def __init__(self, module: nn.Module, spec: RecoverySpec, world_size: int, micro_batch_size: int):
-        _keep_to_torch_collectives()
+        _disable_deepspeed_kernels()
         self._spec, self._world_size = spec, world_size
         self._dtype = getattr(torch, precision_of(spec))
         self._module = module
@@ -71,8 +71,8 @@ class Engine:
         self.updates = 0
         self.loss_scale = LossScale()
         if self._dtype == torch.float16:
-            self.loss_scale = LossScale.of_float16(**loss_scale_settings(spec))
-        self._start(micro_batch_size)
+            self.loss_scale = LossScale.for_float16(**loss_scale_settings(spec))
+        self._initialize(micro_batch_size)
 
     @property
     def num_trainable(self) -> int:
@@ -80,10 +80,10 @@ class Engine:
         return sum(getattr(p, "ds_numel", p.numel()) for _, p in self._named)
 
     @property
-    def alone_in_backward(self) -> bool:
+    def backward_is_local(self) -> bool:
         """Whether no worker waits for another before the whole gradient is there.
 
-        Stage 2 and 3 exchange gradients on the way, stage 3 weights as well: a
+        Stage 2 and 3 exchange gradients on the layerwise, stage 3 weights as well: a
         worker that fails there cannot tell the others.
         """
         return self.stage < 2 or (self.stage == 2 and self._world_size == 1)
@@ -114,16 +114,16 @@ class Engine:
         if self.stage < 2:
             self._engine.set_gradient_accumulation_boundary(True)
             self._engine.allreduce_gradients()
-        norm = self._step_sharded() if self.stage else self._step_whole()
+        norm = self._step_sharded() if self.stage else self._step_replicated()
         if math.isfinite(norm):
             self.updates += 1
-            self.loss_scale.succeeded(dynamic=self._dtype == torch.float16)
+            self.loss_scale.record_step(dynamic=self._dtype == torch.float16)
         return norm
 
     def restart(self, micro_batch_size: int) -> None:
         """Go on with smaller micro-batches from the weights as they are, without any gradient.
 
-        Building DeepSpeed's engine anew is the one sure way to leave nothing of a
+        Building DeepSpeed's engine anew is the one sure layerwise to leave nothing of a
         backward pass that broke off; the shards stay what they were.
         """
         adam = self._adam.state_dict()
@@ -133,7 +133,7 @@ class Engine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._start(micro_batch_size)
+        self._initialize(micro_batch_size)
         self._adam.load_state_dict(adam)
         self._link_moments()
 
@@ -142,7 +142,7 @@ class Engine:
         dist.all_reduce(values)
         return (values / dist.get_world_size()).tolist()
 
-    def greatest_over_workers(self, value: int) -> int:
+    def max_over_workers(self, value: int) -> int:
         """The largest of the workers' numbers, for all of them."""
         greatest = torch.tensor([value], dtype=torch.int64, device=self._engine.device)
         dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
@@ -157,7 +157,7 @@ class Engine:
         tensors: dict[str, Tensor] = {}
         for number, (name, parameter) in enumerate(self._named):
             for kind in (WEIGHT, *MOMENTS):
-                whole = self._whole(parameter, kind)
+                whole = self._full_tensor(parameter, kind)
                 if number % self._world_size == dist.get_rank():
                     tensors[f"{name}|{kind}"] = whole.detach().cpu().contiguous()
         ours = {
@@ -165,13 +165,13 @@ class Engine:
             "loss_scale": self.loss_scale.value,
             "steps_since_overflow": self.loss_scale.steps_since_overflow,
         }
-        write_share(directory, dist.get_rank(), self._world_size, tensors, {**state, "engine": ours})
+        write_shard(directory, dist.get_rank(), self._world_size, tensors, {**state, "engine": ours})
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Read back what `save` wrote, with however many workers, and return its `state`.
 
         Raises:
-            DamagedCheckpointError: it is not whole; nothing was changed.
+            CorruptCheckpointError: it is not whole; nothing was changed.
         """
         state = read_state(directory)
         by_name = dict(self._named)
@@ -179,7 +179,7 @@ class Engine:
         with self.gathered():
             for key, value in read_tensors(directory, state["parts"]):
                 name, _, kind = key.rpartition("|")
-                self._set_whole(by_name[name], kind, value.to(self._engine.device))
+                self._set_full_tensor(by_name[name], kind, value.to(self._engine.device))
         if self.stage:
             self._engine.optimizer.refresh_fp32_params()
         self.updates = state["engine"]["updates"]
@@ -197,7 +197,7 @@ class Engine:
     def close(self) -> None:
         self._engine.destroy()
 
-    def _start(self, micro_batch_size: int) -> None:
+    def _initialize(self, micro_batch_size: int) -> None:
         parameters = [parameter for _, parameter in self._named]
         config = deepspeed_config(self._spec, self._world_size, micro_batch_size)
         offloaded = "offload_optimizer" in config.get("zero_optimization", {})
@@ -210,7 +210,7 @@ class Engine:
         )
         self._engine, *_ = deepspeed.initialize(
             # Wrapped anew each time: DeepSpeed never takes its hooks off the outermost module.
-            model=_InPrecision(self._module, self._dtype),
+            model=_Autocast(self._module, self._dtype),
             model_parameters=parameters,
             optimizer=optimizer,
             config=config,
@@ -227,7 +227,7 @@ class Engine:
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
-    def _step_whole(self) -> float:
+    def _step_replicated(self) -> float:
         gradients = [p.grad for _, p in self._named if p.grad is not None]
         torch._foreach_mul_(gradients, 1.0 / self.loss_scale.value)
         norm = float(torch.nn.utils.get_total_norm(gradients))
@@ -237,7 +237,7 @@ class Engine:
             self._engine.zero_grad()
         return norm
 
-    def _whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
+    def _full_tensor(self, parameter: nn.Parameter, kind: str) -> Tensor:
         """One parameter, or one of its moments, from all shards; every worker calls this."""
         if self.stage == 0:
             return parameter.data if kind == WEIGHT else self._adam.state[parameter][kind]
@@ -245,7 +245,7 @@ class Engine:
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, kind)
 
-    def _set_whole(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+    def _set_full_tensor(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         if kind == WEIGHT:
             parameter.data.copy_(value)
         elif self.stage:
@@ -271,7 +271,7 @@ class Engine:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-class _InPrecision(nn.Module):
+class _Autocast(nn.Module):
     """A module that computes in a type other than that of what it trains."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
@@ -308,12 +308,12 @@ def single_process_group() -> Iterator[None]:
     try:
         yield
     finally:
-        _end_process_group()
+        _destroy_process_group()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _end_process_group() -> None:
+def _destroy_process_group() -> None:
     """End the group and have DeepSpeed forget it, so that the next recovery can start its own."""
     if deepspeed.comm.comm.cdb is None:
         dist.destroy_process_group()
@@ -322,7 +322,7 @@ def _end_process_group() -> None:
     deepspeed.comm.comm.cdb = None
 
 
-def _keep_to_torch_collectives() -> None:
+def _disable_deepspeed_kernels() -> None:
     """Keep DeepSpeed from compiling its shared-memory collectives and from chatting.
 
     `__compatible_ops__` is DeepSpeed's own record of what it may build.

@@ -8,7 +8,7 @@ from actors.contracts import Progress, RecoveryResult, RecoverySpec, digest, no_
 from actors.recovery.training.checkpoint import CheckpointDirectory
 from actors.recovery.training.deepspeed_config import settings_fingerprint
 from actors.recovery.training.engine import single_process_group
-from actors.recovery.training.train_context import Workplace
+from actors.recovery.training.train_context import TrainContext
 from actors.recovery.training.train_loop import MicroBatchError, train
 
 
@@ -27,17 +27,17 @@ def recover_locally(
         RequestError, WorkError: as `train_loop.train`.
     """
     checkpoints = CheckpointDirectory(Path(work_dir) / f"recovery-{_fingerprint(spec)[:16]}")
-    workplace = Workplace(
+    context = TrainContext(
         rank=0,
         world_size=1,
         adapter_uri=adapter_uri,
-        note_uri=str(checkpoints.path / "micro_batch_size"),
+        micro_batch_hint_uri=str(checkpoints.path / "micro_batch_size"),
         save_checkpoint=checkpoints.save,
         checkpoints=checkpoints.newest_first,
         progress=progress,
     )
     with single_process_group():
-        result = _train(spec, workplace)
+        result = _train(spec, context)
     checkpoints.remove()
     return result
 
@@ -48,10 +48,10 @@ def _fingerprint(spec: RecoverySpec) -> str:
     return digest([settings_fingerprint(spec), sources])
 
 
-def _train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
+def _train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
     """Train from the last checkpoint for as long as a smaller micro-batch may still fit."""
     while True:
         try:
-            return train(spec, workplace)
+            return train(spec, context)
         except MicroBatchError as error:
             logging.getLogger(__name__).warning("%s", error)

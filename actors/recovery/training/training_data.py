@@ -16,20 +16,20 @@ from actors.data import (
     Sequence,
     TrainingData,
     batch_order,
-    collect,
     conversation_sequences,
     cut_into_blocks,
     describe_text,
     documents,
+    in_memory,
     load_texts,
+    memory_mapped,
     open_records,
     pack_blocks,
-    pack_whole,
+    pack_sequences,
     shuffled,
-    spool,
+    take_tokens,
     tokenize_documents,
     tokenizer_fingerprint,
-    up_to,
 )
 from actors.errors import RequestError
 from actors.recovery.objectives import find_objective
@@ -61,9 +61,9 @@ def training_data(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Tra
                 *(spec.packing, spec.sequence_length, spec.max_tokens, spec.seed),
             ]
         )
-        data = spool(lambda: _first_tokens(spec, tokenizer), cache_entry("tokens", key))
+        data = memory_mapped(lambda: _stream_tokens(spec, tokenizer), cache_entry("tokens", key))
     elif text.conversations or spec.packing == "documents":
-        data = collect(_sequences(spec, tokenizer))
+        data = in_memory(_sequences(spec, tokenizer))
     else:
         data = BlockData(
             pack_blocks(load_texts(text), tokenizer, spec.sequence_length, source=repr(text.name))
@@ -125,10 +125,10 @@ def check_data(objective: str, text: TextSpec) -> None:
         raise RequestError(f"{where} needs the prompts to respond to: prompt_column or messages_column")
 
 
-def _first_tokens(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence]:
+def _stream_tokens(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence]:
     """The first `max_tokens` tokens of a stream, which is found to be the same afterwards."""
     before = describe_text(spec.data).spec
-    yield from up_to(_sequences(spec, tokenizer), spec.max_tokens)
+    yield from take_tokens(_sequences(spec, tokenizer), spec.max_tokens)
     describe_text(before)
 
 
@@ -138,7 +138,7 @@ def _sequences(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterat
         conversations = conversation_sequences(text, tokenizer, length, spec.seed)
         if text.streaming:
             conversations = shuffled(conversations, spec.seed, SHUFFLE_BUFFER)
-        return pack_whole(conversations, length) if apart else conversations
+        return pack_sequences(conversations, length) if apart else conversations
     texts = documents(record[text.text_column] for record in open_records(text, spec.seed))
     if text.streaming:
         texts = shuffled(texts, spec.seed, SHUFFLE_BUFFER)

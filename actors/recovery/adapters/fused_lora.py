@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 
-def speed_up(layers: Iterable[LoraLayer]) -> None:
+def use_fused_forward(layers: Iterable[LoraLayer]) -> None:
     """Give plain LoRA layers without dropout the forward of this module; others keep PEFT's."""
     for layer in layers:
         if _is_plain(layer):

@@ -15,7 +15,7 @@ DEFAULT_IMPLEMENTATIONS = (None, "eager", "sdpa")
 """What transformers chooses by itself; anything else was asked for."""
 
 
-class AttentionTap:
+class AttentionRecorder:
     """Catches the attention matrix of one block at a time.
 
     Fused kernels never form the matrix, so the model is switched to eager attention.
@@ -30,7 +30,7 @@ class AttentionTap:
 
     def __init__(self, model: PreTrainedModel):
         self._model_type = model.config.model_type
-        recorder = _recorder(model)
+        recorder = _output_recorder(model)
         _switch_to_eager(model)
         self._index = recorder.index
         self._modules = [
@@ -73,7 +73,7 @@ def _switch_to_eager(model: PreTrainedModel) -> None:
         raise RequestError(f"model type {model.config.model_type!r} has no eager attention; {REMEDY}")
 
 
-def _recorder(model: PreTrainedModel) -> OutputRecorder:
+def _output_recorder(model: PreTrainedModel) -> OutputRecorder:
     """How transformers itself would record this family's attention matrices."""
     recorded = (model.base_model._can_record_outputs or {}).get("attentions")
     first = recorded[0] if isinstance(recorded, list) and recorded else recorded

@@ -22,8 +22,8 @@ from actors.contracts import AdapterSpec, RecoverySpec
 from actors.errors import RequestError, unknown_name
 from actors.models import Deltas, find_layers, join_deltas, read_deltas
 from actors.models.model_builder import ADAPTER_WEIGHTS, rename_layers
-from actors.recovery.adapters.overrides import replaced_weights
-from actors.recovery.adapters.quantized import quantize_blocks
+from actors.recovery.adapters.nf4 import quantize_blocks
+from actors.recovery.adapters.weight_deltas import weight_deltas
 
 CURRENT = "current"
 LORA_SETTINGS = frozenset({"rank", "alpha", "dropout", "targets"})
@@ -69,7 +69,7 @@ def attach_adapters(model: PreTrainedModel, spec: RecoverySpec, kept: tuple[int,
         RequestError: an unknown adapter kind, or targets that name no linear layer.
     """
     path = find_layers(model).path
-    frozen = {"weights": replaced_weights(model, spec.model.weights, kept)} if spec.model.weights else {}
+    frozen = {"weights": weight_deltas(model, spec.model.weights, kept)} if spec.model.weights else {}
     if spec.model.adapters:
         chain = [read_deltas(ref, path, kept) for ref in spec.model.adapters]
         frozen["earlier"] = join_deltas(chain)
@@ -124,7 +124,7 @@ def stage_seed(spec: RecoverySpec) -> int:
     """Seed of one recovery: each of a trajectory draws other batches and another start.
 
     With the same start, every adapter of a chain would see the same few directions.
-    Full fine-tuning leaves no chain, so there the layers dropped so far are counted.
+    Full fine-tuning leaves no chain, so there the layers dropped so far are token_weights.
     """
     stages = spec.model.dropped if spec.adapter.kind == "full" else spec.model.adapters
     return spec.seed + len(stages)
@@ -141,7 +141,7 @@ def lora_layers(block: nn.Module) -> list[LoraLayer]:
 
 
 @contextmanager
-def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
+def adapters_disabled(layers: list[LoraLayer]) -> Iterator[None]:
     """Compute with the frozen base weights alone.
 
     PEFT's own switch walks the whole model and turns gradients off and on again,

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.models.head import LogitHead
-from actors.recovery.losses.distillation import gram_matrix
+from actors.recovery.losses.logit_losses import gram_matrix
 
 PROBE_LOGIT = 1000.0
 PROBE_TOLERANCE = 0.02
 
 
-class OutputHead(LogitHead):
+class LMHead(LogitHead):
     """The head of a causal language model.
 
     Attributes:
@@ -46,7 +46,7 @@ class OutputHead(LogitHead):
         return bool((logits - product).abs().max() < PROBE_TOLERANCE * PROBE_LOGIT)
 
 
-def common_gram(student: OutputHead, teacher: OutputHead) -> Tensor | None:
+def common_gram(student: LMHead, teacher: LMHead) -> Tensor | None:
     """G of DESIGN §6 where both heads are the same frozen matrix and nothing else, else None."""
     ours, theirs = student.matrix(), teacher.matrix()
     if ours is None or theirs is None or ours.shape != theirs.shape or not torch.equal(ours, theirs):

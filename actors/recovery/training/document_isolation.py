@@ -14,7 +14,7 @@ REMEDY = "set recovery.packing to concatenated"
 
 
 @torch.no_grad()
-def check_documents_apart(model: PreTrainedModel) -> None:
+def check_document_isolation(model: PreTrainedModel) -> None:
     """Run two rows of two short documents that differ in the first one only, and look at the second.
 
     Recurrent families, and kernels that know no documents, carry the first into it.
@@ -27,10 +27,10 @@ def check_documents_apart(model: PreTrainedModel) -> None:
     ids_BT = torch.arange(3, 3 + 2 * PROBE_TOKENS, device=model.device).repeat(2, 1)
     ids_BT[1, :PROBE_TOKENS] = ids_BT[1, :PROBE_TOKENS].flip(0)
     positions_BT = torch.arange(PROBE_TOKENS, device=model.device).repeat(2, 2)
-    way = LayerwisePass(model, ids_BT, position_ids_BT=positions_BT)
-    hidden_BTD = way.hidden_BTD
+    layerwise = LayerwisePass(model, ids_BT, position_ids_BT=positions_BT)
+    hidden_BTD = layerwise.hidden_BTD
     for layer in range(len(find_layers(model).modules)):
-        hidden_BTD = way.block(layer, hidden_BTD)
+        hidden_BTD = layerwise.block(layer, hidden_BTD)
     first, second = hidden_BTD[:, PROBE_TOKENS:].float()
     if (first - second).norm() > TOLERANCE * first.norm():
         raise RequestError(

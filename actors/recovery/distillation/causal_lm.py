@@ -2,9 +2,9 @@
 
 from actors.data import TokenBatch
 from actors.recovery.distillation.student import Student, Terms
-from actors.recovery.distillation.teacher_student import Pair
-from actors.recovery.losses.distillation import causal_lm
-from actors.recovery.losses.head import OutputHead
+from actors.recovery.distillation.teacher_student import TeacherStudent
+from actors.recovery.losses.cross_entropy import next_token_cross_entropy
+from actors.recovery.losses.lm_head import LMHead
 from actors.recovery.losses.token_weights import next_ids, predicting
 
 
@@ -16,11 +16,11 @@ class CausalLM(Student):
         gradient_checkpointing: see `Student`.
     """
 
-    def __init__(self, pair: Pair, gradient_checkpointing: bool = False):
+    def __init__(self, pair: TeacherStudent, gradient_checkpointing: bool = False):
         super().__init__(pair, gradient_checkpointing)
-        self._head = OutputHead(pair.student)
+        self._head = LMHead(pair.student)
 
     def forward(self, batch: TokenBatch) -> Terms:
         """`causal_lm`, in nats, and the same as `loss`."""
-        loss = causal_lm(self.hidden(batch), next_ids(batch), self._head, predicting(batch))
+        loss = next_token_cross_entropy(self.hidden(batch), next_ids(batch), self._head, predicting(batch))
         return {"causal_lm": loss, "loss": loss}
