@@ -31,7 +31,7 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""For models that were never taught a chat format: `User: …` and `Assistant: …`, ended by the EOS token."""
+"""For models that were not trained on a chat format: `User: …` and `Assistant: …`, ended by the EOS token."""
 
 GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 
@@ -49,7 +49,7 @@ class Conversation:
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, spec: TextSpec) -> str:
-    """The Jinja text of the chat template that `spec.chat_template` chooses.
+    """Return the Jinja text of the chat template that `spec.chat_template` names.
 
     Raises:
         RequestError: the tokenizer has none, or the file cannot be read.
@@ -66,7 +66,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, spec: TextSpec) -> str:
 
 
 def read_prompts(spec: TextSpec, limit: int | None = None) -> list[tuple[Message, ...]]:
-    """The prompts of a text, in order: conversations without their last answers. Blank ones are left out."""
+    """Return the prompts of a text that are not blank, in order: conversations without their last answers."""
     prompts: list[tuple[Message, ...]] = []
     for record in open_records(spec):
         messages = _conversation(record, spec).messages
@@ -84,7 +84,7 @@ def read_prompts(spec: TextSpec, limit: int | None = None) -> list[tuple[Message
 def conversation_sequences(
     spec: TextSpec, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int = 0
 ) -> Iterator[Sequence]:
-    """A sequence of at most `sequence_length` tokens for each conversation, in order.
+    """Yield a sequence of at most `sequence_length` tokens for each conversation, in order.
 
     What is longer is cut at its end. Conversations of which no token of an
     answer is left, because it is blank or cut off, are skipped; the log counts them.
@@ -114,7 +114,7 @@ def conversation_sequences(
 def encode(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: str, sequence_length: int
 ) -> Sequence | None:
-    """Token ids with targets; None if nothing is left to be learnt within `sequence_length` tokens."""
+    """Return token ids with targets; None if no target is left within `sequence_length` tokens."""
     messages = list(conversation.messages)
     answers = [
         i
@@ -124,7 +124,10 @@ def encode(
     if not answers:
         return None
     if GENERATION_BLOCK.search(template) and conversation.num_context <= 1 and conversation.finished:
-        ids, targets = _encode_by_generation_block(messages, tokenizer, template)
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        encoded = render(messages, tokenizer, template, **options)
+        ids = np.array(encoded["input_ids"])
+        targets = np.array(encoded["assistant_masks"], dtype=np.uint8)
     else:
         ids, targets = _encode_by_prefix(conversation, answers, tokenizer, template)
     targets[:1] = 0  # nothing comes before the first token that could predict it
@@ -140,7 +143,7 @@ def render(
     add_generation_prompt: bool = False,
     **options: Any,
 ) -> Any:
-    """The messages as the template writes them: text, or what `options` of transformers ask for.
+    """Return the messages as the template writes them: text, or as the `options` of transformers request.
 
     Raises:
         RequestError: the template refuses them, as some do with system messages.
@@ -155,15 +158,6 @@ def render(
         raise RequestError(
             f"the chat template of {tokenizer.name_or_path!r} cannot write the messages ({roles}): {error}"
         ) from error
-
-
-def _encode_by_generation_block(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, template: str
-) -> tuple[np.ndarray, np.ndarray]:
-    encoded = render(
-        messages, tokenizer, template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    return np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"], dtype=np.uint8)
 
 
 def _encode_by_prefix(
@@ -188,7 +182,7 @@ def _encode_by_prefix(
 def _answer_span(
     messages: list[Message], answer: int, text: str, tokenizer: PreTrainedTokenizerBase, template: str
 ) -> tuple[int, int]:
-    """Where in `text` the message number `answer` stands, with its end of turn."""
+    """Return start and end in `text` of the message number `answer`, with its end of turn."""
     before = render(messages[:answer], tokenizer, template, add_generation_prompt=True)
     after = render(messages[: answer + 1], tokenizer, template)
     if not (text.startswith(after) and after.startswith(before)):

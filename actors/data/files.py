@@ -40,12 +40,12 @@ CSV_LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 
 
 def suffix_of(file: str) -> str:
-    """The file's ending, in lower case."""
+    """Return the file's suffix, in lower case."""
     return Path(file).suffix.lower()
 
 
 def check_suffix(file: str) -> None:
-    """Raises RequestError if the file's ending does not tell what it holds."""
+    """Check that the file's suffix is that of a format that can be read; else RequestError."""
     if suffix_of(file) in COMPRESSED:
         raise RequestError(f"{file!r} is compressed; unpack it and give the path of the file that it holds")
     if suffix_of(file) not in READERS:
@@ -54,7 +54,7 @@ def check_suffix(file: str) -> None:
 
 
 def read_file(file: str) -> bytes:
-    """The file's content. Raises RequestError if it cannot be read or is blank."""
+    """Return the file's content. Raises RequestError if it cannot be read or is blank."""
     with _open(file) as stream, _reader_errors(file):
         content = stream.read()
     if not content.strip():
@@ -63,7 +63,7 @@ def read_file(file: str) -> bytes:
 
 
 def read_text(file: str) -> str:
-    """The file's content as text, with the line ends that it has.
+    """Return the file's content as text, with the line ends that it has.
 
     Raises:
         RequestError: it cannot be read, is blank, or is not UTF-8; says where.
@@ -103,7 +103,7 @@ def read_rows(file: str) -> Iterator[Row]:
 
 
 def first_line(file: str) -> bytes:
-    """The bytes up to and with the first newline."""
+    """Return the bytes up to and with the first newline."""
     with _open(file) as stream, _reader_errors(file):
         return BufferedReader(stream).readline()
 
@@ -131,7 +131,7 @@ def _reader_errors(file: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an exception of a library says, in one line; its type if it says nothing or only a value."""
+    """Return a library's error message in one line; its type if it is empty or only a value."""
     message = " ".join(str(error).split())
     if isinstance(error, RecursionError):
         return "values are nested too deeply"
@@ -140,7 +140,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _decode_lines(stream: pa.NativeFile | BytesIO) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends, each ended by a newline but perhaps the last."""
+    """Yield the lines of a UTF-8 file with their ends, each ended by a newline but perhaps the last."""
     offset = 0
     for number, raw in enumerate(BufferedReader(stream), start=1):
         if offset == 0 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -159,7 +159,7 @@ def _decode_lines(stream: pa.NativeFile | BytesIO) -> Iterator[str]:
 
 
 def _lines(stream: pa.NativeFile) -> Iterator[str]:
-    r"""The lines of a text file, ended by `\n` where they were by `\r\n`.
+    r"""Yield the lines of a text file, ended by `\n` where they were by `\r\n`.
 
     Only in a file without any `\n` do lines end with `\r`, as old Macs wrote them.
     """
@@ -286,5 +286,5 @@ READERS: dict[str, Callable[[pa.NativeFile, Collection[str]], Iterator[Row]]] = 
 
 
 def is_normalized(first: bytes) -> bool:
-    """Whether a `.txt` file with this first line has a byte order mark or the line ends of old Macs."""
+    """Return whether a `.txt` file with this first line has a byte order mark or line ends of old Macs."""
     return first.startswith(b"\xef\xbb\xbf") or (b"\r" in first and not first.endswith(b"\n"))

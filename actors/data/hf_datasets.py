@@ -29,7 +29,7 @@ METADATA = ("dataset_info.json", "dataset_infos.json", SAVED_SPLITS, SAVED_STATE
 
 
 def open_dataset(spec: TextSpec) -> tuple[Dataset, str]:
-    """The whole split, mapped from disk, and its fingerprint.
+    """Return the whole split, mapped from disk, and its fingerprint.
 
     Raises:
         RequestError: it cannot be loaded; says why, and which file of a directory is to blame.
@@ -42,7 +42,7 @@ def open_dataset(spec: TextSpec) -> tuple[Dataset, str]:
 
 
 def stream_dataset(spec: TextSpec) -> IterableDataset:
-    """The split, read as its records are taken. Raises RequestError as `open_dataset`."""
+    """Return the split, read as its records are taken. Raises RequestError as `open_dataset`."""
     with dataset_errors(spec):
         if _saved_to_disk(spec):
             saved = _load_saved(spec)
@@ -52,7 +52,7 @@ def stream_dataset(spec: TextSpec) -> IterableDataset:
 
 
 def dataset_fingerprint(spec: TextSpec) -> str:
-    """What `open_dataset` returns beside the split, without reading it."""
+    """Return the fingerprint that `open_dataset` returns, without reading the split."""
     with dataset_errors(spec):
         if _saved_to_disk(spec):
             return _saved_fingerprint(spec)
@@ -80,7 +80,7 @@ def dataset_errors(spec: TextSpec) -> Iterator[None]:
 
 
 def _remedy(spec: TextSpec, message: str) -> str:
-    """What to do about a data set that cannot be loaded: for a directory, what is wrong in it."""
+    """Return the remedy for a data set that cannot be loaded: for a directory, what is wrong in it."""
     directory = Path(_dataset_path(spec))
     if not directory.is_dir():
         return (
@@ -118,10 +118,10 @@ def _builder(spec: TextSpec) -> DatasetBuilder:
 
 
 def _saved_to_disk(spec: TextSpec) -> bool:
-    """Whether only `load_from_disk` reads the split as it was saved.
+    """Return whether only `load_from_disk` reads the split as it was saved.
 
     `load_dataset` reads a saved `DatasetDict`, too, but guesses its splits from the
-    names of directories, and makes one of all those that it does not know.
+    names of directories, and makes one split of all names without a meaning.
     """
     directory = Path(_dataset_path(spec))
     if (directory / SAVED_STATE).is_file():

@@ -1,4 +1,4 @@
-"""From documents and conversations to the sequences that a training run draws from.
+"""Packing of documents and conversations into the sequences of a training run.
 
 Shape letters: S sequences of a data set, B sequences of a batch, T tokens of a sequence.
 """
@@ -77,7 +77,7 @@ def pack_sequences(sequences: Iterable[Sequence], sequence_length: int) -> Itera
 
 
 def shuffled(items: Iterable[T], seed: int, buffer_size: int) -> Iterator[T]:
-    """The items in an order drawn from `seed`, `buffer_size` of them in memory at a time."""
+    """Yield the items in an order drawn from `seed`, `buffer_size` of them in memory at a time."""
     draw = random.Random(seed)
     buffer: list[T] = []
     for item in items:
@@ -100,7 +100,7 @@ def _concatenate(sequences: list[Sequence]) -> Sequence:
 
 
 def take_tokens(sequences: Iterable[Sequence], max_tokens: int) -> Iterator[Sequence]:
-    """The first sequences, together at most `max_tokens` tokens."""
+    """Yield the first sequences, together at most `max_tokens` tokens."""
     for sequence in sequences:
         max_tokens -= len(sequence.ids)
         if max_tokens < 0:
@@ -148,11 +148,16 @@ class PackedData:
         targets_BT = self._gather("targets", chosen_B, mask_BT)
         if targets_BT is None and starts_BT is not None:
             targets_BT = mask_BT * (1 - starts_BT)
+        position_ids_BT = None
+        if starts_BT is not None:
+            # The distance from the start of the document; 0 for padding, each token of which stands alone.
+            index_T = torch.arange(starts_BT.shape[1])
+            position_ids_BT = (index_T - (index_T * starts_BT).cummax(dim=1).values) * mask_BT
         return TokenBatch(
             input_ids_BT=self._gather("ids", chosen_B, mask_BT),
             mask_BT=None if mask_BT.all() else mask_BT,
             targets_BT=targets_BT,
-            position_ids_BT=None if starts_BT is None else _positions(starts_BT, mask_BT),
+            position_ids_BT=position_ids_BT,
         )
 
     def _gather(self, name: str, chosen_B: LongTensor, mask_BT: Tensor) -> Tensor | None:
@@ -164,14 +169,8 @@ class PackedData:
         return gathered
 
 
-def _positions(starts_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Distance of each token from the start of its document; 0 for padding, each of which stands alone."""
-    index_T = torch.arange(starts_BT.shape[1])
-    return (index_T - (index_T * starts_BT).cummax(dim=1).values) * mask_BT
-
-
 def in_memory(sequences: Iterable[Sequence]) -> PackedData:
-    """The sequences, in memory. All have the same attributes."""
+    """Collect the sequences in memory. All have the same attributes."""
     held = list(sequences)
     columns = {
         name: np.concatenate([getattr(sequence, name) for sequence in held]).astype(kind)
@@ -182,7 +181,7 @@ def in_memory(sequences: Iterable[Sequence]) -> PackedData:
 
 
 def memory_mapped(make: Callable[[], Iterable[Sequence]], directory: Path) -> PackedData:
-    """The sequences, in files under `directory` that are mapped rather than read.
+    """Keep the sequences in files under `directory` that are mapped rather than read.
 
     If the directory is there it is used as it is, and nothing is made anew. It
     appears whole or not at all.

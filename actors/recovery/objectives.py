@@ -1,4 +1,4 @@
-"""What recovery optimises: one row an objective."""
+"""The objectives of recovery: one row each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.training.document_isolation import check_document_isolation
 
 BuildModule = Callable[[TeacherStudent, RecoverySpec], nn.Module]
-"""Gives the module to train: forward(batch: TokenBatch) → dict of scalar terms, their weighted sum
+"""Builds the module to train: forward(batch: TokenBatch) → dict of scalar terms, their weighted sum
 under `loss`, each the sum over the batch's tokens divided by `batch.denominator`."""
 
 
 Solve = Callable[[RecoverySpec, TrainingData], Solution]
-"""Gives tensors in the place of the model's own, found in closed form."""
+"""Solves for tensors that replace the model's own, in closed form."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class Objective:
 
 
 def build_lockstep(pair: TeacherStudent, spec: RecoverySpec) -> nn.Module:
-    """Knowledge distillation from the unpruned model, or from the teacher that is named."""
+    """Build knowledge distillation from the unpruned model, or from the teacher that is named."""
     return _checked_for_packing(LockstepDistiller(pair, spec.loss, spec.gradient_checkpointing), spec)
 
 
 def build_causal_lm(pair: TeacherStudent, spec: RecoverySpec) -> nn.Module:
-    """Next-token prediction on the targets of the data."""
+    """Build next-token prediction on the targets of the data."""
     return _checked_for_packing(CausalLM(pair, spec.gradient_checkpointing), spec)
 
 
 def build_auxiliary_healing(pair: TeacherStudent, spec: RecoverySpec) -> nn.Module:
-    """Next-token prediction and the mismatch at the cuts; without its weight, the former alone."""
+    """Build next-token prediction with the mismatch at the cuts; without its weight, the former alone."""
     if not spec.loss.auxiliary:
         return build_causal_lm(pair, spec)
     return _checked_for_packing(
@@ -68,7 +68,7 @@ def build_auxiliary_healing(pair: TeacherStudent, spec: RecoverySpec) -> nn.Modu
 
 
 def _checked_for_packing(module: Student, spec: RecoverySpec) -> Student:
-    """The module, once its models are known to keep documents apart, where rows hold several."""
+    """Check that the models isolate documents, where rows hold several, and return the module."""
     if spec.packing == "documents":
         check_document_isolation(module.pair.student)
         if module.pair.teacher is not None:
@@ -102,7 +102,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def find_objective(name: str) -> Objective:
-    """The row of that name, ours or of another installed package.
+    """Return the objective of that name, ours or of another installed package.
 
     Raises:
         RequestError: there is none, or another package's cannot be used.

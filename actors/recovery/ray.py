@@ -55,24 +55,39 @@ def recover_on_ray(
         workers: number of workers; `cpus_per_worker` and `gpus_per_worker` are
             what each one reserves.
         start_timeout_s: how long to wait for the workers' resources, each time
-            that they are asked for.
+            that they are requested.
         max_failures: how many failures of workers, and of starting them, are survived;
             a machine that is taken away after a warning (spot) does not count.
         progress_handle: a picklable `Progress`; called in the worker of rank 0.
 
     Raises:
         RequestError: the request was wrong; found by the workers, not tried again.
-        WorkError: training failed; names the cause, not the actor that died of it.
+        WorkError: training failed; names the cause, not the actor that it ended.
     """
     micro_batch_hint_uri = join(storage_path, name, "micro_batch_size")
     job = _Job(spec, adapter_uri, micro_batch_hint_uri, progress_handle or no_progress)
     scaling = ScalingConfig(
         num_workers=workers,
         use_gpu=gpus_per_worker > 0,
-        resources_per_worker=_resources(cpus_per_worker, gpus_per_worker),
+        resources_per_worker={
+            "CPU": cpus_per_worker,
+            **({"GPU": gpus_per_worker} if gpus_per_worker else {}),
+        },
+    )
+    run_config = RunConfig(
+        name=name,
+        storage_path=storage_path,
+        failure_config=FailureConfig(
+            max_failures=max_failures,
+            controller_failure_limit=max_failures,
+            # Losing a machine that was announced to go is no failure; as many as come are survived.
+            max_preemption_failures=-1,
+        ),
+        checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_TO_KEEP),
+        logging_config=LoggingConfig(log_level="WARNING"),
     )
     with _start_timeout(start_timeout_s):
-        return _fit(job, scaling, _run_config(name, storage_path, max_failures))
+        return _fit(job, scaling, run_config)
 
 
 def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryResult:
@@ -96,23 +111,8 @@ def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryRe
     return outcome
 
 
-def _run_config(name: str, storage_path: str, max_failures: int) -> RunConfig:
-    return RunConfig(
-        name=name,
-        storage_path=storage_path,
-        failure_config=FailureConfig(
-            max_failures=max_failures,
-            controller_failure_limit=max_failures,
-            # Losing a machine that was announced to go is no failure; as many as come are survived.
-            max_preemption_failures=-1,
-        ),
-        checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_TO_KEEP),
-        logging_config=LoggingConfig(log_level="WARNING"),
-    )
-
-
 def _train_worker(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
-    """One worker. Errors that another try would meet again are returned: Ray retries what is raised."""
+    """Train in one worker. Errors that a retry would meet again are returned: Ray retries what is raised."""
     from actors.recovery.training.train_loop import DivergenceError, train
 
     job, ray_context = config["job"], ray_train.get_context()
@@ -133,7 +133,7 @@ def _train_worker(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
 
 
 def _report_checkpoint(steps_done: int, write: Write) -> None:
-    """Every worker writes its share; Ray joins the shares and commits when all are there."""
+    """Write this worker's shard; Ray Train merges the shards and commits when all are there."""
     with TemporaryDirectory(prefix="iterabre-checkpoint-") as scratch:
         write(Path(scratch))
         with explained(ray_train.get_context().get_experiment_name(), "store a checkpoint of recovery"):
@@ -145,7 +145,7 @@ def _report_checkpoint(steps_done: int, write: Write) -> None:
 
 
 def _checkpoints_newest_first() -> Iterator[AbstractContextManager[Path]]:
-    """What Ray has committed: checkpoints that every worker's share of has arrived."""
+    """Return what Ray Train has committed: checkpoints of which every worker's shard has arrived."""
     reported = ray_train.get_all_reported_checkpoints()
     return (_open_checkpoint(each.checkpoint) for each in reversed(reported))
 
@@ -157,17 +157,13 @@ def _open_checkpoint(checkpoint: ray_train.Checkpoint) -> Iterator[Path]:
 
 
 def _preemption_requested() -> bool:
-    """Whether the machine of one of the workers is about to be taken away; the workers agree."""
+    """Return whether the machine of any worker is announced to be taken away; the same on all workers."""
     return ray_train.get_preemption_info() is not None
-
-
-def _resources(cpus: float, gpus: float) -> dict[str, float]:
-    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
 
 
 @contextmanager
 def _start_timeout(seconds: float) -> Iterator[None]:
-    """Ray Train takes this limit from the environment of whoever calls `fit`."""
+    """Set the limit where Ray Train reads it: in the environment of the process that calls `fit`."""
     before = os.environ.get(START_TIMEOUT_VARIABLE)
     os.environ[START_TIMEOUT_VARIABLE] = str(seconds)
     try:
@@ -180,7 +176,7 @@ def _start_timeout(seconds: float) -> Iterator[None]:
 
 
 def _worker_failure(name: str, error: ray_train.WorkerGroupError) -> IterabreError:
-    """The failure that caused the others: one worker's own error rather than a lost peer."""
+    """Return the failure that caused the others: one worker's own error rather than a lost peer."""
     causes = {rank: getattr(e, "_base_exc", e) for rank, e in sorted(error.worker_failures.items())}
     rank, cause = min(causes.items(), key=lambda item: _failure_rank(item[1]))
     if isinstance(cause, IterabreError):
@@ -192,7 +188,7 @@ def _worker_failure(name: str, error: ray_train.WorkerGroupError) -> IterabreErr
 
 
 def _failure_rank(cause: BaseException) -> int:
-    """How far an error is from what went wrong first: own message, own crash, lost process, lost peer."""
+    """Return an error's distance from the root cause: own error, own crash, lost process, lost peer."""
     if isinstance(cause, IterabreError):
         return 0
     if isinstance(cause, RayActorError):

@@ -16,7 +16,7 @@ LARGEST_SHARE = 0.25
 
 
 def can_share_weights(source: PreTrainedModel, ref: ModelRef) -> bool:
-    """Whether the student that `ref` describes is best computed by the source and a few changes to it."""
+    """Return whether the student of `ref` is best computed by the source and a few changes to it."""
     if ref.merges:
         return False
     if ref.weights is None:
@@ -32,7 +32,7 @@ def can_share_weights(source: PreTrainedModel, ref: ModelRef) -> bool:
 
 @torch.no_grad()
 def weight_deltas(source: PreTrainedModel, weights: ArtifactRef, kept: tuple[int, ...]) -> Deltas:
-    """W' − W of every linear weight of the kept layers, as LoRA factors A = W' − W and B = 1."""
+    """Return W' − W of every linear weight of the kept layers, as LoRA factors A = W' − W and B = 1."""
     factors: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
     transposed = False
     for name, tensor in read_weights(weights).items():
@@ -48,7 +48,7 @@ def weight_deltas(source: PreTrainedModel, weights: ArtifactRef, kept: tuple[int
 
 
 def _linear_weight_of(source: PreTrainedModel, name: str) -> tuple[int, str] | None:
-    """(source layer, weight's name in the block) of a linear layer's weight; None for anything else."""
+    """Return (source layer, name in the block) of a linear layer's weight; None for anything else."""
     match = re.fullmatch(rf"{re.escape(find_layers(source).path)}\.(\d+)\.(.+\.weight)", name)
     if match is None or int(match[1]) >= depth(source.config):
         return None

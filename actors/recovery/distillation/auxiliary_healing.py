@@ -5,18 +5,16 @@ model against what enters that same layer after pruning.
 """
 
 import torch
-from torch import Tensor
 
 from actors.data import TokenBatch
 from actors.errors import RequestError
-from actors.models import LayerwisePass
 from actors.recovery.distillation.lockstep import Lockstep, check_layer_map
 from actors.recovery.distillation.student import Terms
 from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.cross_entropy import next_token_cross_entropy
 from actors.recovery.losses.layer_losses import hidden_mse
 from actors.recovery.losses.lm_head import LMHead
-from actors.recovery.losses.token_weights import TokenWeights, distilled, next_ids, predicting
+from actors.recovery.losses.token_weights import distilled, next_ids, predicting
 
 
 class AuxiliaryHealing(Lockstep):
@@ -46,26 +44,11 @@ class AuxiliaryHealing(Lockstep):
         self._entered = (*pair.teacher_layers, self._teacher_depth)
 
     def forward(self, batch: TokenBatch) -> Terms:
-        """`causal_lm`, `auxiliary`, and their weighted sum as `loss`."""
+        """Return `causal_lm`, `auxiliary`, and their weighted sum as `loss`."""
         student_pass, teacher_pass = self.layerwise_passes(batch)
-        student_BTD, mismatch = self._advance(student_pass, teacher_pass, distilled(batch))
-        hidden_BTD = student_pass.finish(student_BTD)
-        likelihood = next_token_cross_entropy(hidden_BTD, next_ids(batch), self._head, predicting(batch))
-        return {
-            "causal_lm": likelihood,
-            "auxiliary": mismatch,
-            "loss": likelihood + self._auxiliary * mismatch,
-        }
-
-    def _advance(
-        self, student_pass: LayerwisePass, teacher_pass: LayerwisePass, token_weights: TokenWeights
-    ) -> tuple[Tensor, Tensor]:
-        """The student's last hidden state, and the mismatch summed over the cuts.
-
-        The teacher goes no further than to the last cut.
-        """
         student_BTD, teacher_BTD = student_pass.hidden_BTD, teacher_pass.hidden_BTD.detach()
-        mismatch = torch.zeros((), device=student_BTD.device)
+        token_weights, mismatch = distilled(batch), torch.zeros((), device=student_BTD.device)
+        # The teacher goes no further than to the last cut.
         done = expected = 0
         for position, entered in enumerate(self._entered):
             if entered != expected:
@@ -76,4 +59,10 @@ class AuxiliaryHealing(Lockstep):
                 layer = self.pair.student_layers[position]
                 student_BTD, _ = self.block(student_pass, layer, student_BTD)
             expected = entered + 1
-        return student_BTD, mismatch
+        hidden_BTD = student_pass.finish(student_BTD)
+        likelihood = next_token_cross_entropy(hidden_BTD, next_ids(batch), self._head, predicting(batch))
+        return {
+            "causal_lm": likelihood,
+            "auxiliary": mismatch,
+            "loss": likelihood + self._auxiliary * mismatch,
+        }

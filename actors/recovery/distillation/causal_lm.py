@@ -21,6 +21,6 @@ class CausalLM(Student):
         self._head = LMHead(pair.student)
 
     def forward(self, batch: TokenBatch) -> Terms:
-        """`causal_lm`, in nats, and the same as `loss`."""
+        """Return `causal_lm`, in nats, and the same as `loss`."""
         loss = next_token_cross_entropy(self.hidden(batch), next_ids(batch), self._head, predicting(batch))
         return {"causal_lm": loss, "loss": loss}

@@ -47,7 +47,7 @@ PROBE_TOKENS = 8
 
 @dataclass(frozen=True)
 class Bridge:
-    """Over which blocks it leads: the student's block that it goes into, and the last block removed."""
+    """The student's block that a bridge is folded into, and the last of the removed blocks it replaces."""
 
     student_block: int
     last_removed: int
@@ -74,14 +74,14 @@ class NormalEquations:
         self.moment_DD += rows_ND.T @ wanted_ND
 
     def solve(self, ridge: float = RIDGE) -> Tensor:
-        """T [D, D], drawn towards 1 by `ridge` times the mean of the Gram matrix's diagonal."""
+        """Return T [D, D], regularised towards 1 by `ridge` times the mean of the Gram matrix's diagonal."""
         one_DD = torch.eye(len(self.gram_DD), dtype=torch.float64, device=self.gram_DD.device)
         alpha = (ridge * self.gram_DD.diagonal().mean()).clamp(min=torch.finfo(torch.float64).tiny)
         return torch.linalg.solve(self.gram_DD + alpha * one_DD, self.moment_DD + alpha * one_DD)
 
 
 def find_bridges(kept: tuple[int, ...], num_source_layers: int) -> list[Bridge]:
-    """One for every run of removed blocks, ascending.
+    """Return a bridge for every run of removed blocks, ascending.
 
     Args:
         kept: source indices of the student's blocks.
@@ -116,7 +116,13 @@ def solve_bridges(spec: RecoverySpec, data: TrainingData) -> Solution:
     source, student = (load(spec.model)[0].to(device()) for load in (load_source, materialize))
     kept = spec.model.kept(depth(source.config))
     chosen = _first_sequences(data, spec.max_tokens)
-    changed = insert_bridges(source, student, kept, lambda: _local_batches(spec, data, chosen))
+
+    def local_batches() -> Iterator[TokenBatch]:
+        rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        for portion in chosen[rank::workers].split(spec.micro_batch_size):
+            yield data.batch(portion)
+
+    changed = insert_bridges(source, student, kept, local_batches)
     return Solution(_without_adapter_chain(spec, source, kept, changed), data.num_tokens(chosen))
 
 
@@ -142,15 +148,17 @@ def insert_bridges(
         equations = NormalEquations(student.get_input_embeddings().weight.shape[1], student.device)
         for batch in batches():
             equations.add(*_regression_rows(source, student, bridge, layer, batch.to(student.device)))
-        _all_reduce(equations)
+        if dist.is_initialized():
+            for sums in (equations.gram_DD, equations.moment_DD):
+                dist.all_reduce(sums)
         fold(layer, equations.solve())
     return {(bridge.student_block, name): layer for bridge, (name, layer) in last.items()}
 
 
 def find_output_projection(model: PreTrainedModel, block: int) -> tuple[str, nn.Module]:
-    """Name and module of the linear layer that a block's MLP ends in.
+    """Return name and module of the linear layer that a block's MLP ends in.
 
-    Seen on a few tokens: it is the last linear layer that runs, and what it gives
+    Found by running a few tokens: it is the last linear layer that runs, and its output
     is added to the rest. A norm, a gate or a scale behind it fails this.
 
     Raises:
@@ -179,7 +187,7 @@ def find_output_projection(model: PreTrainedModel, block: int) -> tuple[str, nn.
 
 
 def fold(layer: nn.Module, transform_DD: Tensor) -> None:
-    """Have a linear layer give y T instead of y, in place."""
+    """Make a linear layer return y T instead of y, in place."""
     transposed = isinstance(layer, Conv1D)
     weight_ID = layer.weight.double() if transposed else layer.weight.double().T
     folded_ID = weight_ID @ transform_DD
@@ -191,7 +199,7 @@ def fold(layer: nn.Module, transform_DD: Tensor) -> None:
 def _is_added(
     layerwise: LayerwisePass, block: int, hidden_BTD: Tensor, output_BTD: Tensor, layer: nn.Module
 ) -> bool:
-    """Whether doubling the layer's output adds exactly that output to the block's."""
+    """Return whether doubling the layer's output adds exactly that output to the block's."""
     seen: list[Tensor] = []
 
     def double(_module: nn.Module, _inputs: object, given: Tensor) -> Tensor:
@@ -210,7 +218,7 @@ def _is_added(
 def _regression_rows(
     source: PreTrainedModel, student: PreTrainedModel, bridge: Bridge, layer: nn.Module, batch: TokenBatch
 ) -> tuple[Tensor, Tensor]:
-    """M and L − Y [N, D] of a batch, without padding."""
+    """Return M and L − Y [N, D] of a batch, without padding."""
     mlp: list[Tensor] = []
     hook = layer.register_forward_hook(lambda _m, _i, given: mlp.append(given))
     after_BTD = _hidden_after(student, bridge.student_block, batch)
@@ -230,7 +238,7 @@ def _hidden_after(model: PreTrainedModel, block: int, batch: TokenBatch) -> Tens
 
 
 def _first_sequences(data: TrainingData, max_tokens: int) -> torch.LongTensor:
-    """The first sequences that together have no more than that many tokens, at least one."""
+    """Return the first sequences that together have no more than that many tokens, at least one."""
     tokens, count = 0, 0
     while count < len(data):
         tokens += data.num_tokens(torch.tensor([count]))
@@ -240,25 +248,13 @@ def _first_sequences(data: TrainingData, max_tokens: int) -> torch.LongTensor:
     return torch.arange(count)
 
 
-def _local_batches(spec: RecoverySpec, data: TrainingData, chosen: Tensor) -> Iterator[TokenBatch]:
-    rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for portion in chosen[rank::workers].split(spec.micro_batch_size):
-        yield data.batch(portion)
-
-
-def _all_reduce(equations: NormalEquations) -> None:
-    if dist.is_initialized():
-        for sums in (equations.gram_DD, equations.moment_DD):
-            dist.all_reduce(sums)
-
-
 def _without_adapter_chain(
     spec: RecoverySpec,
     source: PreTrainedModel,
     kept: tuple[int, ...],
     changed: dict[tuple[int, str], nn.Module],
 ) -> dict[str, Tensor]:
-    """The student's changed weights by source name, less what the adapter chain will add to them again."""
+    """Return the changed weights by source name, less what the adapter chain will add to them again."""
     path = find_layers(source).path
     added = [read_deltas(adapter, path, kept) for adapter in spec.model.adapters]
     chain = [replace(deltas, scale=-deltas.scale) for deltas in added]

@@ -1,7 +1,7 @@
 """Teacher and student advancing together, so that only one hidden state of the teacher is alive."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from actors.recovery.losses.attention_recorder import AttentionRecorder
 
 
 class Lockstep(Student):
-    """Base of the modules that compare the student with a teacher on the layerwise.
+    """Base of the modules that compare the student with a teacher layer by layer.
 
     If the pair's teacher is its student with adapters off, both pass through the
     same modules, and the frozen weights exist once. A separate teacher's depth
@@ -39,7 +39,7 @@ class Lockstep(Student):
         self._teacher_depth = len(find_layers(pair.teacher or pair.student).modules)
 
     def layerwise_passes(self, batch: TokenBatch) -> tuple[LayerwisePass, LayerwisePass]:
-        """The batch's layerwise_passes through student and teacher."""
+        """Return the layerwise passes of a batch through student and teacher."""
         student = layerwise_pass(self.model, batch)
         if self.teacher is None:
             return student, student
@@ -50,15 +50,12 @@ class Lockstep(Student):
     def advance_teacher(
         self, layerwise: LayerwisePass, layers: Iterable[int], teacher_BTD: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """The teacher's hidden state after those of its layers, and the last one's attention matrix."""
+        """Return the teacher's hidden state after these layers, and the last one's attention matrix."""
         attention_BHTT = None
         for layer in layers:
-            with self._frozen(layer):
+            with adapters_disabled(self._lora[layer]) if self._shared else nullcontext():
                 teacher_BTD, attention_BHTT = run_block(layerwise, layer, teacher_BTD, self._teacher_recorder)
         return teacher_BTD.detach(), attention_BHTT
-
-    def _frozen(self, layer: int) -> AbstractContextManager[None]:
-        return adapters_disabled(self._lora[layer]) if self._shared else nullcontext()
 
 
 def check_comparable(pair: TeacherStudent, loss: LossSpec) -> None:

@@ -1,11 +1,10 @@
 """Distillation of hidden states, attention matrices and logits, teacher and student in lockstep.
 
-IteRABRe §3.2, with map(l) as corrected in DESIGN §6:
+IteRABRe §3.2, map(l) being the l-th source layer that is not dropped (App. E):
 L = Σ_l [ MSE(H_T^{map(l)}, H_S^l) + MSE(A_T^{map(l)}, A_S^l) ] + MSE(z_T, z_S).
 """
 
 import torch
-from torch import Tensor
 
 from actors.contracts import LossSpec
 from actors.data import TokenBatch
@@ -16,7 +15,7 @@ from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.layer_losses import attention_mse, hidden_mse
 from actors.recovery.losses.lm_head import LMHead, common_gram
 from actors.recovery.losses.logit_losses import chunked_logit_loss, find_logit_loss, logit_mse_from_hidden
-from actors.recovery.losses.token_weights import TokenWeights, distilled
+from actors.recovery.losses.token_weights import distilled
 
 LAYER_TERMS = ("hidden", "attention")
 
@@ -45,11 +44,11 @@ class LockstepDistiller(Lockstep):
         self._heads = LMHead(pair.student), LMHead(pair.teacher or pair.student)
         by_gram = loss.logits and loss.logit_loss == "mse"
         self._gram_DD = common_gram(*self._heads) if by_gram else None
-        # Without a map, nothing of the teacher is looked at on the layerwise.
+        # Without a map, no hidden state of the teacher is needed before its last.
         self._map = pair.teacher_layers or (-1,) * len(pair.student_layers)
 
     def forward(self, batch: TokenBatch) -> Terms:
-        """Loss terms of one batch, and their weighted sum as `loss`.
+        """Return the loss terms of one batch, and their weighted sum as `loss`.
 
         Returns:
             Scalars: `hidden` and `attention` are sums over the student's layers,
@@ -80,11 +79,14 @@ class LockstepDistiller(Lockstep):
             teacher_BTD, _ = self.advance_teacher(teacher_pass, range(done, self._teacher_depth), teacher_BTD)
             with torch.no_grad():
                 teacher_BTD = teacher_pass.finish(teacher_BTD)
-            terms["logits"] = self._logit_term(student_pass.finish(student_BTD), teacher_BTD, token_weights)
+            student_BTD = student_pass.finish(student_BTD)
+            if self._gram_DD is None:
+                terms["logits"] = chunked_logit_loss(
+                    student_BTD, teacher_BTD, self._heads, self._distance, token_weights
+                )
+            else:
+                terms["logits"] = logit_mse_from_hidden(
+                    student_BTD, teacher_BTD, self._gram_DD, token_weights
+                )
         terms["loss"] = sum((self._weights[name] * value for name, value in terms.items()), torch.tensor(0.0))
         return terms
-
-    def _logit_term(self, student_BTD: Tensor, teacher_BTD: Tensor, token_weights: TokenWeights) -> Tensor:
-        if self._gram_DD is None:
-            return chunked_logit_loss(student_BTD, teacher_BTD, self._heads, self._distance, token_weights)
-        return logit_mse_from_hidden(student_BTD, teacher_BTD, self._gram_DD, token_weights)

@@ -1,4 +1,4 @@
-"""The model in training, walked block by block: what the modules of all objectives share."""
+"""The base of the training modules of all objectives: the student, run block by block."""
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +14,7 @@ Terms = dict[str, Tensor]
 
 
 class Student(nn.Module):
-    """Base of the training modules: the student's layerwise through its layers.
+    """Base of the training modules: the student's pass through its layers.
 
     Args:
         pair: the student, and its teacher if an objective has one.
@@ -39,7 +39,7 @@ class Student(nn.Module):
             use_fused_forward(layers)
 
     def train(self, mode: bool = True) -> "Student":
-        """Dropout of what is trained follows the mode: the adapters' own, or all in full fine-tuning.
+        """Set dropout of what is trained to the mode: the adapters' own, or all in full fine-tuning.
 
         Frozen weights stay as they are evaluated; they may serve a teacher too.
         """
@@ -52,7 +52,7 @@ class Student(nn.Module):
         return self
 
     def hidden(self, batch: TokenBatch) -> Tensor:
-        """The student's last hidden state after the final norm [B, T, D]."""
+        """Return the student's last hidden state after the final norm [B, T, D]."""
         layerwise = layerwise_pass(self.model, batch)
         hidden_BTD = layerwise.hidden_BTD
         for layer in self.pair.student_layers:
@@ -60,25 +60,25 @@ class Student(nn.Module):
         return layerwise.finish(hidden_BTD)
 
     def student_hidden(self, input_ids_BT: Tensor) -> Tensor:
-        """The same for rows of one document each, without padding."""
+        """Return `hidden` of rows of one document each, without padding."""
         return self.hidden(TokenBatch(input_ids_BT))
 
     def block(self, layerwise: LayerwisePass, layer: int, hidden_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Output of one of the student's blocks, and its attention matrix [B, H, T, T] if that is read."""
+        """Run one of the student's blocks; return output and, if recorded, attention matrix [B, H, T, T]."""
         if self._checkpointing and is_grad_enabled():
             return checkpoint(run_block, layerwise, layer, hidden_BTD, self._recorder, use_reentrant=False)
         return run_block(layerwise, layer, hidden_BTD, self._recorder)
 
 
 def layerwise_pass(model: nn.Module, batch: TokenBatch) -> LayerwisePass:
-    """The batch's layerwise through the blocks of a model."""
+    """Return the layerwise pass of a batch through a model."""
     return LayerwisePass(model, batch.input_ids_BT, batch.mask_BT, batch.position_ids_BT)
 
 
 def run_block(
     layerwise: LayerwisePass, layer: int, hidden_BTD: Tensor, recorder: AttentionRecorder | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Output of a block and, with a recorder, its attention matrix."""
+    """Run one block and return its output and, with a recorder, its attention matrix."""
     if recorder is None:
         return layerwise.block(layer, hidden_BTD), None
     return recorder.read(layer, lambda: layerwise.block(layer, hidden_BTD))

@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.contracts import ModelSpec, RecoverySpec
+from actors.contracts import RecoverySpec
 from actors.errors import RequestError
 from actors.models import depth, device, find_layers, load_source, materialize, open_model, save_weights
 from actors.models.model_builder import rename_layers
@@ -17,7 +17,7 @@ from actors.recovery.adapters.weight_deltas import can_share_weights
 
 @dataclass(frozen=True)
 class TeacherStudent:
-    """What a recovery trains and what it compares that with.
+    """The models of a recovery: what is trained, and what it is compared with.
 
     If `teacher` is None, both live in the one model `student`: the teacher is all its
     layers with adapters off, the student its layers `student_layers` with adapters
@@ -29,7 +29,7 @@ class TeacherStudent:
         student_layers: indices in `student` of the student's layers, ascending.
         teacher: a separate model, or None.
         teacher_layers: for each student layer, the index in the teacher of the
-            layer that it is compared with: `map(l)` of DESIGN §6; None where
+            layer that it is compared with: `map(l)` of IteRABRe App. E; None where
             nothing says which that is.
         adapted: the PEFT model around `student`, or None with full fine-tuning.
         source_layers: source index of each layer of `student`, for the names in what
@@ -45,7 +45,7 @@ class TeacherStudent:
 
 
 def shared_teacher_student(adapted: PeftModel, kept: tuple[int, ...]) -> TeacherStudent:
-    """Teacher and student in one adapted source model, the student being its layers `kept`."""
+    """Return teacher and student in one adapted source model, the student being its layers `kept`."""
     return TeacherStudent(adapted.get_base_model(), kept, None, kept, adapted)
 
 
@@ -67,7 +67,15 @@ def load_teacher_student(
     if not has_teacher:
         return _separate_student(spec, None, None)
     if spec.teacher is not None:
-        return _with_separate_teacher(spec, spec.teacher)
+        teacher, teacher_tokenizer = open_model(spec.teacher)
+        teacher = teacher.to(device()).requires_grad_(False)
+        pair, tokenizer = _separate_student(spec, teacher, spec.teacher_layers)
+        if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
+            raise RequestError(
+                f"the tokenizer of teacher {spec.teacher.path!r} is not that of {spec.model.source.path!r}: "
+                "their vocabularies differ; a teacher must read the same tokens"
+            )
+        return pair, tokenizer
     source, tokenizer = load_source(spec.model)
     kept = spec.model.kept(depth(source.config))
     source = source.to(device())
@@ -77,7 +85,7 @@ def load_teacher_student(
 
 
 def check_teacher(spec: RecoverySpec, has_teacher: bool) -> None:
-    """Whether a teacher and its layers are given only where they are used.
+    """Check that a teacher and its layers are given only where they are used.
 
     Raises:
         RequestError: they are not.
@@ -101,30 +109,17 @@ def save_trained(pair: TeacherStudent, directory: Path) -> None:
 
 
 def named_by_source(model: PreTrainedModel, source_layers: tuple[int, ...] | None) -> dict[str, Tensor]:
-    """The model's trained tensors under the names that they have in the source, in the source's type."""
+    """Return the trained tensors under their names in the source, in the source's dtype."""
     trained = {n: p.detach().to(model.config.dtype) for n, p in model.named_parameters() if p.requires_grad}
     if source_layers is None:
         return trained
     return rename_layers(trained, find_layers(model).path, dict(enumerate(source_layers)))
 
 
-def _with_separate_teacher(
-    spec: RecoverySpec, teacher: ModelSpec
-) -> tuple[TeacherStudent, PreTrainedTokenizerBase]:
-    model, theirs = open_model(teacher)
-    pair, ours = _separate_student(spec, model.to(device()).requires_grad_(False), spec.teacher_layers)
-    if ours.get_vocab() != theirs.get_vocab():
-        raise RequestError(
-            f"the tokenizer of teacher {teacher.path!r} is not that of {spec.model.source.path!r}: their "
-            "vocabularies differ; a teacher must read the same tokens"
-        )
-    return pair, ours
-
-
 def _separate_student(
     spec: RecoverySpec, teacher: PreTrainedModel | None, teacher_layers: tuple[int, ...] | None
 ) -> tuple[TeacherStudent, PreTrainedTokenizerBase]:
-    """A pruned student beside a teacher, or without one."""
+    """Load a pruned student beside a teacher, or without one."""
     student, tokenizer = materialize(spec.model)
     student = student.to(device())
     layers = tuple(range(depth(student.config)))

@@ -16,7 +16,7 @@ def next_token_cross_entropy(
     weights: TokenWeights = ALL_TOKENS,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of the next token, in nats; a token's value is that of the token after it.
+    """Return the cross-entropy of the next token, in nats; a token's value is that of the token after it.
 
     Args:
         hidden_BTD: after the final norm.

@@ -15,7 +15,7 @@ from actors.recovery.losses.token_weights import ALL_TOKENS, TokenWeights
 
 
 def hidden_mse(student_BTD: Tensor, teacher_BTD: Tensor, weights: TokenWeights = ALL_TOKENS) -> Tensor:
-    """Squared distance of hidden states; a token's value is the mean over D (IteRABRe §3.2)."""
+    """Return the squared distance of hidden states; a token's value is the mean over D (IteRABRe §3.2)."""
     num_tokens, width = student_BTD[..., 0].numel(), student_BTD.shape[-1]
     total = _WeightedSquares.apply(student_BTD, teacher_BTD, weights.weights_BT)
     return weights.divided(total / width, num_tokens)
@@ -27,7 +27,7 @@ def attention_mse(
     weights: TokenWeights = ALL_TOKENS,
     mask_BT: Tensor | None = None,
 ) -> Tensor:
-    """Squared distance of attention matrices (IteRABRe §3.2).
+    """Return the squared distance of attention matrices (IteRABRe §3.2).
 
     A token's value is the mean over heads and over the keys of its sequence. With
     `mask_BT` (1 for tokens, 0 for padding), keys that are padding do not count.

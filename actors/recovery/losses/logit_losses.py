@@ -1,4 +1,4 @@
-"""How far a student's logits are from a teacher's: one row a variant.
+"""Distances between the logits of student and teacher: one row a variant, and their sums over tokens.
 
 Each function takes logits of student and teacher [N, V] in fp32 and the
 temperature τ, and gives a value per token [N]. The divergences are those of
@@ -30,24 +30,24 @@ class LogitVariant:
 
 
 def mse(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-    """Mean over V of the squared difference; the temperature has no part in it."""
+    """Return the mean over V of the squared difference; the temperature has no effect."""
     return (student_NV - teacher_NV).square().mean(-1)
 
 
 def forward_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-    """τ² KL(p_T ‖ p_S), a sum over V."""
+    """Return τ² KL(p_T ‖ p_S), a sum over V."""
     student, teacher = _log_probabilities(student_NV, teacher_NV, temperature)
     return temperature**2 * _kl(teacher, student)
 
 
 def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-    """τ² KL(p_S ‖ p_T), a sum over V."""
+    """Return τ² KL(p_S ‖ p_T), a sum over V."""
     student, teacher = _log_probabilities(student_NV, teacher_NV, temperature)
     return temperature**2 * _kl(student, teacher)
 
 
 def jsd(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-    """τ² [KL(p_T ‖ m) + KL(p_S ‖ m)] / 2 with m = (p_T + p_S) / 2, a sum over V."""
+    """Return τ² [KL(p_T ‖ m) + KL(p_S ‖ m)] / 2 with m = (p_T + p_S) / 2, a sum over V."""
     student, teacher = _log_probabilities(student_NV, teacher_NV, temperature)
     # m is where the sum is least, so no gradient goes through it; taking none also rounds less.
     middle = logaddexp(student.detach(), teacher) - math.log(2)
@@ -55,7 +55,7 @@ def jsd(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
 
 
 def cross_entropy(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-    """−τ² Σ_V p_T log p_S: the forward KL and the teacher's own entropy."""
+    """Return −τ² Σ_V p_T log p_S: the forward KL and the teacher's own entropy."""
     student, teacher = _log_probabilities(student_NV, teacher_NV, temperature)
     return -(temperature**2) * (teacher.exp() * student).sum(-1)
 
@@ -70,7 +70,7 @@ LOGIT_LOSSES: dict[str, LogitVariant] = {
 
 
 def find_logit_loss(name: str, temperature: float) -> LogitLoss:
-    """The row of that name at that temperature.
+    """Return the loss of that name at that temperature.
 
     Raises:
         RequestError: there is none, or the temperature is not above 0.
@@ -84,7 +84,7 @@ def find_logit_loss(name: str, temperature: float) -> LogitLoss:
 
 
 def gram_matrix(head_VD: Tensor) -> Tensor:
-    """G = WᵀW / V [D, D] in fp32: all that a logit MSE needs to know of the LM head (DESIGN §6)."""
+    """Return G = WᵀW / V [D, D] in fp32, all of the LM head that a logit MSE depends on."""
     weight_VD = head_VD.detach().float()
     return weight_VD.T @ weight_VD / weight_VD.shape[0]
 
@@ -92,7 +92,7 @@ def gram_matrix(head_VD: Tensor) -> Tensor:
 def logit_mse_from_hidden(
     student_BTD: Tensor, teacher_BTD: Tensor, gram_DD: Tensor, weights: TokenWeights = ALL_TOKENS
 ) -> Tensor:
-    """Squared distance of logits z = Wh without forming them; a token's value is the mean over V.
+    """Return the squared distance of logits z = Wh without forming them; a token's value is the mean over V.
 
     Equal to MSE(W h_S, W h_T), since |W Δh|² / V = Δhᵀ G Δh: D² products a token
     instead of V·D. Valid only where the logits are exactly W h, and W is frozen
@@ -116,7 +116,7 @@ def chunked_logit_loss(
     weights: TokenWeights = ALL_TOKENS,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Any row of `LOGIT_LOSSES` between the logits of student and teacher, for any head.
+    """Return any row of `LOGIT_LOSSES` between the logits of student and teacher, for any head.
 
     Logits exist for a chunk of tokens at a time, and only for tokens that count.
 
@@ -142,5 +142,5 @@ def _log_probabilities(student_NV: Tensor, teacher_NV: Tensor, temperature: floa
 
 
 def _kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:
-    """KL(p ‖ q) of log-probabilities, a sum over V."""
+    """Return KL(p ‖ q) of log-probabilities, a sum over V."""
     return (p_NV.exp() * (p_NV - q_NV)).sum(-1)

@@ -1,4 +1,4 @@
-"""Which tokens of a batch each loss counts.
+"""Token weights: the tokens of a batch that each loss counts.
 
 All terms of a batch count the same tokens as `TrainingData.num_tokens` does, so
 that one denominator serves them all.
@@ -25,17 +25,17 @@ class TokenWeights:
     denominator: float | None = None
 
     def mean(self, values_BT: Tensor) -> Tensor:
-        """The sum of the values that count, divided."""
+        """Sum the values that count, and divide."""
         weighted_BT = values_BT if self.weights_BT is None else values_BT * self.weights_BT
         return self.divided(weighted_BT.sum(), values_BT.numel())
 
     def rows(self, tensor_BTX: Tensor) -> Tensor:
-        """The vectors of the tokens that count [N, X], in order."""
+        """Return the vectors of the tokens that count [N, X], in order."""
         rows_NX = tensor_BTX.flatten(0, 1)
         return rows_NX if self.weights_BT is None else rows_NX[self.weights_BT.flatten().bool()]
 
     def divided(self, total: Tensor, num_tokens: int) -> Tensor:
-        """A sum over the tokens that count, `num_tokens` being all of the batch, divided."""
+        """Divide a sum over the tokens that count, `num_tokens` being all of the batch."""
         if self.denominator is not None:
             return total / self.denominator
         return total / (num_tokens if self.weights_BT is None else self.weights_BT.sum().clamp(min=1))
@@ -45,7 +45,7 @@ ALL_TOKENS = TokenWeights()
 
 
 def predicting(batch: TokenBatch) -> TokenWeights:
-    """The tokens from which a target is predicted: what a causal language model's loss counts."""
+    """Return the tokens from which a target is predicted: what a causal language model's loss counts."""
     targets_BT = batch.targets_BT if batch.targets_BT is not None else batch.mask_BT
     if targets_BT is None:
         targets_BT = torch.ones_like(batch.input_ids_BT)
@@ -53,7 +53,7 @@ def predicting(batch: TokenBatch) -> TokenWeights:
 
 
 def distilled(batch: TokenBatch) -> TokenWeights:
-    """What a distillation counts: all tokens but padding, or `predicting` where the batch has targets.
+    """Return what a distillation counts: all tokens but padding, or `predicting` if the batch has targets.
 
     So with answers to learn, neither prompts nor what follows the last target count.
     """
@@ -63,7 +63,7 @@ def distilled(batch: TokenBatch) -> TokenWeights:
 
 
 def next_ids(batch: TokenBatch) -> Tensor:
-    """The token id after each token [B, T]; 0 after the last."""
+    """Return the token id after each token [B, T]; 0 after the last."""
     return _shift_left(batch.input_ids_BT)
 
 

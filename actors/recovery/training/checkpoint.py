@@ -4,7 +4,7 @@ Worker r of W writes the tensors numbered r, r + W, r + 2W, … of the training
 state, whole, into `part-r-of-W.safetensors`; worker 0 also writes `state.json`.
 Beside every file lies its SHA-256. So a checkpoint neither depends on how
 DeepSpeed shards its state nor on how many workers it is continued with, and
-a damaged one is known before anything of it is used.
+a corrupt one is found before anything of it is used.
 """
 
 import json
@@ -43,7 +43,14 @@ def write_shard(
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     part = directory / f"part-{rank}-of-{world_size}.safetensors"
     with explained(str(directory), f"write a checkpoint of {size_bytes} bytes into"):
-        _write_tensors(part, tensors)
+        try:
+            save_file(tensors, part)
+        except SafetensorError as error:
+            # Its message holds the operating system's own number: "... (os error 28) ...".
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else 0, str(error)) from error
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
         _write_checksum(part)
         if rank == 0:
             (directory / STATE).write_text(json.dumps({**state, "parts": world_size}))
@@ -51,7 +58,7 @@ def write_shard(
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """The `state` of a checkpoint all of whose files are whole.
+    """Return the `state` of a checkpoint all of whose files are intact.
 
     Raises:
         CorruptCheckpointError: one is missing or not as it was written.
@@ -64,7 +71,7 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def read_tensors(directory: Path, num_parts: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint that `read_state` found whole, one at a time."""
+    """Yield the tensors of a checkpoint that `read_state` found intact."""
     for part in _parts(directory, num_parts):
         with safe_open(part, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - the file is no mapping
@@ -78,7 +85,7 @@ class CheckpointDirectory:
         self.path = path
 
     def save(self, steps_done: int, write: Write) -> None:
-        """Have `write` fill a directory of its own and, once it is whole, put it in place."""
+        """Fill a temporary directory by `write` and rename it once it is complete."""
         self.path.mkdir(parents=True, exist_ok=True)
         target = self.path / f"step_{steps_done:06d}"
         scratch = Path(tempfile.mkdtemp(dir=self.path, prefix=".writing-"))
@@ -92,7 +99,7 @@ class CheckpointDirectory:
             shutil.rmtree(old)
 
     def newest_first(self) -> Iterator[AbstractContextManager[Path]]:
-        """The whole checkpoints' directories."""
+        """Return the directories of the complete checkpoints."""
         return (nullcontext(path) for path in reversed(self._all()))
 
     def remove(self) -> None:
@@ -100,17 +107,6 @@ class CheckpointDirectory:
 
     def _all(self) -> list[Path]:
         return sorted(self.path.glob("step_*"))
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        # Its message holds the operating system's own number: "... (os error 28) ...".
-        code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]) if code else 0, str(error)) from error
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _parts(directory: Path, num_parts: int) -> list[Path]:

@@ -1,7 +1,6 @@
 """The DeepSpeed configuration of a recovery: the user's JSON, completed by what the settings imply."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -49,10 +48,9 @@ UNSUPPORTED = {
 def deepspeed_config(
     spec: RecoverySpec, world_size: int, micro_batch_size: int | None = None
 ) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given.
+    """Return the configuration for `deepspeed.initialize`.
 
-    The optimizer and the precision are not part of it: `Engine` brings the one and
-    does the other itself.
+    Without optimizer and precision: `Engine` passes its own optimizer and uses autocast.
 
     Args:
         micro_batch_size: another than the one of `spec`, if that did not fit into memory.
@@ -71,9 +69,10 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation_steps(spec, world_size, micro),
         "gradient_clipping": spec.max_grad_norm,
     }
-    for name, value in _derived_fields(user):
+    for name in DERIVED:
+        given_by_user, value = _find(user, name)
         wanted = _derived_value(spec, name, ours)
-        if value not in (None, AUTO, wanted):
+        if given_by_user and value not in (None, AUTO, wanted):
             given = "" if wanted is None else f", which give {wanted!r}"
             raise RequestError(
                 f"DeepSpeed field {name!r} is {value!r}, but it follows from the recovery settings "
@@ -95,7 +94,7 @@ def check_user_config(user: dict[str, Any]) -> None:
     for name, why in UNSUPPORTED.items():
         if _find(user, name)[0]:
             raise RequestError(f"DeepSpeed field {name!r} does not go with recovery ({why}); leave it out")
-    # What the schedule is, the recovery settings say; any scheduler is told so below.
+    # The schedule follows from the recovery settings; any scheduler is refused below.
     check_fields({name: value for name, value in user.items() if name != "scheduler"})
     if user.get("scheduler") not in (None, AUTO):
         raise RequestError(
@@ -104,7 +103,7 @@ def check_user_config(user: dict[str, Any]) -> None:
 
 
 def accumulation_steps(spec: RecoverySpec, world_size: int, micro_batch_size: int | None = None) -> int:
-    """Micro-batches of one worker in one optimizer step.
+    """Return the number of micro-batches of one worker in one optimizer step.
 
     Raises:
         RequestError: the batch does not divide evenly.
@@ -120,12 +119,12 @@ def accumulation_steps(spec: RecoverySpec, world_size: int, micro_batch_size: in
 
 
 def largest_micro_batch(share: int, at_most: int) -> int:
-    """The largest micro-batch of no more than `at_most` sequences that cuts a worker's share evenly."""
+    """Return the largest micro-batch of at most `at_most` sequences that divides a worker's share."""
     return next(size for size in range(max(1, min(share, at_most)), 0, -1) if share % size == 0)
 
 
 def precision_of(spec: RecoverySpec) -> str:
-    """Name of the type that recovery computes in: that of the source's weights if none is asked for.
+    """Return the name of the dtype that recovery computes in: by default that of the source's weights.
 
     Raises:
         RequestError: not a type that a model is trained in.
@@ -137,25 +136,25 @@ def precision_of(spec: RecoverySpec) -> str:
 
 
 def zero_stage(spec: RecoverySpec) -> int:
-    """DeepSpeed's ZeRO stage: which of optimizer state (1), gradients (2), weights (3) are sharded."""
+    """Return DeepSpeed's ZeRO stage: from 1 on optimizer state is sharded, from 2 gradients, at 3 weights."""
     stage: int = _section(parse(spec.deepspeed), "zero_optimization").get("stage", 0)
     return stage
 
 
 def optimizer_settings(spec: RecoverySpec) -> dict[str, Any]:
-    """What the user's JSON says of AdamW beyond the recovery settings."""
+    """Return the user's settings of AdamW beyond those of recovery."""
     params = _section(_section(parse(spec.deepspeed), "optimizer"), "params")
     return {name: params[name] for name in OPTIMIZER_FIELDS if params.get(name, AUTO) not in (None, AUTO)}
 
 
 def loss_scale_settings(spec: RecoverySpec) -> dict[str, int]:
-    """What the user's JSON says of the loss scale of float16."""
+    """Return the user's settings of the loss scale of float16."""
     section = _section(parse(spec.deepspeed), "fp16")
     return {name: section[name] for name in LOSS_SCALE_FIELDS if section.get(name, AUTO) not in (None, AUTO)}
 
 
 def settings_fingerprint(spec: RecoverySpec) -> str:
-    """Hash of the settings that must stay in a run: not where things are or how the work is cut."""
+    """Hash the settings that must stay in a run: not where things are or how the work is cut."""
     same = replace(
         spec,
         model=replace(spec.model, source=ModelSpec(path=""), adapters=(), weights=None),
@@ -174,7 +173,7 @@ def settings_fingerprint(spec: RecoverySpec) -> str:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The user's DeepSpeed JSON.
+    """Parse the user's DeepSpeed JSON.
 
     Raises:
         RequestError: it is not a JSON object, or has a field twice; names the line.
@@ -200,16 +199,8 @@ def _reject_constant(constant: str) -> float:
     raise ValueError(f"{constant} is no number of JSON")
 
 
-def _derived_fields(user: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Fields of ours that the user gives, with their values."""
-    for name in DERIVED:
-        found, value = _find(user, name)
-        if found:
-            yield name, value
-
-
 def _find(config: dict[str, Any], name: str) -> tuple[bool, Any]:
-    """Whether there is a field of that dotted name, and its value."""
+    """Return whether there is a field of that dotted name, and its value."""
     first, _, rest = name.partition(".")
     if first not in config:
         return False, None

@@ -1,4 +1,4 @@
-"""Whether a model keeps the documents that share a row apart (recovery.packing: documents)."""
+"""A check that tokens of a row see their own document only (recovery.packing: documents)."""
 
 from inspect import signature
 
@@ -17,7 +17,7 @@ REMEDY = "set recovery.packing to concatenated"
 def check_document_isolation(model: PreTrainedModel) -> None:
     """Run two rows of two short documents that differ in the first one only, and look at the second.
 
-    Recurrent families, and kernels that know no documents, carry the first into it.
+    Recurrent families, and kernels without support for documents, carry the first into it.
 
     Raises:
         RequestError: the model does not go by positions, or a token saw another document.

@@ -1,4 +1,4 @@
-"""DeepSpeed: the one place that knows how the optimizer is run and its state is kept.
+"""The DeepSpeed engine: the one place that runs the optimizer and keeps its state.
 
 What is trained is kept in float32, with AdamW's two moments, whatever type the
 computation has; the frozen weights have the type of the computation. So there
@@ -60,7 +60,9 @@ class Engine:
     """
 
     def __init__(self, module: nn.Module, spec: RecoverySpec, world_size: int, micro_batch_size: int):
-        _disable_deepspeed_kernels()
+        # Its own record of what it may build: the shared-memory collectives are compiled on first use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._spec, self._world_size = spec, world_size
         self._dtype = getattr(torch, precision_of(spec))
         self._module = module
@@ -83,13 +85,13 @@ class Engine:
     def backward_is_local(self) -> bool:
         """Whether no worker waits for another before the whole gradient is there.
 
-        Stage 2 and 3 exchange gradients on the layerwise, stage 3 weights as well: a
-        worker that fails there cannot tell the others.
+        Stage 2 and 3 exchange gradients during it, stage 3 weights as well: a
+        worker that fails there leaves the others waiting.
         """
         return self.stage < 2 or (self.stage == 2 and self._world_size == 1)
 
     def accumulate(self, batch: TokenBatch, last: bool) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; the detached terms.
+        """Run forward and backward of one micro-batch and return the detached terms.
 
         Args:
             last: whether this is the step's last micro-batch.
@@ -114,7 +116,12 @@ class Engine:
         if self.stage < 2:
             self._engine.set_gradient_accumulation_boundary(True)
             self._engine.allreduce_gradients()
-        norm = self._step_sharded() if self.stage else self._step_replicated()
+        if self.stage:
+            # DeepSpeed unscales and clips; a gradient that is not finite it drops by itself.
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+        else:
+            norm = self._step_replicated()
         if math.isfinite(norm):
             self.updates += 1
             self.loss_scale.record_step(dynamic=self._dtype == torch.float16)
@@ -138,12 +145,12 @@ class Engine:
         self._link_moments()
 
     def mean_over_workers(self, values: Tensor) -> list[float]:
-        """Element-wise mean of a few numbers; every worker calls this and gets the same."""
+        """Return the element-wise mean over the workers, the same on all of them."""
         dist.all_reduce(values)
         return (values / dist.get_world_size()).tolist()
 
     def max_over_workers(self, value: int) -> int:
-        """The largest of the workers' numbers, for all of them."""
+        """Return the largest of the workers' numbers, the same on all of them."""
         greatest = torch.tensor([value], dtype=torch.int64, device=self._engine.device)
         dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
         return int(greatest)
@@ -189,7 +196,7 @@ class Engine:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """What is trained is whole on every worker; changes made alike on all of them stay."""
+        """Gather what is trained on every worker; equal changes on all of them are kept."""
         parameters = [parameter for _, parameter in self._named]
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3):
             yield
@@ -222,11 +229,6 @@ class Engine:
         """torch's own optimizer, with ZeRO over this worker's shards."""
         return self._engine.optimizer.optimizer if self.stage else self._engine.optimizer
 
-    def _step_sharded(self) -> float:
-        """DeepSpeed unscales and clips; a gradient that is not finite it drops by itself."""
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm())
-
     def _step_replicated(self) -> float:
         gradients = [p.grad for _, p in self._named if p.grad is not None]
         torch._foreach_mul_(gradients, 1.0 / self.loss_scale.value)
@@ -238,7 +240,7 @@ class Engine:
         return norm
 
     def _full_tensor(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """One parameter, or one of its moments, from all shards; every worker calls this."""
+        """Gather one parameter, or one of its moments, from all shards; every worker must call this."""
         if self.stage == 0:
             return parameter.data if kind == WEIGHT else self._adam.state[parameter][kind]
         if kind == WEIGHT:
@@ -254,7 +256,7 @@ class Engine:
             self._adam.state[parameter][kind].copy_(value)
 
     def _create_moments(self, updates: int) -> None:
-        """AdamW's state as if that many steps had been made; torch makes it in the first step only."""
+        """Create AdamW's state after that many steps; torch creates it in the first step only."""
         if self.stage == 3:
             shards = self._engine.optimizer.fp32_partitioned_groups_flat
         else:
@@ -266,7 +268,7 @@ class Engine:
         self._link_moments()
 
     def _link_moments(self) -> None:
-        """Have DeepSpeed know the moments by parameter; it does so itself in the first step only."""
+        """Link the moments to their parameters in DeepSpeed, which does so in the first step only."""
         if self.stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -286,7 +288,7 @@ class _Autocast(nn.Module):
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held so far: on its GPU if it has one."""
+    """Return the most memory that this process has held so far: on its GPU if it has one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
@@ -294,7 +296,7 @@ def peak_memory_bytes() -> int:
 
 @contextmanager
 def single_process_group() -> Iterator[None]:
-    """A process group of this process alone, as DeepSpeed needs one; gone afterwards."""
+    """Create a process group of this process alone, which DeepSpeed needs, and destroy it afterwards."""
     launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     before = {name: os.environ.get(name) for name in launcher}
     os.environ.update(launcher)
@@ -308,24 +310,11 @@ def single_process_group() -> Iterator[None]:
     try:
         yield
     finally:
-        _destroy_process_group()
+        # DeepSpeed's record of the group must go too, so that the next recovery can start its own.
+        if deepspeed.comm.comm.cdb is None:
+            dist.destroy_process_group()
+        else:
+            deepspeed.comm.destroy_process_group()
+            deepspeed.comm.comm.cdb = None
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def _destroy_process_group() -> None:
-    """End the group and have DeepSpeed forget it, so that the next recovery can start its own."""
-    if deepspeed.comm.comm.cdb is None:
-        dist.destroy_process_group()
-        return
-    deepspeed.comm.destroy_process_group()
-    deepspeed.comm.comm.cdb = None
-
-
-def _disable_deepspeed_kernels() -> None:
-    """Keep DeepSpeed from compiling its shared-memory collectives and from chatting.
-
-    `__compatible_ops__` is DeepSpeed's own record of what it may build.
-    """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

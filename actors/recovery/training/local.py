@@ -20,13 +20,16 @@ def recover_locally(
     Args:
         spec: what to train.
         adapter_uri: where the trained adapter is published.
-        work_dir: a local directory for checkpoints; they are told apart by `spec`
-            and removed once recovery has ended well.
+        work_dir: a local directory for checkpoints; their names depend on `spec`;
+            removed once recovery has ended well.
 
     Raises:
         RequestError, WorkError: as `train_loop.train`.
     """
-    checkpoints = CheckpointDirectory(Path(work_dir) / f"recovery-{_fingerprint(spec)[:16]}")
+    # Neither how often a checkpoint is written nor how the work is cut changes its content.
+    same = replace(spec, micro_batch_size=1, checkpoint_steps=1, deepspeed="")
+    fingerprint = digest([settings_fingerprint(spec), to_json(same)])
+    checkpoints = CheckpointDirectory(Path(work_dir) / f"recovery-{fingerprint[:16]}")
     context = TrainContext(
         rank=0,
         world_size=1,
@@ -36,22 +39,12 @@ def recover_locally(
         checkpoints=checkpoints.newest_first,
         progress=progress,
     )
+    result = None
     with single_process_group():
-        result = _train(spec, context)
+        while result is None:
+            try:
+                result = train(spec, context)
+            except MicroBatchError as error:
+                logging.getLogger(__name__).warning("%s", error)
     checkpoints.remove()
     return result
-
-
-def _fingerprint(spec: RecoverySpec) -> str:
-    """Hash of what a checkpoint's content depends on: not how often it is written or how the work is cut."""
-    sources = to_json(replace(spec, micro_batch_size=1, checkpoint_steps=1, deepspeed=""))
-    return digest([settings_fingerprint(spec), sources])
-
-
-def _train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
-    """Train from the last checkpoint for as long as a smaller micro-batch may still fit."""
-    while True:
-        try:
-            return train(spec, context)
-        except MicroBatchError as error:
-            logging.getLogger(__name__).warning("%s", error)

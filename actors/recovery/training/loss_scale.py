@@ -21,7 +21,7 @@ class LossScale:
 
     @classmethod
     def for_float16(cls, initial_scale_power: int = 16, loss_scale_window: int = 1000) -> "LossScale":
-        """The start of a float16 run; the names are DeepSpeed's."""
+        """Return the scale at the start of a float16 run; the names are DeepSpeed's."""
         return cls(2.0**initial_scale_power, loss_scale_window)
 
     @property
@@ -33,7 +33,7 @@ class LossScale:
         self.value, self.steps_since_overflow = max(1.0, self.value / 2), 0
 
     def record_step(self, dynamic: bool) -> None:
-        """One step was made; `dynamic` is whether the factor follows the gradients at all."""
+        """Count a step without overflow; `dynamic` if the factor follows the gradients at all."""
         self.steps_since_overflow += 1
         if dynamic and self.steps_since_overflow >= self.window:
             self.value, self.steps_since_overflow = self.value * 2, 0

@@ -1,4 +1,4 @@
-"""Where a worker trains: what the training loop needs to know of the world around it."""
+"""The context that a worker trains in: its rank, and where its checkpoints and results go."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -17,7 +17,7 @@ Write = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class TrainContext:
-    """Where a worker trains: who it is among how many, and where things go.
+    """The context that a worker trains in.
 
     Attributes:
         rank, world_size: a process group of that size must exist.
@@ -40,7 +40,7 @@ class TrainContext:
     preemption_requested: Callable[[], bool] = lambda: False
 
     def micro_batch_hint(self) -> int | None:
-        """The micro-batch size that an earlier try fell back to."""
+        """Return the micro-batch size that an earlier try fell back to."""
         noted = read_bytes(self.micro_batch_hint_uri)
         return int(noted) if noted else None
 

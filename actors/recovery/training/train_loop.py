@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 from torch import distributed as dist
 
 from actors.artifacts import publish
@@ -52,7 +52,7 @@ class MicroBatchError(WorkError):
 
 @dataclass
 class TrainingRun:
-    """What the loop works on. `order_SB[s]` lists the sequences of step s.
+    """The state of a training run. `order_SB[s]` lists the sequences of step s.
 
     `micro_batch_size` falls when memory does not suffice; nothing else changes.
     """
@@ -77,9 +77,9 @@ class TrainingRun:
 
 
 def train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
-    """Train what `spec` asks for; every worker of the group calls this.
+    """Train as `spec` requests; every worker of the group must call this.
 
-    Continues from the context's last whole checkpoint if there is one. The result
+    Continues from the last intact checkpoint if there is one. The result
     is complete on every worker; `artifact` is None except on rank 0.
 
     Raises:
@@ -96,7 +96,8 @@ def train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
     run = _prepare(spec, context, objective.build)
     try:
         records = _run_steps(run, _resume(run))
-        artifact = _publish_trained(run)
+        with run.engine.gathered():
+            artifact = _publish_from_rank_0(context, partial(save_trained, run.pair))
     finally:
         run.engine.close()
     return RecoveryResult(
@@ -108,56 +109,52 @@ def train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
 
 
 def _solve(spec: RecoverySpec, context: TrainContext, solve: Solve) -> RecoveryResult:
-    """Recovery in closed form; nothing is trained."""
+    """Recover in closed form; nothing is trained."""
 
     def work() -> Solution:
         check_recovery(spec, context.world_size)
         return solve(spec, training_data(spec, load_tokenizer(spec.model.source)))
 
     solution = _run_on_all_workers(work)
-    artifact = None
-    if context.rank == 0:
-        with TemporaryDirectory(prefix="iterabre-weights-") as scratch:
-            save_weights(solution.tensors, Path(scratch))
-            artifact = publish(Path(scratch), context.adapter_uri)
+    artifact = _publish_from_rank_0(context, partial(save_weights, solution.tensors))
     return RecoveryResult(artifact, steps=(), tokens=solution.tokens, trainable_parameters=0)
 
 
+def _publish_from_rank_0(context: TrainContext, save: Callable[[Path], None]) -> ArtifactRef | None:
+    """Publish the directory that `save` writes, on rank 0."""
+    if context.rank != 0:
+        return None
+    with TemporaryDirectory(prefix="iterabre-trained-") as scratch:
+        save(Path(scratch))
+        return publish(Path(scratch), context.adapter_uri)
+
+
 def _prepare(spec: RecoverySpec, context: TrainContext, build: BuildModule) -> TrainingRun:
-    loaded = _run_on_all_workers(lambda: _load(spec, context, build))
-    smallest = min(_all_gather(loaded.micro_batch_size))
-    engine = Engine(loaded.module, spec, context.world_size, smallest)
-    return TrainingRun(spec, context, loaded.pair, engine, loaded.data, loaded.order_SB, smallest)
+    """Load data and models; all that can be wrong with the request is found here, cheapest first."""
 
+    def load() -> tuple[TeacherStudent, nn.Module, TrainingData, LongTensor, int]:
+        check_recovery(spec, context.world_size)
+        data = training_data(spec, load_tokenizer(spec.model.source))
+        order_SB = training_order(spec, data, stage_seed(spec))
+        has_teacher = find_objective(spec.objective).has_teacher
+        pair, _ = load_teacher_student(_with_compute_dtype(spec), has_teacher)
+        check_vocabulary(data, pair.student)
+        module = build(pair, spec)
+        # The first pass records what this family's blocks return and is aborted, which must not
+        # happen with sharded weights.
+        for model in filter(None, (pair.student, pair.teacher)):
+            LayerwisePass(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
+        hint = context.micro_batch_hint() or spec.micro_batch_size
+        return pair, module, data, order_SB, largest_micro_batch(spec.batch_size // context.world_size, hint)
 
-@dataclass(frozen=True)
-class _Loaded:
-    pair: TeacherStudent
-    module: nn.Module
-    data: TrainingData
-    order_SB: Tensor
-    micro_batch_size: int
-
-
-def _load(spec: RecoverySpec, context: TrainContext, build: BuildModule) -> _Loaded:
-    """Everything that can be wrong with the request is found here, cheapest first."""
-    check_recovery(spec, context.world_size)
-    data = training_data(spec, load_tokenizer(spec.model.source))
-    order_SB = training_order(spec, data, stage_seed(spec))
-    pair, _ = load_teacher_student(_with_compute_dtype(spec), find_objective(spec.objective).has_teacher)
-    check_vocabulary(data, pair.student)
-    module = build(pair, spec)
-    # The first pass finds out what this family's blocks return and is broken off; sharded weights
-    # do not bear that.
-    for model in filter(None, (pair.student, pair.teacher)):
-        LayerwisePass(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    noted = context.micro_batch_hint() or spec.micro_batch_size
-    micro_batch_size = largest_micro_batch(spec.batch_size // context.world_size, noted)
-    return _Loaded(pair, module, data, order_SB, micro_batch_size)
+    pair, module, data, order_SB, micro_batch_size = _run_on_all_workers(load)
+    micro_batch_size = min(_all_gather(micro_batch_size))
+    engine = Engine(module, spec, context.world_size, micro_batch_size)
+    return TrainingRun(spec, context, pair, engine, data, order_SB, micro_batch_size)
 
 
 def _with_compute_dtype(spec: RecoverySpec) -> RecoverySpec:
-    """`spec` with its models loaded in the type of the computation.
+    """Return `spec` with its models loaded in the dtype of the computation.
 
     Weights that are trained are kept in float32 by the engine, so full fine-tuning
     starts from them as they are.
@@ -170,9 +167,9 @@ def _with_compute_dtype(spec: RecoverySpec) -> RecoverySpec:
 
 
 def _run_on_all_workers(work: Callable[[], T]) -> T:
-    """The worker's own result of `work`, unless it failed on any worker: then all raise that error.
+    """Return this worker's result of `work`, unless it failed on any worker: then all raise that error.
 
-    Otherwise the others would wait in their next collective for one that is gone.
+    Otherwise the others would wait in their next collective for one that has ended.
     """
     done, failed = None, None
     try:
@@ -186,14 +183,14 @@ def _run_on_all_workers(work: Callable[[], T]) -> T:
 
 
 def _all_gather(value: T) -> list[T]:
-    """Every worker's value, in the order of ranks."""
+    """Return every worker's value, in the order of ranks."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def _resume(run: TrainingRun) -> list[StepRecord]:
-    """The steps already done; weights and optimizer are brought to that point.
+    """Restore weights and optimizer from the last intact checkpoint, and return the steps done.
 
     A damaged checkpoint is passed over, by all workers together, for the one before it.
     """
@@ -211,7 +208,10 @@ def _resume(run: TrainingRun) -> list[StepRecord]:
                 "settings; give this one a name or storage path of its own, or remove them"
             )
         run.checkpoints.append(len(state["steps"]))
-        return [_record_from_json(record) for record in state["steps"]]
+        return [
+            StepRecord(**{**record, "terms": tuple((name, value) for name, value in record["terms"])})
+            for record in state["steps"]
+        ]
     return []
 
 
@@ -234,7 +234,7 @@ def _run_steps(run: TrainingRun, records: list[StepRecord]) -> list[StepRecord]:
 
 
 def _run_step(run: TrainingRun, step: int) -> StepRecord:
-    """One optimizer step; nothing is changed if the loss or its gradient is not finite.
+    """Run one optimizer step; nothing is changed if the loss or its gradient is not finite.
 
     A gradient that overflows float16 is computed again with a smaller loss scale.
     """
@@ -266,7 +266,7 @@ def _run_step(run: TrainingRun, step: int) -> StepRecord:
 
 
 def _accumulate(run: TrainingRun, step: int) -> dict[str, float]:
-    """The loss terms of one batch, its gradient being left in the engine.
+    """Return the loss terms of one batch, whose gradient is left in the engine.
 
     If memory does not suffice on any worker, all begin the step again with
     micro-batches of half the size.
@@ -289,7 +289,7 @@ def _accumulate(run: TrainingRun, step: int) -> dict[str, float]:
 
 
 def _halve_micro_batch(run: TrainingRun, step: int) -> str:
-    """Halve the micro-batch, for now and for later tries; what to say about it.
+    """Halve the micro-batch, for this run and for later tries, and return the message for the log.
 
     Raises:
         WorkError: there is nothing left to halve.
@@ -313,22 +313,19 @@ def _halve_micro_batch(run: TrainingRun, step: int) -> str:
 
 
 def _accumulate_micro_batches(run: TrainingRun, step: int) -> dict[str, Tensor]:
-    """Mean of each loss term over this worker's micro-batches."""
+    """Return the mean of each loss term over this worker's micro-batches."""
     size, first = run.micro_batch_size, run.context.rank * run.share
     positions = range(first, first + run.share, size)
     denominator = run.data.num_tokens(run.order_SB[step]) / (len(positions) * run.context.world_size)
     sums: dict[str, Tensor] = {}
     for position in positions:
-        torch.manual_seed(_dropout_seed(stage_seed(run.spec), step, position))
+        # Dropout is drawn anew for each micro-batch, whatever was drawn before it.
+        torch.manual_seed(int(digest([stage_seed(run.spec), step, position])[:15], 16))
         chosen_B = run.order_SB[step, position : position + size]
         batch = replace(run.data.batch(chosen_B), denominator=denominator)
         for name, value in run.engine.accumulate(batch, last=position == positions[-1]).items():
             sums[name] = sums.get(name, 0.0) + value / len(positions)
     return sums
-
-
-def _dropout_seed(seed: int, step: int, position: int) -> int:
-    return int(digest([seed, step, position])[:15], 16)
 
 
 def _check_finite(run: TrainingRun, step: int, what: str, value: float) -> None:
@@ -345,17 +342,3 @@ def _check_finite(run: TrainingRun, step: int, what: str, value: float) -> None:
 def _last_checkpoint(run: TrainingRun) -> str:
     good = run.checkpoints[-1] if run.checkpoints else 0
     return f"the last good checkpoint is after step {good}" if good else "there was no checkpoint yet"
-
-
-def _publish_trained(run: TrainingRun) -> ArtifactRef | None:
-    """Publish what was trained, on rank 0; the others help to gather it."""
-    with run.engine.gathered():
-        if run.context.rank != 0:
-            return None
-        with TemporaryDirectory(prefix="iterabre-trained-") as scratch:
-            save_trained(run.pair, Path(scratch))
-            return publish(Path(scratch), run.context.adapter_uri)
-
-
-def _record_from_json(record: dict[str, Any]) -> StepRecord:
-    return StepRecord(**{**record, "terms": tuple((name, value) for name, value in record["terms"])})
