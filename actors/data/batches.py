@@ -21,7 +21,7 @@ class TokenBatch:
             and first tokens of documents; None when every token but the first is.
         position_ids_BT: positions within each document; None when a sequence is one document.
             Attention must then stay within documents, which transformers derives from
-            the positions if it is given no attention mask; `mask_BT` only says what losses count.
+            the positions if there is no attention mask; `mask_BT` is for the losses only.
         denominator: what sums over tokens are divided by; None for the number of
             tokens in this batch. With the tokens of a whole step, divided by its number of
             micro-batches, the mean over micro-batches is the mean over the step's tokens.

@@ -66,7 +66,7 @@ def read_text(file: str) -> str:
     """Return the file's content as text, with the line ends that it has.
 
     Raises:
-        RequestError: it cannot be read, is blank, or is not UTF-8; says where.
+        RequestError: it cannot be read, is blank, or is not UTF-8; names the place.
     """
     content = read_file(file)
     with _reader_errors(file):
@@ -77,7 +77,7 @@ def parse_rows(content: bytes, file: str, columns: Collection[str] = ()) -> Iter
     """Yield the records of a file that was read, with at least `columns` of those that it has.
 
     Raises:
-        RequestError: it is not what its ending says; names the line or row.
+        RequestError: it is not of its suffix's format; names the line or row.
     """
     check_suffix(file)
     with _reader_errors(file), pa.BufferReader(content) as stream:
@@ -249,7 +249,7 @@ def _read_parquet(stream: pa.NativeFile, columns: Collection[str]) -> Iterator[R
     names = table.schema_arrow.names
     if repeated := _duplicates(names):
         raise ValueError(f"it has the column {repeated} twice")
-    # Where one is missing, all are read, so that whoever looks for it can say what there is.
+    # Where one is missing, all are read, so that the caller's error can list what there is.
     wanted = list(columns) if columns and set(columns) <= set(names) else names
     row = 0
     batches = table.iter_batches(batch_size=ROWS_PER_BATCH, columns=wanted)

@@ -32,7 +32,7 @@ def open_dataset(spec: TextSpec) -> tuple[Dataset, str]:
     """Return the whole split, mapped from disk, and its fingerprint.
 
     Raises:
-        RequestError: it cannot be loaded; says why, and which file of a directory is to blame.
+        RequestError: it cannot be loaded; names the reason, and the file of a directory that is at fault.
     """
     with dataset_errors(spec):
         if _saved_to_disk(spec):

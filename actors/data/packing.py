@@ -48,7 +48,7 @@ def cut_into_blocks(
     """Fill blocks of `sequence_length` tokens with one document after another.
 
     A document that does not fit goes on in the next block. What is left at the
-    end and fills no block is dropped. If `isolated`, the blocks say where documents
+    end and fills no block is dropped. If `isolated`, the blocks mark where documents
     begin, so that no token need see another document.
     """
     ids: list[int] = []

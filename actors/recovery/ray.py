@@ -43,9 +43,8 @@ def recover_on_ray(
     """Run recovery as a Ray Train job and wait for it.
 
     The loss curve is that of `recover_locally`, whatever the number of workers.
-    Dead workers are replaced and training goes on from the last checkpoint, as
-    it does if the caller died and calls again with the same `name`, be it with
-    another number of workers.
+    Lost workers are replaced and training continues from the last checkpoint, as it
+    does if a new caller uses the same `name`, even with another number of workers.
 
     Args:
         spec: what to train.

@@ -27,7 +27,7 @@ class AuxiliaryHealing(Lockstep):
         gradient_checkpointing: see `Student`.
 
     Raises:
-        RequestError: nothing says where layers were cut out.
+        RequestError: the places where layers were cut out are not given.
     """
 
     def __init__(self, pair: TeacherStudent, auxiliary: float, gradient_checkpointing: bool = False):

@@ -62,7 +62,7 @@ def check_comparable(pair: TeacherStudent, loss: LossSpec) -> None:
     """Refuse terms that compare what a separate teacher and the student do not have in common.
 
     Raises:
-        RequestError: it names the term and what differs.
+        RequestError: names the term and what differs.
     """
     if (loss.hidden or loss.attention) and pair.teacher_layers is None:
         raise RequestError(
@@ -88,7 +88,7 @@ def check_layer_map(pair: TeacherStudent) -> None:
     """Refuse a map(l) that is not one ascending layer of the teacher for each of the student.
 
     Raises:
-        RequestError: it says what the map should be.
+        RequestError: names what the map must be.
     """
     layers = pair.teacher_layers
     if layers is None:

@@ -30,7 +30,7 @@ class TeacherStudent:
         teacher: a separate model, or None.
         teacher_layers: for each student layer, the index in the teacher of the
             layer that it is compared with: `map(l)` of IteRABRe App. E; None where
-            nothing says which that is.
+            that is not given.
         adapted: the PEFT model around `student`, or None with full fine-tuning.
         source_layers: source index of each layer of `student`, for the names in what
             is saved; None if `student` has all layers of the source.

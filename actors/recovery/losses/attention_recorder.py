@@ -12,7 +12,7 @@ from actors.models import find_layers
 
 REMEDY = "set the weight of the loss term 'attention' to 0 (recovery.loss.attention)"
 DEFAULT_IMPLEMENTATIONS = (None, "eager", "sdpa")
-"""What transformers chooses by itself; anything else was asked for."""
+"""What transformers chooses by itself; anything else is the user's choice."""
 
 
 class AttentionRecorder:

@@ -1,7 +1,7 @@
 """Distances between the layers of student and teacher: hidden states and attention matrices (IteRABRe §3.2).
 
 Every function returns a scalar, the sum of a value per token over the tokens that count, divided as
-`TokenWeights` says; each function says what the value of a token is a mean over.
+`TokenWeights` defines; what the value of a token is a mean over stands at each function.
 B sequences, T tokens, D hidden, H heads.
 """
 

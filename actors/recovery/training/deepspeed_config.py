@@ -78,8 +78,8 @@ def deepspeed_config(
                 f"DeepSpeed field {name!r} is {value!r}, but it follows from the recovery settings "
                 f"({DERIVED[name]}{given}); leave it out or give 'auto'"
             )
-    apart = {"optimizer", "scheduler", *PRECISION_SECTIONS}
-    free = {name: value for name, value in without_auto(user).items() if name not in apart}
+    not_passed = {"optimizer", "scheduler", *PRECISION_SECTIONS}
+    free = {name: value for name, value in without_auto(user).items() if name not in not_passed}
     # Offloading is meant for DeepSpeed's own Adam, which is compiled on first use; torch's serves as well.
     quiet = {"steps_per_print": None, "wall_clock_breakdown": False, "zero_force_ds_cpu_optimizer": False}
     return {**quiet, **free, **ours}

@@ -249,7 +249,7 @@ def _run_step(run: TrainingRun, step: int) -> StepRecord:
             break
         run.engine.loss_scale.decrease()
         overflows += 1
-        log.warning("step %d: the gradient decrease at loss scale %g; computed again", step + 1, scale)
+        log.warning("step %d: the gradient overflowed at loss scale %g; computed again", step + 1, scale)
     _check_finite(run, step, "gradient", grad_norm)
     return StepRecord(
         step=step,

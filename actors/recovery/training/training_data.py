@@ -137,13 +137,13 @@ def _stream_tokens(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> It
 
 
 def _sequences(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence]:
-    text, length, apart = spec.data, spec.sequence_length, spec.packing == "documents"
+    text, length, isolated = spec.data, spec.sequence_length, spec.packing == "documents"
     if text.conversations:
         conversations = conversation_sequences(text, tokenizer, length, spec.seed)
         if text.streaming:
             conversations = shuffled(conversations, spec.seed, SHUFFLE_BUFFER)
-        return pack_sequences(conversations, length) if apart else conversations
+        return pack_sequences(conversations, length) if isolated else conversations
     texts = documents(record[text.text_column] for record in open_records(text, spec.seed))
     if text.streaming:
         texts = shuffled(texts, spec.seed, SHUFFLE_BUFFER)
-    return cut_into_blocks(tokenize_documents(texts, tokenizer, repr(text.name)), length, apart)
+    return cut_into_blocks(tokenize_documents(texts, tokenizer, repr(text.name)), length, isolated)

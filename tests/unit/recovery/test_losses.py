@@ -181,7 +181,7 @@ def test_logit_losses_and_their_gradients(name: str, temperature: float, chunk_t
     torch.testing.assert_close(gradient, 3 * want_gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("token_weights", [ALL_TOKENS, TokenWeights(mask()), TokenWeights(mask(), 7.0)])
+@pytest.mark.parametrize("weights", [ALL_TOKENS, TokenWeights(mask()), TokenWeights(mask(), 7.0)])
 def test_the_gram_matrix_gives_the_logit_mse(weights: TokenWeights) -> None:
     t, head = Tensors(), LinearHead(Tensors().head_VD)
     through_logits = chunked_logit_loss(
