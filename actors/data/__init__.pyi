@@ -2,7 +2,7 @@ from .batches import BlockData, TokenBatch, TrainingData
 from .conversations import chat_template, conversation_sequences, read_prompts, render
 from .packing import (
     PackedData,
-    Sequence,
+    TokenSequence,
     cut_into_blocks,
     in_memory,
     memory_mapped,
@@ -15,9 +15,9 @@ from .text import (
     builtin_file,
     chat_template_text,
     describe_text,
-    documents,
     load_texts,
     open_records,
+    split_documents,
 )
 from .tokens import (
     batch_order,
@@ -33,7 +33,7 @@ __all__ = [
     "BUILTIN_TEXTS",
     "BlockData",
     "PackedData",
-    "Sequence",
+    "TokenSequence",
     "TokenBatch",
     "TrainingData",
     "batch_order",
@@ -45,7 +45,7 @@ __all__ = [
     "conversation_sequences",
     "cut_into_blocks",
     "describe_text",
-    "documents",
+    "split_documents",
     "load_texts",
     "tokenizer_errors",
     "open_records",

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.contracts import TextSpec
 from actors.data.files import Record
-from actors.data.packing import Sequence
+from actors.data.packing import TokenSequence
 from actors.data.text import PLAIN, chat_template_text, open_records
 from actors.data.tokens import tokenizer_errors
 from actors.errors import RequestError
@@ -38,13 +38,13 @@ GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, of which the first `num_context` are not to be learnt.
+    """Messages, of which the first `num_prompt_messages` are not to be learnt.
 
     `finished` is False for a last answer that was cut off: its turn has no end.
     """
 
     messages: tuple[Message, ...]
-    num_context: int = 0
+    num_prompt_messages: int = 0
     finished: bool = True
 
 
@@ -83,7 +83,7 @@ def read_prompts(spec: TextSpec, limit: int | None = None) -> list[tuple[Message
 
 def conversation_sequences(
     spec: TextSpec, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int = 0
-) -> Iterator[Sequence]:
+) -> Iterator[TokenSequence]:
     """Yield a sequence of at most `sequence_length` tokens for each conversation, in order.
 
     What is longer is cut at its end. Conversations of which no token of an
@@ -113,17 +113,17 @@ def conversation_sequences(
 
 def encode(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: str, sequence_length: int
-) -> Sequence | None:
+) -> TokenSequence | None:
     """Return token ids with targets; None if no target is left within `sequence_length` tokens."""
     messages = list(conversation.messages)
     answers = [
         i
-        for i in range(conversation.num_context, len(messages))
+        for i in range(conversation.num_prompt_messages, len(messages))
         if messages[i]["role"] == "assistant" and messages[i]["content"].strip()
     ]
     if not answers:
         return None
-    if GENERATION_BLOCK.search(template) and conversation.num_context <= 1 and conversation.finished:
+    if GENERATION_BLOCK.search(template) and conversation.num_prompt_messages <= 1 and conversation.finished:
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         encoded = render(messages, tokenizer, template, **options)
         ids = np.array(encoded["input_ids"])
@@ -133,7 +133,7 @@ def encode(
     targets[:1] = 0  # nothing comes before the first token that could predict it
     if not targets[:sequence_length].any():
         return None
-    return Sequence(ids[:sequence_length], targets=targets[:sequence_length])
+    return TokenSequence(ids[:sequence_length], targets=targets[:sequence_length])
 
 
 def render(
@@ -197,15 +197,15 @@ def _conversation(record: Record, spec: TextSpec) -> Conversation:
     if spec.generated is not None:
         prompt = tuple(record["prompt"])
         answer = {"role": "assistant", "content": record["response"]}
-        return Conversation((*prompt, answer), num_context=len(prompt), finished=record["finished"])
+        return Conversation((*prompt, answer), num_prompt_messages=len(prompt), finished=record["finished"])
     if spec.messages_column is not None:
         return Conversation(tuple(_message(message) for message in record[spec.messages_column]))
     prompt_text, more = record[str(spec.prompt_column)], record.get(spec.input_column or "")
     question = _message({"role": "user", "content": f"{prompt_text}\n\n{more}" if more else prompt_text})
     if spec.response_column is None:
-        return Conversation((question,), num_context=1)
+        return Conversation((question,), num_prompt_messages=1)
     answer = {"role": "assistant", "content": record[spec.response_column]}
-    return Conversation((question, answer), num_context=1)
+    return Conversation((question, answer), num_prompt_messages=1)
 
 
 def _message(message: Message) -> Message:

@@ -125,12 +125,14 @@ def _reader_errors(file: str) -> Iterator[None]:
     except (IterabreError, MemoryError):
         raise
     except OSError as error:
-        raise RequestError(f"cannot read the text file {file!r}: {reason_of(error)}") from error
+        raise RequestError(f"cannot read the text file {file!r}: {one_line_reason(error)}") from error
     except Exception as error:
-        raise RequestError(f"{file!r} is not a valid {suffix_of(file)} file: {reason_of(error)}") from error
+        raise RequestError(
+            f"{file!r} is not a valid {suffix_of(file)} file: {one_line_reason(error)}"
+        ) from error
 
 
-def reason_of(error: BaseException) -> str:
+def one_line_reason(error: BaseException) -> str:
     """Return a library's error message in one line; its type if it is empty or only a value."""
     message = " ".join(str(error).split())
     if isinstance(error, RecursionError):
@@ -189,7 +191,7 @@ def _read_jsonl(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Ro
             hint = "; a file that is one JSON value must end with .json" if whole else ""
             if isinstance(error, json.JSONDecodeError):
                 raise ValueError(f"line {number}, column {error.colno}: {error.msg}{hint}") from error
-            raise ValueError(f"line {number}: {reason_of(error)}{hint}") from error
+            raise ValueError(f"line {number}: {one_line_reason(error)}{hint}") from error
         yield number, record
 
 
@@ -257,7 +259,7 @@ def _read_parquet(stream: pa.NativeFile, columns: Collection[str]) -> Iterator[R
         try:
             batch = next(batches, None)
         except Exception as error:
-            raise ValueError(f"damaged at or after row {row}: {reason_of(error)}") from error
+            raise ValueError(f"damaged at or after row {row}: {one_line_reason(error)}") from error
         if batch is None:
             return
         yield from ((None, record) for record in _records_of(batch, row))
@@ -272,7 +274,7 @@ def _records_of(batch: pa.RecordBatch, first_row: int) -> list[Record]:
             try:
                 batch.slice(index, 1).to_pylist()
             except Exception as error:
-                raise ValueError(f"row {first_row + index}: {reason_of(error)}") from error
+                raise ValueError(f"row {first_row + index}: {one_line_reason(error)}") from error
         raise
 
 

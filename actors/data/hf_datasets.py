@@ -19,7 +19,7 @@ from datasets.utils import logging
 
 from actors.artifacts import file_sha256
 from actors.contracts import TextSpec, digest
-from actors.data.files import READERS, read_rows, reason_of, suffix_of
+from actors.data.files import READERS, one_line_reason, read_rows, suffix_of
 from actors.errors import IterabreError, RequestError
 
 SAVED_SPLITS, SAVED_STATE = "dataset_dict.json", "state.json"
@@ -71,7 +71,7 @@ def dataset_errors(spec: TextSpec) -> Iterator[None]:
     except Exception as error:
         where = f"config {spec.config!r}, split {spec.split!r}"
         wraps = type(error).__name__.startswith("DatasetGeneration") and error.__cause__
-        reason = reason_of(wraps or error).rstrip(".")
+        reason = one_line_reason(wraps or error).rstrip(".")
         raise RequestError(
             f"cannot load the data set {spec.path!r} ({where}): {reason}. {_remedy(spec, reason)}"
         ) from error

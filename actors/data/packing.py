@@ -28,7 +28,7 @@ COLUMN_DTYPES = {"ids": np.int32, "starts": np.uint8, "targets": np.uint8}
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """One sequence.
 
     Attributes:
@@ -44,7 +44,7 @@ class Sequence:
 
 def cut_into_blocks(
     documents: Iterable[list[int]], sequence_length: int, isolated: bool
-) -> Iterator[Sequence]:
+) -> Iterator[TokenSequence]:
     """Fill blocks of `sequence_length` tokens with one document after another.
 
     A document that does not fit goes on in the next block. What is left at the
@@ -60,13 +60,13 @@ def cut_into_blocks(
         for at in range(0, full, sequence_length):
             starts[at] = 1
             block = slice(at, at + sequence_length)
-            yield Sequence(np.array(ids[block]), np.array(starts[block]) if isolated else None)
+            yield TokenSequence(np.array(ids[block]), np.array(starts[block]) if isolated else None)
         del ids[:full], starts[:full]
 
 
-def pack_sequences(sequences: Iterable[Sequence], sequence_length: int) -> Iterator[Sequence]:
+def pack_sequences(sequences: Iterable[TokenSequence], sequence_length: int) -> Iterator[TokenSequence]:
     """Put as many sequences into one as fit into `sequence_length` tokens, in order; none is cut."""
-    waiting: list[Sequence] = []
+    waiting: list[TokenSequence] = []
     for sequence in sequences:
         if waiting and sum(len(s.ids) for s in waiting) + len(sequence.ids) > sequence_length:
             yield _concatenate(waiting)
@@ -90,16 +90,16 @@ def shuffled(items: Iterable[T], seed: int, buffer_size: int) -> Iterator[T]:
     yield from buffer
 
 
-def _concatenate(sequences: list[Sequence]) -> Sequence:
+def _concatenate(sequences: list[TokenSequence]) -> TokenSequence:
     starts = [np.arange(len(sequence.ids)) == 0 for sequence in sequences]
-    return Sequence(
+    return TokenSequence(
         np.concatenate([sequence.ids for sequence in sequences]),
         np.concatenate(starts),
         np.concatenate([sequence.targets for sequence in sequences]),
     )
 
 
-def take_tokens(sequences: Iterable[Sequence], max_tokens: int) -> Iterator[Sequence]:
+def take_tokens(sequences: Iterable[TokenSequence], max_tokens: int) -> Iterator[TokenSequence]:
     """Yield the first sequences, together at most `max_tokens` tokens."""
     for sequence in sequences:
         max_tokens -= len(sequence.ids)
@@ -169,7 +169,7 @@ class PackedData:
         return gathered
 
 
-def in_memory(sequences: Iterable[Sequence]) -> PackedData:
+def in_memory(sequences: Iterable[TokenSequence]) -> PackedData:
     """Collect the sequences in memory. All have the same attributes."""
     held = list(sequences)
     columns = {
@@ -180,7 +180,7 @@ def in_memory(sequences: Iterable[Sequence]) -> PackedData:
     return PackedData(columns, _bounds([len(sequence.ids) for sequence in held]))
 
 
-def memory_mapped(make: Callable[[], Iterable[Sequence]], directory: Path) -> PackedData:
+def memory_mapped(make: Callable[[], Iterable[TokenSequence]], directory: Path) -> PackedData:
     """Keep the sequences in files under `directory` that are mapped rather than read.
 
     If the directory is there it is used as it is, and nothing is made anew. It
@@ -207,7 +207,7 @@ def memory_mapped(make: Callable[[], Iterable[Sequence]], directory: Path) -> Pa
     return PackedData(columns, _bounds(lengths))
 
 
-def _write(sequences: Iterable[Sequence], directory: Path) -> None:
+def _write(sequences: Iterable[TokenSequence], directory: Path) -> None:
     lengths: list[int] = []
     with ExitStack() as stack:
         files = {}

@@ -114,7 +114,7 @@ def open_records(spec: TextSpec, seed: int = 0) -> Iterator[Record]:
         describe_text(spec)
 
 
-def documents(rows: Iterable[str]) -> Iterator[str]:
+def split_documents(rows: Iterable[str]) -> Iterator[str]:
     """Yield the documents that rows make up (see the module), none of them blank."""
     lines: list[str] = []
     length = 0

@@ -14,7 +14,7 @@ from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
 
 from actors.contracts import digest
-from actors.data.files import reason_of
+from actors.data.files import one_line_reason
 from actors.errors import IterabreError, RequestError
 
 DOCUMENTS_PER_BATCH = 256
@@ -32,8 +32,8 @@ def tokenizer_errors(row: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[N
         raise
     except Exception as error:
         raise RequestError(
-            f"{row}: the tokenizer of {tokenizer.name_or_path!r} cannot read it ({reason_of(error)}); mend "
-            "the row or leave it out, and use the tokenizer that belongs to the model"
+            f"{row}: the tokenizer of {tokenizer.name_or_path!r} cannot read it ({one_line_reason(error)}); "
+            "mend the row or leave it out, and use the tokenizer that belongs to the model"
         ) from error
 
 

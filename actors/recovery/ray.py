@@ -14,7 +14,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from actors.artifacts import explained, join
 from actors.contracts import Progress, RecoveryResult, RecoverySpec, no_progress
 from actors.errors import ChangedError, IterabreError, RequestError, WorkError
-from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, TrainContext, Write
+from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, TrainContext, WriteShard
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
@@ -131,7 +131,7 @@ def _train_worker(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
         return error
 
 
-def _report_checkpoint(steps_done: int, write: Write) -> None:
+def _report_checkpoint(steps_done: int, write: WriteShard) -> None:
     """Write this worker's shard; Ray Train merges the shards and commits when all are there."""
     with TemporaryDirectory(prefix="iterabre-checkpoint-") as scratch:
         write(Path(scratch))

@@ -11,7 +11,7 @@ from torch import multiprocessing
 
 from actors.contracts import Progress, RecoveryResult, RecoverySpec, no_progress
 from actors.recovery.training.checkpoint import CheckpointDirectory
-from actors.recovery.training.train_context import TrainContext, Write
+from actors.recovery.training.train_context import TrainContext, WriteShard
 from actors.recovery.training.train_loop import train
 
 Job = tuple[RecoverySpec, Path]
@@ -24,7 +24,7 @@ def group_train_context(
     """Shared checkpoints that worker 0 puts in place once all shares are written."""
     checkpoints = CheckpointDirectory(directory / "checkpoints")
 
-    def save(steps_done: int, write: Write) -> None:
+    def save(steps_done: int, write: WriteShard) -> None:
         scratch = directory / f"scratch-{steps_done}"
         scratch.mkdir(exist_ok=True, parents=True)
         write(scratch)

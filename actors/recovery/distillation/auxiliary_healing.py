@@ -14,7 +14,7 @@ from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.cross_entropy import next_token_cross_entropy
 from actors.recovery.losses.layer_losses import hidden_mse
 from actors.recovery.losses.lm_head import LMHead
-from actors.recovery.losses.token_weights import distilled, next_ids, predicting
+from actors.recovery.losses.token_weights import distillation_weights, next_ids, prediction_weights
 
 
 class AuxiliaryHealing(Lockstep):
@@ -47,7 +47,7 @@ class AuxiliaryHealing(Lockstep):
         """Return `causal_lm`, `auxiliary`, and their weighted sum as `loss`."""
         student_pass, teacher_pass = self.layerwise_passes(batch)
         student_BTD, teacher_BTD = student_pass.hidden_BTD, teacher_pass.hidden_BTD.detach()
-        token_weights, mismatch = distilled(batch), torch.zeros((), device=student_BTD.device)
+        token_weights, mismatch = distillation_weights(batch), torch.zeros((), device=student_BTD.device)
         # The teacher goes no further than to the last cut.
         done = expected = 0
         for position, entered in enumerate(self._entered):
@@ -60,7 +60,9 @@ class AuxiliaryHealing(Lockstep):
                 student_BTD, _ = self.block(student_pass, layer, student_BTD)
             expected = entered + 1
         hidden_BTD = student_pass.finish(student_BTD)
-        likelihood = next_token_cross_entropy(hidden_BTD, next_ids(batch), self._head, predicting(batch))
+        likelihood = next_token_cross_entropy(
+            hidden_BTD, next_ids(batch), self._head, prediction_weights(batch)
+        )
         return {
             "causal_lm": likelihood,
             "auxiliary": mismatch,

@@ -5,7 +5,7 @@ from actors.recovery.distillation.student import Student, Terms
 from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.cross_entropy import next_token_cross_entropy
 from actors.recovery.losses.lm_head import LMHead
-from actors.recovery.losses.token_weights import next_ids, predicting
+from actors.recovery.losses.token_weights import next_ids, prediction_weights
 
 
 class CausalLM(Student):
@@ -22,5 +22,7 @@ class CausalLM(Student):
 
     def forward(self, batch: TokenBatch) -> Terms:
         """Return `causal_lm`, in nats, and the same as `loss`."""
-        loss = next_token_cross_entropy(self.hidden(batch), next_ids(batch), self._head, predicting(batch))
+        loss = next_token_cross_entropy(
+            self.hidden(batch), next_ids(batch), self._head, prediction_weights(batch)
+        )
         return {"causal_lm": loss, "loss": loss}

@@ -76,11 +76,11 @@ def check_comparable(pair: TeacherStudent, loss: LossSpec) -> None:
     student, teacher = text_config(pair.student.config), text_config(pair.teacher.config)
     fields = {"hidden": "hidden_size", "attention": "num_attention_heads", "logits": "vocab_size"}
     for term, name in fields.items():
-        ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
-        if getattr(loss, term) and ours != theirs:
+        of_student, of_teacher = getattr(student, name, None), getattr(teacher, name, None)
+        if getattr(loss, term) and of_student != of_teacher:
             raise RequestError(
-                f"recovery.loss.{term} cannot compare student and teacher: {name} is {ours} in the one and "
-                f"{theirs} in the other; set its weight to 0 or choose another teacher"
+                f"recovery.loss.{term} cannot compare student and teacher: {name} is {of_student} in the "
+                f"one and {of_teacher} in the other; set its weight to 0 or choose another teacher"
             )
 
 

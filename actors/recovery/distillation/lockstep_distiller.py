@@ -15,7 +15,7 @@ from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.layer_losses import attention_mse, hidden_mse
 from actors.recovery.losses.lm_head import LMHead, common_gram
 from actors.recovery.losses.logit_losses import chunked_logit_loss, find_logit_loss, logit_mse_from_hidden
-from actors.recovery.losses.token_weights import distilled
+from actors.recovery.losses.token_weights import distillation_weights
 
 LAYER_TERMS = ("hidden", "attention")
 
@@ -55,7 +55,7 @@ class LockstepDistiller(Lockstep):
             `logits` is one value, each as `layer_losses` and `logit_losses` define it;
             only terms with a weight.
         """
-        token_weights = distilled(batch)
+        token_weights = distillation_weights(batch)
         student_pass, teacher_pass = self.layerwise_passes(batch)
         student_BTD, teacher_BTD = student_pass.hidden_BTD, teacher_pass.hidden_BTD.detach()
         terms = {

@@ -44,7 +44,7 @@ class TokenWeights:
 ALL_TOKENS = TokenWeights()
 
 
-def predicting(batch: TokenBatch) -> TokenWeights:
+def prediction_weights(batch: TokenBatch) -> TokenWeights:
     """Return the tokens from which a target is predicted: what a causal language model's loss counts."""
     targets_BT = batch.targets_BT if batch.targets_BT is not None else batch.mask_BT
     if targets_BT is None:
@@ -52,13 +52,13 @@ def predicting(batch: TokenBatch) -> TokenWeights:
     return TokenWeights(_shift_left(targets_BT).float(), batch.denominator)
 
 
-def distilled(batch: TokenBatch) -> TokenWeights:
-    """Return what a distillation counts: all tokens but padding, or `predicting` if the batch has targets.
+def distillation_weights(batch: TokenBatch) -> TokenWeights:
+    """Return what a distillation counts: all tokens but padding; with targets, `prediction_weights`.
 
     So with answers to learn, neither prompts nor what follows the last target count.
     """
     if batch.targets_BT is not None:
-        return predicting(batch)
+        return prediction_weights(batch)
     return TokenWeights(None if batch.mask_BT is None else batch.mask_BT.float(), batch.denominator)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from actors.artifacts import explained, sha256_of
 from actors.errors import WorkError
-from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, Write
+from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, WriteShard
 
 STATE = "state.json"
 
@@ -84,7 +84,7 @@ class CheckpointDirectory:
     def __init__(self, path: Path):
         self.path = path
 
-    def save(self, steps_done: int, write: Write) -> None:
+    def save(self, steps_done: int, write: WriteShard) -> None:
         """Fill a temporary directory by `write` and rename it once it is complete."""
         self.path.mkdir(parents=True, exist_ok=True)
         target = self.path / f"step_{steps_done:06d}"

@@ -118,9 +118,11 @@ def accumulation_steps(spec: RecoverySpec, world_size: int, micro_batch_size: in
     return spec.batch_size // at_once
 
 
-def largest_micro_batch(share: int, at_most: int) -> int:
-    """Return the largest micro-batch of at most `at_most` sequences that divides a worker's share."""
-    return next(size for size in range(max(1, min(share, at_most)), 0, -1) if share % size == 0)
+def largest_micro_batch(local_batch_size: int, at_most: int) -> int:
+    """Return the largest micro-batch of at most `at_most` sequences that divides `local_batch_size`."""
+    return next(
+        size for size in range(max(1, min(local_batch_size, at_most)), 0, -1) if local_batch_size % size == 0
+    )
 
 
 def precision_of(spec: RecoverySpec) -> str:

@@ -105,7 +105,7 @@ class Engine:
             self._engine.backward(terms["loss"] * self.loss_scale.value)
         return {name: value.detach() for name, value in terms.items()}
 
-    def apply(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> float:
         """Change the weights by the gradient accumulated over one whole batch.
 
         Returns the L2 norm of that gradient before clipping. If it is not finite,
@@ -127,7 +127,7 @@ class Engine:
             self.loss_scale.record_step(dynamic=self._dtype == torch.float16)
         return norm
 
-    def restart(self, micro_batch_size: int) -> None:
+    def reinitialize(self, micro_batch_size: int) -> None:
         """Go on with smaller micro-batches from the weights as they are, without any gradient.
 
         Building DeepSpeed's engine anew is the one sure layerwise to leave nothing of a

@@ -11,7 +11,7 @@ from actors.contracts import Progress
 CHECKPOINTS_TO_KEEP = 2
 """Checkpoints of a recovery that are kept: the newest may turn out damaged."""
 
-Write = Callable[[Path], None]
+WriteShard = Callable[[Path], None]
 """Writes this worker's share of a checkpoint into an empty directory."""
 
 
@@ -34,7 +34,7 @@ class TrainContext:
     world_size: int
     adapter_uri: str
     micro_batch_hint_uri: str
-    save_checkpoint: Callable[[int, Write], None]
+    save_checkpoint: Callable[[int, WriteShard], None]
     checkpoints: Callable[[], Iterator[AbstractContextManager[Path]]]
     progress: Progress
     preemption_requested: Callable[[], bool] = lambda: False

@@ -71,7 +71,7 @@ class TrainingRun:
         return len(self.order_SB)
 
     @property
-    def share(self) -> int:
+    def local_batch_size(self) -> int:
         """Sequences of a step that one worker takes."""
         return self.spec.batch_size // self.context.world_size
 
@@ -244,7 +244,7 @@ def _run_step(run: TrainingRun, step: int) -> StepRecord:
         terms = _accumulate(run, step)
         _check_finite(run, step, "loss", sum(terms.values()))
         scale = run.engine.loss_scale.value
-        grad_norm = run.engine.apply(learning_rate)
+        grad_norm = run.engine.step(learning_rate)
         if math.isfinite(grad_norm) or not run.engine.loss_scale.can_decrease:
             break
         run.engine.loss_scale.decrease()
@@ -285,7 +285,7 @@ def _accumulate(run: TrainingRun, step: int) -> dict[str, float]:
             return dict(zip(sums, means, strict=True))
         sums = None
         log.warning("%s; the step begins again", _halve_micro_batch(run, step))
-        run.engine.restart(run.micro_batch_size)
+        run.engine.reinitialize(run.micro_batch_size)
 
 
 def _halve_micro_batch(run: TrainingRun, step: int) -> str:
@@ -303,19 +303,19 @@ def _halve_micro_batch(run: TrainingRun, step: int) -> str:
             "(configs/deepspeed/zero3_offload.json), or use a device with more memory. "
             f"{_last_checkpoint(run)}; --resume continues"
         )
-    run.micro_batch_size = largest_micro_batch(run.share, before // 2)
+    run.micro_batch_size = largest_micro_batch(run.local_batch_size, before // 2)
     run.context.save_micro_batch_hint(run.micro_batch_size)
     return (
         f"step {step + 1}: out of memory with micro-batches of {before}; going on with "
-        f"{run.micro_batch_size} x {run.share // run.micro_batch_size} accumulated, the batch stays "
-        f"{run.spec.batch_size}"
+        f"{run.micro_batch_size} x {run.local_batch_size // run.micro_batch_size} accumulated, the batch "
+        f"stays {run.spec.batch_size}"
     )
 
 
 def _accumulate_micro_batches(run: TrainingRun, step: int) -> dict[str, Tensor]:
     """Return the mean of each loss term over this worker's micro-batches."""
-    size, first = run.micro_batch_size, run.context.rank * run.share
-    positions = range(first, first + run.share, size)
+    size, first = run.micro_batch_size, run.context.rank * run.local_batch_size
+    positions = range(first, first + run.local_batch_size, size)
     denominator = run.data.num_tokens(run.order_SB[step]) / (len(positions) * run.context.world_size)
     sums: dict[str, Tensor] = {}
     for position in positions:

@@ -13,13 +13,12 @@ from actors.artifacts import cache_entry
 from actors.contracts import RecoverySpec, TextSpec, digest
 from actors.data import (
     BlockData,
-    Sequence,
+    TokenSequence,
     TrainingData,
     batch_order,
     conversation_sequences,
     cut_into_blocks,
     describe_text,
-    documents,
     in_memory,
     load_texts,
     memory_mapped,
@@ -27,6 +26,7 @@ from actors.data import (
     pack_blocks,
     pack_sequences,
     shuffled,
+    split_documents,
     take_tokens,
     tokenize_documents,
     tokenizer_fingerprint,
@@ -129,21 +129,21 @@ def check_data(objective: str, text: TextSpec) -> None:
         raise RequestError(f"{where} needs the prompts to respond to: prompt_column or messages_column")
 
 
-def _stream_tokens(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence]:
+def _stream_tokens(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenSequence]:
     """Yield the first `max_tokens` tokens of a stream, and check afterwards that it did not change."""
     before = describe_text(spec.data).spec
     yield from take_tokens(_sequences(spec, tokenizer), spec.max_tokens)
     describe_text(before)
 
 
-def _sequences(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence]:
+def _sequences(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenSequence]:
     text, length, isolated = spec.data, spec.sequence_length, spec.packing == "documents"
     if text.conversations:
         conversations = conversation_sequences(text, tokenizer, length, spec.seed)
         if text.streaming:
             conversations = shuffled(conversations, spec.seed, SHUFFLE_BUFFER)
         return pack_sequences(conversations, length) if isolated else conversations
-    texts = documents(record[text.text_column] for record in open_records(text, spec.seed))
+    texts = split_documents(record[text.text_column] for record in open_records(text, spec.seed))
     if text.streaming:
         texts = shuffled(texts, spec.seed, SHUFFLE_BUFFER)
     return cut_into_blocks(tokenize_documents(texts, tokenizer, repr(text.name)), length, isolated)

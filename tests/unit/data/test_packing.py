@@ -10,7 +10,7 @@ import torch
 
 from actors.data import (
     PackedData,
-    Sequence,
+    TokenSequence,
     cut_into_blocks,
     in_memory,
     memory_mapped,
@@ -69,10 +69,10 @@ def test_no_token_sees_another_document(family: str) -> None:
     assert not torch.allclose(packed, together, atol=1e-2)
 
 
-def answers(*lengths: int) -> list[Sequence]:
+def answers(*lengths: int) -> list[TokenSequence]:
     """Sequences whose second half is to be learnt."""
     return [
-        Sequence(np.arange(n) + 50 * i, targets=(np.arange(n) >= n // 2).astype(np.uint8))
+        TokenSequence(np.arange(n) + 50 * i, targets=(np.arange(n) >= n // 2).astype(np.uint8))
         for i, n in enumerate(lengths, start=1)
     ]
 
@@ -138,7 +138,7 @@ def assert_same_batch(got: PackedData, want: PackedData, chosen: torch.LongTenso
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    def broken() -> Iterator[Sequence]:
+    def broken() -> Iterator[TokenSequence]:
         yield from answers(3)
         raise ValueError("the stream broke")
 

@@ -102,7 +102,7 @@ def test_a_stream_is_read_once_a_node_and_only_as_far_as_needed(
     spec = request(tmp_path, "streamed", max_tokens=300)
     (tmp_path / "data.jsonl").open("a").write("{not json}\n")
     monkeypatch.setattr(data_module, "SHUFFLE_BUFFER", 5)
-    monkeypatch.setattr("actors.data.tokens.DOCUMENTS_AT_A_TIME", 4)
+    monkeypatch.setattr("actors.data.tokens.DOCUMENTS_PER_BATCH", 4)
     first = training_data(spec, TOKENIZER)
     assert int(first.lengths_S.sum()) == 300 // 64 * 64
     monkeypatch.setattr(data_module, "_sequences", lambda *_: pytest.fail("the stream is read again"))
