@@ -5,7 +5,6 @@ Shape letters: S sequences of a data set, B sequences of one optimizer step, T t
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -119,13 +118,9 @@ def tokenize_documents(
     remaining = iter(texts)
     while chunk := list(islice(remaining, DOCUMENTS_PER_BATCH)):
         whole = [text if text.endswith("\n") else text + "\n" for text in chunk]
-        name = partial(_document_label, whole, source)
-        yield from encode_rows(whole, tokenizer, name, add_special_tokens=False)
-
-
-def _document_label(documents: list[str], source: str, place: int) -> str:
-    """Return a document's label, its first words: in a shuffled stream, it has no number."""
-    return f"the document of {source} that begins with {documents[place][:40]!r}"
+        # In a shuffled stream a document has no number.
+        labels = [f"the document of {source} that begins with {text[:40]!r}" for text in whole]
+        yield from encode_rows(whole, tokenizer, labels.__getitem__, add_special_tokens=False)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -44,7 +44,7 @@ class Objective:
 
     @property
     def applies_recovery(self) -> bool:
-        """Whether anything is done to the pruned model."""
+        """True if anything is done to the pruned model."""
         return self.build is not None or self.solve is not None
 
 

@@ -123,7 +123,8 @@ def _train_worker(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
         save_checkpoint=_report_checkpoint,
         checkpoints=_checkpoints_newest_first,
         progress=job.progress,
-        preemption_requested=_preemption_requested,
+        # The same on all workers: true once the machine of any of them is announced to be taken away.
+        preemption_requested=lambda: ray_train.get_preemption_info() is not None,
     )
     try:
         return train(job.spec, context)
@@ -153,11 +154,6 @@ def _checkpoints_newest_first() -> Iterator[AbstractContextManager[Path]]:
 def _open_checkpoint(checkpoint: ray_train.Checkpoint) -> Iterator[Path]:
     with checkpoint.as_directory() as directory:
         yield Path(directory)
-
-
-def _preemption_requested() -> bool:
-    """Return whether the machine of any worker is announced to be taken away; the same on all workers."""
-    return ray_train.get_preemption_info() is not None
 
 
 @contextmanager

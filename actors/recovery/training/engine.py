@@ -78,12 +78,12 @@ class Engine:
 
     @property
     def num_trainable(self) -> int:
-        """How many numbers are trained, on all workers together."""
+        """The number of trained values, on all workers together."""
         return sum(getattr(p, "ds_numel", p.numel()) for _, p in self._named)
 
     @property
     def backward_is_local(self) -> bool:
-        """Whether no worker waits for another before the whole gradient is there.
+        """True if no worker waits for another before the whole gradient is there.
 
         Stage 2 and 3 exchange gradients during it, stage 3 weights as well: a
         worker that fails there leaves the others waiting.
@@ -121,7 +121,13 @@ class Engine:
             self._engine.step()
             norm = float(self._engine.get_global_grad_norm())
         else:
-            norm = self._step_replicated()
+            gradients = [p.grad for _, p in self._named if p.grad is not None]
+            torch._foreach_mul_(gradients, 1.0 / self.loss_scale.value)
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if math.isfinite(norm):
+                self._engine.step()
+            else:
+                self._engine.zero_grad()
         if math.isfinite(norm):
             self.updates += 1
             self.loss_scale.record_step(dynamic=self._dtype == torch.float16)
@@ -130,7 +136,7 @@ class Engine:
     def reinitialize(self, micro_batch_size: int) -> None:
         """Go on with smaller micro-batches from the weights as they are, without any gradient.
 
-        Building DeepSpeed's engine anew is the one sure layerwise to leave nothing of a
+        Building DeepSpeed's engine anew is the one sure way to leave nothing of a
         backward pass that broke off; the shards stay what they were.
         """
         adam = self._adam.state_dict()
@@ -186,7 +192,13 @@ class Engine:
         with self.gathered():
             for key, value in read_tensors(directory, state["parts"]):
                 name, _, kind = key.rpartition("|")
-                self._set_full_tensor(by_name[name], kind, value.to(self._engine.device))
+                parameter, value = by_name[name], value.to(self._engine.device)
+                if kind == WEIGHT:
+                    parameter.data.copy_(value)
+                elif self.stage:
+                    safe_set_full_optimizer_state(parameter, value, kind)
+                else:
+                    self._adam.state[parameter][kind].copy_(value)
         if self.stage:
             self._engine.optimizer.refresh_fp32_params()
         self.updates = state["engine"]["updates"]
@@ -229,16 +241,6 @@ class Engine:
         """torch's own optimizer, with ZeRO over this worker's shards."""
         return self._engine.optimizer.optimizer if self.stage else self._engine.optimizer
 
-    def _step_replicated(self) -> float:
-        gradients = [p.grad for _, p in self._named if p.grad is not None]
-        torch._foreach_mul_(gradients, 1.0 / self.loss_scale.value)
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if math.isfinite(norm):
-            self._engine.step()
-        else:
-            self._engine.zero_grad()
-        return norm
-
     def _full_tensor(self, parameter: nn.Parameter, kind: str) -> Tensor:
         """Gather one parameter, or one of its moments, from all shards; every worker must call this."""
         if self.stage == 0:
@@ -246,14 +248,6 @@ class Engine:
         if kind == WEIGHT:
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, kind)
-
-    def _set_full_tensor(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        if kind == WEIGHT:
-            parameter.data.copy_(value)
-        elif self.stage:
-            safe_set_full_optimizer_state(parameter, value, kind)
-        else:
-            self._adam.state[parameter][kind].copy_(value)
 
     def _create_moments(self, updates: int) -> None:
         """Create AdamW's state after that many steps; torch creates it in the first step only."""

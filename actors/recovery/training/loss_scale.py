@@ -26,7 +26,7 @@ class LossScale:
 
     @property
     def can_decrease(self) -> bool:
-        """Whether a gradient that is no number may be an overflow rather than a divergence."""
+        """True if a gradient that is no number may be an overflow rather than a divergence."""
         return self.value > 1.0
 
     def decrease(self) -> None:
