@@ -112,7 +112,7 @@ def recover_cost(
 ) -> StageCost:
     spec: RecoverySpec = stage.spec
     info, layers, tokens = trajectory.model, stage.layers, float(trajectory.recovery_tokens)
-    if not find_objective(spec.objective).heals:
+    if not find_objective(spec.objective).applies_recovery:
         return StageCost()
     each, length = BYTES[info.spec.dtype], spec.sequence_length
     rank = None if spec.adapter.kind == "full" else spec.adapter.rank

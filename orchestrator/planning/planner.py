@@ -174,7 +174,7 @@ def _check_search(search: SearchConfig, evaluations: Iterable[EvaluationSpec]) -
 
 def _traits(method: MethodConfig) -> Traits:
     criterion, objective = find_criterion(method.scoring.criterion), find_objective(method.recovery.objective)
-    return Traits(criterion.seeded, criterion.chooses_run, objective.heals, objective.trains_on)
+    return Traits(criterion.seeded, criterion.chooses_run, objective.applies_recovery, objective.trains_on)
 
 
 def _heals(method: MethodConfig) -> bool:
