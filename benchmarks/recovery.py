@@ -107,7 +107,7 @@ def measure(
     started = time.perf_counter()
     result = recover_locally(spec, str(work / f"{spec.objective}-{adapter.replace(' ', '-')}"), work)
     seconds = time.perf_counter() - started
-    left = spec.healed(result.artifact)
+    left = spec.with_recovery(result.artifact)
     after = perplexity(left, max_tokens)
     row = Row(spec.objective, adapter, before, after, result.trainable_parameters, result.tokens, seconds)
     show(row)

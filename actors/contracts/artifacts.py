@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
+
+from actors.contracts.settings import stored_names
 
 
 def digest(value: Any) -> str:
-    """SHA-256 (hex) of a JSON-able value, independent of key order."""
+    """Return the SHA-256 (hex) of a JSON-able value, independent of key order."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -35,5 +37,13 @@ class ArtifactRef:
 
 
 def to_json(value: Any) -> dict[str, Any]:
-    """A contract object as plain JSON values (tuples become lists)."""
-    return json.loads(json.dumps(asdict(value)))
+    """Return a contract object as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(_stored(value)))
+
+
+def _stored(value: Any) -> Any:
+    if is_dataclass(value):
+        return {stored: _stored(getattr(value, name)) for name, stored in stored_names(type(value)).items()}
+    if isinstance(value, list | tuple):
+        return [_stored(item) for item in value]
+    return value

@@ -40,7 +40,7 @@ class GenerationSpec(GenerationSettings):
     seed: int = 0
 
     def responses(self, artifact: ArtifactRef) -> TextSpec:
-        """The responses as a text to train on, written by the template of the prompts."""
+        """Return the responses as a text to train on, written by the template of the prompts."""
         prompts = self.prompts
         return TextSpec(generated=artifact, chat_template=prompts.chat_template, template=prompts.template)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import MinLen
 
 from actors.contracts.artifacts import ArtifactRef
-from actors.contracts.settings import Doc, LocalPath, Settings
+from actors.contracts.settings import Doc, LocalPath, Settings, Stored, StoredAs
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -88,7 +88,7 @@ class Merge:
 class ModelRef:
     """A model on a trajectory: source model + merged and dropped layers + what recovery left.
 
-    `dropped` holds source layer indices, ascending. `emptied` names sub-blocks that
+    `dropped` holds source layer indices, ascending. `zeroed` names sub-blocks that
     add nothing any more, by source layer index and kind, ascending. `merges` are done
     before all else, in order, on the source weights; the layers that they merge are
     among `dropped`. `weights`, left by full fine-tuning or a linear bridge, then take the
@@ -101,41 +101,41 @@ class ModelRef:
     adapters: tuple[ArtifactRef, ...] = ()
     merges: tuple[Merge, ...] = ()
     weights: ArtifactRef | None = None
-    emptied: tuple[tuple[int, str], ...] = ()
+    zeroed: Annotated[tuple[tuple[int, str], ...], StoredAs("emptied")] = ()
 
     def pruned(self, granularity: str, source_layers: tuple[int, ...]) -> "ModelRef":
-        """The same model with whole blocks dropped (`block`), or their attention or MLP emptied."""
+        """Return the model with whole blocks dropped (`block`), or their attention or MLP zeroed."""
         if granularity == BLOCK:
             return self.without(source_layers)
-        emptied = {*self.emptied, *((layer, granularity) for layer in source_layers)}
-        return replace(self, emptied=tuple(sorted(emptied)))
+        zeroed = {*self.zeroed, *((layer, granularity) for layer in source_layers)}
+        return replace(self, zeroed=tuple(sorted(zeroed)))
 
     def candidates(self, granularity: str, num_source_layers: int) -> tuple[int, ...]:
-        """Source indices of the layers that have something of this granularity to lose."""
-        return tuple(i for i in self.kept(num_source_layers) if (i, granularity) not in self.emptied)
+        """Return the source indices of the layers that have something of this granularity to lose."""
+        return tuple(i for i in self.kept(num_source_layers) if (i, granularity) not in self.zeroed)
 
     def without(self, source_layers: tuple[int, ...]) -> "ModelRef":
-        """The same model with more source layers dropped."""
+        """Return the model with more source layers dropped."""
         return replace(self, dropped=tuple(sorted({*self.dropped, *source_layers})))
 
     def merged(self, merges: tuple[Merge, ...]) -> "ModelRef":
-        """The same model with these merges at the end of its own; drops nothing."""
+        """Return the model with these merges at the end of its own; drops nothing."""
         return replace(self, merges=(*self.merges, *merges))
 
     def adapted(self, adapter: ArtifactRef) -> "ModelRef":
-        """The same model with one more adapter at the end of its chain."""
+        """Return the model with one more adapter at the end of its chain."""
         return replace(self, adapters=(*self.adapters, adapter))
 
     def retrained(self, weights: ArtifactRef) -> "ModelRef":
-        """The same layers with these full weights, into which the adapter chain has gone."""
+        """Return the same layers with these full weights, into which the adapter chain has gone."""
         return replace(self, adapters=(), weights=weights)
 
     def bridged(self, weights: ArtifactRef) -> "ModelRef":
-        """The same layers with these weights under the adapter chain."""
+        """Return the same layers with these weights under the adapter chain."""
         return replace(self, weights=weights)
 
     def kept(self, num_source_layers: int) -> tuple[int, ...]:
-        """Source indices of the layers that remain: `map(l)` of DESIGN §6."""
+        """Return the source indices of the layers that remain: `map(l)` of IteRABRe, App. E."""
         gone = set(self.dropped)
         return tuple(i for i in range(num_source_layers) if i not in gone)
 
@@ -153,13 +153,13 @@ class ExportSpec:
 
 
 @dataclass(frozen=True)
-class ExportResult:
+class ExportResult(Stored):
     """The exported directory.
 
-    `num_emptied_parameters` of its parameters are stored and add nothing.
+    `num_zeroed_parameters` of its parameters are stored and add nothing.
     """
 
     artifact: ArtifactRef
     num_layers: int
     num_parameters: int
-    num_emptied_parameters: int = 0
+    num_zeroed_parameters: Annotated[int, StoredAs("num_emptied_parameters")] = 0

@@ -7,4 +7,4 @@ Progress = Callable[[int, int, str], None]
 
 
 def no_progress(done: int, total: int, note: str = "") -> None:
-    """The `Progress` that tells nobody."""
+    """Report nothing; a `Progress`."""

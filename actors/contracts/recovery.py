@@ -99,8 +99,8 @@ class RecoverySpec(RecoverySettings):
     deepspeed: Annotated[str, NotInKey()] = "{}"
     """The user's DeepSpeed configuration, as JSON text."""
 
-    def healed(self, artifact: ArtifactRef | None) -> ModelRef:
-        """The model that this recovery leaves, `artifact` being what it trained."""
+    def with_recovery(self, artifact: ArtifactRef | None) -> ModelRef:
+        """Return the model that this recovery leaves, `artifact` being what it trained."""
         if artifact is None:
             return self.model
         if self.objective == "linear_bridge":

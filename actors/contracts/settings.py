@@ -62,7 +62,14 @@ class AddedLater:
 
 @dataclass(frozen=True)
 class InKeyAs:
-    """Mark a field that is in the key under another name: the one it had, or whose place it takes."""
+    """Mark a field that stands in the key in place of another, by whose name it is there."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class StoredAs:
+    """Mark a field that was renamed: in keys and in JSON it has the name that it had."""
 
     name: str
 
@@ -71,6 +78,30 @@ def marks(cls: Any, name: str) -> tuple[Any, ...]:
     """Return the markers of a field; one that is declared anew keeps those of the classes above."""
     declared = (inspect.get_annotations(base).get(name) for base in cls.__mro__)
     return tuple(mark for kind in declared for mark in getattr(kind, "__metadata__", ()))
+
+
+def stored_names(cls: Any) -> dict[str, str]:
+    """Return the name in JSON of every field of a dataclass."""
+    renamed = {f.name: [m.name for m in marks(cls, f.name) if isinstance(m, StoredAs)] for f in fields(cls)}
+    return {name: before[0] if before else name for name, before in renamed.items()}
+
+
+class Stored:
+    """Base of a result with a renamed field, which is read by either name."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """Return pydantic's schema with the stored names taken, too."""
+        names = {stored: name for name, stored in stored_names(cls).items()}
+
+        def renamed(raw: Any) -> Any:
+            return {names.get(k, k): value for k, value in raw.items()} if isinstance(raw, dict) else raw
+
+        return {
+            "type": "function-before",
+            "function": {"type": "no-info", "function": renamed},
+            "schema": handler(source),
+        }
 
 
 class Settings:

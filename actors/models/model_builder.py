@@ -58,7 +58,7 @@ def prune_to(model: PreTrainedModel, ref: ModelRef) -> PreTrainedModel:
 
 def zeroed_layers(ref: ModelRef, kind: str, kept: Sequence[int]) -> list[int]:
     """Return the positions among the source layers `kept` whose sub-block of that kind is zeroed."""
-    return [position for position, source in enumerate(kept) if (source, kind) in ref.emptied]
+    return [position for position, source in enumerate(kept) if (source, kind) in ref.zeroed]
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ class TargetConfig(Section):
 
     @property
     def name(self) -> str:
-        """How the target is written in `exclude` and in messages, e.g. `fraction=0.25`."""
+        """The target as it is written in `exclude` and in messages, e.g. `fraction=0.25`."""
         ((measure, value),) = self._given()
         return f"{measure}={value:g}"
 
@@ -63,7 +63,7 @@ class ExcludeConfig(Section):
         return self
 
     def matches(self, model: str, method: str, seed: int, target: str) -> bool:
-        """Whether that combination is excluded by this entry."""
+        """Return whether that combination is excluded by this entry."""
         patterns = ((self.model, model), (self.method, method), (self.target, target))
         return self.seed in (None, seed) and all(
             pattern is None or fnmatchcase(name, pattern) for pattern, name in patterns
@@ -111,7 +111,7 @@ class CampaignConfig(Section):
 
     @property
     def directories(self) -> tuple[str, ...]:
-        """Where relative paths are looked for, in this order."""
+        """Directories in which relative paths are looked for, in this order."""
         return self._directories
 
     def read_in(self, directories: Iterable[str]) -> "CampaignConfig":
@@ -155,7 +155,7 @@ class CampaignConfig(Section):
         return self
 
     def method_for(self, model: SourceModelConfig, method: MethodConfig) -> MethodConfig:
-        """`method` with the model's overrides.
+        """Return `method` with the model's overrides.
 
         Raises:
             ValidationError: an override is not what the method's section takes.
@@ -164,7 +164,7 @@ class CampaignConfig(Section):
         return _overridden(method, changes) if any(changes.values()) else method
 
     def evaluation_for(self, model: SourceModelConfig) -> EvaluationConfig:
-        """`evaluation` with the model's overrides.
+        """Return `evaluation` with the model's overrides.
 
         Raises:
             ValidationError: an override is not what the section takes.
@@ -179,7 +179,7 @@ def _overridden(section: SectionT, changes: dict[str, Any]) -> SectionT:
 
 
 def _merged(old: Any, new: Any) -> Any:
-    """Mappings field by field, but a text, which has one source, as a whole."""
+    """Merge mappings field by field, but take a text, which has one source, as a whole."""
     if not isinstance(old, dict) or not isinstance(new, dict) or {"builtin", "path"} & new.keys():
         return new
     return {**old, **{name: _merged(old.get(name), value) for name, value in new.items()}}

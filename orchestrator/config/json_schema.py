@@ -12,7 +12,7 @@ Schema = dict[str, Any]
 
 
 def campaign_schema() -> Schema:
-    """What `iterabre schema` prints.
+    """Return what `iterabre schema` prints.
 
     Only a method's values may be search spaces (`orchestrator.config.search_space`), and some sections,
     such as texts, stand in methods and elsewhere. So methods have definitions of their own, in
@@ -32,7 +32,7 @@ def campaign_schema() -> Schema:
 
 
 def _sections_of(definitions: Schema, name: str) -> list[str]:
-    """`name` and all the definitions that it refers to."""
+    """Return `name` and all the definitions that it refers to."""
     found = [name]
     for section in found:
         found += [inner for inner in _references(definitions[section]) if inner not in found]
@@ -49,7 +49,7 @@ def _references(schema: Any) -> list[str]:
 
 
 def _in_methods(schema: Any) -> Any:
-    """`schema` with its references led to the definitions for methods."""
+    """Return `schema` with its references led to the definitions for methods."""
     if isinstance(schema, list):
         return [_in_methods(inner) for inner in schema]
     if not isinstance(schema, dict):
@@ -61,7 +61,7 @@ def _in_methods(schema: Any) -> Any:
 
 
 def _or_space(field: Schema) -> Schema:
-    """`field`, or a search space of its values; what editors show of it stays outside."""
+    """Return `field`, or a search space of its values; what editors show of it stays outside."""
     shown: Schema = {key: field[key] for key in ("title", "description", "default") if key in field}
     value = {key: inner for key, inner in field.items() if key not in shown}
     values = {"type": "array", "items": value, "minItems": 1}

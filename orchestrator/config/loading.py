@@ -40,7 +40,7 @@ _CREDENTIAL = re.compile(
 
 
 def holds_credential(text: str) -> bool:
-    """Whether it looks as if it should not be repeated."""
+    """Return whether a text looks as if it should not be repeated."""
     return _CREDENTIAL.search(text) is not None
 
 
@@ -90,7 +90,7 @@ def parse_config(raw: dict[str, Any], where: str) -> CampaignConfig:
 
 
 def _credentials(value: Any, *place: int | str) -> Iterator[str]:
-    """A line for every text with a credential in it, which the line does not repeat."""
+    """Yield a line for every text with a credential in it, which the line does not repeat."""
     if isinstance(value, dict):
         for name, part in value.items():
             yield from _credentials(part, *place, name)
@@ -105,7 +105,7 @@ def _credentials(value: Any, *place: int | str) -> Iterator[str]:
 
 
 def _concrete_methods(raw: dict[str, Any]) -> tuple[list[Any], list[int]]:
-    """Every method with its search spaces filled in, and the position in the file that each comes from."""
+    """Return every method with its spaces filled in, and the position in the file that each comes from."""
     given = raw.get("methods")
     if not isinstance(given, list):
         return [], []
@@ -127,7 +127,7 @@ def _concrete_methods(raw: dict[str, Any]) -> tuple[list[Any], list[int]]:
 
 
 def _in_file(location: tuple[int | str, ...], origins: list[int]) -> tuple[int | str, ...]:
-    """Where in the file an error in a concrete method comes from."""
+    """Return the place in the file that an error in a concrete method comes from."""
     match location:
         case ("methods", int(position), *rest):
             return ("methods", origins[position], *rest)
@@ -135,7 +135,7 @@ def _in_file(location: tuple[int | str, ...], origins: list[int]) -> tuple[int |
 
 
 def _wrong_overrides(config: CampaignConfig) -> Iterator[str]:
-    """A line for every override that its section does not take."""
+    """Yield a line for every override that its section does not take."""
     for position, model in enumerate(config.models):
         place = ("models", position, "overrides")
         yield from _errors(partial(config.evaluation_for, model), (*place, "evaluation"))
@@ -171,7 +171,12 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     *parents, last = path.split(".")
     place: Any = raw
     for part in parents:
-        place = _step_into(place, part, override)
+        if isinstance(place, list):
+            place = place[_position(place, part, override)]
+        else:
+            place = place.setdefault(part, {})
+        if not isinstance(place, (dict, list)):
+            raise ConfigError(f"--set {override!r}: {part!r} holds a value, not a section")
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -180,17 +185,6 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         place[_position(place, last, override)] = value
     else:
         place[last] = value
-
-
-def _step_into(place: Any, part: str, override: str) -> Any:
-    if isinstance(place, list):
-        position = _position(place, part, override)
-        inner = place[position]
-    else:
-        inner = place.setdefault(part, {})
-    if not isinstance(inner, (dict, list)):
-        raise ConfigError(f"--set {override!r}: {part!r} holds a value, not a section")
-    return inner
 
 
 def _position(place: list[Any], part: str, override: str) -> int:

@@ -28,12 +28,12 @@ URI in a Ray job.
 
 
 def reference() -> str:
-    """The whole page as Markdown."""
+    """Return the whole page as Markdown."""
     return "\n".join([HEAD, *_sections(CampaignConfig, "", {})]).rstrip() + "\n"
 
 
 def _sections(section: type, path: str, shown: dict[type, str]) -> Iterator[str]:
-    """A section and those inside it; a section that stands in several places is described once."""
+    """Yield a section and those inside it; a section that stands in several places is described once."""
     shown[section] = path
     title = f"`{path}`" if path else "Top level"
     yield f"## {title}\n\n{' '.join((section.__doc__ or '').split())}\n"

@@ -33,7 +33,7 @@ SPACES = frozenset({"grid", *DRAWN})
 
 
 def variants(method: Mapping[str, Any], samples: int, seed: int, where: str) -> list[dict[str, Any]]:
-    """The concrete methods that `method`, read from YAML at `where`, stands for.
+    """Return the concrete methods that `method`, read from YAML at `where`, stands for.
 
     That is every point of its grids, each with the same `samples` draws of its other
     spaces. A draw depends on `seed`, the method's name and the field alone. Variants
@@ -86,7 +86,7 @@ def _check(kind: str, options: Any, where: str) -> None:
 
 
 def _filled(value: Any, values: Mapping[Path, Any], path: Path) -> Any:
-    """`value` with its spaces replaced by `values`."""
+    """Return `value` with its spaces replaced by `values`."""
     if path in values:
         return values[path]
     if isinstance(value, Mapping):
@@ -95,7 +95,7 @@ def _filled(value: Any, values: Mapping[Path, Any], path: Path) -> Any:
 
 
 def _name(base: Any, values: Mapping[Path, Any], spaces: Mapping[Path, tuple[str, Any]]) -> str:
-    """`base--field=value--field=value`; a field by its last part where that is enough."""
+    """Return `base--field=value--field=value`; a field by its last part where that is enough."""
     last = [path[-1] for path in values]
     parts = [
         f"{path[-1] if last.count(path[-1]) == 1 else '.'.join(path)}={_text(value, spaces[path][1])}"
@@ -105,7 +105,7 @@ def _name(base: Any, values: Mapping[Path, Any], spaces: Mapping[Path, tuple[str
 
 
 def _text(value: Any, options: list[Any]) -> str:
-    """A value as part of a name: written out, or the position of what cannot be."""
+    """Return a value as part of a name: written out, or the position of what cannot be."""
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     text = f"{value:.12g}" if isinstance(value, float) else str(value)

@@ -131,7 +131,7 @@ class StageRunner:
 
     def _recover(self, iteration: IterationPlan, spec: RecoverySpec, phase: str | None = None) -> ModelRef:
         result = self._resolve(RECOVER, spec, iteration, iteration.layers_left, phase)
-        return spec.healed(result.artifact)
+        return spec.with_recovery(result.artifact)
 
     def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
         """Measure `model`, now or in the background; the numbers go to the ledger."""

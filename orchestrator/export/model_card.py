@@ -44,7 +44,7 @@ def model_card(
         f"recovery `{plan.method.recovery.objective}` on {tokens:,} tokens"
         f"{f' of `{_text_name(plan.recovery_text)}`' if tokens else ''}). {_licence(source)}",
         "",
-        *([EMPTIED, ""] if model.emptied else []),
+        *([EMPTIED, ""] if model.zeroed else []),
         f"| measure | source, {plan.model.num_layers} {unit} | this model |",
         "|---|---|---|",
         *table,
@@ -119,9 +119,9 @@ def _public_name(path: str) -> str:
 
 def _how(model: ModelRef) -> str:
     """Return what was done to the source's blocks, in words."""
-    if model.emptied:
-        kinds = sorted({kind for _, kind in model.emptied})
-        parts = (f"the {kind} of blocks {[i for i, k in model.emptied if k == kind]}" for kind in kinds)
+    if model.zeroed:
+        kinds = sorted({kind for _, kind in model.zeroed})
+        parts = (f"the {kind} of blocks {[i for i, k in model.zeroed if k == kind]}" for kind in kinds)
         return f"emptying {' and '.join(parts)}"
     return f"{'merging' if model.merges else 'removing'} transformer blocks {list(model.dropped)}"
 

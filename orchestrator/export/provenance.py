@@ -24,7 +24,7 @@ def provenance(
         "layers": iteration.layers_left,
         "dropped_source_layers": list(model.dropped),
         "granularity": plan.granularity,
-        "emptied_sub_blocks": [list(sub_block) for sub_block in model.emptied],
+        "emptied_sub_blocks": [list(sub_block) for sub_block in model.zeroed],
         "merges": [asdict(merge) for merge in model.merges],
         "adapters_sha256": [adapter.sha256 for adapter in model.adapters],
         "weights_sha256": model.weights and model.weights.sha256,

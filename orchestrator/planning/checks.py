@@ -88,21 +88,21 @@ def check_inputs(
             spec, info = trajectory.evaluation, trajectory.model
             notes += check_evaluation(spec, info, tokenizers[info.spec])
     methods = _methods(trajectories)
-    healing = [t for t in methods if t.traits.heals]
+    recovering = [t for t in methods if t.traits.applies_recovery]
     for scoring, trajectory in {t.score_spec(t.dense): t for t in methods}.items():
         with _method(trajectory):
             notes += check_calibration(scoring, trajectory.model, tokenizers[trajectory.model.spec])
-    for trajectory in healing:
+    for trajectory in recovering:
         with _method(trajectory):
             notes += _check_recovery_lengths(trajectory, [models[spec] for spec in _readers(trajectory)])
             _check_vocabularies(_readers(trajectory), tokenizers)
-    for reading, trajectory in {_reading(t): t for t in healing}.items():
+    for reading, trajectory in {_reading(t): t for t in recovering}.items():
         with _method(trajectory):
             if _is_small(sizes.get(reading.data)) and not reading.data.streaming:
                 largest = training_data(reading, tokenizers[trajectory.model.spec]).largest_id
                 for reader in _readers(trajectory):
                     _check_tokens(largest, tokenizers[reader], models[reader], "recovery.data")
-    for training, trajectory in {_targets(t): t for t in healing}.items():
+    for training, trajectory in {_targets(t): t for t in recovering}.items():
         with _method(trajectory):
             _check_targets(training)
     return tuple(dict.fromkeys(notes))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from actors.contracts import ModelInfo
-from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig, TargetConfig
+from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig
 from orchestrator.errors import RequestError
 from orchestrator.planning.pruning_schedule import IterationPlan, iterative_schedule, target_depth
 
@@ -11,13 +11,17 @@ from orchestrator.planning.pruning_schedule import IterationPlan, iterative_sche
 def trajectories_of(
     config: CampaignConfig, model: ModelConfig, method: MethodConfig, seed: int, info: ModelInfo
 ) -> Iterator[tuple[str, tuple[IterationPlan, ...]]]:
-    """One trajectory through all targets, or, if all layers go at once, one for each target.
+    """Yield one trajectory through all targets, or, if all layers go at once, one for each target.
 
     Raises:
         RequestError: a target that the model cannot be taken to.
     """
     base = f"{model.id}--{method.name}--seed{seed}"
-    targets = [t for t in config.targets if not _excluded(config, model.id, method.name, seed, t)]
+    targets = [
+        target
+        for target in config.targets
+        if not any(entry.matches(model.id, method.name, seed, target.name) for entry in config.exclude)
+    ]
     depths = sorted({target_depth(target, info) for target in targets}, reverse=True)
     if method.schedule.mode == "direct":
         for depth in depths:
@@ -54,7 +58,3 @@ def check_exclusions(config: CampaignConfig) -> None:
             known = [*(m.id for m in config.models), *(m.name for m in config.methods)]
             known += [target.name for target in config.targets]
             raise RequestError(f"exclude.{position} ({given}) matches no combination of {', '.join(known)}")
-
-
-def _excluded(config: CampaignConfig, model: str, method: str, seed: int, target: TargetConfig) -> bool:
-    return any(entry.matches(model, method, seed, target.name) for entry in config.exclude)

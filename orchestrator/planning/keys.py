@@ -16,7 +16,7 @@ from actors.contracts import (
     TextSpec,
     digest,
 )
-from actors.contracts.settings import AddedLater, InKeyAs, NotInKey, marks
+from actors.contracts.settings import AddedLater, InKeyAs, NotInKey, StoredAs, marks
 from actors.plugins import releases
 
 STAGE_VERSION: Mapping[str, int] = {
@@ -71,7 +71,7 @@ def _fields_in_key(spec: Any) -> Iterator[tuple[str, Any]]:
         value, marked = getattr(spec, field.name), marks(type(spec), field.name)
         if NotInKey() in marked or AddedLater(value) in marked:
             continue
-        yield next((mark.name for mark in marked if isinstance(mark, InKeyAs)), field.name), value
+        yield next((m.name for m in marked if isinstance(m, InKeyAs | StoredAs)), field.name), value
 
 
 def _computed_anew(spec: Any) -> dict[str, str]:

@@ -37,13 +37,13 @@ class Traits:
     Attributes:
         seeded: the scores depend on the seed.
         chooses_run: the layers to go are chosen together, so that scores depend on how many go.
-        heals: anything is done to the pruned model.
+        applies_recovery: anything is done to the pruned model.
         trains_on: kind of data, as in `Objective`.
     """
 
     seeded: bool
     chooses_run: bool
-    heals: bool
+    applies_recovery: bool
     trains_on: str
 
 
@@ -79,11 +79,11 @@ class TrajectoryPlan:
     @property
     def recovery_tokens(self) -> int:
         """Tokens of one recovery, at most; none where nothing is trained."""
-        return self.method.recovery.max_tokens if self.traits.heals else 0
+        return self.method.recovery.max_tokens if self.traits.applies_recovery else 0
 
     def recovers(self, iteration: IterationPlan) -> bool:
-        """Whether the pruned model of the iteration is healed."""
-        return iteration.recovers and self.traits.heals
+        """Return whether the pruned model of the iteration is recovered."""
+        return iteration.recovers and self.traits.applies_recovery
 
     @property
     def granularity(self) -> str:
@@ -235,11 +235,11 @@ class CampaignPlan:
     notes: tuple[str, ...] = ()
 
     def needed_bytes(self) -> int:
-        """Disk space of the exported models and the adapters, roughly."""
+        """Return the disk space of the exported models and the adapters, roughly."""
         return sum(_trajectory_bytes(t) for t in self.trajectories)
 
     def find(self, trajectory_id: str) -> TrajectoryPlan:
-        """The trajectory of that id."""
+        """Return the trajectory of that id."""
         return next(t for t in self.trajectories if t.id == trajectory_id)
 
 

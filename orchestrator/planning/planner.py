@@ -18,7 +18,6 @@ from orchestrator.config import (
     CampaignConfig,
     EvaluationConfig,
     MethodConfig,
-    SearchConfig,
     with_absolute_paths,
 )
 from orchestrator.errors import RequestError, unknown_name
@@ -107,7 +106,8 @@ def evaluation_spec(evaluation: EvaluationConfig, model: ModelSpec, seed: int) -
 def _check(config: CampaignConfig, trajectories: Sequence[TrajectoryPlan]) -> None:
     """Check that there is something to run, and that every model can be pruned and recovered as planned.
 
-    How much a model can lose is told from its config alone.
+    How much a model can lose is told from its config alone. A scheduler's metric has to be of what
+    every evaluation measures.
     """
     check_exclusions(config)
     if not trajectories:
@@ -129,7 +129,13 @@ def _check(config: CampaignConfig, trajectories: Sequence[TrajectoryPlan]) -> No
                 chat_template(load_tokenizer(trajectory.model.spec), trajectory.recovery_text)
         except RequestError as error:
             raise RequestError(f"method {method.name!r}: {error}") from error
-    _check_search(config.search, [trajectory.evaluation for trajectory in trajectories])
+    if config.search.scheduler == "none":
+        return
+    metric = config.search.metric
+    for evaluation in (trajectory.evaluation for trajectory in trajectories):
+        subjects = [*(text.name for text in evaluation.perplexity), *evaluation.tasks, *evaluation.probes]
+        if metric.partition("/")[0] not in subjects:
+            raise unknown_name("search.metric", metric, [f"{subject}/…" for subject in subjects])
 
 
 def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
@@ -155,21 +161,11 @@ def _misfit(method: MethodConfig) -> str | None:
         return "has no use for scoring.merge; leave it out"
     if isinstance(criterion, MergeCriterion) and method.schedule.mode != "direct":
         return "merges all layers at once; set schedule.mode: direct"
-    if isinstance(criterion, MergeCriterion) and _heals(method):
+    if isinstance(criterion, MergeCriterion) and _applies_recovery(method):
         return "changes weights that recovery trains on; set recovery.objective: none"
-    if scoring.granularity != BLOCK and _heals(method):
+    if scoring.granularity != BLOCK and _applies_recovery(method):
         return f"empties {scoring.granularity}, which recovery would fill again; set recovery.objective: none"
     return None
-
-
-def _check_search(search: SearchConfig, evaluations: Iterable[EvaluationSpec]) -> None:
-    """Refuse a metric of the scheduler that is of no text or task that every evaluation measures."""
-    if search.scheduler == "none":
-        return
-    for evaluation in evaluations:
-        subjects = [*(text.name for text in evaluation.perplexity), *evaluation.tasks, *evaluation.probes]
-        if search.metric.partition("/")[0] not in subjects:
-            raise unknown_name("search.metric", search.metric, [f"{subject}/…" for subject in subjects])
 
 
 def _traits(method: MethodConfig) -> Traits:
@@ -177,8 +173,8 @@ def _traits(method: MethodConfig) -> Traits:
     return Traits(criterion.seeded, criterion.chooses_run, objective.applies_recovery, objective.trains_on)
 
 
-def _heals(method: MethodConfig) -> bool:
-    return _traits(method).heals
+def _applies_recovery(method: MethodConfig) -> bool:
+    return _traits(method).applies_recovery
 
 
 def _texts_and_teachers(
@@ -189,7 +185,7 @@ def _texts_and_teachers(
     teachers = set()
     for method in methods:
         texts.add(extend(TextSpec, method.scoring.calibration))
-        if _heals(method):
+        if _applies_recovery(method):
             texts.add(extend(TextSpec, method.recovery.data))
         if method.recovery.teacher is not None:
             teachers.add(extend(ModelSpec, method.recovery.teacher))

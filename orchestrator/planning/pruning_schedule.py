@@ -29,7 +29,7 @@ def iterative_schedule(
     recover_at: str = EVERY_ITERATION,
     measure_at: str = EVERY_ITERATION,
 ) -> tuple[IterationPlan, ...]:
-    """Portions of layers from `num_layers` down to the smallest of `depths`, halting at each of them."""
+    """Return portions from `num_layers` layers down to the smallest of `depths`, halting at each of them."""
     iterations: list[IterationPlan] = []
     left = num_layers
     for depth in depths:
@@ -44,7 +44,7 @@ def iterative_schedule(
 
 
 def target_depth(target: TargetConfig, info: ModelInfo) -> int:
-    """Layers that remain at a target.
+    """Return how many layers remain at a target.
 
     Raises:
         RequestError: not between 1 and one less than the model's depth.
@@ -67,7 +67,7 @@ def target_depth(target: TargetConfig, info: ModelInfo) -> int:
 
 
 def _depth_within(parameters: float, info: ModelInfo) -> int:
-    """Most layers that, whichever they are, make a model of at most so many parameters; 0 if none do.
+    """Return the most layers that, whichever they are, make a model of so many parameters; 0 if none do.
 
     Blocks may differ in size, and which ones go is not known yet: the smallest are counted as gone.
     """

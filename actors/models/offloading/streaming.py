@@ -119,13 +119,13 @@ def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
     deltas = [read_deltas(adapter, path, kept) for adapter in ref.adapters]
-    for kind in {kind for _, kind in ref.emptied}:
+    for kind in {kind for _, kind in ref.zeroed}:
         check_zeroable(model, kind)
     zeroed = [
         {
             name
             for kind in SUB_BLOCKS
-            if (source, kind) in ref.emptied
+            if (source, kind) in ref.zeroed
             for name in sub_block_weights(block, kind)
         }
         for source, block in zip(kept, find_layers(model).modules, strict=True)

@@ -81,7 +81,7 @@ def test_a_reference_drops_layers_and_empties_by_source_layer(tmp_path: Path) ->
     """Layer 3 of the source is the second that is left; the export says how much adds nothing."""
     source = ModelSpec(save_tiny(tmp_path / "model"))
     ref = ModelRef(source).pruned("block", (1, 2)).pruned("attention", (3,)).pruned("mlp", (0,))
-    assert ref.emptied == ((0, "mlp"), (3, "attention"))
+    assert ref.zeroed == ((0, "mlp"), (3, "attention"))
     assert ref.candidates("attention", 4) == (0,)
     assert ref.candidates("block", 4) == (0, 3)
     exported = export_model(ExportSpec(ref, "card", "{}"), str(tmp_path / "out"))
@@ -97,7 +97,7 @@ def test_a_reference_drops_layers_and_empties_by_source_layer(tmp_path: Path) ->
     torch.testing.assert_close(reloaded(tiny_ids(), use_cache=False).logits, want)
     weights = [*sub_block_weights(blocks_of(model)[1], "attention").values()]
     weights += sub_block_weights(blocks_of(model)[0], "mlp").values()
-    assert exported.num_emptied_parameters == sum(weight.numel() for weight in weights)
+    assert exported.num_zeroed_parameters == sum(weight.numel() for weight in weights)
     assert exported.num_layers == 2
 
 

@@ -356,8 +356,8 @@ def test_the_fields_of_a_key_are_those_that_stored_results_have(kind: str, place
         "evaluate": trajectory.evaluation_spec(model),
     }[kind]
     assert _field_paths(trajectory.key_inputs(spec)) == set(KEY_FIELDS[kind].split()), (
-        "with another field, results that users have are not found any more: give a new one to "
-        "ADDED_LATER with what was done before, or raise STAGE_VERSION, and then change this list"
+        "with another field, results that users have are not found any more: mark a new one with "
+        "`AddedLater(what was done before)`, or raise STAGE_VERSION, and then change this list"
     )
 
 

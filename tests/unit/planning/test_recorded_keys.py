@@ -14,6 +14,7 @@ import yaml
 
 from actors.contracts import (
     ArtifactRef,
+    ExportResult,
     FileRef,
     Merge,
     ModelInfo,
@@ -22,6 +23,7 @@ from actors.contracts import (
     Origin,
     TextSpec,
     extend,
+    to_json,
 )
 from actors.recovery import find_objective
 from actors.scoring import find_criterion
@@ -118,6 +120,20 @@ def test_a_stage_has_the_key_that_it_was_stored_under(stage: dict[str, Any]) -> 
     assert inputs == stage["inputs"]
     kind = "recover" if stage["stage"] == "start" else stage["stage"]
     assert stage_key(kind, inputs) == stage["key"]
+
+
+def test_a_result_is_read_by_the_names_it_was_stored_under(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    written = {"uri": "run:/models/a/3-attentions", "files": []}
+    result = {"artifact": written, "num_layers": 4, "num_parameters": 56352, "num_emptied_parameters": 4096}
+    home = tmp_path / "stages" / "export" / "a" / "result.json"
+    home.parent.mkdir(parents=True)
+    home.write_text(json.dumps(result))
+    (home.parent / "manifest.json").write_text("{}")
+    read = store.peek("export", "a", ExportResult)
+    assert read is not None
+    assert read.num_zeroed_parameters == 4096
+    assert to_json(read)["num_emptied_parameters"] == 4096
 
 
 def test_every_kind_of_stage_is_recorded() -> None:

@@ -61,7 +61,7 @@ def _keys(plan: TrajectoryPlan) -> dict[str, str]:
         "evaluate": plan.evaluation_spec(model),
         "prune": model,
     }
-    if plan.traits.heals:
+    if plan.traits.applies_recovery:
         specs["recover"] = plan.recovery_spec(model, text)
     if plan.method.recovery.start is not None:
         specs["start"] = plan.start_spec(model, text)

@@ -139,7 +139,7 @@ def test_recovery_by_bridge_then_by_distillation(tmp_path: Path) -> None:
     spec = replace(spec, adapter=replace(spec.adapter, dropout=0.0))
     result = recover_locally(replace(spec, objective="linear_bridge"), str(tmp_path / "bridge"), tmp_path)
     assert result.artifact is not None
-    bridged = replace(spec, objective="linear_bridge").healed(result.artifact)
+    bridged = replace(spec, objective="linear_bridge").with_recovery(result.artifact)
     assert bridged.weights == result.artifact
     ids_BT = tiny_ids(4, 16)
     source, _ = load_model(spec.model.source.path)

@@ -84,7 +84,7 @@ def test_a_chain_of_three_is_the_same_unmerged_and_merged(
         pair, _ = load_teacher_student(spec)
         _move(pair, seed=number)
         last = _student_logits(pair)
-        spec = replace(spec, model=spec.healed(_saved(pair, tmp_path / str(number))))
+        spec = replace(spec, model=spec.with_recovery(_saved(pair, tmp_path / str(number))))
     assert len(spec.model.adapters) == 3
     merged = _logits(build_model(spec.model)[0])
     assert (merged - last).float().norm() / last.float().norm() < tolerance
@@ -106,7 +106,7 @@ def test_full_fine_tuning_trains_all_weights_beside_the_unpruned_teacher(path: s
     assert pair.teacher_layers == (0, 1, 3, 4, 5)
     _move(pair)
     want = _student_logits(pair)
-    trained = spec.healed(_saved(pair, tmp_path))
+    trained = spec.with_recovery(_saved(pair, tmp_path))
     assert trained.adapters == ()
     _assert_same(_logits(build_model(trained)[0]), want)
     _assert_same(_logits(pair.teacher), _logits(load_model(path)[0]))
@@ -116,7 +116,7 @@ def test_trained_weights_follow_their_source_layers(path: str, tmp_path: Path) -
     spec = _spec(path, kind="full", objective="healing")
     pair, _ = load_teacher_student(spec)
     _move(pair)
-    later = spec.healed(_saved(pair, tmp_path)).without((0,))
+    later = spec.with_recovery(_saved(pair, tmp_path)).without((0,))
     with torch.no_grad():
         pair = replace(pair, student_layers=(1, 2, 3, 4))
         want = _student_logits(pair)
@@ -136,11 +136,13 @@ def test_full_fine_tuning_takes_in_the_chain(path: str, tmp_path: Path) -> None:
     spec = _spec(path)
     pair, _ = load_teacher_student(spec)
     _move(pair)
-    chained = spec.healed(_saved(pair, tmp_path / "lora"))
+    chained = spec.with_recovery(_saved(pair, tmp_path / "lora"))
     full = replace(_spec(path, kind="full"), model=chained)
     pair, _ = load_teacher_student(full)
     _move(pair, seed=1)
-    _assert_same(_logits(build_model(full.healed(_saved(pair, tmp_path / "full")))[0]), _student_logits(pair))
+    _assert_same(
+        _logits(build_model(full.with_recovery(_saved(pair, tmp_path / "full")))[0]), _student_logits(pair)
+    )
 
 
 def test_weights_of_another_model_are_refused(path: str, tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ def test_weights_that_are_all_new_make_two_models(path: str, tmp_path: Path) -> 
     full = _spec(path, kind="full", objective="healing")
     pair, _ = load_teacher_student(full)
     _move(pair)
-    spec = replace(_spec(path), model=full.healed(_saved(pair, tmp_path)))
+    spec = replace(_spec(path), model=full.with_recovery(_saved(pair, tmp_path)))
     again, _ = load_teacher_student(spec)
     assert again.teacher is not None
     _assert_same(_student_logits(again), _student_logits(pair))
@@ -243,7 +245,7 @@ def test_qlora_quantises_the_blocks_linear_layers_only(path: str, tmp_path: Path
     down = pair.student.model.layers[0].mlp.down_proj.base_layer.weight
     assert (down.quant_type, down.quant_state.nested, down.data.dtype) == ("nf4", double, torch.uint8)
     _move(pair)
-    merged, _ = build_model(spec.healed(_saved(pair, tmp_path)))
+    merged, _ = build_model(spec.with_recovery(_saved(pair, tmp_path)))
     lora = {n: p for n, p in pair.student.named_parameters() if ".lora_" in n}
     a, b = (lora[f"model.layers.0.mlp.down_proj.lora_{x}.current.weight"] for x in "AB")
     source = load_model(path)[0].model.layers[0].mlp.down_proj.weight
