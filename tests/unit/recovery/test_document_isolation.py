@@ -1,4 +1,4 @@
-"""Which models keep documents apart that share a row."""
+"""Isolation of documents that share a row: which models keep it."""
 
 import pytest
 
