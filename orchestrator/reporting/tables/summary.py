@@ -141,11 +141,13 @@ def counted(parameters: int) -> str:
 
 
 def _against(entry: Entry, dense: Entry | None, metric: str) -> str:
-    """`metric 32.5 ± 0.4 (unpruned 23.24, ×1.40)`, or the share that is left of a score."""
+    """Write `metric 32.5 ± 0.4 (unpruned 23.24, ×1.40)`, or the share that is left of a score."""
     value, told = entry.numbers[metric].value, f"{metric} {with_error(entry.numbers[metric])}"
     if dense is None or metric not in dense.numbers:
         return told
     before = dense.numbers[metric].value
+    if not before:  # a share of nothing means nothing
+        return f"{told} (unpruned {show(before)})"
     if direction(metric) == "lower":
         return f"{told} (unpruned {show(before)}, ×{value / before:.2f})"
     return f"{told} (unpruned {show(before)}, {retention(value, before, metric):.0%} kept)"
