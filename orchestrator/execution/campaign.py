@@ -30,6 +30,7 @@ from orchestrator.execution.cluster import (
     workers_output_to,
 )
 from orchestrator.execution.dry_run import remaining_stages
+from orchestrator.execution.gauges import CampaignGauges
 from orchestrator.execution.progress import Activity, Board, live_view
 from orchestrator.execution.tune import LOG_FORMAT, LOST_TRIAL_RETRIES, MakeBackend, follow, last_line, trial
 from orchestrator.planning.cost_model import machine_of
@@ -44,7 +45,6 @@ from orchestrator.storage.run_lock import check_unlocked, locked
 from orchestrator.storage.run_manifest import check_run, open_run
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import TrajectoryOutcome, read_outcomes, write_outcome
-from orchestrator.tracking.prometheus import CampaignGauges
 from orchestrator.tracking.publisher import published
 from orchestrator.tracking.trackers import make_trackers
 

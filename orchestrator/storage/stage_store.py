@@ -172,7 +172,7 @@ class Store:
         """Event files of a trajectory."""
         return join(self.uri, "tensorboard", safe_name(trajectory))
 
-    def told_uri(self, tracker: str) -> str:
+    def published_uri(self, tracker: str) -> str:
         """The parts of the ledger that a tracker was told, as JSON."""
         return join(self.uri, "trackers", safe_name(tracker) + ".json")
 

@@ -131,7 +131,7 @@ def test_tensorboard_reads_each_number_once(place: Path, plan: CampaignPlan, tmp
     config, store = _config(place), Store(str(tmp_path / "run"))
     _measure(store, "a-dense", "b-score")
     _publish(config, plan, store, "tensorboard")
-    state = Path(store.told_uri("tensorboard"))
+    state = Path(store.published_uri("tensorboard"))
     first = state.read_bytes()
     _measure(store)
     _publish(config, plan, store, "tensorboard")
@@ -187,7 +187,7 @@ def test_mlflow_has_one_run_of_a_trajectory_over_all_drivers(
     _measure(store)
     write_outcome(store, TRAJECTORY, TrajectoryOutcome("done"))
     _publish(config, plan, store, "mlflow")
-    Path(store.told_uri("mlflow")).unlink()
+    Path(store.published_uri("mlflow")).unlink()
     _publish(config, plan, store, "mlflow")
     run, curves = _mlflow_run(mlflow_uri, "depth")
     assert curves == CURVES
@@ -279,17 +279,19 @@ def test_a_server_that_is_away_is_warned_of_once_and_told_later(
     assert _mlflow_run(mlflow_uri, "tiny")[1] == CURVES
 
 
-def test_trackers_are_told_while_the_campaign_runs(place: Path, plan: CampaignPlan, tmp_path: Path) -> None:
+def test_numbers_are_published_while_the_campaign_runs(
+    place: Path, plan: CampaignPlan, tmp_path: Path
+) -> None:
     config, store = _config(place), Store(str(tmp_path / "run"))
-    told = Path(store.told_uri("tensorboard"))
+    state = Path(store.published_uri("tensorboard"))
     with published(make_trackers(config, store), plan, store, interval_s=0.02):
         _measure(store, "a-dense")
         deadline = time.monotonic() + 10
-        while not told.exists():
+        while not state.exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         _measure(store)
-    assert sorted(json.loads(told.read_text())) == sorted(PARTS)
+    assert sorted(json.loads(state.read_text())) == sorted(PARTS)
     assert _events(store.tensorboard_uri(TRAJECTORY))[0] == CURVES
 
 
