@@ -130,7 +130,8 @@ class Publisher:
         """Publish what is new."""
         with self._warned_of_failures():
             if self._published is None:
-                self._published = self._published_before()
+                state = read_bytes(self._store.published_uri(self._name)) if self._tracker.keeps else None
+                self._published = json.loads(state or b"[]")
             new = sorted(set(self._ledger.parts()) - set(self._published))
             if not new:
                 return
@@ -145,13 +146,6 @@ class Publisher:
             self._published = [*self._published, *new]
             write_bytes(self._store.published_uri(self._name), json.dumps(self._published).encode())
             self._warned = False
-
-    def _published_before(self) -> list[str]:
-        """Return the parts that earlier drivers published and the tracker still has."""
-        if not self._tracker.keeps:
-            return []
-        found: list[str] = json.loads(read_bytes(self._store.published_uri(self._name)) or b"[]")
-        return found
 
     def close(self) -> None:
         """Publish what is new, and how far each trajectory is."""
