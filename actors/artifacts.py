@@ -26,7 +26,7 @@ from actors.errors import RequestError, WorkError
 CHUNK_BYTES = 8 * 2**20
 
 DRIVER_DIRECTORY = "ITERABRE_DRIVER_DIRECTORY"
-"""The variable by which workers, which have directories of their own, know the driver's."""
+"""The variable that holds the driver's directory for workers, which have directories of their own."""
 
 
 def cache_dir() -> Path:
@@ -66,7 +66,7 @@ def _no_cache(place: str, reason: str) -> RequestError:
 
 
 def filesystem(uri: str) -> tuple[FileSystem, str]:
-    """The file system that holds `uri`, and the path within it (absolute if local)."""
+    """Return the file system that holds `uri`, and the path within it (absolute if local)."""
     if "://" not in uri:
         return LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
@@ -78,13 +78,13 @@ def filesystem(uri: str) -> tuple[FileSystem, str]:
 
 
 def local_path(uri: str) -> Path | None:
-    """`uri` as a path of the local file system, or None if it lies elsewhere."""
+    """Return `uri` as a path of the local file system, or None if it lies elsewhere."""
     fs, path = filesystem(uri)
     return Path(path) if isinstance(fs, LocalFileSystem) else None
 
 
 def join(uri: str, *names: str) -> str:
-    """`uri` with path components appended."""
+    """Return `uri` with path components appended."""
     return "/".join((uri.rstrip("/"), *names))
 
 
@@ -97,14 +97,19 @@ def publish(local_dir: Path, uri: str) -> ArtifactRef:
     names = sorted(p.relative_to(local_dir).as_posix() for p in local_dir.rglob("*") if p.is_file())
     if not names:
         raise WorkError(f"nothing to publish: {local_dir} holds no files")
-    return ArtifactRef(uri=uri, files=tuple(_upload(local_dir / name, uri, name) for name in names))
+    files = []
+    for name in names:
+        with (local_dir / name).open("rb") as reader, _open_atomic(join(uri, name)) as writer:
+            sha256, size_bytes = sha256_of(reader, copy_to=writer)
+        files.append(FileRef(name, size_bytes, sha256))
+    return ArtifactRef(uri=uri, files=tuple(files))
 
 
 def fetch(ref: ArtifactRef) -> Path:
-    """A local directory that holds the files of `ref`, verified.
+    """Return a local directory that holds the files of `ref`, verified.
 
     A local artifact is used where it is. Any other is downloaded once per node
-    into `cache_dir()` under the hash of its content, whoever asks first.
+    into `cache_dir()` under the hash of its content, by the first process that needs it.
 
     Raises:
         WorkError: a file is missing, damaged, or cannot be stored here.
@@ -120,7 +125,12 @@ def fetch(ref: ArtifactRef) -> Path:
             "must be one that all of them see (NFS, s3:// or gs://)"
         )
     for file in ref.files:
-        _check_size(directory, file)
+        path = _inside(directory, file.name)
+        if not path.is_file():
+            raise _damaged(str(directory), file.name, "is missing")
+        if path.stat().st_size != file.size_bytes:
+            found = f"has {path.stat().st_size} bytes, not {file.size_bytes}"
+            raise _damaged(str(directory), file.name, found)
     _verify_hashes(str(directory), ref.files)
     return directory
 
@@ -132,7 +142,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def read_bytes(uri: str) -> bytes | None:
-    """The content of one file, or None if there is no such file."""
+    """Return the content of one file, or None if there is no such file."""
     fs, path = filesystem(uri)
     with explained(uri, "read"):
         try:
@@ -155,7 +165,7 @@ def without_empty_directories(path: Path) -> Iterator[None]:
 
 
 def list_files(uri: str, recursive: bool = False) -> list[FileInfo]:
-    """Files directly (or anywhere) under `uri`, by path; empty if nothing is there.
+    """Return the files directly (or anywhere) under `uri`, by path; empty if nothing is there.
 
     Files still being written are not listed.
     """
@@ -167,7 +177,7 @@ def list_files(uri: str, recursive: bool = False) -> list[FileInfo]:
 
 
 def sha256_of(stream: IO[bytes], copy_to: IO[bytes] | None = None) -> tuple[str, int]:
-    """SHA-256 (hex) and length in bytes of a stream, copied to another while it is read."""
+    """Return SHA-256 (hex) and length in bytes of a stream, copied to another while it is read."""
     state, size_bytes = hashlib.sha256(), 0
     while chunk := stream.read(CHUNK_BYTES):
         state.update(chunk)
@@ -200,7 +210,7 @@ def file_sha256(file: Path) -> str:
 
 
 def place_and_date(uri: str) -> str:
-    """Hash of a file's place, size and time of change: all that is known of it without reading it."""
+    """Return a hash of a file's place, size and time of change, without reading it."""
     fs, path = filesystem(uri)
     (info,) = fs.get_file_info([path])
     return digest([uri, info.size, str(info.mtime)])
@@ -210,7 +220,7 @@ def place_and_date(uri: str) -> str:
 def explained(place: str, doing: str) -> Iterator[None]:
     """Turn an operating system error into a `WorkError` that names place and remedy.
 
-    A missing file stays a `FileNotFoundError`: only the caller knows what it means.
+    A missing file stays a `FileNotFoundError`: its meaning depends on the caller.
     """
     try:
         yield
@@ -226,12 +236,6 @@ def explained(place: str, doing: str) -> Iterator[None]:
         }
         reason = remedies.get(error.errno or 0, str(error))
         raise WorkError(f"cannot {doing} {place}: {reason}. Then continue with --resume") from error
-
-
-def _upload(source: Path, uri: str, name: str) -> FileRef:
-    with source.open("rb") as reader, _open_atomic(join(uri, name)) as writer:
-        sha256, size_bytes = sha256_of(reader, copy_to=writer)
-    return FileRef(name, size_bytes, sha256)
 
 
 def _download(ref: ArtifactRef, directory: Path) -> None:
@@ -263,14 +267,6 @@ def _download_file(fs: FileSystem, path: str, file: FileRef, target: Path, uri: 
         raise _damaged(uri, file.name, f"is not what was published ({size_bytes} bytes, SHA-256 {sha256})")
 
 
-def _check_size(directory: Path, file: FileRef) -> None:
-    path = _inside(directory, file.name)
-    if not path.is_file():
-        raise _damaged(str(directory), file.name, "is missing")
-    if path.stat().st_size != file.size_bytes:
-        raise _damaged(str(directory), file.name, f"has {path.stat().st_size} bytes, not {file.size_bytes}")
-
-
 @lru_cache(maxsize=4096)
 def _verify_hashes(directory: str, files: tuple[FileRef, ...]) -> None:
     """Read every file once per process; a failure is not remembered."""
@@ -287,7 +283,7 @@ def _damaged(place: str, name: str, what: str) -> WorkError:
 
 
 def _inside(directory: Path, name: str) -> Path:
-    """`directory / name`, refusing names that would lead out of it."""
+    """Return `directory / name`; refuse names that would lead out of it."""
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
         raise WorkError(f"artifact file name {name!r} leads out of its directory; the manifest is not ours")
@@ -331,5 +327,5 @@ def _flush_to_disk(file: IO[bytes]) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name is one still being written, or left so by a process that died."""
+    """Return true for the name of a file still being written, or left so by a process that ended."""
     return name.startswith(".") and name.endswith(".tmp")

@@ -88,3 +88,9 @@ def refusing(what: str | Callable[[], str], remedy: str) -> Iterator[None]:
     except BaseException as error:  # a panic of a Rust library is no Exception
         head = what if isinstance(what, str) else what()
         raise RequestError(f"{head}: {reason_of(error).rstrip('.')}. {remedy}") from error
+
+
+def last_line(error: BaseException) -> str:
+    """Return what went wrong, without the trace of the processes it went through; the logs have that."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,7 +1,7 @@
 """Criteria, objectives and probes of other installed packages, which register them as entry points.
 
 A package that is to be used on a cluster is installed on every node, as this one is;
-a node that has another version, or none, is told by what the driver has (`environment`).
+a node that has another version than the driver, or none, is found by what `environment` passes on.
 """
 
 import json
@@ -25,14 +25,14 @@ GROUPS: Mapping[str, str] = {
 """The group of entry points of each kind of row."""
 
 STARTED_WITH = "ITERABRE_PLUGINS"
-"""The variable by which workers know what the driver has: {kind: {name: release}}, as JSON."""
+"""The variable that holds what the driver has, for its workers: {kind: {name: release}}, as JSON."""
 
 UNUSABLE = (ImportError, AttributeError, NameError, SyntaxError, TypeError, ValueError, OSError)
 """What a package that does not fit this version, or this machine, raises when it is imported."""
 
 
 def find_row(kind: str, name: str, built_in: Mapping[str, RowT], row_type: type[RowT]) -> RowT:
-    """The row of that name: of the table `built_in`, or what a package has registered.
+    """Return the row of that name: of the table `built_in`, or what a package has registered.
 
     Raises:
         RequestError: there is none, a package has taken a name of the table's, two have the
@@ -41,20 +41,27 @@ def find_row(kind: str, name: str, built_in: Mapping[str, RowT], row_type: type[
     """
     others = registered(kind)
     found = sorted(others.select(name=name), key=_release)
-    _check_as_started(kind, name, [_release(entry) for entry in found])
+    wanted = json.loads(os.environ.get(STARTED_WITH, "{}")).get(kind, {}).get(name)
+    here = [_release(entry) for entry in found]
+    if wanted is not None and here != [wanted]:
+        raise WorkError(
+            f"{kind} {name!r} is that of {wanted} where the campaign was started, but the node "
+            f"{platform.node()} has {' and '.join(here) or 'no such package'}; install {wanted} on every "
+            "node, then --resume"
+        )
     if not found:
         if name not in built_in:
             raise unknown_name(kind, name, {*built_in, *others.names})
         return built_in[name]
     if name in built_in or len(found) > 1:
         ours = ["this project"] if name in built_in else []
-        holders = " and ".join([*ours, *map(_release, found)])
+        holders = " and ".join([*ours, *here])
         raise RequestError(f"{kind} {name!r} is registered by {holders}; uninstall or rename one")
     return _loaded(kind, found[0], row_type)
 
 
 def releases(spec: Any) -> list[str]:
-    """Name and version of each package whose rows a spec names, for the key of its result."""
+    """Return the name and version of each package whose rows a spec names, for the key of its result."""
     match spec:
         case ScoreSpec():
             kind, names = "criterion", [spec.criterion]
@@ -68,24 +75,14 @@ def releases(spec: Any) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """What a driver sets in the environment of its workers, on whatever node they start."""
+    """Return the variables that a driver sets for its workers, on whatever node they start."""
     rows = {kind: {entry.name: _release(entry) for entry in registered(kind)} for kind in GROUPS}
     return {STARTED_WITH: json.dumps(rows)}
 
 
-def _check_as_started(kind: str, name: str, here: list[str]) -> None:
-    wanted = json.loads(os.environ.get(STARTED_WITH, "{}")).get(kind, {}).get(name)
-    if wanted is not None and here != [wanted]:
-        raise WorkError(
-            f"{kind} {name!r} is that of {wanted} where the campaign was started, but the node "
-            f"{platform.node()} has {' and '.join(here) or 'no such package'}; install {wanted} on every "
-            "node, then --resume"
-        )
-
-
-@cache  # All installed packages are looked through, and keys ask thousands of times.
+@cache  # It reads the metadata of all installed packages, and keys need it thousands of times.
 def registered(kind: str) -> EntryPoints:
-    """What installed packages register of that kind."""
+    """Return the entry points of that kind of all installed packages."""
     return entry_points(group=GROUPS[kind])
 
 

@@ -1,57 +1,156 @@
-"""Placing work on a Ray cluster: what scoring, generation, evaluation and export have in common.
+"""The pool of actors on which scoring, generation and evaluation run, and single tasks, on a Ray cluster.
 
-Modules that place work import what computes where it is done: the trial that asks for it
-need not load torch and transformers.
+Modules that use it import torch and transformers inside the actors alone: the trial that
+waits for a result need not load them.
 """
 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self, TypeVar
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
-from actors.contracts import ExportResult, ExportSpec
+from actors.contracts import ActorPoolSpec
 from actors.errors import IterabreError, WorkError, unexpected
 
 log = logging.getLogger(__name__)
 
-ShareT = TypeVar("ShareT")
+ShardT = TypeVar("ShardT")
 ResultT = TypeVar("ResultT")
 
 RETRY_S = 0.5
-"""Pause before an actor that does not answer is asked again."""
+"""Pause before the next call to an actor that did not respond."""
 
 
-def placement(cpus: float, gpus: float) -> dict[str, Any]:
-    """Options of an actor or task that holds `cpus` and `gpus` anywhere in the cluster.
+class ActorPool:
+    """Actors of one class: started on entry, killed on exit, so that the next stage can have their place.
 
-    DEFAULT scheduling: inside a Tune trial, it would else be held to the trial's own small share.
-    """
-    return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
+    On entry it waits until one actor is placed; the others join when they are. It can be
+    pickled while it is open: `dispatch` also works in a task that the pool is passed to.
 
-
-def wait_for_place(ready: list[ray.ObjectRef], what: str, cpus: float, gpus: float, timeout_s: float) -> None:
-    """Wait until one of the `ready` answers has come.
+    Args:
+        spec: how many actors, and what each holds.
+        actor_class: a class with a method `work`, which takes a shard and returns its result.
+        arguments: those of the class.
+        setting: the setting under `execution` that sizes the pool, for errors: "scoring".
 
     Raises:
-        WorkError: none came in time; says what was asked for and what is free.
+        WorkError: on entry, no actor was placed in time; says what was requested and what is free.
     """
-    if not ray.wait(ready, num_returns=1, timeout=timeout_s)[0]:
-        free = ray.available_resources()
-        raise WorkError(
-            f"{what} got no place with {cpus:g} CPU and {gpus:g} GPU within {timeout_s:g} s: free are "
-            f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU. Lower execution.{what} "
-            "or wait for other work to end, then use --resume"
-        )
+
+    def __init__(self, spec: ActorPoolSpec, actor_class: type, *arguments: Any, setting: str):
+        self._spec, self._setting = spec, setting
+        self._actor_class, self._arguments = actor_class, arguments
+        self._actors: list[ActorHandle] = []
+
+    def __enter__(self) -> Self:
+        spec = self._spec
+        remote = ray.remote(self._actor_class).options(**_resources(spec.cpus, spec.gpus), max_restarts=3)
+        self._actors = [remote.remote(*self._arguments) for _ in range(spec.actors)]
+        try:
+            starting = {actor.__ray_ready__.remote(): actor for actor in self._actors}
+            placed, later = ray.wait(list(starting), num_returns=1, timeout=spec.start_timeout_s)
+            if not placed:
+                free = ray.available_resources()
+                raise WorkError(
+                    f"{self._setting} got no place with {spec.cpus:g} CPU and {spec.gpus:g} GPU within "
+                    f"{spec.start_timeout_s:g} s: free are {free.get('CPU', 0):g} CPU and "
+                    f"{free.get('GPU', 0):g} GPU. Lower execution.{self._setting} "
+                    "or wait for other work to end, then use --resume"
+                )
+        except BaseException:
+            self.__exit__()
+            raise
+        self._actors = [starting[ready] for ready in (*placed, *later)]
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def __len__(self) -> int:
+        return len(self._actors)
+
+    @property
+    def first(self) -> ActorHandle:
+        """The actor that was placed first."""
+        return self._actors[0]
+
+    def dispatch(
+        self,
+        shards: Iterable[ShardT],
+        submit: Callable[[ActorHandle, ShardT], ray.ObjectRef] | None = None,
+        busy: ray.ObjectRef | None = None,
+    ) -> Iterator[tuple[ShardT, Any]]:
+        """Yield each shard with its result; every actor is given the next shard as soon as it is free.
+
+        Only a lost shard is run again: an actor that may come back is called until
+        it has, a dead one is dropped.
+
+        Args:
+            shards: what to compute; all of one pass.
+            submit: starts the work on a shard; the actors' own method `work` if not given.
+            busy: the result that `first` is at work on; it takes shards when that is there.
+
+        Raises:
+            WorkError: all actors are lost.
+        """
+        submit = submit or (lambda actor, shard: actor.work.remote(shard))
+        waiting = deque(shards)
+        num_left = len(waiting)
+        idle: list[ActorHandle] = []
+        pending: dict[ray.ObjectRef, tuple[ActorHandle, list[ShardT]]] = {
+            (busy if busy and position == 0 else actor.__ray_ready__.remote()): (actor, [])
+            for position, actor in enumerate(self._actors)
+        }
+        while num_left:
+            while idle and waiting:
+                actor, shard = idle.pop(), waiting.popleft()
+                pending[submit(actor, shard)] = (actor, [shard])
+            if not pending:
+                raise WorkError(
+                    f"all {len(self)} {self._setting} actors were lost; see the run's logs, then use --resume"
+                )
+            (done,), _ = ray.wait(list(pending), num_returns=1)
+            actor, submitted = pending.pop(done)
+            try:
+                result = result_of(done)
+            except RayActorError as error:
+                if submitted:
+                    log.warning("a %s actor was lost (%s); its shard goes to another", self._setting, error)
+                    waiting.extend(submitted)
+                unavailable = isinstance(error, ActorUnavailableError)
+                if unavailable:
+                    # Its process has ended and Ray has not noticed yet: called at once, it would fail again.
+                    time.sleep(RETRY_S)
+                if submitted or unavailable:
+                    pending[actor.__ray_ready__.remote()] = (actor, [])
+                continue
+            idle.append(actor)
+            for shard in submitted:
+                num_left -= 1
+                yield shard, result
+
+
+def run_in_task(
+    work: Callable[..., ResultT], *arguments: Any, cpus: float = 0, gpus: float = 0, **named: Any
+) -> ResultT:
+    """Return `work(*arguments, **named)`, run in a process of its own; again elsewhere if that is lost.
+
+    A trial lives as long as its trajectory and so only waits: it would else hold the
+    libraries of every stage.
+    """
+    task = ray.remote(work).options(**_resources(cpus, gpus), max_retries=3)
+    result: ResultT = result_of(task.remote(*arguments, **named))
+    return result
 
 
 def result_of(reference: ray.ObjectRef) -> Any:
-    """The value, with an error meant for the user raised as itself rather than wrapped by Ray.
+    """Return the value, or raise an error meant for the user as itself rather than wrapped by Ray.
 
     Raises:
         UnexpectedError: the work raised what nobody expects. To try again would meet it again: it is no
@@ -68,93 +167,9 @@ def result_of(reference: ray.ObjectRef) -> Any:
         raise unexpected(error.cause) from error
 
 
-@contextmanager
-def pool_of(actors: int, start: Callable[[], ActorHandle]) -> Iterator[list[ActorHandle]]:
-    """So many actors, all gone afterwards, so that the next stage can have their place."""
-    pool = [start() for _ in range(actors)]
-    try:
-        yield pool
-    finally:
-        for actor in pool:
-            ray.kill(actor)
+def _resources(cpus: float, gpus: float) -> dict[str, Any]:
+    """Return the options of an actor or task that holds `cpus` and `gpus` anywhere in the cluster.
 
-
-def _work(actor: ActorHandle, share: Any) -> ray.ObjectRef:
-    return actor.work.remote(share)
-
-
-def share_out(
-    pool: Sequence[ActorHandle],
-    shares: Iterable[ShareT],
-    what: str,
-    give: Callable[[ActorHandle, ShareT], ray.ObjectRef] = _work,
-    busy: ray.ObjectRef | None = None,
-) -> Iterator[tuple[ShareT, Any]]:
-    """Give every actor a share as soon as it is free, until all are done; each answer comes with its share.
-
-    Only a lost share is run again: an actor that may come back is asked whether
-    it has, a dead one is forgotten.
-
-    Args:
-        pool: actors with a method `ready`.
-        what: what the actors do, for errors: "score", "evaluation".
-        give: starts the work on a share; the actors' own method `work` if not given.
-        busy: the answer that the first actor is at work on; it takes shares when that is there.
-
-    Raises:
-        WorkError: all actors are lost.
+    DEFAULT scheduling: inside a Tune trial, it would else be held to the trial's own small share.
     """
-    todo = deque(shares)
-    left = len(todo)
-    idle: list[ActorHandle] = []
-    pending: dict[ray.ObjectRef, tuple[ActorHandle, list[ShareT]]] = {
-        (busy if busy and position == 0 else actor.ready.remote()): (actor, [])
-        for position, actor in enumerate(pool)
-    }
-    while left:
-        while idle and todo:
-            actor, share = idle.pop(), todo.popleft()
-            pending[give(actor, share)] = (actor, [share])
-        if not pending:
-            raise WorkError(f"all {len(pool)} {what} actors were lost; see the run's logs, then use --resume")
-        (done,), _ = ray.wait(list(pending), num_returns=1)
-        actor, given = pending.pop(done)
-        try:
-            answer = result_of(done)
-        except RayActorError as error:
-            if given:
-                log.warning("a %s actor was lost (%s); its share goes to another", what, error)
-                todo.extend(given)
-            if isinstance(error, ActorUnavailableError):
-                # Its process is gone and Ray has not noticed yet: asked at once, it would say the same.
-                time.sleep(RETRY_S)
-            if given or isinstance(error, ActorUnavailableError):
-                pending[actor.ready.remote()] = (actor, [])
-            continue
-        idle.append(actor)
-        for share in given:
-            left -= 1
-            yield share, answer
-
-
-def conducted(work: Callable[..., ResultT], *arguments: Any, **named: Any) -> ResultT:
-    """Run `work`, which has others compute, in a process of its own; again elsewhere if that is lost.
-
-    A trial lives as long as its trajectory and so only waits: it would else hold the
-    libraries of every stage.
-    """
-    task = ray.remote(work).options(**placement(0, 0), max_retries=3)
-    result: ResultT = result_of(task.remote(*arguments, **named))
-    return result
-
-
-def export_on_ray(spec: ExportSpec, uri: str, *, cpus: float, gpus: float) -> ExportResult:
-    """Export as a task of its own, run again elsewhere if its machine is lost."""
-    task = ray.remote(_export).options(**placement(cpus, gpus), max_retries=3)
-    return result_of(task.remote(spec, uri))
-
-
-def _export(spec: ExportSpec, uri: str) -> ExportResult:
-    from actors.models.exporting.export import export_model
-
-    return export_model(spec, uri)
+    return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}

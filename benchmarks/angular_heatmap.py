@@ -20,7 +20,7 @@ from torch import Tensor
 from actors.contracts import TextSpec
 from actors.data import calibration_sequences, load_texts
 from actors.models import device, load_model
-from actors.scoring.angular import angular_distances
+from actors.scoring.measures.angular import angular_distances
 
 
 def run_rows(distances: Tensor) -> list[list[float]]:

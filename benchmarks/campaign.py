@@ -80,15 +80,24 @@ def submit(address: str, file: Path) -> float:
 
 
 def tell_stages(file: Path) -> None:
-    """What was planned, shared and executed."""
-    command = [sys.executable, "-m", "orchestrator.cli", "plan", str(file), "--json"]
-    plan = subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True)
-    stages = json.loads(plan.stdout)["stages"]
+    """Print what was planned, shared and executed, and what the grid takes cell by cell."""
+    stages = planned(file)
     executed = len(list((file.parent / file.stem).glob("stages/*/*/manifest.json")))
+    # A cell by itself: each model, method and seed with one target alone, none of them shared.
+    targets = yaml.safe_load(file.read_text())["targets"]
+    alone = sum(planned(file, f"--set=targets=[{json.dumps(target)}]")["planned"] for target in targets)
     print(
         f"Stages: {stages['planned']} asked for, {stages['shared']} of them shared; {executed} executed. "
-        f"Cell by cell the grid takes {stages['cell_by_cell']} ({executed / stages['cell_by_cell']:.2f})."
+        f"Cell by cell the grid takes {alone} ({executed / alone:.2f})."
     )
+
+
+def planned(file: Path, *options: str) -> dict[str, int]:
+    """Return the counts of stages that `iterabre plan` gives."""
+    command = [sys.executable, "-m", "orchestrator.cli", "plan", str(file), "--json", *options]
+    plan = subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True)
+    counts: dict[str, int] = json.loads(plan.stdout)["stages"]
+    return counts
 
 
 if __name__ == "__main__":

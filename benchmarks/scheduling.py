@@ -35,8 +35,9 @@ from ray import tune
 
 from actors.contracts import ModelInfo, ModelSpec
 from orchestrator.config import CampaignConfig, parse_config
-from orchestrator.execution.campaign import limits_of, run_trials
-from orchestrator.execution.dry_run import count_stages, distinct_stages, planned_stages
+from orchestrator.execution.campaign import limits_of
+from orchestrator.execution.dry_run import campaign_stages, planned_stages
+from orchestrator.execution.tune import run_trials
 from orchestrator.planning.cost_model import (
     MACHINES,
     START_S,
@@ -47,7 +48,9 @@ from orchestrator.planning.cost_model import (
 )
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.planner import build_plan
-from orchestrator.scheduling.admission import Need, Places, Room
+from orchestrator.planning.stages import count_stages, distinct_stages
+from orchestrator.scheduling.admission import AdmissionController
+from orchestrator.scheduling.resources import ResourceBundle, ResourceRequest
 from orchestrator.storage.stage_store import Store
 from tests.support.simulated import Simulation
 from tests.support.tiny_campaign import tiny_campaign
@@ -174,14 +177,14 @@ def run_ours(
     plan: CampaignPlan,
     times: Mapping[str, float],
     notes: Path,
-    places: Places,
+    admission: AdmissionController,
     concurrent: int | None = None,
 ) -> list[Work]:
     """The campaign's stages as they were computed."""
     backend = Simulation(times, notes, DEVICE, DEVICES, spread=SPREAD)
     at_a_time = concurrent or len(plan.trajectories)
     store = Store(str(notes / "run"))
-    outcome = run_trials(config, plan, store, limits_of(config), at_a_time, places, backend)
+    outcome = run_trials(config, plan, store, limits_of(config), at_a_time, admission, backend)
     assert not outcome.failures, outcome.failures
     return read_notes(notes)
 
@@ -220,16 +223,18 @@ def main() -> None:
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="iterabre-scheduling-"))
     config = campaign(scratch, arguments.trajectories)
-    held = {kind: Room(0, devices) for kind, devices in DEVICES.items()}
-    places = Places(partial(Room, 0, arguments.gpus), {kind: Need(room, room) for kind, room in held.items()})
-    concurrent = arguments.concurrent or places.trajectories()
+    held = {kind: ResourceBundle(0, devices) for kind, devices in DEVICES.items()}
+    requests = {kind: ResourceRequest(bundle, bundle) for kind, bundle in held.items()}
+    admission = AdmissionController(partial(ResourceBundle, 0, arguments.gpus), requests)
+    concurrent = arguments.concurrent or admission.concurrent_trajectories()
     plan = build_plan(config)
     times = stage_times()
-    distinct = distinct_stages(s for t in plan.trajectories for s in planned_stages(t))
+    planned = [stage for stages in campaign_stages(plan).values() for stage in stages]
+    distinct = distinct_stages(planned)
     work_s = sum(times.get(kind, 0) * DEVICES.get(kind, 0) for kind, _ in distinct)
     scale = arguments.minutes * 60 * arguments.gpus / work_s
     times = {kind: scale * time_s for kind, time_s in times.items()}
-    print(f"stages: {count_stages(plan)}")
+    print(f"stages: {count_stages(planned)}")
     print(
         f"seconds a stage, {scale:.1%} of a real one: "
         + ", ".join(f"{kind} {time_s:.2f}" for kind, time_s in times.items())
@@ -250,14 +255,14 @@ def main() -> None:
         directory.mkdir()
     without_overlap = campaign(scratch, FEW, overlap=False)
     gaps = sorted(
-        overheads(run_ours(without_overlap, build_plan(without_overlap), times, notes["few"], places))
+        overheads(run_ours(without_overlap, build_plan(without_overlap), times, notes["few"], admission))
     )
     print(
         f"between stages: median {statistics.median(gaps) * 1e3:.0f} ms, "
         f"mean {statistics.mean(gaps) * 1e3:.0f} ms, 95 % below {gaps[int(len(gaps) * 0.95)] * 1e3:.0f} ms"
     )
     started = time.monotonic()
-    work = run_ours(config, plan, times, notes["ours"], places, concurrent)
+    work = run_ours(config, plan, times, notes["ours"], admission, concurrent)
     wall_s, (first, last) = time.monotonic() - started, whole(work)
     print(
         f"ours:  {len(work)} stages computed, {last - first:.0f} s from first to last "

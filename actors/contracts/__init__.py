@@ -1,67 +1,105 @@
-"""Frozen specs and results that cross between packages, processes and machines.
+"""Frozen settings, specs and results that cross between packages, processes and machines.
 
-Standard library only, so that every process can import it in no time.
+Standard library and annotated_types only, so that every process can import it in no time.
+`*Settings` and the specs without a model are what a campaign file says (`settings.py` tells how).
 `*Spec` is requested, `*Result` is measured, `*Ref` points at an artifact.
 Weights never travel inside these objects; they are referred to by URI and hash.
 """
 
 from actors.contracts.artifacts import ArtifactRef, FileRef, digest, to_json
-from actors.contracts.data import TextInfo, TextSpec
+from actors.contracts.data import TextInfo, TextSettings, TextSpec
 from actors.contracts.evaluation import (
     EvaluationResult,
+    EvaluationSettings,
     EvaluationSpec,
     FewShot,
     Metric,
+    PerplexitySettings,
     PerplexitySpec,
     ThroughputSpec,
 )
-from actors.contracts.generation import GenerationResult, GenerationSpec
+from actors.contracts.generation import GenerationResult, GenerationSettings, GenerationSpec
 from actors.contracts.models import (
     BLOCK,
+    Dtype,
     ExportResult,
     ExportSpec,
     Merge,
     ModelInfo,
     ModelRef,
+    ModelSettings,
     ModelSpec,
     Origin,
 )
+from actors.contracts.pool import ActorPoolSpec
 from actors.contracts.progress import Progress, no_progress
-from actors.contracts.recovery import AdapterSpec, LossSpec, RecoveryResult, RecoverySpec, StepRecord
-from actors.contracts.scoring import MergeSpec, ScoreResult, ScoreSpec, TaskSpec
+from actors.contracts.recovery import (
+    AdapterSpec,
+    LossSpec,
+    RecoveryResult,
+    RecoverySettings,
+    RecoverySpec,
+    StepRecord,
+)
+from actors.contracts.scoring import (
+    MergeSpec,
+    Removal,
+    ScoreResult,
+    ScoreSpec,
+    ScoringSettings,
+    TaskSettings,
+    TaskSpec,
+)
+from actors.contracts.settings import Doc, LocalPath, Name, Settings, extend
 
 __all__ = [
+    "ActorPoolSpec",
     "AdapterSpec",
     "ArtifactRef",
     "BLOCK",
+    "Doc",
+    "Dtype",
     "EvaluationResult",
+    "EvaluationSettings",
     "EvaluationSpec",
     "ExportResult",
     "ExportSpec",
     "FewShot",
     "FileRef",
     "GenerationResult",
+    "GenerationSettings",
     "GenerationSpec",
+    "LocalPath",
     "LossSpec",
     "Merge",
     "MergeSpec",
     "Metric",
     "ModelInfo",
     "ModelRef",
+    "ModelSettings",
     "ModelSpec",
+    "Name",
     "Origin",
+    "PerplexitySettings",
     "PerplexitySpec",
     "Progress",
     "RecoveryResult",
+    "RecoverySettings",
     "RecoverySpec",
+    "Removal",
     "ScoreResult",
     "ScoreSpec",
+    "ScoringSettings",
+    "Settings",
     "StepRecord",
+    "TaskSettings",
     "TaskSpec",
     "TextInfo",
+    "TextSettings",
     "TextSpec",
     "ThroughputSpec",
     "digest",
+    "extend",
     "no_progress",
     "to_json",
 ]

@@ -1,12 +1,45 @@
 """Bodies of text."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from actors.contracts.artifacts import ArtifactRef
+from actors.contracts.settings import Doc, LocalPath, Settings
 
 
-@dataclass(frozen=True)
-class TextSpec:
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(Settings):
+    """A body of text: exactly one of `builtin` and `path`."""
+
+    builtin: Annotated[str | None, Doc("Name of a text that ships with the project.")] = None
+    path: Annotated[
+        str | None,
+        LocalPath(),
+        Doc("Local .txt, .jsonl, .json, .csv or .parquet file, or hub data set."),
+    ] = None
+    config: Annotated[str | None, Doc("Configuration name of a hub data set.")] = None
+    split: Annotated[str, Doc("Split of a hub data set.")] = "train"
+    text_column: Annotated[str, Doc("Column that holds the text.")] = "text"
+    prompt_column: Annotated[str | None, Doc("Column with prompts, for training on answers.")] = None
+    input_column: Annotated[str | None, Doc("Column added to the prompt where it is not empty.")] = None
+    response_column: Annotated[str | None, Doc("Column with the answers to the prompts.")] = None
+    messages_column: Annotated[
+        str | None, Doc("Column with whole conversations: lists of {role, content}.")
+    ] = None
+    chat_template: Annotated[
+        str | None,
+        LocalPath(names=("plain",)),
+        Doc("How conversations are written: the tokenizer's way, plain, or a Jinja file."),
+    ] = None
+    streaming: Annotated[bool, Doc("Read records as they are needed; for large data.")] = False
+
+    def __post_init__(self) -> None:
+        if (self.builtin is None) == (self.path is None):
+            raise ValueError("give exactly one of `builtin` and `path`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSpec(TextSettings):
     """A body of text: a built-in name, a file, a hub data set, or responses that a stage generated.
 
     For objectives that train on answers, a record is a conversation: either
@@ -19,20 +52,12 @@ class TextSpec:
     place is refused where it is read, and the content `template` of a Jinja file.
     """
 
-    builtin: str | None = None
-    path: str | None = None
-    config: str | None = None
-    split: str = "train"
-    text_column: str = "text"
-    prompt_column: str | None = None
-    input_column: str | None = None
-    response_column: str | None = None
-    messages_column: str | None = None
-    chat_template: str | None = None
-    streaming: bool = False
     generated: ArtifactRef | None = None
     fingerprint: str | None = field(default=None, compare=False)
     template: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        """Allow a text without a source, which is refused where it is read."""
 
     @property
     def name(self) -> str:

@@ -1,69 +1,109 @@
 """Requests and results of evaluation."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from actors.contracts.data import TextSpec
+from annotated_types import Ge
+
+from actors.contracts.data import TextSettings, TextSpec
 from actors.contracts.models import ModelRef
+from actors.contracts.settings import AddedLater, Doc, InKeyAs, LocalPath, Name, NotInKey, Settings
 
 
 @dataclass(frozen=True)
-class PerplexitySpec:
+class PerplexitySettings(Settings):
     """Token perplexity of a text, concatenated and cut into windows of `context` tokens."""
 
-    name: str
-    data: TextSpec
-    context: int = 1024
-    max_tokens: int | None = None
+    name: Annotated[
+        Name, Doc("Metrics are NAME/token_perplexity, NAME/loss_nats and NAME/loss_over_log_vocab.")
+    ]
+    data: TextSettings
+    context: Annotated[int, Ge(2), Doc("Tokens a window; windows do not overlap.")] = 1024
+    max_tokens: Annotated[int | None, Ge(2), Doc("Only the text's first so many tokens.")] = None
 
 
 @dataclass(frozen=True)
-class ThroughputSpec:
-    """Time prefill of `context` tokens and decoding of `new_tokens` after them; medians of `repeats`."""
+class PerplexitySpec(PerplexitySettings):
+    """The perplexity of a text as the plan found it."""
 
-    context: int = 512
-    new_tokens: int = 64
-    batch_size: int = 1
-    repeats: int = 5
+    data: TextSpec
+
+
+@dataclass(frozen=True)
+class ThroughputSpec(Settings):
+    """Speed and memory, measured beside the unpruned model on the same machine."""
+
+    context: Annotated[int, Ge(1), Doc("Tokens before the first generated one.")] = 512
+    new_tokens: Annotated[int, Ge(2), Doc("Tokens generated in one run.")] = 64
+    batch_size: Annotated[int, Ge(1), Doc("Sequences generated at a time.")] = 1
+    repeats: Annotated[int, Ge(1), Doc("Runs of each model, after a warm-up; medians are reported.")] = 5
 
 
 FewShot = int | tuple[tuple[str, int], ...] | None
 """Examples in a prompt: a number for all tasks, or one for each task or group named; else the task's own."""
 
+NumFewshot = Annotated[int, Ge(0)]
 
-@dataclass(frozen=True)
-class EvaluationSpec:
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(Settings):
+    """What is measured, on the dense model and after every iteration."""
+
+    perplexity: tuple[PerplexitySettings, ...] = (
+        PerplexitySettings("wikitext2", TextSettings(builtin="wikitext-2-raw-test")),
+    )
+    suites: Annotated[tuple[str, ...], Doc("Batteries of tasks, by name; see docs/evaluation.md.")] = ()
+    tasks: Annotated[tuple[str, ...], Doc("Further lm-eval tasks and groups, by name.")] = ()
+    include_path: Annotated[
+        str | None, LocalPath(), Doc("Directory with further lm-eval tasks."), NotInKey()
+    ] = None
+    task_suffix: Annotated[
+        str, Doc("Added to the names of suite members, for variants of them in `include_path`.")
+    ] = ""
+    limit: Annotated[int | None, Ge(1), Doc("Only the first so many documents of a task.")] = None
+    num_fewshot: Annotated[
+        NumFewshot | dict[str, NumFewshot] | None,
+        Doc("Examples in the prompt, for all tasks or as TASK: NUMBER; else the task's own."),
+    ] = None
+    apply_chat_template: Annotated[
+        bool,
+        Doc("Put tasks as conversations by the model's chat template; task_metric's, too."),
+        AddedLater(False),
+    ] = False
+    max_length: Annotated[
+        int | None, Ge(2), Doc("Longest input of a task in tokens; the model's own if not given.")
+    ] = None
+    batch_size: Annotated[
+        Annotated[int, Ge(1)] | Literal["auto"],
+        Doc("Longest requests at a time; `auto` is what memory allows. Changes no result."),
+        NotInKey(),
+    ] = "auto"
+    probes: Annotated[
+        tuple[str, ...], Doc("degeneration, arithmetic, code_failures, or a plug-in's; see docs/probes.md.")
+    ] = ()
+    max_new_tokens: Annotated[int, Ge(1), Doc("Longest text that a probe has the model write.")] = 128
+    allow_code_execution: Annotated[
+        bool, Doc("Run the code that the model writes, in a sandbox, against its tests.")
+    ] = False
+    throughput: Annotated[ThroughputSpec | None, Doc("Measure speed and memory, too.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSpec(EvaluationSettings):
     """Measure `model` on perplexity texts, lm-eval tasks, probes and its speed.
 
     `tasks` holds the members of `suites`, too, whose names end in `task_suffix`;
-    the suites themselves only give their means. `max_length` is the longest
-    input in tokens, the model's own if None. `batch_size` counts the longest
-    requests evaluated at a time, None what memory allows; it changes no result.
-    With `apply_chat_template`, tasks are put as conversations, their examples as turns.
-
-    `probes` are names in `PROBES`; `limit` holds for them as for tasks, and
-    `max_new_tokens` bounds the texts that they have the model write. Code in them is
-    run only with `allow_code_execution`. `throughput` is measured beside the
-    unpruned model. `tasks_fingerprint` is that of the folder `include_path` when the
-    campaign was planned; another folder in its place is refused.
+    the suites themselves only give their means. `batch_size` None is what memory allows.
+    `limit` holds for probes as for tasks. `tasks_fingerprint` is that of the folder
+    `include_path` when the campaign was planned; another folder in its place is refused.
     """
 
     model: ModelRef
     perplexity: tuple[PerplexitySpec, ...] = ()
-    tasks: tuple[str, ...] = ()
-    suites: tuple[str, ...] = ()
-    task_suffix: str = ""
-    include_path: str | None = None
-    limit: int | None = None
-    num_fewshot: FewShot = None
-    apply_chat_template: bool = False
-    max_length: int | None = None
-    batch_size: int | None = None
+    num_fewshot: FewShot = None  # type: ignore[assignment]
+    batch_size: int | None = None  # type: ignore[assignment]
     seed: int = 0
-    probes: tuple[str, ...] = ()
-    max_new_tokens: int = 128
-    allow_code_execution: bool = False
-    throughput: ThroughputSpec | None = None
-    tasks_fingerprint: str | None = None
+    tasks_fingerprint: Annotated[str | None, InKeyAs("include_path")] = None
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,43 @@
 """Requests and results of generation."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
 
 from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSpec
 from actors.contracts.models import ModelSpec
+from actors.contracts.settings import Doc, NotInKey, Settings
 
 
-@dataclass(frozen=True)
-class GenerationSpec:
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings(Settings):
+    """How the unpruned model answers prompts, for the objective `sgr`."""
+
+    max_prompts: Annotated[int | None, Ge(1), Doc("Only the first so many prompts.")] = None
+    responses_per_prompt: Annotated[int, Ge(1), Doc("Sampled responses a prompt.")] = 1
+    max_new_tokens: Annotated[int, Ge(1), Doc("Longest response.")] = 512
+    temperature: Annotated[float, Ge(0), Doc("0 takes the likeliest token.")] = 0.0
+    top_p: Annotated[float, Gt(0), Le(1), Doc("Share of probability that is sampled from.")] = 1.0
+    batch_size: Annotated[int, Ge(1), Doc("Prompts answered at a time."), NotInKey()] = 8
+    engine: Annotated[Literal["transformers", "vllm"], Doc("What generates.")] = "transformers"
+
+    def __post_init__(self) -> None:
+        if self.responses_per_prompt > 1 and self.temperature == 0:
+            raise ValueError("several responses_per_prompt would all be the same at temperature 0; raise it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSpec(GenerationSettings):
     """Have the unpruned `model` answer prompts (self-generated responses, *Limits* §4).
 
-    `prompts` is read for its prompts only. `temperature` 0 is greedy decoding.
-    `engine` is `transformers` or `vllm`. `batch_size` changes no response but by rounding.
+    `prompts` is read for its prompts only. `batch_size` changes no response but by rounding.
     """
 
     model: ModelSpec
     prompts: TextSpec
-    max_prompts: int | None = None
-    responses_per_prompt: int = 1
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    batch_size: int = 8
     seed: int = 0
-    engine: str = "transformers"
 
     def responses(self, artifact: ArtifactRef) -> TextSpec:
         """The responses as a text to train on, written by the template of the prompts."""

@@ -1,25 +1,38 @@
 """Source models, models on a trajectory, and their export."""
 
 from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+from annotated_types import MinLen
 
 from actors.contracts.artifacts import ArtifactRef
+from actors.contracts.settings import Doc, LocalPath, Settings
 
-BLOCK = "block"
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+BLOCK: Literal["block"] = "block"
 """The granularity at which whole blocks are removed; their layers are what depths count."""
 
 
 @dataclass(frozen=True)
-class ModelSpec:
-    """Where a source model comes from and how it is loaded.
+class ModelSettings(Settings):
+    """A source model."""
 
-    `path` is a hub id, a local directory, a GGUF file, or
-    `package://PACKAGE/FILE.gguf` for a file inside an installed Python package.
-    """
+    path: Annotated[
+        str,
+        MinLen(1),
+        LocalPath(),
+        Doc("Hub id, local directory, GGUF file, or package://PACKAGE/FILE.gguf."),
+    ]
+    dtype: Annotated[Dtype, Doc("Type of the weights in memory.")] = "float32"
+    revision: Annotated[str | None, Doc("Branch, tag or commit of a hub model.")] = None
+    trust_remote_code: Annotated[bool, Doc("Run code that the model's repository brings.")] = False
 
-    path: str
-    dtype: str = "float32"
-    revision: str | None = None
-    trust_remote_code: bool = False
+
+@dataclass(frozen=True)
+class ModelSpec(ModelSettings):
+    """Where a source model comes from and how it is loaded."""
+
     contents: str | None = field(default=None, compare=False)
     """Hash of the model's files as `describe_model` found them; if it is given, they must still be those."""
 

@@ -1,80 +1,102 @@
 """Requests and results of recovery."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Lt
 
 from actors.contracts.artifacts import ArtifactRef
-from actors.contracts.data import TextSpec
-from actors.contracts.models import ModelRef, ModelSpec
+from actors.contracts.data import TextSettings, TextSpec
+from actors.contracts.models import Dtype, ModelRef, ModelSpec
+from actors.contracts.settings import Doc, NotInKey, Settings
 
 
 @dataclass(frozen=True)
-class AdapterSpec:
-    """Which weights recovery may change: `lora`, `qlora` (on NF4 base weights) or `full`.
+class AdapterSpec(Settings):
+    """What recovery trains."""
 
-    `alpha` defaults to the rank.
-    """
-
-    kind: str = "lora"
-    rank: int = 32
-    alpha: float | None = None
-    dropout: float = 0.0
-    targets: str | tuple[str, ...] = "all-linear"
-    double_quantization: bool = True
+    kind: Annotated[
+        Literal["lora", "qlora", "full"], Doc("Low-rank, low-rank on NF4 base weights, or all weights.")
+    ] = "lora"
+    rank: Annotated[int, Ge(1), Doc("Rank of the low-rank update.")] = 32
+    alpha: Annotated[float | None, Gt(0), Doc("Scale; the rank if not given.")] = None
+    dropout: Annotated[float, Ge(0), Lt(1), Doc("Dropout before the adapter.")] = 0.0
+    targets: Annotated[
+        str | tuple[str, ...], Doc("all-linear, ffn, attention, or a list of module names.")
+    ] = "all-linear"
+    double_quantization: Annotated[bool, Doc("For qlora: quantise the scales of NF4, too.")] = True
 
 
 @dataclass(frozen=True)
-class LossSpec:
+class LossSpec(Settings):
     """Weights of the loss terms; 0 switches a term off.
 
-    `hidden`, `attention` and `logits` are the distillation's (IteRABRe §3.2);
-    `logit_loss` is one of `mse`, `forward_kl`, `reverse_kl`, `jsd`,
-    `cross_entropy`, and `temperature` divides the logits of all but `mse`.
-    `auxiliary` weighs Gromov's Eq. 8 in `healing_aux`.
+    `hidden`, `attention` and `logits` are those of distillation (IteRABRe §3.2).
     """
 
-    hidden: float = 1.0
-    attention: float = 1.0
-    logits: float = 1.0
-    logit_loss: str = "mse"
-    temperature: float = 1.0
-    auxiliary: float = 1.0
+    hidden: Annotated[float, Ge(0), Doc("Mean square error of the outputs of the paired blocks.")] = 1.0
+    attention: Annotated[
+        float, Ge(0), Doc("Mean square error of the attention matrices; needs eager attention.")
+    ] = 1.0
+    logits: Annotated[float, Ge(0), Doc("Distance of the logits.")] = 1.0
+    logit_loss: Annotated[
+        Literal["mse", "forward_kl", "reverse_kl", "jsd", "cross_entropy"],
+        Doc("What the distance of the logits is."),
+    ] = "mse"
+    temperature: Annotated[float, Gt(0), Doc("Divides the logits of all logit losses but mse.")] = 1.0
+    auxiliary: Annotated[float, Ge(0), Doc("Weight of Gromov's Eq. 8, in healing_aux.")] = 1.0
 
 
-@dataclass(frozen=True)
-class RecoverySpec:
+@dataclass(frozen=True, kw_only=True)
+class RecoverySettings(Settings):
+    """How a pruned model is healed. The defaults are the paper's (IteRABRe §4)."""
+
+    objective: Annotated[str, Doc("A name in the table of objectives, or a plug-in's.")] = "kd"
+    loss: LossSpec = LossSpec()
+    adapter: AdapterSpec = AdapterSpec()
+    data: TextSettings = TextSettings(path="Salesforce/wikitext", config="wikitext-2-raw-v1", split="train")
+    teacher_layers: Annotated[
+        tuple[int, ...] | None, Doc("With `teacher`: its layer for each layer of the student.")
+    ] = None
+    packing: Annotated[
+        Literal["concatenated", "documents"],
+        Doc("Whether a token of a training block may see another document."),
+    ] = "concatenated"
+    sequence_length: Annotated[int, Ge(2), Doc("Tokens a training sequence.")] = 512
+    batch_size: Annotated[int, Ge(1), Doc("Sequences an optimizer step, over all workers.")] = 32
+    micro_batch_size: Annotated[int, Ge(1), Doc("Sequences a worker holds at a time."), NotInKey()] = 4
+    learning_rate: Annotated[float, Gt(0), Doc("Peak learning rate of AdamW.")] = 1e-4
+    lr_schedule: Annotated[
+        Literal["linear", "cosine", "constant"], Doc("How the learning rate goes on after the warm-up.")
+    ] = "linear"
+    warmup_steps: Annotated[int, Ge(0), Doc("Steps of linear rise to the peak.")] = 0
+    weight_decay: Annotated[float, Ge(0), Doc("AdamW's decoupled weight decay.")] = 0.0
+    max_grad_norm: Annotated[float, Gt(0), Doc("Gradients are clipped to this norm.")] = 1.0
+    max_tokens: Annotated[int, Ge(1), Doc("Tokens seen in one recovery.")] = 2_500_000
+    precision: Annotated[Dtype | None, Doc("Type of the computation; the model's dtype if not given.")] = None
+    gradient_checkpointing: Annotated[
+        bool,
+        Doc("Compute blocks again in the backward pass rather than keep what they hold."),
+        NotInKey(),
+    ] = False
+    checkpoint_steps: Annotated[int, Ge(1), Doc("Steps between two checkpoints."), NotInKey()] = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverySpec(RecoverySettings):
     """Heal `model` (the student), by default by training adapters against its source model.
 
-    `batch_size` counts sequences of one optimizer step over all workers, so the
-    result does not depend on how many workers share it. `teacher` names another
+    The result does not depend on how many workers share a batch. `teacher` names another
     model than the source to learn from; `teacher_layers[l]` is then the teacher's
     layer that the student's l-th is compared with, where hidden states or
-    attention are compared at all. `packing` is `concatenated` (blocks run across
-    documents) or `documents` (no token sees another document). `precision` is the
-    type of the computation, that of the source's weights if None.
+    attention are compared at all.
     """
 
     model: ModelRef
     data: TextSpec
-    objective: str = "kd"
-    loss: LossSpec = field(default_factory=LossSpec)
-    adapter: AdapterSpec = field(default_factory=AdapterSpec)
     teacher: ModelSpec | None = None
-    teacher_layers: tuple[int, ...] | None = None
-    packing: str = "concatenated"
-    sequence_length: int = 512
-    batch_size: int = 32
-    micro_batch_size: int = 4
-    learning_rate: float = 1e-4
-    lr_schedule: str = "linear"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_tokens: int = 2_500_000
-    precision: str | None = None
-    gradient_checkpointing: bool = False
-    checkpoint_steps: int = 100
     seed: int = 0
-    deepspeed: str = "{}"
+    deepspeed: Annotated[str, NotInKey()] = "{}"
     """The user's DeepSpeed configuration, as JSON text."""
 
     def healed(self, artifact: ArtifactRef | None) -> ModelRef:

@@ -1,69 +1,99 @@
 """Requests and results of scoring."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from actors.contracts.data import TextSpec
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+from actors.contracts.artifacts import ArtifactRef
+from actors.contracts.data import TextSettings, TextSpec
 from actors.contracts.models import BLOCK, Merge, ModelRef
+from actors.contracts.settings import AddedLater, Doc, InKeyAs, NotInKey, Settings
 
 
 @dataclass(frozen=True)
-class TaskSpec:
-    """The lm-eval task that decides for the criterion `task_metric`.
+class TaskSettings(Settings):
+    """The lm-eval task that decides for the criterion `task_metric`."""
 
-    `tasks_fingerprint` is as in `EvaluationSpec`.
-    """
-
-    name: str
-    metric: str = "acc"
-    higher_is_better: bool = True
-    limit: int | None = None
-    num_fewshot: int | None = None
-    include_path: str | None = None
-    batch_size: int | None = None
-    tasks_fingerprint: str | None = None
-    apply_chat_template: bool = False
+    name: Annotated[str, MinLen(1), Doc("Name of the task or group.")]
+    metric: Annotated[str, Doc("Its metric, as evaluation names it: acc, acc_norm, …")] = "acc"
+    higher_is_better: Annotated[bool, Doc("False for an error or a perplexity.")] = True
+    limit: Annotated[int | None, Ge(1), Doc("Only the first so many documents.")] = None
+    num_fewshot: Annotated[int | None, Ge(0), Doc("Examples in the prompt; the task's own if not given.")] = (
+        None
+    )
 
 
 @dataclass(frozen=True)
-class MergeSpec:
-    """How the criterion `laco` merges (LaCo, Algorithm 1); `actors.scoring.laco` says what each means."""
+class TaskSpec(TaskSettings):
+    """The deciding task, put as evaluation puts its tasks; see `EvaluationSettings`."""
 
-    variant: str = "differences"
-    threshold: float = 0.65
-    group: int = 4
-    interval: int = 2
-    lowest: int = 0
-    highest: int | None = None
+    include_path: Annotated[str | None, NotInKey()] = None
+    batch_size: Annotated[int | None, NotInKey()] = None
+    tasks_fingerprint: Annotated[str | None, InKeyAs("include_path")] = None
+    apply_chat_template: Annotated[bool, AddedLater(False)] = False
 
 
 @dataclass(frozen=True)
-class ScoreSpec:
+class MergeSpec(Settings):
+    """How the criterion `laco` merges layers (LaCo, Algorithm 1)."""
+
+    variant: Annotated[str, Doc("differences (Eq. 1) or in_place (the published code).")] = "differences"
+    threshold: Annotated[float, Ge(-1), Le(1), Doc("Least cosine to the unmerged model's output.")] = 0.65
+    group: Annotated[int, Ge(2), Doc("Layers that become one.")] = 4
+    interval: Annotated[int, Ge(1), Doc("Least distance of two layers that take others in.")] = 2
+    lowest: Annotated[int, Ge(0), Doc("Lowest layer that may take others in.")] = 0
+    highest: Annotated[int | None, Ge(1), Doc("Layers below this one are merged; all by default.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings(Settings):
+    """How the next layer to remove is chosen."""
+
+    criterion: Annotated[str, Doc("A name in the table of criteria, or a plug-in's.")] = "hidden_cosine"
+    granularity: Annotated[
+        Literal["block", "attention", "mlp"],
+        Doc("What is removed: whole blocks, or the attention or the MLP of single blocks."),
+    ] = BLOCK
+    reference: Annotated[
+        Literal["source", "current"],
+        Doc("Model whose last hidden state is kept: the unpruned or the current one."),
+    ] = "source"
+    pooling: Annotated[str, Doc("flatten, token_mean or last_token.")] = "flatten"
+    calibration: TextSettings = TextSettings(builtin="iterabre-appendix-a")
+    max_sequences: Annotated[int | None, Ge(1), Doc("Use only the first so many sequences.")] = None
+    sequence_length: Annotated[int, Ge(2), Doc("Longer sequences are cut to so many tokens.")] = 512
+    task: Annotated[TaskSettings | None, Doc("What decides for task_metric; for no other criterion.")] = None
+    merge: Annotated[MergeSpec | None, Doc("How laco merges; for no other criterion.")] = None
+    memory_budget_gb: Annotated[
+        float | None,
+        Gt(0),
+        Doc("GiB that hidden states may take, beside the weights; changes no score."),
+        NotInKey(),
+    ] = None
+    stream_weights: Annotated[
+        bool, Doc("Read layers from their files one at a time, for models larger than memory."), NotInKey()
+    ] = False
+    confidence: Annotated[
+        float | None,
+        Gt(0.5),
+        Lt(1),
+        Doc("Give up candidates that at this level will not be the next to go."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSpec(ScoringSettings):
     """Score every remaining layer of `model` as a candidate for removal.
 
-    `granularity` says what of it would go: the `block`, its `attention` or its `mlp`.
-    `num_remove` is how many layers will go before the next scoring, for what
-    depends on it. `task` is for `task_metric`, `merge` for `laco`.
-    `memory_budget_gb` (GiB) bounds the memory that hidden states take. With
-    `stream_weights`, layers are read from their files one at a time. With
-    `confidence`, candidates that are at this level sure not to be removed next
-    are no longer scored.
+    `num_remove` is how many layers will go before the next scoring, for what depends on it.
     """
 
     model: ModelRef
     calibration: TextSpec
-    criterion: str = "hidden_cosine"
-    reference: str = "source"
-    pooling: str = "flatten"
-    max_sequences: int | None = None
-    sequence_length: int = 512
+    task: TaskSpec | None = None
     seed: int = 0
     num_remove: int = 1
-    task: TaskSpec | None = None
-    merge: MergeSpec | None = None
-    memory_budget_gb: float | None = None
-    stream_weights: bool = False
-    confidence: float | None = None
-    granularity: str = BLOCK
 
 
 @dataclass(frozen=True)
@@ -86,3 +116,24 @@ class ScoreResult:
     layer_forwards: int
     merges: tuple[Merge, ...] = ()
     layer_forwards_saved: int = 0
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a model loses next: `source_layers` of a granularity, each with its score, and their merges.
+
+    In a dry run the layers are not known before they are scored: `placeholder` then stands for
+    the choice, named by the stage that will decide.
+    """
+
+    granularity: str
+    source_layers: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    merges: tuple[Merge, ...] = ()
+    placeholder: ArtifactRef | None = None
+
+    def applied_to(self, model: ModelRef) -> ModelRef:
+        """Return `model` without those layers."""
+        if self.placeholder is not None:
+            return model.adapted(self.placeholder)
+        return model.pruned(self.granularity, self.source_layers).merged(self.merges)

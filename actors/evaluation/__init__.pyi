@@ -1,7 +1,8 @@
 from .evaluate import evaluate_model
-from .lm_eval.harness import check_task_data, check_tasks, evaluate_tasks
+from .lm_eval.harness import evaluate_tasks
 from .lm_eval.suites import SUITES, suite_tasks
 from .lm_eval.task_folder import tasks_fingerprint
+from .lm_eval.task_loading import check_task_data, check_tasks
 from .perplexity import Perplexity, token_perplexity
 from .probes.probes import PROBES, Probe, check_probes
 

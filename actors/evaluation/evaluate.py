@@ -1,4 +1,4 @@
-"""Everything an `EvaluationSpec` asks for, measured on a model that is in memory."""
+"""Evaluation of a model in memory by an `EvaluationSpec`."""
 
 import math
 from importlib.metadata import version
@@ -16,27 +16,22 @@ from actors.contracts import (
     no_progress,
 )
 from actors.data import load_texts, tokenize_text
-from actors.evaluation.lm_eval.harness import (
-    Answer,
-    Versions,
-    answering,
-    check_chat_template,
-    check_task_data,
-    evaluate_tasks_by,
-)
+from actors.evaluation.lm_eval.harness import Versions, evaluate_tasks_with
+from actors.evaluation.lm_eval.language_models import Responder, check_chat_template, local_responder
 from actors.evaluation.lm_eval.suites import suite_means
 from actors.evaluation.lm_eval.task_folder import check_tasks_unchanged
+from actors.evaluation.lm_eval.task_loading import check_task_data
 from actors.evaluation.perplexity import token_perplexity
 from actors.evaluation.probes.probes import check_probes, run_probe
-from actors.evaluation.sandbox.sandbox import check_sandbox
+from actors.evaluation.sandbox.runner import check_sandbox
 from actors.evaluation.throughput import check_length, throughput
-from actors.models import device, load_source, materialize, text_config
+from actors.models import build_model, device, load_source, text_config
 
 TIMED_TEXT = TextSpec(builtin="wikitext-2-raw-test")
-LONG_TOKEN = 20
+CHARS_PER_TOKEN = 20
 """The text whose first tokens throughput is measured on; tokens of it are shorter, on average."""
 
-WINDOWS_AT_A_TIME = 8
+PERPLEXITY_BATCH = 8
 """Perplexity windows of a batch where no batch size is given."""
 
 
@@ -46,7 +41,7 @@ def evaluate_model(spec: EvaluationSpec, progress: Progress = no_progress) -> Ev
     Raises RequestError for what cannot be had, before any weights are read.
     """
     check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
-    model, tokenizer = materialize(spec.model)
+    model, tokenizer = build_model(spec.model)
     return evaluate(model.to(device()), tokenizer, spec, progress)
 
 
@@ -58,7 +53,7 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure `model` on the spec's perplexity texts, its lm-eval tasks, its probes, and its speed.
 
-    `spec.model` is what the caller has loaded; only throughput looks at it, for the
+    `spec.model` is what the caller has loaded; only throughput reads it, for the
     unpruned model to compare with. The tasks run together, as one call of the
     harness. Progress counts texts, probes, throughput and, as one unit, the tasks.
 
@@ -80,11 +75,11 @@ def evaluate(
     versions = [(name, version(name)) for name in ("torch", "transformers")]
     for done, text in enumerate(spec.perplexity):
         progress(done, total, text.name)
-        metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size or WINDOWS_AT_A_TIME)
+        metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size or PERPLEXITY_BATCH)
     if spec.tasks:
         progress(len(spec.perplexity), total, ", ".join(spec.tasks))
-        answer = answering(model, tokenizer, spec.batch_size, spec.max_length)
-        task_metrics, task_versions = measure_tasks(spec, answer, tokenizer)
+        respond = local_responder(model, tokenizer, spec.batch_size, spec.max_length)
+        task_metrics, task_versions = measure_tasks(spec, respond, tokenizer)
         metrics += task_metrics
         versions += task_versions
     for done, name in enumerate(spec.probes, start=len(spec.perplexity) + bool(spec.tasks)):
@@ -92,18 +87,23 @@ def evaluate(
         metrics += run_probe(name, model, tokenizer, spec)
     if spec.throughput is not None:
         progress(total - 1, total, "throughput")
-        metrics += _throughput(model, tokenizer, spec)
+        unpruned = spec.model == ModelRef(spec.model.source)
+        dense = None if unpruned else load_source(spec.model)[0].to(model.device)
+        needed = spec.throughput.batch_size * spec.throughput.context
+        beginning = "".join(load_texts(TIMED_TEXT))[: needed * CHARS_PER_TOKEN]
+        timed_ids = tokenize_text([beginning], tokenizer, needed)
+        metrics += throughput(model, dense, timed_ids, spec.throughput)
     progress(total, total, "evaluated")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return EvaluationResult(tuple(metrics), num_parameters, tuple(versions))
 
 
 def measure_tasks(
-    spec: EvaluationSpec, answer: Answer, tokenizer: PreTrainedTokenizerBase
+    spec: EvaluationSpec, respond: Responder, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Metric], Versions]:
-    """The spec's tasks and suites, by a model that answers requests here or elsewhere."""
-    metrics, versions = evaluate_tasks_by(
-        answer,
+    """Return metrics of the spec's tasks and suites, by the model behind `respond`."""
+    metrics, versions = evaluate_tasks_with(
+        respond,
         spec.tasks,
         include_path=spec.include_path,
         limit=spec.limit,
@@ -115,17 +115,6 @@ def measure_tasks(
     return [*metrics, *suite_means(metrics, spec.suites, spec.task_suffix)], versions
 
 
-def _throughput(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
-) -> list[Metric]:
-    assert spec.throughput is not None
-    unpruned = spec.model == ModelRef(spec.model.source)
-    dense = None if unpruned else load_source(spec.model)[0].to(model.device)
-    needed = spec.throughput.batch_size * spec.throughput.context
-    beginning = "".join(load_texts(TIMED_TEXT))[: needed * LONG_TOKEN]
-    return throughput(model, dense, tokenize_text([beginning], tokenizer, needed), spec.throughput)
-
-
 def _perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -133,7 +122,7 @@ def _perplexity(
     texts: list[str],
     batch_size: int,
 ) -> list[Metric]:
-    """Loss over log V is 1 for a model that knows nothing, whatever its vocabulary (Gromov et al., §4)."""
+    """Return perplexity, loss, and loss over log V, 1 for uniform predictions (Gromov et al., §4)."""
     input_ids = tokenize_text(texts, tokenizer, spec.max_tokens, repr(spec.data.name))
     vocab_size = text_config(model.config).vocab_size
     measured = token_perplexity(model, input_ids, spec.context, batch_size)

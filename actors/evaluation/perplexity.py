@@ -35,7 +35,7 @@ class Perplexity:
 def token_perplexity(
     model: PreTrainedModel, input_ids: LongTensor, context: int, batch_size: int = 8
 ) -> Perplexity:
-    """Perplexity of `input_ids` [T_total], read in windows of `context` tokens that do not overlap.
+    """Return the perplexity of `input_ids` [T_total], in windows of `context` tokens that do not overlap.
 
     Each window predicts its tokens 2..T; the last one may be shorter and counts
     if it has at least two tokens. The log-softmax is taken in float32 and the
@@ -46,20 +46,6 @@ def token_perplexity(
     Raises RequestError if there is no token to predict, or if `context` is
     more than the model has positions.
     """
-    _check(model, len(input_ids), context)
-    model.eval()
-    windows = input_ids.to(input_device(model)).split(context)
-    full = [w for w in windows if len(w) == context]
-    batches = [torch.stack(full[i : i + batch_size]) for i in range(0, len(full), batch_size)]
-    if 2 <= len(windows[-1]) < context:
-        batches.append(windows[-1][None])
-    plain = _has_plain_head(model, batches[0])
-    nats = sum(_plain_nats(model, batch) if plain else _full_nats(model, batch) for batch in batches)
-    num_tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
-    return Perplexity(nats / num_tokens, num_tokens)
-
-
-def _check(model: PreTrainedModel, num_tokens: int, context: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context < 2:
         raise RequestError(f"a perplexity context needs at least 2 tokens, not {context}")
@@ -67,12 +53,27 @@ def _check(model: PreTrainedModel, num_tokens: int, context: int) -> None:
         raise RequestError(
             f"a perplexity context of {context} tokens is more than the {positions} positions of the model"
         )
-    if num_tokens < 2:
-        raise RequestError(f"perplexity needs at least 2 tokens; the text has {num_tokens}")
+    if len(input_ids) < 2:
+        raise RequestError(f"perplexity needs at least 2 tokens; the text has {len(input_ids)}")
+    model.eval()
+    windows = input_ids.to(input_device(model)).split(context)
+    full = [w for w in windows if len(w) == context]
+    batches = [torch.stack(full[i : i + batch_size]) for i in range(0, len(full), batch_size)]
+    if 2 <= len(windows[-1]) < context:
+        batches.append(windows[-1][None])
+    plain = _has_plain_head(model, batches[0])
+    nats = 0.0
+    for batch in batches:
+        if plain:
+            nats += _plain_nats(model, batch)
+        else:  # through the family's own forward pass, one window at a time
+            nats += sum(_nats(model(ids[None], use_cache=False).logits[0, :-1], ids[1:]) for ids in batch)
+    num_tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+    return Perplexity(nats / num_tokens, num_tokens)
 
 
 def _has_plain_head(model: PreTrainedModel, ids_BT: Tensor) -> bool:
-    """Whether the model's logits are its head applied to its last hidden state, and nothing more.
+    """Return true if the model's logits are its head applied to its last hidden state, and nothing more.
 
     Found out on a few tokens rather than from a list of families.
     """
@@ -87,17 +88,12 @@ def _has_plain_head(model: PreTrainedModel, ids_BT: Tensor) -> bool:
 
 
 def _plain_nats(model: PreTrainedModel, ids_BT: Tensor) -> float:
-    """Sum of -log p over the predicted tokens, through the head in chunks of positions."""
+    """Return the sum of -log p over the predicted tokens, through the head in chunks of positions."""
     hidden_BTD = model.base_model(ids_BT, use_cache=False).last_hidden_state
     hidden, targets = hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
     head = model.get_output_embeddings()
     chunks = zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True)
     return sum(_nats(head(h), t) for h, t in chunks)
-
-
-def _full_nats(model: PreTrainedModel, ids_BT: Tensor) -> float:
-    """The same through the family's own forward pass, one window at a time."""
-    return sum(_nats(model(ids[None], use_cache=False).logits[0, :-1], ids[1:]) for ids in ids_BT)
 
 
 def _nats(logits: Tensor, targets: Tensor) -> float:

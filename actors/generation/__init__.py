@@ -1,4 +1,4 @@
-"""Having the unpruned model answer prompts (self-generated responses)."""
+"""Generation of responses to prompts by the unpruned model (self-generated responses)."""
 
 import lazy_loader
 

@@ -1,10 +1,10 @@
-"""What generates: one row an engine."""
+"""The engines of generation: one row each."""
 
 from collections.abc import Callable
 
 from actors.contracts import GenerationResult, GenerationSpec, Progress, no_progress
 from actors.errors import unknown_name
-from actors.generation.responses import Engine, conduct
+from actors.generation.responses import Engine, run_shards
 from actors.generation.transformers import TransformersEngine
 from actors.generation.vllm import VllmEngine
 
@@ -15,7 +15,7 @@ ENGINES: dict[str, Callable[[GenerationSpec], Engine]] = {
 
 
 def open_engine(spec: GenerationSpec) -> Engine:
-    """The engine that `spec` names, with its model loaded.
+    """Return the engine that `spec` names, with its model loaded.
 
     Raises:
         RequestError: there is none of that name, or it is not installed.
@@ -26,10 +26,12 @@ def open_engine(spec: GenerationSpec) -> Engine:
 
 
 def generate_locally(spec: GenerationSpec, uri: str, progress: Progress = no_progress) -> GenerationResult:
-    """Answer all prompts in this process and publish the responses at `uri`.
+    """Generate responses to all prompts in this process and publish the responses at `uri`.
 
     Raises:
         RequestError: no prompts, no chat template, or no such engine.
     """
     engine = open_engine(spec)
-    return conduct(spec, lambda shares: ((share, engine.answer(share)) for share in shares), uri, progress)
+    return run_shards(
+        spec, lambda shards: ((shard, engine.respond(shard)) for shard in shards), uri, progress
+    )

@@ -1,59 +1,43 @@
-"""Generation on Ray: a pool of actors that share the prompts."""
+"""Generation on Ray: a pool of actors that divide the prompts."""
 
-from functools import partial
 from typing import TYPE_CHECKING
 
-import ray
-
-from actors.contracts import GenerationResult, GenerationSpec, Progress, no_progress
-from actors.ray_pool import placement, pool_of, share_out, wait_for_place
+from actors.contracts import ActorPoolSpec, GenerationResult, GenerationSpec, Progress, no_progress
+from actors.ray_pool import ActorPool
 
 if TYPE_CHECKING:
-    from actors.generation.responses import Engine, Response, Share
+    from actors.generation.responses import Engine, Response, Shard
 
 
 class GenerateActor:
-    """Answers shares of one spec's prompts; holds the model between shares."""
+    """Generates responses to shards of one spec's prompts; holds the model between shards."""
 
     def __init__(self, spec: GenerationSpec):
         self._spec = spec
         self._engine: Engine | None = None
 
-    def ready(self) -> bool:
-        """Answers once the actor has been placed."""
-        return True
-
-    def work(self, share: "Share") -> "list[Response]":
-        """Responses to the share's prompts."""
+    def work(self, shard: "Shard") -> "list[Response]":
+        """Return the responses to the shard's prompts."""
         if self._engine is None:
             from actors.generation.engines import open_engine
 
-            # Not opened when the actor is made: Ray would tell of its death instead of what is wrong.
+            # Not opened when the actor is made: Ray would report its death instead of what is wrong.
             self._engine = open_engine(self._spec)
-        return self._engine.answer(share)
+        return self._engine.respond(shard)
 
 
 def generate_on_ray(
-    spec: GenerationSpec,
-    uri: str,
-    *,
-    actors: int,
-    cpus: float,
-    gpus: float,
-    start_timeout_s: float,
-    progress: Progress = no_progress,
+    spec: GenerationSpec, uri: str, pool: ActorPoolSpec, progress: Progress = no_progress
 ) -> GenerationResult:
-    """Generate on a pool of up to `actors` actors; begins as soon as one of them has a place.
+    """Generate on a pool of actors; begin as soon as one of them has a place.
 
-    A share whose actor is lost goes to another; the others are not run again. The
-    responses depend neither on the number of actors nor on which of them answers.
+    A shard whose actor is lost goes to another; the others are not run again. The
+    responses depend neither on the number of actors nor on which of them generates them.
 
     Raises:
-        WorkError: no actor got a place within `start_timeout_s`, or all were lost.
+        WorkError: no actor got a place in time, or all were lost.
     """
-    from actors.generation.responses import conduct
+    from actors.generation.responses import run_shards
 
-    remote = ray.remote(GenerateActor).options(**placement(cpus, gpus), max_restarts=3)
-    with pool_of(actors, partial(remote.remote, spec)) as pool:
-        wait_for_place([actor.ready.remote() for actor in pool], "generation", cpus, gpus, start_timeout_s)
-        return conduct(spec, partial(share_out, pool, what="generate"), uri, progress)
+    with ActorPool(pool, GenerateActor, spec, setting="generation") as actors:
+        return run_shards(spec, actors.dispatch, uri, progress)

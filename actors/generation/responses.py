@@ -1,7 +1,7 @@
-"""Prompts shared out to be answered, and the responses as an artifact."""
+"""Prompts in shards, and the responses to them as an artifact."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,13 +14,13 @@ from actors.errors import RequestError
 
 Prompt = tuple[dict[str, str], ...]
 
-PROMPTS_A_SHARE = 64
+PROMPTS_PER_SHARD = 64
 FILE = "responses.jsonl"
 
 
 @dataclass(frozen=True)
 class Response:
-    """What the model said to a prompt; `finished` if it ended by itself within the limit."""
+    """The model's response to a prompt; `finished` if it ended by itself within the limit."""
 
     prompt: Prompt
     response: str
@@ -29,58 +29,51 @@ class Response:
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """Prompts that follow one another; the first is number `first` of all."""
 
     first: int
     prompts: tuple[Prompt, ...]
 
 
-ShareOut = Callable[[Sequence[Share]], Iterator[tuple[Share, list[Response]]]]
-"""Has every share answered, in any order."""
+Compute = Callable[[Sequence[Shard]], Iterator[tuple[Shard, list[Response]]]]
+"""Computes shards somewhere and yields each with its responses, in any order."""
 
 
 class Engine(Protocol):
-    """A loaded model that answers."""
+    """A loaded model that generates responses."""
 
-    def answer(self, share: Share) -> list[Response]:
-        """Responses to the share's prompts, in order, several for each if the spec says so."""
+    def respond(self, shard: Shard) -> list[Response]:
+        """Return the responses to the shard's prompts, in order, several for each if the spec says so."""
 
 
-def conduct(spec: GenerationSpec, share_out: ShareOut, uri: str, progress: Progress) -> GenerationResult:
-    """Cut the prompts into shares, have them answered, and publish the responses in the order of the prompts.
+def run_shards(spec: GenerationSpec, compute: Compute, uri: str, progress: Progress) -> GenerationResult:
+    """Divide the prompts into shards, compute them, and publish the responses in the order of the prompts.
 
     Raises:
         RequestError: no prompts, or all are too long for the model.
     """
     prompts = read_prompts(spec.prompts, spec.max_prompts)
-    shares = [
-        Share(at, tuple(prompts[at : at + PROMPTS_A_SHARE])) for at in range(0, len(prompts), PROMPTS_A_SHARE)
+    shards = [
+        Shard(at, tuple(prompts[at : at + PROMPTS_PER_SHARD]))
+        for at in range(0, len(prompts), PROMPTS_PER_SHARD)
     ]
-    done = responses = tokens = finished = 0
+    done = num_responses = tokens = finished = 0
     with TemporaryDirectory(prefix="iterabre-responses-") as scratch, TemporaryDirectory() as parts:
-        for share, answers in share_out(shares):
-            _write(Path(parts) / f"{share.first}", answers)
-            done += len(share.prompts)
-            responses += len(answers)
-            tokens += sum(answer.tokens for answer in answers)
-            finished += sum(answer.finished for answer in answers)
+        for shard, responses in compute(shards):
+            lines = (json.dumps(asdict(response), ensure_ascii=False) + "\n" for response in responses)
+            (Path(parts) / f"{shard.first}").write_text("".join(lines), encoding="utf-8")
+            done += len(shard.prompts)
+            num_responses += len(responses)
+            tokens += sum(response.tokens for response in responses)
+            finished += sum(response.finished for response in responses)
             progress(done, len(prompts), f"{tokens} tokens")
-        if not responses:
+        if not num_responses:
             raise RequestError(
                 f"all {len(prompts)} prompts are too long for the context of {spec.model.path!r}"
             )
-        _join((Path(parts) / f"{share.first}" for share in shares), Path(scratch) / FILE)
+        with (Path(scratch) / FILE).open("wb") as whole:
+            for shard in shards:
+                whole.write((Path(parts) / f"{shard.first}").read_bytes())
         artifact = publish(Path(scratch), uri)
-    return GenerationResult(artifact, len(prompts), responses, tokens, finished)
-
-
-def _write(file: Path, answers: Iterable[Response]) -> None:
-    lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
-    file.write_text("".join(lines), encoding="utf-8")
-
-
-def _join(parts: Iterable[Path], file: Path) -> None:
-    with file.open("wb") as whole:
-        for part in parts:
-            whole.write(part.read_bytes())
+    return GenerationResult(artifact, len(prompts), num_responses, tokens, finished)

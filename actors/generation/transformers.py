@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from actors.contracts import GenerationSpec, ModelRef, digest
-from actors.data import chat_template, naming, render
-from actors.generation.responses import Prompt, Response, Share
-from actors.models import device, materialize, text_config
+from actors.data import chat_template, render, tokenizer_errors
+from actors.generation.responses import Prompt, Response, Shard
+from actors.models import build_model, device, text_config
 from actors.models.decoding import end_tokens, plain_greedy
 
 log = logging.getLogger(__name__)
@@ -33,11 +33,11 @@ class TransformersEngine:
 
     def __init__(self, spec: GenerationSpec):
         self._spec = spec
-        model, self._tokenizer = materialize(ModelRef(spec.model))
+        model, self._tokenizer = build_model(ModelRef(spec.model))
         self._model = model.to(device())
 
-    def answer(self, share: Share) -> list[Response]:
-        return generate_responses(self._model, self._tokenizer, share.prompts, self._spec, share.first)
+    def respond(self, shard: Shard) -> list[Response]:
+        return generate_responses(self._model, self._tokenizer, shard.prompts, self._spec, shard.first)
 
 
 def generate_responses(
@@ -47,7 +47,7 @@ def generate_responses(
     spec: GenerationSpec,
     first: int = 0,
 ) -> list[Response]:
-    """Have `model` answer each prompt `spec.responses_per_prompt` times; in the order of the prompts.
+    """Generate `spec.responses_per_prompt` responses to each prompt; in the order of the prompts.
 
     What is drawn depends on `spec.seed`, the prompt's number (`first` is that of
     the first) and the response's, never on the batch that a prompt is in. Logits
@@ -63,10 +63,11 @@ def generate_responses(
     template = chat_template(tokenizer, spec.prompts)
     ids = []
     for number, prompt in enumerate(prompts, start=first):
-        with naming(f"prompt {number} of {spec.prompts.name!r}, blank ones not counted", tokenizer):
+        with tokenizer_errors(f"prompt {number} of {spec.prompts.name!r}, blank ones not counted", tokenizer):
             text = render(list(prompt), tokenizer, template, add_generation_prompt=True)
             ids.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    room = _context(model) - spec.max_new_tokens
+    context = getattr(text_config(model.config), "max_position_embeddings", None) or 2**31
+    room = context - spec.max_new_tokens
     jobs = [
         (i, k) for i in range(len(prompts)) for k in range(spec.responses_per_prompt) if len(ids[i]) <= room
     ]
@@ -74,67 +75,55 @@ def generate_responses(
         log.warning("%d of %d prompts left out: longer than %d tokens", left_out, len(prompts), room)
     # Prompts of like length share a batch, so that little of it is padding.
     by_length = sorted(jobs, key=lambda job: (-len(ids[job[0]]), job))
-    answers: dict[tuple[int, int], Response] = {}
+    ends = end_tokens(model, tokenizer)
+    responses: dict[tuple[int, int], Response] = {}
     for at in range(0, len(by_length), spec.batch_size):
         batch = by_length[at : at + spec.batch_size]
-        seeds = [_seed(spec.seed, first + i, k) for i, k in batch]
-        completed = _complete(model, tokenizer, [ids[i] for i, _ in batch], seeds, spec)
+        seeds = [int(digest([spec.seed, first + i, k])[:15], 16) for i, k in batch]
+        completed = _complete(model, [ids[i] for i, _ in batch], ends, seeds, spec)
         for (i, k), new_ids in zip(batch, completed, strict=True):
-            answers[i, k] = _response(prompts[i], new_ids, model, tokenizer)
-    return [answers[job] for job in jobs]
+            text = tokenizer.decode(new_ids, skip_special_tokens=True).strip()
+            responses[i, k] = Response(prompts[i], text, new_ids[-1] in ends, len(new_ids))
+    return [responses[job] for job in jobs]
 
 
 def _complete(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
+    ends: list[int],
     seeds: list[int],
     spec: GenerationSpec,
 ) -> list[list[int]]:
-    """The new token ids of each sequence, up to and with the one that ends it."""
+    """Return the new token ids of each sequence, up to and with the one that ends it."""
     longest = max(map(len, prompts))
     ids_BT = torch.tensor([[PADDING] * (longest - len(ids)) + ids for ids in prompts], device=model.device)
     mask_BT = torch.tensor(
         [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device
     )
-    ends = end_tokens(model, tokenizer)
     settings = {
         "max_new_tokens": spec.max_new_tokens,
         "eos_token_id": ends or None,
         "pad_token_id": PADDING,
     }
+    draws = LogitsProcessorList()
+    if spec.temperature:
+        nucleus = [TopPLogitsWarper(spec.top_p)] if spec.top_p < 1 else []
+        draws += [TemperatureLogitsWarper(spec.temperature), *nucleus, GumbelDraw(seeds)]
     with torch.no_grad(), plain_greedy(model, **settings) as config:
         out_BT = model.generate(
-            ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=_draws(spec, seeds)
+            ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=draws
         )
-    return [_until_end(row, ends) for row in out_BT[:, longest:].tolist()]
-
-
-def _until_end(ids: list[int], ends: list[int]) -> list[int]:
-    end = next((position for position, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return ids[: end + 1]
-
-
-def _response(
-    prompt: Prompt, ids: list[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Response:
-    finished = ids[-1] in end_tokens(model, tokenizer)
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    return Response(prompt, text.strip(), finished, len(ids))
-
-
-def _draws(spec: GenerationSpec, seeds: list[int]) -> LogitsProcessorList:
-    """What turns the likeliest token into a drawn one."""
-    if spec.temperature == 0:
-        return LogitsProcessorList()
-    nucleus = [TopPLogitsWarper(spec.top_p)] if spec.top_p < 1 else []
-    return LogitsProcessorList([TemperatureLogitsWarper(spec.temperature), *nucleus, GumbelDraw(seeds)])
+    completed = []
+    for row in out_BT[:, longest:].tolist():
+        end = next((position for position, token in enumerate(row) if token in ends), len(row) - 1)
+        completed.append(row[: end + 1])
+    return completed
 
 
 class GumbelDraw(LogitsProcessor):
     """Adds Gumbel noise: the largest sum is a draw from the softmax of the logits.
 
-    Each sequence has a generator of its own, so its draws know nothing of the batch.
+    Each sequence has a generator of its own, so its draws do not depend on the batch.
     """
 
     def __init__(self, seeds: list[int]):
@@ -144,11 +133,3 @@ class GumbelDraw(LogitsProcessor):
         uniform_BV = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self._generators])
         noise_BV = -torch.log(-torch.log(uniform_BV.clamp(min=torch.finfo(torch.float32).tiny)))
         return scores + noise_BV.to(scores.device)
-
-
-def _seed(seed: int, prompt: int, response: int) -> int:
-    return int(digest([seed, prompt, response])[:15], 16)
-
-
-def _context(model: PreTrainedModel) -> int:
-    return getattr(text_config(model.config), "max_position_embeddings", None) or 2**31

@@ -3,8 +3,8 @@
 from actors.contracts import GenerationSpec, digest
 from actors.data import chat_template
 from actors.errors import RequestError
-from actors.generation.responses import Response, Share
-from actors.models.loading.load import snapshot
+from actors.generation.responses import Response, Shard
+from actors.models.loading.source import snapshot
 
 
 class VllmEngine:
@@ -27,7 +27,7 @@ class VllmEngine:
         self._model = LLM(model=directory, dtype=spec.model.dtype, trust_remote_code=remote_code)
         self._template = chat_template(self._model.get_tokenizer(), spec.prompts)
 
-    def answer(self, share: Share) -> list[Response]:
+    def respond(self, shard: Shard) -> list[Response]:
         from vllm import SamplingParams
 
         spec = self._spec
@@ -42,14 +42,14 @@ class VllmEngine:
                 presence_penalty=0.0,
                 frequency_penalty=0.0,
                 max_tokens=spec.max_new_tokens,
-                seed=int(digest([spec.seed, share.first + i])[:8], 16),
+                seed=int(digest([spec.seed, shard.first + i])[:8], 16),
             )
-            for i in range(len(share.prompts))
+            for i in range(len(shard.prompts))
         ]
-        messages = [list(prompt) for prompt in share.prompts]
+        messages = [list(prompt) for prompt in shard.prompts]
         outputs = self._model.chat(messages, sampling, chat_template=self._template, use_tqdm=False)
         return [
-            Response(prompt, answer.text.strip(), answer.finish_reason == "stop", len(answer.token_ids))
-            for prompt, output in zip(share.prompts, outputs, strict=True)
-            for answer in output.outputs
+            Response(prompt, response.text.strip(), response.finish_reason == "stop", len(response.token_ids))
+            for prompt, output in zip(shard.prompts, outputs, strict=True)
+            for response in output.outputs
         ]

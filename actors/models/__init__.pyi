@@ -2,8 +2,9 @@ from .adapter_deltas import Deltas, add_deltas, join_deltas, read_deltas
 from .exporting.export import export_model, save_pretrained
 from .families import depth, find_layers, text_config
 from .layerwise import LayerwisePass
-from .loading.load import check_revision, describe_model, load_model, load_tokenizer, open_model
-from .model_builder import device, load_source, materialize, prune_to
+from .loading.load import describe_model, load_model, load_tokenizer, open_model
+from .loading.source import check_revision
+from .model_builder import build_model, device, load_source, prune_to
 from .offloading.sharded import prune_checkpoint
 from .offloading.streaming import load_streamed, resident
 from .pruning.removable import any_layers, check_prunable, choose_removable, removable_layers
@@ -12,9 +13,9 @@ from .pruning.subblocks import (
     GRANULARITIES,
     check_granularity,
     check_sub_blocks,
-    empty_sub_blocks,
     sub_block_weights,
     without_sub_block,
+    zero_sub_blocks,
 )
 from .pruning.surgery import remove_layers, without_layers
 from .weights import put_weights, read_weights, save_weights, weight_shapes
@@ -34,7 +35,7 @@ __all__ = [
     "depth",
     "describe_model",
     "device",
-    "empty_sub_blocks",
+    "zero_sub_blocks",
     "export_model",
     "find_layers",
     "join_deltas",
@@ -42,7 +43,7 @@ __all__ = [
     "load_source",
     "load_streamed",
     "load_tokenizer",
-    "materialize",
+    "build_model",
     "open_model",
     "prune_checkpoint",
     "removable_layers",

@@ -1,4 +1,4 @@
-"""What a LoRA adapter adds to single weights, without the model around them."""
+"""Updates of single weights by LoRA adapters, without the model around them."""
 
 import math
 import re
@@ -38,7 +38,7 @@ class Deltas:
         return max((len(a) for a, _ in self.factors.values()), default=0)
 
     def update(self, block: int, name: str, device: torch.device) -> Tensor:
-        """The update of this block's weight, in float32 and as the weight is kept."""
+        """Return the update of this block's weight, in float32 and as the weight is kept."""
         a, b = (factor.to(device) for factor in self.factors[block, name])
         delta = self.scale * (b @ a)
         return delta.T if self.transposed else delta
@@ -60,7 +60,7 @@ def add_deltas(weight: Tensor, chain: Sequence[Deltas], block: int, name: str) -
 
 
 def join_deltas(chain: Sequence[Deltas]) -> Deltas:
-    """The chain's updates as one: s₁ B₁ A₁ + s₂ B₂ A₂ = [s₁ B₁, s₂ B₂] [A₁; A₂].
+    """Return the chain's updates as one: s₁ B₁ A₁ + s₂ B₂ A₂ = [s₁ B₁, s₂ B₂] [A₁; A₂].
 
     All weights get the same rank, the sum of the chain's; zeros stand where an adapter has none.
     """
@@ -75,7 +75,7 @@ def join_deltas(chain: Sequence[Deltas]) -> Deltas:
 
 
 def read_deltas(adapter: ArtifactRef, layers_path: str, kept: tuple[int, ...]) -> Deltas:
-    """The updates of an adapter whose tensors are named by source layer index; see `plain_deltas`.
+    """Return the updates of an adapter whose tensors are named by source layer index; see `plain_deltas`.
 
     Raises:
         RequestError: the adapter is more than plain LoRA on the blocks.
@@ -90,7 +90,7 @@ def read_deltas(adapter: ArtifactRef, layers_path: str, kept: tuple[int, ...]) -
 
 
 def plain_deltas(adapter: ArtifactRef, layers_path: str, kept: tuple[int, ...]) -> Deltas | None:
-    """The updates of an adapter whose tensors are named by source layer index.
+    """Return the updates of an adapter whose tensors are named by source layer index.
 
     None if the adapter is more than plain LoRA on matrices of the blocks: weight-decomposed, of a rank
     or scale that differs between layers, or with weights of other kinds or elsewhere.

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: those of the model's generation configuration and the tokenizer's."""
+    """Return the tokens that end a response: the model's generation configuration's and the tokenizer's."""
     known = model.generation_config.eos_token_id if model.generation_config else None
     listed = known if isinstance(known, list) else [known]
     return sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})

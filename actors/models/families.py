@@ -1,4 +1,4 @@
-"""What a decoder family looks like: where its blocks are and which config fields count layers.
+"""Structure of a decoder family: where its blocks are and which config fields count layers.
 
 Everything is found from the model and its config; the tables below list only the
 field names whose meaning cannot be seen from their value.
@@ -67,7 +67,7 @@ REPEATED = frozenset({"block_types"})
 """Config lists that are repeated until there is an entry for every layer (RecurrentGemma)."""
 
 BORROWERS = {"indexer_types": "shared"}
-"""Per-layer lists of kinds, and the kind that goes on with what the last layer of another kind chose."""
+"""Per-layer lists of kinds, and the kind that reuses the choice of the last layer of another kind."""
 
 INDEXED_AT_RUN = ("rescale_every",)
 """Config fields, 0 for off, by which a model changes its layers' weights by index when it runs (RWKV)."""
@@ -75,7 +75,7 @@ INDEXED_AT_RUN = ("rescale_every",)
 INDEX_RULE = re.compile(
     r"_(period|offset|interval|step|freq|pattern|end_index)$|_every_|^n_layers_per|^scale_depth$|_by_inverse_layer"
 )
-"""Names of config fields that tell a layer's kind by arithmetic on its index."""
+"""Names of config fields that give a layer's kind by arithmetic on its index."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ class LayerList:
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The config that describes the decoder (multimodal configs nest it)."""
+    """Return the config that describes the decoder (multimodal configs nest it)."""
     return config.get_text_config(decoder=True)
 
 
 def depth(config: PretrainedConfig) -> int:
-    """Number of transformer blocks the config declares.
+    """Return the number of transformer blocks that the config declares.
 
     Raises:
         RequestError: the config has no depth, so it is no decoder language model.
@@ -120,7 +120,7 @@ def depth(config: PretrainedConfig) -> int:
 
 
 def find_layers(model: PreTrainedModel) -> LayerList:
-    """The outermost `ModuleList` of the decoder that is as long as the config's depth.
+    """Return the outermost `ModuleList` of the decoder that is as long as the config's depth.
 
     Raises:
         RequestError: no such list, so this family cannot be pruned block by block.
@@ -145,7 +145,7 @@ def find_layers(model: PreTrainedModel) -> LayerList:
 
 
 def find_backbone(model: PreTrainedModel) -> nn.Module:
-    """The innermost module around the blocks whose forward takes token ids: BERT keeps an encoder inside."""
+    """Return the innermost module around the blocks that takes token ids (BERT: an encoder inside)."""
     path = find_layers(model).path
     while path := path.rpartition(".")[0]:
         module = model.get_submodule(path)
@@ -155,7 +155,7 @@ def find_backbone(model: PreTrainedModel) -> nn.Module:
 
 
 def kept_fields(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """New values of every per-layer config field once only the layers `kept` remain.
+    """Return the new values of every per-layer config field once only the layers `kept` remain.
 
     Args:
         config: the decoder's config, with N layers.
@@ -185,7 +185,7 @@ def kept_fields(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]
 
 
 def _kept_list(name: str, value: Sequence[Any], num_layers: int, kept: Sequence[int]) -> list[Any] | None:
-    """What the layers `kept` leave of a list, None if it is not about layers."""
+    """Return the entries of a list for the layers `kept`, None if it is not about layers."""
     if name in INDEX_LISTS:
         return [new for new, old in enumerate(kept) if old in value]
     if name in REPEATED and value:
@@ -196,7 +196,7 @@ def _kept_list(name: str, value: Sequence[Any], num_layers: int, kept: Sequence[
 
 
 def kept_overrides(config: PretrainedConfig, kept: Sequence[int]) -> dict[int, dict[str, Any]] | None:
-    """`per_layer_config` of a heterogeneous model for the layers `kept`, None if there is none."""
+    """Return `per_layer_config` of a heterogeneous model for the layers `kept`, None if there is none."""
     written = config.to_dict().get("per_layer_config") if config.is_heterogeneous else None
     if written is None:
         return None
@@ -205,7 +205,7 @@ def kept_overrides(config: PretrainedConfig, kept: Sequence[int]) -> dict[int, d
 
 
 def index_rules(config: PretrainedConfig) -> list[str]:
-    """Fields of `config`, with their values, that tell a layer's kind by arithmetic on its index."""
+    """Return the fields of `config`, with values, that give a layer's kind by arithmetic on its index."""
     return [
         f"{name}={value}"
         for name, value in sorted(vars(config).items())
@@ -217,7 +217,7 @@ def index_rules(config: PretrainedConfig) -> list[str]:
 
 
 def check_layers_apart(config: PretrainedConfig, kept: Sequence[int]) -> None:
-    """Refuse what no config could say: layers bound to their index or to an earlier layer's inner states.
+    """Refuse layers that no config can renumber: bound to their index or to an earlier layer's inner states.
 
     Raises:
         RequestError: weights scaled by index, shared KV layers, or a borrower whose lender goes or changes.
@@ -247,5 +247,5 @@ def check_layers_apart(config: PretrainedConfig, kept: Sequence[int]) -> None:
 
 
 def _lender(kinds: Sequence[str], layer: int, borrower: str) -> int | None:
-    """The layer whose choice `layer` uses: itself unless it is a borrower."""
+    """Return the layer whose choice `layer` uses: itself unless it is a borrower."""
     return next((i for i in range(layer, -1, -1) if kinds[i] != borrower), None)

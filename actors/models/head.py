@@ -1,4 +1,4 @@
-"""From final hidden states to logits, the way the family itself does it.
+"""Logits from final hidden states, by the family's own forward.
 
 Most families compute z = W h; some scale or soft-cap. Nothing is assumed: the
 family's own forward is run with its backbone replaced.
@@ -16,7 +16,7 @@ from actors.models.offloading.dispatch import replaced_forward
 
 
 class _OnlyHidden(BaseModelOutputWithPast):
-    """A backbone's output in which all that a family might ask for besides is None."""
+    """A backbone's output in which all other fields that a family might read are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):

@@ -1,10 +1,10 @@
-"""Walking a batch through a model one block at a time, outside the family's own loop.
+"""Running a batch through a model one block at a time, outside the family's own loop.
 
 Scoring and distillation both need single blocks: to start a candidate in the
-middle, or to keep a teacher and a student side by side. What each block is
-called with (masks, rotary embeddings, windows) is the family's own business, so
-it is captured from the family's own forward, run once with every block replaced
-by a stand-in that only takes notes.
+middle, or to keep a teacher and a student side by side. The arguments
+of each block (masks, rotary embeddings, windows) depend on the family, so they
+are captured from the family's own forward, run once with every block replaced
+by a stub that only records its arguments.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,14 +20,14 @@ from actors.errors import RequestError
 from actors.models.families import find_backbone, find_layers
 from actors.models.offloading.dispatch import replaced_forward
 
-StandIn = Callable[[int, Tensor], Tensor]
+BlockStub = Callable[[int, Tensor], Tensor]
 
 _NOT_CARRIED = object()
-"""Stands for what a block returns beside the hidden states, which the walk does not carry on."""
+"""Stands for what a block returns beside the hidden states, which is not passed to the next one."""
 
 
 class LayerwisePass:
-    """One batch's way through a model, block by block.
+    """One batch's pass through a model, block by block.
 
     Args:
         model: a decoder language model of N blocks.
@@ -39,12 +39,12 @@ class LayerwisePass:
             `recovery.documents`.
 
     Attributes:
-        hidden_BTD: what the first block receives (embeddings, scaled or with
+        hidden_BTD: input of the first block (embeddings, scaled or with
             positions added as the family does).
         config: the model's configuration.
 
     Raises:
-        RequestError: the family's blocks hand more on to the next one than the hidden states.
+        RequestError: the family's blocks pass more to the next one than the hidden states.
     """
 
     def __init__(
@@ -57,23 +57,33 @@ class LayerwisePass:
         layers = find_layers(model)
         self.config = model.config
         self._model, self._backbone, self._blocks = model, find_backbone(model), layers.modules
-        self._inputs = {"input_ids": input_ids_BT, **_whom_to_see(attention_mask_BT, position_ids_BT)}
+        self._inputs = {"input_ids": input_ids_BT, **_attention_inputs(attention_mask_BT, position_ids_BT)}
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._beside = _returned_beside(self._backbone, self._blocks[0], input_ids_BT[:1, :1])
-        self.hidden_BTD = self._capture()
+        self._extra = _extra_outputs(self._backbone, self._blocks[0], input_ids_BT[:1, :1])
+        entered: list[Tensor] = []
+
+        def record(index: int, hidden: Tensor) -> Tensor:
+            if index == 0:
+                entered.append(hidden)
+            return hidden
+
+        with self._stubbed_blocks(record, capture=True):
+            self._forward()
+        self.hidden_BTD = entered[0]
 
     def block(self, index: int, hidden_BTD: Tensor) -> Tensor:
-        """Output of block `index` on `hidden_BTD`."""
+        """Return the output of block `index` on `hidden_BTD`."""
         args, kwargs = self._calls[index]
-        return _hidden_of(self._blocks[index](hidden_BTD, *args, **kwargs))
+        output = self._blocks[index](hidden_BTD, *args, **kwargs)
+        return output[0] if isinstance(output, (tuple, list)) else output
 
     def finish(self, hidden_BTD: Tensor) -> Tensor:
-        """The last hidden state after the final norm, from the output of the last block."""
+        """Return the last hidden state after the final norm, from the output of the last block."""
         with self._ending_in(hidden_BTD):
             return self._forward()
 
     def logits(self, hidden_BTD: Tensor, tokens_K: Tensor) -> Tensor:
-        """The family's own logits [B, K, V] at those token indices, from the output of the last block."""
+        """Return the family's own logits [B, K, V] at those tokens, from the output of the last block."""
         takes_indices = "logits_to_keep" in signature(self._model.forward).parameters
         keep = {"logits_to_keep": tokens_K} if takes_indices else {}
         with self._ending_in(hidden_BTD):
@@ -81,61 +91,46 @@ class LayerwisePass:
         return logits if takes_indices else logits[:, tokens_K]
 
     def _ending_in(self, hidden_BTD: Tensor) -> AbstractContextManager[None]:
-        """The model computes as if its last block had given `hidden_BTD`."""
+        """Have the model compute as if its last block had returned `hidden_BTD`."""
         last = len(self._blocks) - 1
-        return self._stand_ins(lambda index, hidden: hidden_BTD if index == last else hidden)
+        return self._stubbed_blocks(lambda index, hidden: hidden_BTD if index == last else hidden)
 
     def _forward(self) -> Tensor:
         return self._backbone(**self._inputs, use_cache=False).last_hidden_state
 
-    def _capture(self) -> Tensor:
-        entered: list[Tensor] = []
-
-        def note(index: int, hidden: Tensor) -> Tensor:
-            if index == 0:
-                entered.append(hidden)
-            return hidden
-
-        with self._stand_ins(note, capture=True):
-            self._forward()
-        return entered[0]
-
     @contextmanager
-    def _stand_ins(self, compute: StandIn, capture: bool = False) -> Iterator[None]:
+    def _stubbed_blocks(self, compute: BlockStub, capture: bool = False) -> Iterator[None]:
         """Replace every block's forward by `compute(index, hidden)`."""
         with ExitStack() as replaced:
             for index, block in enumerate(self._blocks):
-                replaced.enter_context(replaced_forward(block, self._stand_in(index, compute, capture)))
+                replaced.enter_context(replaced_forward(block, self._stub(index, compute, capture)))
             yield
 
-    def _check_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(value is _NOT_CARRIED for value in (*args, *kwargs.values())):
-            block = type(self._blocks[0]).__name__
-            raise RequestError(
-                f"model type {self.config.model_type!r}: a block ({block}) goes on with more than the hidden "
-                "states of the one before it, so that blocks cannot be run one by one; score by deepest, "
-                "reverse, random, magnitude_l1, magnitude_l2 or task_metric"
-            )
-
-    def _stand_in(self, index: int, compute: StandIn, capture: bool) -> Callable[..., Any]:
+    def _stub(self, index: int, compute: BlockStub, capture: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if args:
                 hidden, args = args[0], args[1:]
             else:
                 hidden = kwargs.pop("hidden_states")
             if capture:
-                self._check_alone(args, kwargs)
+                if any(value is _NOT_CARRIED for value in (*args, *kwargs.values())):
+                    block = type(self._blocks[0]).__name__
+                    raise RequestError(
+                        f"model type {self.config.model_type!r}: a block ({block}) goes on with more "
+                        "than the hidden states of the one before it, so that blocks cannot be run one by "
+                        "one; score by deepest, reverse, random, magnitude_l1, magnitude_l2 or task_metric"
+                    )
                 self._calls.append((args, kwargs))
             output = compute(index, hidden)
-            if self._beside is None:
+            if self._extra is None:
                 return output
-            return (output, *(_NOT_CARRIED if capture and something else None for something in self._beside))
+            return (output, *(_NOT_CARRIED if capture and something else None for something in self._extra))
 
         return forward
 
 
-def _whom_to_see(mask_BT: Tensor | None, position_ids_BT: Tensor | None) -> dict[str, Tensor | None]:
-    """What tells the family which tokens see which.
+def _attention_inputs(mask_BT: Tensor | None, position_ids_BT: Tensor | None) -> dict[str, Tensor | None]:
+    """Return the inputs that decide which tokens attend to which.
 
     transformers keeps documents apart by their positions only where no mask is
     given, so padding becomes documents of one token each.
@@ -147,32 +142,28 @@ def _whom_to_see(mask_BT: Tensor | None, position_ids_BT: Tensor | None) -> dict
     return {"attention_mask": None, "position_ids": position_ids_BT}
 
 
-def _hidden_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
-class _SeenEnoughError(Exception):
+class _StopForwardError(Exception):
     """Ends a forward pass early."""
 
 
-_RETURNED_BESIDE: dict[type[nn.Module], tuple[bool, ...] | None] = {}
-"""What `_returned_beside` found for each class of block, so that it looks once a process."""
+_EXTRA_OUTPUTS: dict[type[nn.Module], tuple[bool, ...] | None] = {}
+"""Results of `_extra_outputs` by class of block, found once a process."""
 
 
-def _returned_beside(backbone: nn.Module, block: nn.Module, input_ids_BT: Tensor) -> tuple[bool, ...] | None:
-    """What this family's loop expects from a block after the hidden states: whether each item is something.
+def _extra_outputs(backbone: nn.Module, block: nn.Module, input_ids_BT: Tensor) -> tuple[bool, ...] | None:
+    """Return which items after the hidden states this family's loop expects from a block; true for a value.
 
     None if it expects a tensor rather than a tuple.
 
     Seen from one block on one token, the first time that a class of block is met.
     """
-    if type(block) in _RETURNED_BESIDE:
-        return _RETURNED_BESIDE[type(block)]
+    if type(block) in _EXTRA_OUTPUTS:
+        return _EXTRA_OUTPUTS[type(block)]
 
     def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
         is_tuple = isinstance(output, (tuple, list))
-        _RETURNED_BESIDE[type(block)] = tuple(item is not None for item in output[1:]) if is_tuple else None
-        raise _SeenEnoughError
+        _EXTRA_OUTPUTS[type(block)] = tuple(item is not None for item in output[1:]) if is_tuple else None
+        raise _StopForwardError
 
     hook = block.register_forward_hook(look)
     # Dropout in this one block must not move the draws of the pass that follows.
@@ -180,8 +171,8 @@ def _returned_beside(backbone: nn.Module, block: nn.Module, input_ids_BT: Tensor
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
             backbone(input_ids=input_ids_BT, use_cache=False)
-    except _SeenEnoughError:
+    except _StopForwardError:
         pass
     finally:
         hook.remove()
-    return _RETURNED_BESIDE[type(block)]
+    return _EXTRA_OUTPUTS[type(block)]

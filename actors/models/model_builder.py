@@ -1,4 +1,4 @@
-"""From a `ModelRef` to a model: source weights or those in their place, layers dropped, adapters folded in.
+"""Building the model of a `ModelRef`: source or replaced weights, layers dropped, adapters merged.
 
 Adapters are ordinary PEFT LoRA directories whose tensors are named by *source*
 layer index, so each also opens on the unpruned model with plain PEFT.
@@ -19,25 +19,25 @@ from transformers.pytorch_utils import Conv1D
 
 from actors.artifacts import fetch
 from actors.contracts import ArtifactRef, ModelRef
-from actors.models.adapter_deltas import ADAPTER_WEIGHTS, Deltas, add_deltas, plain_deltas
+from actors.models.adapter_deltas import ADAPTER_WEIGHTS, add_deltas, plain_deltas
 from actors.models.families import depth, find_layers
 from actors.models.loading.load import open_model
 from actors.models.pruning.merging import merge_blocks
-from actors.models.pruning.subblocks import SUB_BLOCKS, empty_sub_blocks
+from actors.models.pruning.subblocks import SUB_BLOCKS, zero_sub_blocks
 from actors.models.pruning.surgery import remove_layers
 from actors.models.weights import put_weights
 
 ValueT = TypeVar("ValueT")
 
 
-def materialize(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def build_model(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model that `ref` describes, with its adapters merged, and its tokenizer."""
     model, tokenizer = load_source(ref)
     return prune_to(model, ref), tokenizer
 
 
 def load_source(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The unpruned model that `ref` starts from, and its tokenizer."""
+    """Load the unpruned model that `ref` starts from, and its tokenizer."""
     return open_model(ref.source)
 
 
@@ -51,13 +51,13 @@ def prune_to(model: PreTrainedModel, ref: ModelRef) -> PreTrainedModel:
         remove_layers(model, ref.dropped)
     model = merge_adapters(model, ref.adapters, kept)
     for kind in SUB_BLOCKS:
-        if layers := emptied_layers(ref, kind, kept):
-            empty_sub_blocks(model, kind, layers)
+        if layers := zeroed_layers(ref, kind, kept):
+            zero_sub_blocks(model, kind, layers)
     return model
 
 
-def emptied_layers(ref: ModelRef, kind: str, kept: Sequence[int]) -> list[int]:
-    """Positions among the source layers `kept` of those whose sub-block of that kind is emptied."""
+def zeroed_layers(ref: ModelRef, kind: str, kept: Sequence[int]) -> list[int]:
+    """Return the positions among the source layers `kept` whose sub-block of that kind is zeroed."""
     return [position for position, source in enumerate(kept) if (source, kind) in ref.emptied]
 
 
@@ -77,7 +77,15 @@ def merge_adapters(
     """
     layers = find_layers(model)
     chain = [plain_deltas(adapter, layers.path, kept) for adapter in adapters]
-    plain = [deltas for deltas in chain if deltas is not None and _fits(deltas, layers.modules)]
+    linear = [
+        {f"{path}.weight" for path, part in block.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
+        for block in layers.modules
+    ]
+    plain = [
+        deltas
+        for deltas in chain
+        if deltas is not None and all(name in linear[block] for block, name in deltas.factors)
+    ]
     if len(plain) < len(chain):
         return _merge_by_peft(model, adapters, kept)
     for block, name in {place for deltas in plain for place in deltas.factors}:
@@ -87,19 +95,10 @@ def merge_adapters(
     return model
 
 
-def _fits(deltas: Deltas, blocks: nn.ModuleList) -> bool:
-    """Whether every update is one of a linear layer's weight."""
-    linear = [
-        {f"{path}.weight" for path, part in block.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
-        for block in blocks
-    ]
-    return all(name in linear[block] for block, name in deltas.factors)
-
-
 def _merge_by_peft(
     model: PreTrainedModel, adapters: Sequence[ArtifactRef], kept: tuple[int, ...]
 ) -> PreTrainedModel:
-    """The same for adapters of any kind, one after the other; what they change is float32 until the last."""
+    """Merge adapters of any kind one after the other; changed weights are float32 until the last."""
     types = {name: parameter.dtype for name, parameter in model.named_parameters()}
     current = {source: position for position, source in enumerate(kept)}
     path = find_layers(model).path
@@ -126,7 +125,7 @@ def _merge_by_peft(
 def rename_layers(
     values: Mapping[str, ValueT], layers_path: str, renumbered: Mapping[int, int]
 ) -> dict[str, ValueT]:
-    """Names with `<layers_path>.<old>.` become `<layers_path>.<new>.`; unlisted layers are left out."""
+    """Rename `<layers_path>.<old>.` to `<layers_path>.<new>.`; leave out unlisted layers."""
     pattern = re.compile(rf"(^|\.){re.escape(layers_path)}\.(\d+)\.")
     renamed: dict[str, ValueT] = {}
     for name, value in values.items():
@@ -140,7 +139,7 @@ def rename_layers(
 
 
 def device() -> torch.device:
-    """The accelerator this process was given, or the CPU."""
+    """Return the accelerator that this process was given, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -28,12 +28,12 @@ def save_weights(tensors: Mapping[str, Tensor], directory: Path) -> None:
 
 
 def weight_shapes(weights: ArtifactRef) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the stored tensors; reads no tensor."""
+    """Return names and shapes of the stored tensors; read no tensor."""
     return {name: tensor.shape for name, tensor in read_checkpoint(fetch(weights)).tensors.items()}
 
 
 def read_weights(weights: ArtifactRef) -> dict[str, Tensor]:
-    """Every stored tensor by its source name."""
+    """Return every stored tensor by its source name."""
     return {name: tensor.read() for name, tensor in read_checkpoint(fetch(weights)).tensors.items()}
 
 

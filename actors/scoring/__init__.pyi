@@ -1,5 +1,12 @@
-from .criteria import CRITERIA, Criterion, find_criterion
-from .pooling import POOLING
+from .criteria import (
+    CRITERIA,
+    Criterion,
+    LayerCriterion,
+    MergeCriterion,
+    TaskCriterion,
+    find_criterion,
+)
+from .measures.pooling import POOLING
 from .score import Scorer, score_layers, score_locally
 from .task_metric import task_scores, task_value
 
@@ -7,7 +14,10 @@ __all__ = [
     "CRITERIA",
     "POOLING",
     "Criterion",
+    "LayerCriterion",
+    "MergeCriterion",
     "Scorer",
+    "TaskCriterion",
     "find_criterion",
     "score_layers",
     "score_locally",

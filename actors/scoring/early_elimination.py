@@ -1,7 +1,7 @@
-"""Giving up candidates that cannot win any more, before all calibration text is read.
+"""Elimination of candidates that cannot win any more, before all calibration text is read.
 
 A race as of Maron & Moore (Hoeffding Races, NIPS 1993), with bounds on paired
-differences (Student's t) in place of Hoeffding's, which know nothing of the
+differences (Student's t) in place of Hoeffding's, which do not use the
 scores' spread.
 """
 
@@ -10,21 +10,21 @@ from statistics import NormalDist
 
 from torch import Tensor
 
-ROUND = 16
-"""Sequences scored between two looks at the candidates."""
+ROUND_SEQUENCES = 16
+"""Sequences scored between two eliminations."""
 
 
-def contenders(rows_SC: Tensor, num_winners: int, confidence: float, looks: int) -> list[int]:
-    """Candidates that may still be among the best `num_winners`, as columns of `rows_SC`, ascending.
+def surviving_candidates(rows_SC: Tensor, num_winners: int, confidence: float, looks: int) -> list[int]:
+    """Return the candidates that may still be among the best `num_winners`: columns of `rows_SC`.
 
-    A candidate is given up when it is worse, sequence by sequence, than the last
+    A candidate is eliminated when it is worse, sequence by sequence, than the last
     of the present winners. Over all candidates and looks, the chance that a
-    true winner is given up is at most 1 − `confidence` (Bonferroni), as far as
+    true winner is eliminated is at most 1 − `confidence` (Bonferroni), as far as
     means over the sequences seen are normal.
 
     Args:
         rows_SC: one score for each sequence seen and candidate; the higher, the sooner removed.
-        looks: how often candidates are looked at in the whole race.
+        looks: how often candidates are looked at in all rounds.
     """
     num_sequences, num_candidates = rows_SC.shape
     rows = rows_SC.double()
@@ -38,7 +38,7 @@ def contenders(rows_SC: Tensor, num_winners: int, confidence: float, looks: int)
 
 
 def student_t(level: float, freedom: int) -> float:
-    """The quantile of Student's t for `freedom` ≥ 3 degrees (Abramowitz & Stegun 26.7.5)."""
+    """Return the quantile of Student's t for `freedom` ≥ 3 degrees (Abramowitz & Stegun 26.7.5)."""
     z = NormalDist().inv_cdf(level)
     terms: Sequence[float] = (
         z,

@@ -1,7 +1,7 @@
 """Layer collapse (LaCo, arXiv 2402.11187, Algorithm 1): merge from the top down while the output holds.
 
 The model runs as a whole once, before anything is merged. A merge that is tried runs
-only the merged block and those above it: what the block receives does not change,
+only the merged block and those above it: the block's input does not change,
 as merging goes downwards.
 """
 
@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from actors.contracts import Merge, MergeSpec, ScoreResult, ScoreSpec
 from actors.data import calibration_sequences, load_texts
 from actors.errors import RequestError, WorkError
-from actors.models import LayerwisePass, depth, device, find_layers, materialize, remove_layers
+from actors.models import LayerwisePass, build_model, depth, device, find_layers, remove_layers
 from actors.models.pruning.merging import merge_blocks
-from actors.scoring.pooling import POOLING
+from actors.scoring.measures.pooling import POOLING
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,19 @@ def laco_compress(
     Raises:
         RequestError: a setting out of range, or blocks that cannot be merged.
     """
-    group, highest = settings.group, _highest(settings, depth(model.config))
-    probes = [_Probe(model, sequence) for sequence in sequences]
-    source = list(range(depth(model.config)))
+    num_layers, group = depth(model.config), settings.group
+    highest = num_layers if settings.highest is None else settings.highest
+    if group < 2 or settings.interval < 1:
+        raise RequestError(
+            f"merge: group is {group} and interval {settings.interval}; at least 2 and 1 are needed"
+        )
+    if not 0 <= settings.lowest < highest <= num_layers:
+        raise RequestError(
+            f"merge: lowest is {settings.lowest} and highest {highest}; "
+            f"0 ≤ lowest < highest ≤ {num_layers} is needed"
+        )
+    calibration = [_CalibrationSequence(model, sequence) for sequence in sequences]
+    source = list(range(num_layers))
     accepted: list[Accepted] = []
     base = highest - group
     while base >= settings.lowest:
@@ -78,8 +88,8 @@ def laco_compress(
             base -= 1
             continue
         merge = Merge(base, tuple(range(base + 1, base + count + 1)), settings.variant)
-        with _tried(model, merge) as trial:
-            cosine = mean(probe.similarity(model, merge, pooling) for probe in probes)
+        with _trial_merge(model, merge) as trial:
+            cosine = mean(sequence.similarity(model, merge, pooling) for sequence in calibration)
             trial.keep = cosine > settings.threshold
         if not trial.keep:
             base -= 1
@@ -89,11 +99,11 @@ def laco_compress(
         accepted.append(Accepted(in_source, cosine))
         source = [layer for layer in source if layer not in in_source.merged]
         base = min(base - settings.interval, len(source) - group)
-    return Collapse(tuple(accepted), sum(probe.layer_forwards for probe in probes))
+    return Collapse(tuple(accepted), sum(sequence.layer_forwards for sequence in calibration))
 
 
 def merge_result(spec: ScoreSpec) -> ScoreResult:
-    """The merges that take `spec.num_remove` layers away, all at once.
+    """Return the merges that remove `spec.num_remove` layers, all at once.
 
     A merged layer's score is the cosine at which its merge was accepted; the others have -1, the least.
 
@@ -101,7 +111,7 @@ def merge_result(spec: ScoreSpec) -> ScoreResult:
         WorkError: merges above the threshold do not take away so many.
     """
     settings = spec.merge or MergeSpec()
-    model, tokenizer = materialize(spec.model)
+    model, tokenizer = build_model(spec.model)
     sequences = calibration_sequences(
         load_texts(spec.calibration),
         tokenizer,
@@ -132,27 +142,14 @@ def merge_result(spec: ScoreSpec) -> ScoreResult:
     )
 
 
-def _highest(settings: MergeSpec, num_layers: int) -> int:
-    """`settings.highest`, or N; the settings are checked."""
-    group, interval, lowest = settings.group, settings.interval, settings.lowest
-    highest = num_layers if settings.highest is None else settings.highest
-    if group < 2 or interval < 1:
-        raise RequestError(f"merge: group is {group} and interval {interval}; at least 2 and 1 are needed")
-    if not 0 <= lowest < highest <= num_layers:
-        raise RequestError(
-            f"merge: lowest is {lowest} and highest {highest}; 0 ≤ lowest < highest ≤ {num_layers} is needed"
-        )
-    return highest
-
-
 @dataclass
 class _Trial:
     keep: bool = False
 
 
 @contextmanager
-def _tried(model: PreTrainedModel, merge: Merge) -> Iterator[_Trial]:
-    """The base block with merged weights; they go back to what they were unless the trial is kept."""
+def _trial_merge(model: PreTrainedModel, merge: Merge) -> Iterator[_Trial]:
+    """Merge the base block meanwhile; restore its weights afterwards unless the trial is kept."""
     trial, block = _Trial(), find_layers(model).modules[merge.base]
     before = [parameter.clone() for parameter in block.parameters()]
     merge_blocks(model, [merge])
@@ -164,22 +161,22 @@ def _tried(model: PreTrainedModel, merge: Merge) -> Iterator[_Trial]:
                 parameter.copy_(value)
 
 
-class _Probe:
-    """A sequence, what each block of the unmerged model receives for it, and what that model answers."""
+class _CalibrationSequence:
+    """A sequence, the input of each block of the unmerged model for it, and that model's output."""
 
     def __init__(self, model: PreTrainedModel, sequence_T: Tensor):
-        walk = LayerwisePass(model, sequence_T[None])
-        self._sequence_T, self._received = sequence_T, [walk.hidden_BTD]
+        layerwise = LayerwisePass(model, sequence_T[None])
+        self._sequence_T, self._received = sequence_T, [layerwise.hidden_BTD]
         for index in range(depth(model.config)):
-            self._received.append(walk.block(index, self._received[-1]))
+            self._received.append(layerwise.block(index, self._received[-1]))
         self.layer_forwards = len(self._received) - 1
-        self._want_TD = walk.finish(self._received.pop())[0].float()
+        self._unmerged_TD = layerwise.finish(self._received.pop())[0].float()
 
     def similarity(self, model: PreTrainedModel, merge: Merge, pooling: str) -> float:
-        """Cosine of the last hidden states without the blocks that `merge` merged; none below it was."""
-        walk = LayerwisePass(model, self._sequence_T[None])
-        hidden = walk.block(merge.base, self._received[merge.base])
+        """Return the cosine of the last hidden states without the blocks of `merge`, the lowest so far."""
+        layerwise = LayerwisePass(model, self._sequence_T[None])
+        hidden = layerwise.block(merge.base, self._received[merge.base])
         for index in range(merge.merged[-1] + 1, depth(model.config)):
-            hidden = walk.block(index, hidden)
+            hidden = layerwise.block(index, hidden)
         self.layer_forwards += depth(model.config) - merge.merged[-1]
-        return POOLING[pooling](self._want_TD, walk.finish(hidden).float()).item()
+        return POOLING[pooling](self._unmerged_TD, layerwise.finish(hidden).float()).item()

@@ -1,4 +1,4 @@
-"""Scoring a model's layers: in one process, or a share of the sequences and candidates at a time."""
+"""Scoring a model's layers: in one process, or one shard of the sequences and candidates at a time."""
 
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -11,31 +11,36 @@ from transformers import PreTrainedModel
 
 from actors.contracts import ModelRef, Progress, ScoreResult, ScoreSpec, no_progress
 from actors.data import calibration_sequences, load_texts
-from actors.errors import RequestError
 from actors.models import (
     BLOCK,
+    build_model,
     check_sub_blocks,
     depth,
     device,
     load_source,
     load_streamed,
     load_tokenizer,
-    materialize,
     text_config,
 )
 from actors.models.loading.load import load_config
 from actors.models.loading.tokens import check_token_ids
-from actors.scoring.criteria import find_criterion, removal_order
-from actors.scoring.early_elimination import ROUND, contenders
+from actors.scoring.criteria import (
+    MergeCriterion,
+    as_layer_criterion,
+    criterion_of,
+    find_criterion,
+    removal_order,
+)
+from actors.scoring.early_elimination import ROUND_SEQUENCES, surviving_candidates
 from actors.scoring.laco import merge_result
-from actors.scoring.measures import Calibration
-from actors.scoring.memory_budget import GIB
-from actors.scoring.wavefront import Tally
+from actors.scoring.measures.calibration import Calibration
+from actors.scoring.measures.memory_budget import GIB
+from actors.scoring.measures.wavefront import ForwardCounter
 
 ScoreRows = list[list[float]]
 """One row a calibration sequence, one score a candidate: [S][C]."""
 
-LOCAL_SHARE = 16
+SEQUENCES_PER_LOCAL_SHARD = 16
 """Sequences that one process scores between two reports of progress."""
 
 
@@ -66,7 +71,7 @@ def score_layers(
     Returns:
         One float a block, in the order of the blocks.
     """
-    chosen = find_criterion(criterion, pooling, granularity)
+    chosen = as_layer_criterion(find_criterion(criterion, pooling, granularity))
     if granularity != BLOCK:
         check_sub_blocks(model, granularity)
     calibration = Calibration(
@@ -85,7 +90,7 @@ def score_layers(
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """A part of the work: sequences × candidates (layers of the scored model, ascending)."""
 
     positions: tuple[int, ...]
@@ -93,37 +98,34 @@ class Share:
 
 
 @dataclass(frozen=True)
-class ShareScores:
-    """What a share came to: one row a sequence, one score a candidate."""
+class ShardScores:
+    """Scores of a shard: one row a sequence, one score a candidate."""
 
     rows: ScoreRows
     layer_forwards: int
 
 
-Compute = Callable[[list[Share]], Iterable[tuple[Share, ShareScores]]]
-"""Computes shares somewhere and yields each with its scores, in any order."""
+Compute = Callable[[list[Shard]], Iterable[tuple[Shard, ShardScores]]]
+"""Computes shards somewhere and yields each with its scores, in any order."""
 
 
 class Scorer:
-    """Scores shares of one `ScoreSpec`; loads its models once, at first use.
+    """Scores shards of one `ScoreSpec`; loads its models once, at first use.
 
     Raises:
-        RequestError: the criterion is unknown or cannot do what the spec asks.
+        RequestError: the criterion is unknown, measures no layers, or cannot do what the spec requires.
     """
 
     def __init__(self, spec: ScoreSpec):
         self.spec = spec
-        self.criterion = find_criterion(spec.criterion, spec.pooling, spec.granularity)
-        for name in ("stream_weights", "confidence"):
-            if getattr(spec, name) and not self.criterion.by_candidate:
-                raise RequestError(f"scoring.{name} does not go with criterion {spec.criterion!r}")
+        self.criterion = as_layer_criterion(criterion_of(spec))
 
     @cached_property
     def _model(self) -> PreTrainedModel:
         if self.spec.stream_weights:
             model = load_streamed(self.spec.model, device())
         else:
-            model = materialize(self.spec.model)[0].to(device())
+            model = build_model(self.spec.model)[0].to(device())
         if self.spec.granularity != BLOCK:
             check_sub_blocks(model, self.spec.granularity)
         return model
@@ -169,26 +171,28 @@ class Scorer:
         return tuple(i for i, source in enumerate(self.source_layers) if source in left)
 
     def rounds(self) -> list[list[int]]:
-        """Positions of the sequences, in the portions after which candidates may be given up."""
+        """Return the positions of the sequences, in the portions after which candidates may be eliminated."""
         positions = list(range(max(1, len(self.sequences))))
         if self.spec.confidence is None:
             return [positions]
         # Neighbours in a text are alike; the first portion should stand for all of it.
         random.Random(self.spec.seed).shuffle(positions)
-        return [positions[start : start + ROUND] for start in range(0, len(positions), ROUND)]
+        return [
+            positions[start : start + ROUND_SEQUENCES] for start in range(0, len(positions), ROUND_SEQUENCES)
+        ]
 
-    def shares(
+    def shards(
         self,
         count: int,
         positions: Sequence[int] | None = None,
         candidates: Sequence[int] | None = None,
         *,
         at_least: int = 1,
-    ) -> list[Share]:
-        """The sequences (all, if None) in at most `count` shares of like size and like lengths.
+    ) -> list[Shard]:
+        """Divide the sequences (all, if None) into at most `count` shards of like size and like lengths.
 
         Where there are fewer sequences than `at_least`, the candidates are divided, too;
-        sequences whose scores hang together stay in one share.
+        sequences whose scores hang together stay in one shard.
         """
         positions = range(max(1, len(self.sequences))) if positions is None else positions
         chosen = self.candidates if candidates is None else tuple(candidates)
@@ -198,15 +202,15 @@ class Scorer:
         parts = -(-at_least // count) if self.criterion.by_candidate else 1
         parts = max(1, min(parts, len(chosen)))
         return [
-            Share(tuple(positions[i::count]), chosen[part::parts])
+            Shard(tuple(positions[i::count]), chosen[part::parts])
             for i in range(count)
             for part in range(parts)
         ]
 
-    def score(self, share: Share) -> ShareScores:
-        """Scores of the share's candidates on its sequences, in its order."""
-        model, spec, tally = self._model, self.spec, Tally()
-        sequences = [self.sequences[i].to(model.device) for i in share.positions if self.sequences]
+    def score(self, shard: Shard) -> ShardScores:
+        """Return the scores of the shard's candidates on its sequences, in its order."""
+        model, spec, counter = self._model, self.spec, ForwardCounter()
+        sequences = [self.sequences[i].to(model.device) for i in shard.positions if self.sequences]
         budget = None if spec.memory_budget_gb is None else int(spec.memory_budget_gb * GIB)
         calibration = Calibration(
             sequences,
@@ -214,18 +218,18 @@ class Scorer:
             spec.pooling,
             spec.seed,
             spec.num_remove,
-            candidates=share.candidates,
+            candidates=shard.candidates,
             memory_budget=budget,
-            tally=tally,
+            counter=counter,
             granularity=spec.granularity,
         )
-        rows = self.criterion.measure(model, calibration).double()[:, list(share.candidates)]
-        passed = tally.layer_forwards or self.criterion.forwards(depth(model.config), len(sequences))
-        return ShareScores(rows.tolist(), passed)
+        rows = self.criterion.measure(model, calibration).double()[:, list(shard.candidates)]
+        passed = counter.layer_forwards or self.criterion.forwards(depth(model.config), len(sequences))
+        return ShardScores(rows.tolist(), passed)
 
 
 class ScoreTable:
-    """Scores of sequences × layers, filled in as shares come; says which layers are still of interest."""
+    """Scores of sequences × layers, filled in as shards are done; holds the surviving candidates."""
 
     def __init__(self, scorer: Scorer):
         self._scorer, self._num_winners = scorer, scorer.spec.num_remove
@@ -242,20 +246,20 @@ class ScoreTable:
         """Sequences that all present candidates have been scored on."""
         return int(self._known[:, list(self.candidates)].all(1).sum())
 
-    def add(self, share: Share, scores: ShareScores) -> None:
-        """Note what a share came to."""
-        place = (torch.tensor(share.positions)[:, None], torch.tensor(share.candidates))
+    def add(self, shard: Shard, scores: ShardScores) -> None:
+        """Enter the scores of a shard."""
+        place = (torch.tensor(shard.positions)[:, None], torch.tensor(shard.candidates))
         self._rows[place] = torch.tensor(scores.rows, dtype=torch.float64)
         self._known[place] = True
         self._layer_forwards += scores.layer_forwards
 
-    def give_up(self, confidence: float, looks: int) -> None:
+    def eliminate(self, confidence: float, looks: int) -> None:
         """Drop candidates that, at this level of confidence, are not the next to be removed."""
         seen = self._known[:, list(self.candidates)].all(1)
         weights = self._weights[seen]
         rows = self._rows[seen][:, list(self.candidates)] * (weights / weights.mean())[:, None]
         sign = 1 if self._scorer.criterion.highest_first else -1
-        left = contenders(sign * rows, self._num_winners, confidence, looks)
+        left = surviving_candidates(sign * rows, self._num_winners, confidence, looks)
         self.candidates = tuple(self.candidates[c] for c in left)
 
     @property
@@ -264,9 +268,13 @@ class ScoreTable:
         return len(self.candidates) <= self._num_winners
 
     def result(self) -> ScoreResult:
-        """The scores; a layer that was given up has that of the sequences it saw, and comes last."""
+        """Return the scores; an eliminated layer has that of the sequences it was scored on, and is last."""
         scorer, criterion = self._scorer, self._scorer.criterion
-        scores = [self._score(layer) for layer in scorer.candidates]
+        scores = []
+        for layer in scorer.candidates:
+            known = self._known[:, layer]
+            score = criterion.combine(self._rows[known, layer, None], self._weights[known])
+            scores.append(score.item())
         scored = [scorer.source_layers[layer] for layer in scorer.candidates]
         run = scorer.spec.num_remove if criterion.chooses_run else 1
         order = removal_order(scores, criterion.highest_first, run)
@@ -282,12 +290,8 @@ class ScoreTable:
             layer_forwards_saved=self._saved(),
         )
 
-    def _score(self, layer: int) -> float:
-        known = self._known[:, layer]
-        return self._scorer.criterion.combine(self._rows[known, layer, None], self._weights[known]).item()
-
     def _saved(self) -> int:
-        """What the unknown cells would have taken: the blocks after candidate i, N for a new sequence.
+        """Return the cost of the unknown cells: the blocks after candidate i, N for a new sequence.
 
         A candidate that is without a sub-block only passes its own block, too.
         """
@@ -297,33 +301,33 @@ class ScoreTable:
         return int((~self._known * passed)[:, list(scorer.candidates)].sum()) + unseen * num_layers
 
 
-def conduct(
+def run_shards(
     scorer: Scorer, compute: Compute, count: int, at_least: int = 1, progress: Progress = no_progress
 ) -> ScoreResult:
-    """Have all shares computed, in as many rounds as the spec's confidence asks for."""
+    """Have all shards computed, in as many rounds as the spec's confidence requires."""
     table, rounds = ScoreTable(scorer), scorer.rounds()
     total = sum(len(positions) for positions in rounds)
     for positions in rounds:
         if scorer.spec.confidence and table.num_sequences:
-            table.give_up(scorer.spec.confidence, len(rounds))
+            table.eliminate(scorer.spec.confidence, len(rounds))
             if table.decided:
                 break
-        shares = scorer.shares(count, positions, table.candidates, at_least=at_least)
-        for share, scores in compute(shares):
-            table.add(share, scores)
+        shards = scorer.shards(count, positions, table.candidates, at_least=at_least)
+        for shard, scores in compute(shards):
+            table.add(shard, scores)
             progress(table.num_sequences, total, "sequences")
     return table.result()
 
 
 def score_locally(spec: ScoreSpec, progress: Progress = no_progress) -> ScoreResult:
-    """Score in this process, one share after another."""
-    if find_criterion(spec.criterion).by_merge:
+    """Score in this process, one shard after another."""
+    if isinstance(criterion_of(spec), MergeCriterion):
         return merge_result(spec)
     scorer = Scorer(spec)
 
-    def compute(shares: list[Share]) -> Iterable[tuple[Share, ShareScores]]:
-        return ((share, scorer.score(share)) for share in shares)
+    def compute(shards: list[Shard]) -> Iterable[tuple[Shard, ShardScores]]:
+        return ((shard, scorer.score(shard)) for shard in shards)
 
-    # A share reads a streamed model's files once, so there is only one.
-    count = 1 if spec.stream_weights else -(-len(scorer.sequences) // LOCAL_SHARE)
-    return conduct(scorer, compute, max(1, count), progress=progress)
+    # A shard reads a streamed model's files once, so there is only one.
+    count = 1 if spec.stream_weights else -(-len(scorer.sequences) // SEQUENCES_PER_LOCAL_SHARD)
+    return run_shards(scorer, compute, max(1, count), progress=progress)

@@ -1,8 +1,8 @@
 """`task_metric`: the next layer to go is the one that an lm-eval task misses least.
 
 Greedy, one layer after another ("Iterative" of On the Limits of Layer Pruning,
-arXiv 2602.01997, App. A.6.1). Whole models are evaluated, which is the evaluation
-room's work; here is only what its numbers mean for the removal.
+arXiv 2602.01997, App. A.6.1). Whole models are evaluated, by `actors.evaluation`; here
+is only what its numbers mean for the removal.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from actors.scoring.criteria import removal_order
 
 
 def task_value(task: TaskSpec, result: EvaluationResult) -> float:
-    """The task's metric in an evaluation.
+    """Return the task's metric in an evaluation.
 
     Raises:
         RequestError: the task has no such metric; names those it has.
@@ -27,7 +27,7 @@ def task_value(task: TaskSpec, result: EvaluationResult) -> float:
 
 
 def task_scores(model: ModelRef, task: TaskSpec, values: Mapping[int, float]) -> ScoreResult:
-    """The removal that the task's values ask for.
+    """Return the scores, and the order of removal, that the task's values give.
 
     Args:
         model: the model that was pruned by one layer for each value.

@@ -7,7 +7,8 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from orchestrator.config import NAME, parse_config
+from actors.contracts.settings import NAME
+from orchestrator.config import parse_config
 from orchestrator.errors import RequestError
 
 SEQUENCE_LENGTH = 512

@@ -52,7 +52,7 @@ def evaluate(
     single = (name for name in names if name not in SUITES)
     info = describe_model(source_model(model, dtype, revision, trust_remote_code))
     spec = EvaluationSpec(
-        ModelRef(info.spec),
+        model=ModelRef(info.spec),
         tasks=tuple(dict.fromkeys((*members, *single))),
         suites=suites,
         task_suffix=task_suffix,

@@ -20,14 +20,19 @@ def export(
     public: Annotated[bool, typer.Option("--public", help="Let everybody see what is uploaded.")] = False,
 ) -> None:
     """Write the model of any finished iteration of a run, and upload it if asked to."""
+    from orchestrator.execution.resolvers import finished_model
     from orchestrator.export.exporter import export_iteration
     from orchestrator.export.hub import check_upload, upload
+    from orchestrator.planning.recorded import recorded_trajectory
+    from orchestrator.storage.stage_store import Store
 
-    existing = existing_run(run)
+    store = Store(existing_run(run))
     if push_to_hub:
         check_upload(push_to_hub)
     with new_directory(output):
-        result = export_iteration(existing, trajectory, iteration, output)
+        plan = recorded_trajectory(store, trajectory)
+        model = finished_model(plan, store, iteration)
+        result = export_iteration(store, plan, iteration, model, output)
     print_model(output, result.num_layers, result.num_parameters)
     if push_to_hub:
         out.print(upload(output, push_to_hub, public=public), soft_wrap=True)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -77,7 +77,7 @@ def source_model(model: str, dtype: str, revision: str | None, trust_remote_code
     from actors.contracts import ModelSpec
     from actors.models import check_revision
 
-    spec = ModelSpec(model, dtype, revision, trust_remote_code)
+    spec = ModelSpec(model, cast(Any, dtype), revision, trust_remote_code)
     check_revision(spec)
     return spec
 

@@ -32,6 +32,7 @@ def plan(
 
     What a run of that name has finished already is not counted again.
     """
+    from orchestrator.execution.dry_run import campaign_stages
     from orchestrator.planning.cost_model import parse_machine
     from orchestrator.planning.estimate import plan_summary
     from orchestrator.planning.planner import build_plan
@@ -45,8 +46,9 @@ def plan(
     store = Store.of_campaign(loaded.storage.path, loaded.name)
     existing = store if read_run(store) is not None else None
     factors = _factors(calibrate, machines[0][1]) if calibrate else {}
-    planned = build_plan(loaded)
-    summary = plan_summary(planned, loaded, machines, existing, factors) | {"notes": planned.notes}
+    built = build_plan(loaded)
+    stages = campaign_stages(built, existing)
+    summary = plan_summary(built, loaded, machines, stages, factors) | {"notes": built.notes}
     if as_json:
         print_json(summary)
         return
@@ -54,6 +56,7 @@ def plan(
 
 
 def _factors(run: str, machine: Any) -> dict[str, float]:
+    from orchestrator.execution.dry_run import campaign_stages
     from orchestrator.planning.estimate import calibrate
     from orchestrator.planning.planner import build_plan
     from orchestrator.storage.ledger import Ledger
@@ -61,10 +64,9 @@ def _factors(run: str, machine: Any) -> dict[str, float]:
     from orchestrator.storage.stage_store import Store
 
     store = Store(run)
-    config = recorded_config(store)
-    if config is None:
-        raise RequestError(f"--calibrate {run!r} holds no run: there is no campaign.json in it")
-    factors = calibrate(config, build_plan(config), store, Ledger(store.ledger_uri).read(), machine)
+    config = recorded_config(store, f"--calibrate {run!r}")
+    built, ledger = build_plan(config), Ledger(store.ledger_uri).read()
+    factors = calibrate(config, built, campaign_stages(built, store), ledger, machine)
     if not factors:
         raise RequestError(f"--calibrate {run!r}: that run has finished no stage yet")
     return factors
@@ -83,7 +85,7 @@ def _show(summary: dict[str, Any]) -> None:
     count = summary["stages"]
     out.print(
         f"\nStages: {count['distinct']} to compute, where {count['planned']} are asked for "
-        f"({count['shared']} shared); every cell of the grid by itself would take {count['cell_by_cell']}. "
+        f"({count['shared']} shared). "
         f"Finished: {count['finished']}. To run: {count['to_run']}.\n"
     )
     kinds = summary["kinds"]

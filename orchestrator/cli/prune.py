@@ -1,6 +1,6 @@
 """The command `prune`: write a model without some of its layers."""
 
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -42,7 +42,7 @@ def prune(
             model,
             layers,
             output,
-            dtype=dtype,
+            dtype=cast(Any, dtype),
             granularity=granularity,
             revision=revision,
             trust_remote_code=trust_remote_code,

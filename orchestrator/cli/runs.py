@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from orchestrator.cli.options import Json, Run
 from orchestrator.cli.output import err, out, print_json
-from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
     from orchestrator.storage.stage_store import Store
@@ -18,12 +17,12 @@ def status(run: Run, as_json: Json = False) -> None:
     from orchestrator.reporting.tables.tables import iteration_table
     from orchestrator.storage.ledger import Ledger
     from orchestrator.storage.stage_store import Store
-    from orchestrator.storage.trajectory_status import read_outcomes
+    from orchestrator.storage.trajectory_status import read_statuses
 
     store = Store(existing_run(run))
     if as_json:
         lines = iteration_table(Ledger(store.ledger_uri).read())
-        outcomes = {trajectory: asdict(outcome) for trajectory, outcome in read_outcomes(store).items()}
+        outcomes = {trajectory: asdict(outcome) for trajectory, outcome in read_statuses(store).items()}
         print_json({"iterations": lines, "outcomes": outcomes})
         return
     show_results(run)
@@ -41,11 +40,10 @@ def existing_run(run: str) -> str:
     Raises:
         RequestError: no run lies there.
     """
-    from orchestrator.storage.run_manifest import read_run
+    from orchestrator.storage import run_manifest
     from orchestrator.storage.stage_store import Store
 
-    if read_run(Store(run)) is None:
-        raise RequestError(f"{run!r} holds no run: there is no campaign.json in it")
+    run_manifest.existing_run(Store(run), repr(run))
     return run
 
 
@@ -66,9 +64,9 @@ def show_results(run: str) -> None:
 
 def show_outcomes(store: "Store") -> None:
     """Name the trajectories that failed or were given up, with the reason."""
-    from orchestrator.storage.trajectory_status import read_outcomes
+    from orchestrator.storage.trajectory_status import read_statuses
 
-    for trajectory, outcome in read_outcomes(store).items():
+    for trajectory, outcome in read_statuses(store).items():
         if outcome.state != "done":
             line = f"{outcome.state}: {trajectory}: {outcome.reason}"
             err.print(line, style="red", markup=False, soft_wrap=True)

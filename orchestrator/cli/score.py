@@ -1,6 +1,6 @@
 """The command `score`: rank the layers of a model."""
 
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -39,7 +39,9 @@ def score(
     text = TextSpec(builtin=calibration) if calibration in BUILTIN_TEXTS else TextSpec(path=calibration)
     text = describe_text(text).spec
     info = describe_model(source_model(model, dtype, revision, trust_remote_code))
-    spec = ScoreSpec(ModelRef(info.spec), text, criterion, granularity=granularity)
+    spec = ScoreSpec(
+        model=ModelRef(info.spec), calibration=text, criterion=criterion, granularity=cast(Any, granularity)
+    )
     check_calibration(spec, info, load_tokenizer(info.spec))
     result = score_locally(spec)
     order = {layer: rank for rank, layer in enumerate(result.removal_order, start=1)}

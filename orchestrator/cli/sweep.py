@@ -60,7 +60,7 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Remove every layer once and measure what is lost: a table and a plot."""
-    from actors.contracts import EvaluationSpec, ModelRef, to_json
+    from actors.contracts import ActorPoolSpec, EvaluationSpec, ModelRef, to_json
     from actors.evaluation import suite_tasks
     from orchestrator.execution.single_layer_sweep import run_sweep, sweep_columns, write_sweep
 
@@ -68,7 +68,7 @@ def sweep(
         raise RequestError(f"--batch-size {batch_size!r}: give a number of at least 1, or auto")
     named = names_in(suites)
     spec = EvaluationSpec(
-        ModelRef(source_model(model, dtype, revision, trust_remote_code)),
+        model=ModelRef(source_model(model, dtype, revision, trust_remote_code)),
         tasks=tuple(dict.fromkeys((*suite_tasks(named, task_suffix), *names_in(tasks)))),
         suites=named,
         task_suffix=task_suffix,
@@ -84,7 +84,7 @@ def sweep(
     if actors:
         from orchestrator.execution.cluster import evaluate_on_cluster
 
-        evaluate_all = evaluate_on_cluster(address, actors=actors, cpus=cpus, gpus=gpus)
+        evaluate_all = evaluate_on_cluster(address, ActorPoolSpec(actors, cpus, gpus))
 
     def show_progress(done: int, total: int, note: str = "") -> None:
         err.print(f"{done} of {total} {note}", style="dim", highlight=False)

@@ -1,23 +1,21 @@
-"""The campaign file: pydantic models of the YAML, and how it is read.
+"""The campaign file: its sections, and how it is read.
+
+What scoring, recovery, generation and evaluation take is declared in `actors.contracts`, and the YAML is
+read straight into that; pydantic models are here for what the orchestrator alone decides on.
 
 Imports neither torch nor ray, so that a wrong file is refused in well under a second.
 Whether the named models, data, criteria and tasks exist is `orchestrator.planning.planner`'s matter.
 """
 
-from orchestrator.config.campaign import (
-    CampaignConfig,
+from orchestrator.config.campaign import CampaignConfig, ExcludeConfig, SearchConfig, TargetConfig
+from orchestrator.config.execution import (
     ClusterMaximumConfig,
     CostConfig,
-    ExcludeConfig,
     ExecutionConfig,
     MachineConfig,
     MlflowConfig,
-    OverridesConfig,
     PoolConfig,
-    SearchConfig,
-    SourceModelConfig,
     StorageConfig,
-    TargetConfig,
     TrackingConfig,
     TrainingConfig,
     WandbConfig,
@@ -25,57 +23,38 @@ from orchestrator.config.campaign import (
 )
 from orchestrator.config.json_schema import campaign_schema
 from orchestrator.config.loading import holds_credential, load_config, parse_config
-from orchestrator.config.paths import LocalPath, absolute_path, with_absolute_paths
-from orchestrator.config.sections import (
-    NAME,
-    AdapterConfig,
+from orchestrator.config.method import (
     EvaluationConfig,
-    GenerationConfig,
-    LossConfig,
-    MergeConfig,
     MethodConfig,
     ModelConfig,
-    PerplexityConfig,
+    OverridesConfig,
     RecoveryConfig,
     ScheduleConfig,
-    ScoringConfig,
-    Section,
-    TaskConfig,
-    TextConfig,
-    ThroughputConfig,
+    SourceModelConfig,
 )
+from orchestrator.config.paths import absolute_path, with_absolute_paths
+from orchestrator.config.section import Section
 
 __all__ = [
-    "AdapterConfig",
     "CampaignConfig",
+    "ClusterMaximumConfig",
     "CostConfig",
     "EvaluationConfig",
     "ExcludeConfig",
-    "ClusterMaximumConfig",
     "ExecutionConfig",
-    "GenerationConfig",
-    "LocalPath",
-    "LossConfig",
     "MachineConfig",
-    "MergeConfig",
     "MethodConfig",
     "MlflowConfig",
     "ModelConfig",
-    "NAME",
     "OverridesConfig",
-    "PerplexityConfig",
     "PoolConfig",
     "RecoveryConfig",
     "ScheduleConfig",
-    "ScoringConfig",
     "SearchConfig",
     "Section",
     "SourceModelConfig",
     "StorageConfig",
     "TargetConfig",
-    "TaskConfig",
-    "TextConfig",
-    "ThroughputConfig",
     "TrackingConfig",
     "TrainingConfig",
     "WandbConfig",

@@ -1,34 +1,18 @@
-"""The campaign file as a whole: its grid, and where and how wide it runs."""
+"""The campaign file as a whole: its grid of models, methods, targets and seeds."""
 
 import os
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from orchestrator.config.paths import LocalPath
-from orchestrator.config.sections import EvaluationConfig, MethodConfig, ModelConfig, Name, Section
+from actors.contracts import Name
+from orchestrator.config.execution import CostConfig, ExecutionConfig, StorageConfig, TrackingConfig
+from orchestrator.config.method import EvaluationConfig, MethodConfig, SourceModelConfig
+from orchestrator.config.section import Section, reader
 
-SectionT = TypeVar("SectionT", bound=Section)
-
-
-class OverridesConfig(Section):
-    """What is different for one model: fields that replace those of every method, or of `evaluation`.
-
-    Sections are merged field by field, texts are replaced as a whole.
-    """
-
-    scoring: dict[str, Any] = Field({}, description="Fields of `methods.scoring`.")
-    schedule: dict[str, Any] = Field({}, description="Fields of `methods.schedule`.")
-    recovery: dict[str, Any] = Field({}, description="Fields of `methods.recovery`.")
-    evaluation: dict[str, Any] = Field({}, description="Fields of `evaluation`.")
-
-
-class SourceModelConfig(ModelConfig):
-    """A source model of the grid."""
-
-    overrides: OverridesConfig = OverridesConfig()
+SectionT = TypeVar("SectionT", MethodConfig, EvaluationConfig)
 
 
 class TargetConfig(Section):
@@ -106,128 +90,6 @@ class SearchConfig(Section):
     mode: Literal["min", "max"] = Field("min", description="Which values of the metric are good.")
     grace_iterations: int = Field(1, ge=1, description="Iterations that every trajectory may run.")
     reduction_factor: int = Field(3, ge=2, description="For asha: one in so many goes on.")
-
-
-class PoolConfig(Section):
-    """Actors that share a stage's work, and what each holds."""
-
-    actors: int = Field(2, ge=1, description="Actors that share the calibration sequences, or the prompts.")
-    cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
-    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
-
-
-class WorkerConfig(Section):
-    """Actors that share an evaluation's requests, and what each holds; an export holds as much as one."""
-
-    actors: int = Field(1, ge=1, description="Actors that share the requests of the tasks.")
-    cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
-    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
-
-
-class TrainingConfig(Section):
-    """The workers of one recovery; they start together or not at all."""
-
-    workers: int = Field(1, ge=1, description="Workers that share a batch.")
-    cpus: float = Field(1.0, gt=0, description="CPUs a worker.")
-    gpus: float = Field(0.0, ge=0, description="GPUs a worker.")
-    deepspeed: Annotated[str | None, LocalPath()] = Field(
-        None, description="DeepSpeed JSON file, merged into ours."
-    )
-    max_failures: int = Field(3, ge=0, description="Lost workers before the recovery is given up.")
-
-
-class ClusterMaximumConfig(Section):
-    """What an autoscaling cluster can grow to: Ray does not tell, while no worker is up."""
-
-    nodes: int = Field(ge=1, description="Workers at most, of all types.")
-    cpus: float = Field(gt=0, description="CPUs of the largest worker.")
-    gpus: float = Field(0.0, ge=0, description="GPUs of the largest worker.")
-
-
-class ExecutionConfig(Section):
-    """Where and how wide the work runs. Nothing here changes a result."""
-
-    backend: Literal["ray", "local"] = Field("ray", description="On Ray, or all in this process.")
-    scoring: PoolConfig = PoolConfig()
-    generation: PoolConfig = PoolConfig()
-    training: TrainingConfig = TrainingConfig()
-    evaluation: WorkerConfig = WorkerConfig()
-    overlap_evaluation: bool = Field(
-        True,
-        description="Evaluate while the next iteration is scored and trained, where there is room for both.",
-    )
-    max_concurrent_trajectories: int | None = Field(
-        None, ge=1, description="Trajectories under way at a time; as many as keep the cluster busy if None."
-    )
-    cluster_maximum: ClusterMaximumConfig | None = Field(
-        None, description="What the autoscaler may grow the cluster to; else what is up now must suffice."
-    )
-    start_timeout_s: float = Field(
-        600.0, gt=0, description="Longest wait for the cluster to give what a stage asks for."
-    )
-    max_failures: int | None = Field(
-        None, ge=1, description="Failed trajectories after which no further stage starts."
-    )
-    time_limit_s: float | None = Field(
-        None, gt=0, description="Seconds after which no further stage starts; counted from every start."
-    )
-    budget: float | None = Field(
-        None,
-        gt=0,
-        description="Price, by the table of `cost`, after which no further stage starts; of the whole run.",
-    )
-
-
-class StorageConfig(Section):
-    """Where runs are kept."""
-
-    path: str = Field("runs", min_length=1, description="Local directory, NFS, s3:// or gs://.")
-
-
-class MlflowConfig(Section):
-    """An MLflow server. It takes user and password, or a token, from the environment (MLFLOW_TRACKING_…)."""
-
-    tracking_uri: str = Field(min_length=1, description="Address of the server, e.g. http://host:5000.")
-    experiment: str | None = Field(
-        None, min_length=1, description="Where the runs go; the campaign's name if not given."
-    )
-
-
-class WandbConfig(Section):
-    """A project of Weights & Biases. It takes its key from the environment (WANDB_API_KEY) or its login."""
-
-    project: str = Field(min_length=1, description="Where the runs go.")
-    entity: str | None = Field(None, min_length=1, description="Whose project; your own if not given.")
-    mode: Literal["offline", "online"] = Field(
-        "offline", description="Offline, runs are files, which `wandb sync` sends."
-    )
-
-
-class TrackingConfig(Section):
-    """Who is told the numbers of the ledger; each trajectory is a run. Nothing here changes a result."""
-
-    tensorboard: bool = Field(True, description="Write event files into the run's directory `tensorboard`.")
-    mlflow: MlflowConfig | None = Field(None, description="An MLflow server, if given.")
-    wandb: WandbConfig | None = Field(None, description="Weights & Biases, if given.")
-
-
-class MachineConfig(Section):
-    """What a machine type does and costs, each device of it; what is not given is as in the table."""
-
-    bf16_tflops: float | None = Field(None, gt=0, description="Peak 10¹² FLOP/s in 16 bits.")
-    fp32_tflops: float | None = Field(None, gt=0, description="Peak 10¹² FLOP/s in 32 bits.")
-    memory_gb: float | None = Field(None, gt=0, description="GB of memory.")
-    price_per_hour: float | None = Field(None, ge=0, description="Price of an hour.")
-
-
-class CostConfig(Section):
-    """Assumptions behind the costs that `iterabre plan` shows. Nothing here changes a result."""
-
-    machine: str = Field("A100-80G", description="Machine type that `execution.budget` is counted for.")
-    machines: dict[str, MachineConfig] = Field({}, description="Changes of the table of machines.")
-    utilisation: float = Field(
-        0.35, gt=0, le=1, description="Share of the peak that the work reaches; see also --calibrate."
-    )
 
 
 class CampaignConfig(Section):
@@ -312,7 +174,8 @@ class CampaignConfig(Section):
 
 
 def _overridden(section: SectionT, changes: dict[str, Any]) -> SectionT:
-    return type(section).model_validate(_merged(section.model_dump(exclude_unset=True), changes))
+    kind = reader(type(section))
+    return kind.validate_python(_merged(kind.dump_python(section), changes))
 
 
 def _merged(old: Any, new: Any) -> Any:

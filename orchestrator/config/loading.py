@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from orchestrator.config.campaign import CampaignConfig, SearchConfig
 from orchestrator.config.search_space import variants
-from orchestrator.config.sections import Section
 from orchestrator.errors import ConfigError
 
 
@@ -144,7 +143,7 @@ def _wrong_overrides(config: CampaignConfig) -> Iterator[str]:
             yield from _errors(partial(config.method_for, model, method), place)
 
 
-def _errors(check: Callable[[], Section], place: tuple[int | str, ...]) -> Iterator[str]:
+def _errors(check: Callable[[], object], place: tuple[int | str, ...]) -> Iterator[str]:
     try:
         check()
     except ValidationError as error:
@@ -153,14 +152,15 @@ def _errors(check: Callable[[], Section], place: tuple[int | str, ...]) -> Itera
 
 
 def _plain(error: Any) -> str:
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return "unknown key; see docs/configuration.md for the known ones"
-    message = error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
     return message if error["type"] == "missing" else f"{message} (got {error['input']!r})"
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location) or "(top level)"
+    dotted = ".".join(str(part) for part in location) or "(top level)"
+    return re.sub(r"\btuple\[(\w+), \.\.\.\]", r"list[\1]", dotted)  # YAML has lists
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -6,20 +6,16 @@ driver, before anything is sent; hub ids, URIs and names stay as they are.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-SectionT = TypeVar("SectionT", bound=BaseModel)
+from actors.contracts import LocalPath, Settings
+from orchestrator.config.section import SECTIONS, fields_of
 
-
-@dataclass(frozen=True)
-class LocalPath:
-    """Mark a text field as one that may name a file or directory; `names` are values that never do."""
-
-    names: tuple[str, ...] = ()
+SectionT = TypeVar("SectionT", bound=BaseModel | Settings)
 
 
 def absolute_path(path: str, directories: Sequence[str | Path] = (".",)) -> str:
@@ -39,13 +35,15 @@ def absolute_path(path: str, directories: Sequence[str | Path] = (".",)) -> str:
 def with_absolute_paths(section: SectionT, directories: Sequence[str | Path]) -> SectionT:
     """Return `section` with every path in it absolute, see `absolute_path`."""
     changed: dict[str, Any] = {}
-    for name, field in type(section).model_fields.items():
+    for name, field in fields_of(type(section)).items():
         value = getattr(section, name)
         marker = next((mark for mark in field.metadata if isinstance(mark, LocalPath)), None)
         if marker is not None and value is not None and value not in marker.names:
             changed[name] = absolute_path(value, directories)
-        elif isinstance(value, BaseModel):
+        elif isinstance(value, SECTIONS):
             changed[name] = with_absolute_paths(value, directories)
-        elif isinstance(value, list) and any(isinstance(item, BaseModel) for item in value):
-            changed[name] = [with_absolute_paths(item, directories) for item in value]
-    return section.model_copy(update=changed)
+        elif isinstance(value, list | tuple) and any(isinstance(item, SECTIONS) for item in value):
+            changed[name] = type(value)(with_absolute_paths(item, directories) for item in value)
+    if isinstance(section, BaseModel):
+        return section.model_copy(update=changed)
+    return replace(section, **changed)  # type: ignore[type-var]

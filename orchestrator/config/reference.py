@@ -3,15 +3,18 @@
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import get_args
 
 from pydantic.fields import FieldInfo
 
-from orchestrator.config import CampaignConfig, Section
+from actors.contracts import Doc
+from actors.contracts.settings import section_in
+from orchestrator.config import CampaignConfig
+from orchestrator.config.section import SECTIONS, fields_of
 
 HEAD = """# Configuration
 
-One YAML file describes a campaign. This page is written from the config models
+One YAML file describes a campaign. This page is written from the declarations of the settings
 (`python -m orchestrator.config.reference > docs/configuration.md`); a test keeps it so.
 Unknown keys are refused. Any field can be overridden on the command line:
 `--set methods.0.recovery.max_tokens=4096`; lists are counted from 0.
@@ -29,18 +32,23 @@ def reference() -> str:
     return "\n".join([HEAD, *_sections(CampaignConfig, "", {})]).rstrip() + "\n"
 
 
-def _sections(section: type[Section], path: str, shown: dict[type[Section], str]) -> Iterator[str]:
+def _sections(section: type, path: str, shown: dict[type, str]) -> Iterator[str]:
     """A section and those inside it; a section that stands in several places is described once."""
     shown[section] = path
     title = f"`{path}`" if path else "Top level"
     yield f"## {title}\n\n{' '.join((section.__doc__ or '').split())}\n"
     yield "| field | type | default | meaning |\n|---|---|---|---|"
-    inner: list[tuple[str, type[Section]]] = []
-    for name, field in section.model_fields.items():
-        nested = _nested(field.annotation)
+    inner: list[tuple[str, type]] = []
+    for name, field in fields_of(section).items():
+        nested = section_in(field.annotation, *SECTIONS)
         if nested:
             inner.append((f"{path}.{name}".lstrip("."), nested))
-        meaning = field.description or (f"See `{shown.get(nested) or inner[-1][0]}`." if nested else "")
+        described = (mark.text for mark in field.metadata if isinstance(mark, Doc))
+        meaning = (
+            field.description
+            or next(described, "")
+            or (f"See `{shown.get(nested) or inner[-1][0]}`." if nested else "")
+        )
         yield f"| `{name}` | {_type_name(field)} | {_default(field, nested)} | {meaning} |"
     yield ""
     for inner_path, nested in inner:
@@ -48,25 +56,24 @@ def _sections(section: type[Section], path: str, shown: dict[type[Section], str]
             yield from _sections(nested, inner_path, shown)
 
 
-def _nested(annotation: Any) -> type[Section] | None:
-    """The section inside an annotation such as `list[ModelConfig]`, if there is one."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _nested(part))), None)
-
-
 def _type_name(field: FieldInfo) -> str:
     annotation = field.annotation
     text = (
         annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
     )
-    return re.sub(r"\b(typing|orchestrator\.config\.\w+)\.", "", text).replace("|", "\\|")
+    text = re.sub(r"\b(typing|actors\.contracts\.\w+|orchestrator\.config\.\w+)\.", "", text)
+    # As a user writes it: bounds are told by the check itself, and YAML has lists.
+    text = re.sub(r"\bAnnotated\[(\w+), [^\]]*\]", r"\1", text)
+    text = re.sub(r"\btuple\[(\w+), \.\.\.\]", r"list[\1]", text)
+    return text.replace("|", "\\|")
 
 
-def _default(field: FieldInfo, nested: type[Section] | None) -> str:
+def _default(field: FieldInfo, nested: type | None) -> str:
     if field.is_required():
         return "required"
-    return "" if nested and field.default else f"`{field.default!r}`"
+    if nested and field.default:
+        return ""
+    return f"`{list(field.default) if isinstance(field.default, tuple) else field.default!r}`"
 
 
 if __name__ == "__main__":

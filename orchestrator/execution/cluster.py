@@ -22,7 +22,7 @@ from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.artifacts import DRIVER_DIRECTORY
-from actors.contracts import EvaluationResult, EvaluationSpec
+from actors.contracts import ActorPoolSpec, EvaluationResult, EvaluationSpec
 from actors.evaluation.ray import evaluate_all_on_ray
 from actors.plugins import environment
 from orchestrator.config import ClusterMaximumConfig, ExecutionConfig
@@ -38,7 +38,8 @@ from orchestrator.execution.connection import (
     unreachable,
 )
 from orchestrator.execution.task_scoring import EvaluateAll
-from orchestrator.scheduling.admission import Places, Room
+from orchestrator.scheduling.admission import AdmissionController
+from orchestrator.scheduling.resources import ResourceBundle, stage_resources
 
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -88,7 +89,7 @@ def find_cluster(address: str | None) -> str:
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """A connection to the cluster at `address`, or to one of this process's own.
+    """Connect to the cluster at `address`, or to one of this process's own.
 
     Raises:
         RequestError: as `find_cluster`, or that cluster cannot be joined.
@@ -162,8 +163,8 @@ HEAD = "node:__internal_head__"
 LEFT_HELPER = "PlacementGroupCleaner"
 """The class of Ray Train's that can outlive a killed driver."""
 
-LOOK_AGAIN_S = 5.0
-"""How long what the cluster has is taken for granted."""
+CAPACITY_S = 5.0
+"""How long a look at the cluster's capacity holds."""
 
 TRIAL_BYTES = 0.5e9
 """What the process of a trial takes on the head, with what a Ray Train job adds."""
@@ -182,7 +183,7 @@ class Capacity:
 
 
 def cluster_capacity() -> Capacity:
-    """The capacity of the connected cluster, as far as its autoscaler tells."""
+    """Return the capacity of the connected cluster, as far as its autoscaler reports it."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     growth = ray._private.state.state.get_max_resources_from_cluster_config() or {}
     return Capacity(
@@ -195,10 +196,10 @@ def cluster_capacity() -> Capacity:
     )
 
 
-def grown(capacity: Capacity, maximum: ClusterMaximumConfig | None) -> Capacity:
-    """The capacity of the cluster once it has grown to `maximum`, or as it is if that is not given.
+def with_autoscaling(capacity: Capacity, maximum: ClusterMaximumConfig | None) -> Capacity:
+    """Return the capacity of the cluster once it has grown to `maximum`, or as it is if that is None.
 
-    Ray's own autoscaler keeps to itself what it may start, so a cluster whose workers start
+    Ray's own autoscaler does not report what it may start, so a cluster whose workers start
     from zero has nothing to show before the first request.
     """
     if maximum is None:
@@ -212,22 +213,18 @@ def grown(capacity: Capacity, maximum: ClusterMaximumConfig | None) -> Capacity:
     )
 
 
-def evaluate_on_cluster(
-    address: str | None, *, actors: int, cpus: float, gpus: float, start_timeout_s: float = 600.0
-) -> EvaluateAll:
-    """Evaluates many models on actors of the cluster at `address`, or of this machine if None."""
+def evaluate_on_cluster(address: str | None, pool: ActorPoolSpec) -> EvaluateAll:
+    """Return what evaluates many models on actors of the cluster at `address`, or of this machine if None."""
 
     def evaluate_all(specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
         with cluster(address):
-            yield from evaluate_all_on_ray(
-                specs, actors=actors, cpus=cpus, gpus=gpus, start_timeout_s=start_timeout_s
-            )
+            yield from evaluate_all_on_ray(specs, pool)
 
     return evaluate_all
 
 
 def capacity_at(address: str | None) -> Capacity:
-    """The capacity of the cluster at `address`.
+    """Return the capacity of the cluster at `address`.
 
     Raises:
         RequestError: none can be joined there.
@@ -242,14 +239,11 @@ def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
     Raises:
         ClusterTooSmallError: says what is needed, and what there is.
     """
-    training = execution.training
-    asked = {
-        "scoring": (1, execution.scoring.cpus, execution.scoring.gpus),
-        "generation": (1, execution.generation.cpus, execution.generation.gpus),
-        "training": (training.workers, training.cpus, training.gpus),
-        "evaluation": (1, execution.evaluation.cpus, execution.evaluation.gpus),
-    }
-    for section, (count, cpus, gpus) in asked.items():
+    requests = stage_resources(execution)
+    sections = {"scoring": "score", "generation": "generate", "training": "recover", "evaluation": "evaluate"}
+    for section, stage in sections.items():
+        least, count = requests[stage].min, execution.training.workers if stage == "recover" else 1
+        cpus, gpus = least.cpus / count, least.gpus / count
         for kind, each, in_all, on_node in (
             ("CPU", cpus, capacity.cpus, capacity.node_cpus),
             ("GPU", gpus, capacity.gpus, capacity.node_gpus),
@@ -266,7 +260,7 @@ def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
 def end_helpers_of_dead_drivers() -> None:
     """End the process that Ray Train leaves for ever if its driver is killed while a training starts.
 
-    The helper outlives its training, in order to clean up after it; one that was not yet told what
+    The helper outlives its training, in order to clean up after it; one that did not yet know what
     to watch when all others died waits for that.
     """
     dead = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
@@ -286,26 +280,29 @@ def _end_process(pid: int, title: str) -> None:
             process.kill()
 
 
-class ClusterRoom:
+class ClusterResources:
     """What the connected cluster has or can grow to, looked up anew every few seconds: nodes come and go."""
 
     def __init__(self, maximum: ClusterMaximumConfig | None):
         self._maximum = maximum
-        self._looked_at = -math.inf
-        self._room = Room(0, 0)
+        self._looked_up_at = -math.inf
+        self._resources = ResourceBundle(0, 0)
 
-    def __call__(self) -> Room:
-        if time.monotonic() - self._looked_at > LOOK_AGAIN_S:
-            capacity = grown(cluster_capacity(), self._maximum)
-            self._room, self._looked_at = Room(capacity.cpus, capacity.gpus), time.monotonic()
-        return self._room
+    def __call__(self) -> ResourceBundle:
+        if time.monotonic() - self._looked_up_at > CAPACITY_S:
+            capacity = with_autoscaling(cluster_capacity(), self._maximum)
+            self._resources = ResourceBundle(capacity.cpus, capacity.gpus)
+            self._looked_up_at = time.monotonic()
+        return self._resources
 
 
-def trajectories_at_a_time(execution: ExecutionConfig, places: Places, head_bytes: float) -> int:
-    """How many are under way: as many as are asked for, or else as keep the cluster busy.
+def trajectories_at_a_time(
+    execution: ExecutionConfig, admission: AdmissionController, head_bytes: float
+) -> int:
+    """Return how many are under way: as many as the config says, or else as keep the cluster busy.
 
     Each has a process on the head, which may take half of the memory there.
     """
     if execution.max_concurrent_trajectories is not None:
         return execution.max_concurrent_trajectories
-    return max(1, min(places.trajectories(), int(head_bytes / 2 / TRIAL_BYTES)))
+    return max(1, min(admission.concurrent_trajectories(), int(head_bytes / 2 / TRIAL_BYTES)))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ray.util.metrics import Gauge
 
-from orchestrator.execution.progress import Activity
+from orchestrator.execution.progress import TrajectoryProgress
 
 TRAJECTORY = ("campaign", "trajectory")
 
@@ -32,7 +32,7 @@ class CampaignGauges:
             tag_keys=(*TRAJECTORY, "text"),
         )
 
-    def show(self, activities: Sequence[Activity]) -> None:
+    def show(self, activities: Sequence[TrajectoryProgress]) -> None:
         """Set the gauges to the newest progress of every trajectory."""
         states = Counter({"running": 0, "ended": 0, "failed": 0})
         for activity in activities:
@@ -46,7 +46,7 @@ class CampaignGauges:
             self._trajectories.set(count, {"campaign": self._campaign, "state": state})
 
 
-def _state(activity: Activity) -> str:
+def _state(activity: TrajectoryProgress) -> str:
     if not activity.finished:
         return "running"
     return "failed" if activity.stage == "failed" else "ended"

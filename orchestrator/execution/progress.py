@@ -19,8 +19,8 @@ PLAIN_INTERVAL_S = 15.0
 
 
 @dataclass(frozen=True)
-class Activity:
-    """What one trajectory is doing. `perplexities` are of the newest measured model, by text."""
+class TrajectoryProgress:
+    """Where one trajectory is. `perplexities` are of the newest measured model, by text."""
 
     trajectory: str
     iteration: int
@@ -37,22 +37,22 @@ class Activity:
     perplexities: Mapping[str, float] = field(default_factory=dict)
 
 
-Report = Callable[[Activity], None]
+Report = Callable[[TrajectoryProgress], None]
 
 
-class Board:
-    """The newest activity of every trajectory; a plain object, or held by an actor."""
+class ProgressBoard:
+    """The newest progress of every trajectory; a plain object, or held by an actor."""
 
     def __init__(self) -> None:
-        self._activities: dict[str, Activity] = {}
+        self._newest: dict[str, TrajectoryProgress] = {}
 
-    def post(self, activity: Activity) -> None:
-        """Note what a trajectory is doing now."""
-        self._activities[activity.trajectory] = activity
+    def post(self, progress: TrajectoryProgress) -> None:
+        """Note where a trajectory is now."""
+        self._newest[progress.trajectory] = progress
 
-    def snapshot(self) -> list[Activity]:
-        """The newest activity of each trajectory, in the order of their ids."""
-        return [self._activities[name] for name in sorted(self._activities)]
+    def snapshot(self) -> list[TrajectoryProgress]:
+        """Return the newest progress of each trajectory, in the order of their ids."""
+        return [self._newest[name] for name in sorted(self._newest)]
 
 
 class RemoteReport:
@@ -61,29 +61,31 @@ class RemoteReport:
     def __init__(self, board: Any):
         self._board = board
 
-    def __call__(self, activity: Activity) -> None:
-        self._board.post.remote(activity)
+    def __call__(self, progress: TrajectoryProgress) -> None:
+        self._board.post.remote(progress)
 
 
 class StageProgress:
     """The `Progress` of one stage: turns its counts into reports, a few a second at most."""
 
-    def __init__(self, report: Report, activity: Activity):
+    def __init__(self, report: Report, progress: TrajectoryProgress):
         self._report = report
-        self._activity = replace(activity, started_at=time.time())
+        self._progress = replace(progress, started_at=time.time())
         self._posted_at = 0.0
-        report(self._activity)
+        report(self._progress)
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.time()
         if now - self._posted_at < POST_INTERVAL_S and done != total:
             return
         self._posted_at = now
-        self._report(replace(self._activity, done=done, total=total, note=note))
+        self._report(replace(self._progress, done=done, total=total, note=note))
 
 
 @contextmanager
-def live_view(snapshot: Callable[[], list[Activity]], stream: TextIO | None = None) -> Iterator[None]:
+def live_view(
+    snapshot: Callable[[], list[TrajectoryProgress]], stream: TextIO | None = None
+) -> Iterator[None]:
     """Show the board while the body runs: live in a terminal, plain lines elsewhere."""
     console = Console(file=stream or sys.stderr)
     stop = threading.Event()
@@ -97,51 +99,55 @@ def live_view(snapshot: Callable[[], list[Activity]], stream: TextIO | None = No
         thread.join(timeout=5)
 
 
-def _show_live(console: Console, snapshot: Callable[[], list[Activity]], stop: threading.Event) -> None:
+def _show_live(
+    console: Console, snapshot: Callable[[], list[TrajectoryProgress]], stop: threading.Event
+) -> None:
     with Live(console=console, refresh_per_second=4, transient=True) as live:
         while not stop.wait(0.5):
             live.update(render(snapshot()))
 
 
-def _show_lines(console: Console, snapshot: Callable[[], list[Activity]], stop: threading.Event) -> None:
-    """One line when a trajectory goes on to another stage, and now and then within a long one."""
+def _show_lines(
+    console: Console, snapshot: Callable[[], list[TrajectoryProgress]], stop: threading.Event
+) -> None:
+    """Print a line when a trajectory goes on to another stage, and now and then within a long one."""
     shown: dict[str, tuple[tuple[int, str], float]] = {}
     while not stop.wait(0.5):
-        for activity in snapshot():
-            place = (activity.iteration, activity.stage)
-            before, when = shown.get(activity.trajectory, (None, 0.0))
+        for progress in snapshot():
+            place = (progress.iteration, progress.stage)
+            before, when = shown.get(progress.trajectory, (None, 0.0))
             if place != before or time.time() - when > PLAIN_INTERVAL_S:
-                shown[activity.trajectory] = (place, time.time())
-                console.print(line(activity), markup=False, highlight=False, soft_wrap=True)
+                shown[progress.trajectory] = (place, time.time())
+                console.print(line(progress), markup=False, highlight=False, soft_wrap=True)
 
 
-def line(activity: Activity) -> str:
-    """An activity as one plain line."""
+def line(progress: TrajectoryProgress) -> str:
+    """Return where a trajectory is, as one plain line."""
     parts = [
-        f"{activity.trajectory}: iteration {activity.iteration}/{activity.iterations}",
-        f"stage {min(activity.stages_done + 1, activity.stages_total)}/{activity.stages_total}",
-        activity.stage,
+        f"{progress.trajectory}: iteration {progress.iteration}/{progress.iterations}",
+        f"stage {min(progress.stages_done + 1, progress.stages_total)}/{progress.stages_total}",
+        progress.stage,
     ]
-    if activity.total:
-        parts.append(f"{activity.done}/{activity.total} {activity.note}".rstrip())
+    if progress.total:
+        parts.append(f"{progress.done}/{progress.total} {progress.note}".rstrip())
     return ", ".join(parts)
 
 
-def render(activities: list[Activity]) -> Group:
-    """The board as a rich renderable: a line a trajectory."""
+def render(trajectories: list[TrajectoryProgress]) -> Group:
+    """Render the board for rich: a line a trajectory."""
     table = Table(box=None, pad_edge=False)
     for heading in ("trajectory", "iteration", "stages", "now", "", "", "since"):
         table.add_column(heading, style="bold" if heading == "trajectory" else "")
-    for activity in activities:
-        reused = f" ({activity.stages_reused} reused)" if activity.stages_reused else ""
+    for progress in trajectories:
+        reused = f" ({progress.stages_reused} reused)" if progress.stages_reused else ""
         table.add_row(
-            activity.trajectory,
-            f"{activity.iteration}/{activity.iterations}",
-            f"{activity.stages_done}/{activity.stages_total}{reused}",
-            "done" if activity.finished else activity.stage,
-            ProgressBar(total=max(activity.total, 1), completed=activity.done, width=12),
-            f"{activity.done}/{activity.total} {activity.note}" if activity.total else "",
-            _duration(time.time() - activity.started_at) if activity.started_at else "",
+            progress.trajectory,
+            f"{progress.iteration}/{progress.iterations}",
+            f"{progress.stages_done}/{progress.stages_total}{reused}",
+            "done" if progress.finished else progress.stage,
+            ProgressBar(total=max(progress.total, 1), completed=progress.done, width=12),
+            f"{progress.done}/{progress.total} {progress.note}" if progress.total else "",
+            _duration(time.time() - progress.started_at) if progress.started_at else "",
         )
     return Group(table, Text("Ctrl-C ends in good order; --resume continues.", style="dim"))
 

@@ -1,27 +1,29 @@
 """The iteration loop: score, prune, recover, evaluate, until the deepest target (IteRABRe, Fig. 1)."""
 
-from collections.abc import Sequence
 from typing import Protocol
 
-from actors.contracts import ModelRef
+from actors.contracts import ModelRef, Removal, ScoreResult
 from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
 
 
 class Stages(Protocol):
-    """What a trajectory asks for; every call returns when the stage is finished, now or before.
+    """The stages of a trajectory; every call returns when the stage is finished, now or before.
 
     Only an evaluation may go on in the background: nothing that follows depends on its numbers.
     """
 
-    def score(self, iteration: IterationPlan, model: ModelRef) -> Sequence[int]:
-        """Source layers of `model`, from the first to remove to the last."""
+    def score(self, iteration: IterationPlan, model: ModelRef) -> ScoreResult:
+        """Score what may be removed from `model`."""
 
-    def prune(self, iteration: IterationPlan, model: ModelRef, source_layers: Sequence[int]) -> ModelRef:
-        """`model` without those layers."""
+    def select(self, iteration: IterationPlan, model: ModelRef, scores: ScoreResult) -> Removal:
+        """Choose by its scores what goes from `model` in this iteration."""
+
+    def prune(self, iteration: IterationPlan, model: ModelRef, removal: Removal) -> ModelRef:
+        """Return `model` without what `removal` names."""
 
     def recover(self, iteration: IterationPlan, model: ModelRef) -> ModelRef:
-        """`model`, healed."""
+        """Return `model`, healed."""
 
     def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
         """Measure `model`; the numbers go to the ledger."""
@@ -33,7 +35,7 @@ class Stages(Protocol):
         """Write `model` as a Hugging Face directory."""
 
     def finish(self, iteration: IterationPlan) -> None:
-        """The iteration is over."""
+        """End the iteration."""
 
 
 def run_trajectory(plan: TrajectoryPlan, stages: Stages, until: int | None = None) -> ModelRef:
@@ -42,8 +44,9 @@ def run_trajectory(plan: TrajectoryPlan, stages: Stages, until: int | None = Non
     stages.evaluate(IterationPlan(0, 0, plan.model.num_layers, False), model, "dense")
 
     for iteration in plan.iterations[:until]:
-        removal_order = stages.score(iteration, model)
-        pruned = stages.prune(iteration, model, removal_order[: iteration.layers_to_drop])
+        scores = stages.score(iteration, model)
+        removal = stages.select(iteration, model, scores)
+        pruned = stages.prune(iteration, model, removal)
         if iteration.is_measured and plan.also_before_recovery:
             stages.evaluate(iteration, pruned, "pruned")
 

@@ -1,21 +1,16 @@
-"""The model card and `iterabre.json` of an exported model."""
+"""The model card of an exported model."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import PurePath
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from actors.contracts import ModelRef, Origin, TextSpec
+from orchestrator.export.provenance import LedgerRow, recovery_tokens, scores_of
 from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
 from orchestrator.reporting.tables.tables import show
-from orchestrator.storage.stage_store import installed_versions
-
-LedgerRow = Mapping[str, Any]
 
 EMPTIED = (
     "An emptied sub-block is stored as zeros and adds nothing: the model computes what one without it would, "
@@ -24,67 +19,10 @@ EMPTIED = (
 """What a user of a model with emptied sub-blocks must know."""
 
 
-def scores_of(rows: Iterable[LedgerRow], trajectory: str, iteration: int, phase: str) -> dict[str, float]:
-    """What was measured of one model: metric name to value."""
-    return {
-        row["metric"]: row["value"]
-        for row in rows
-        if (row["trajectory"], row["iteration"], row["stage"], row["phase"])
-        == (trajectory, iteration, "evaluate", phase)
-        and "/" in row["metric"]
-    }
-
-
-def provenance(
-    plan: TrajectoryPlan, iteration: IterationPlan, model: ModelRef, rows: Iterable[LedgerRow]
-) -> str:
-    """All that is needed to say what the exported model is and to make it again, as JSON."""
-    rows = list(rows)
-    content = {
-        "source_model": asdict(plan.model.spec) | {"fingerprint": plan.model.fingerprint},
-        "source_layers": plan.model.num_layers,
-        "layers": iteration.layers_left,
-        "dropped_source_layers": list(model.dropped),
-        "granularity": plan.granularity,
-        "emptied_sub_blocks": [list(sub_block) for sub_block in model.emptied],
-        "merges": [asdict(merge) for merge in model.merges],
-        "adapters_sha256": [adapter.sha256 for adapter in model.adapters],
-        "weights_sha256": model.weights and model.weights.sha256,
-        "campaign": plan.campaign,
-        "trajectory": plan.id,
-        "iteration": iteration.index,
-        "seed": plan.seed,
-        "method": plan.method.model_dump(mode="json"),
-        "recovery_tokens": recovery_tokens(rows, plan.id, iteration.index),
-        "data_sha256": {
-            text.builtin or str(text.path): fingerprint
-            for text, fingerprint in plan.fingerprints.items()
-            if isinstance(text, TextSpec)
-        },
-        "scores": scores_of(rows, plan.id, iteration.index, "recovered"),
-        "scores_of_source": scores_of(rows, plan.id, 0, "dense"),
-        "versions": installed_versions(),
-    }
-    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def recovery_tokens(rows: Iterable[LedgerRow], trajectory: str, up_to_iteration: int) -> int:
-    """Tokens seen by all recoveries up to an iteration."""
-    return int(
-        sum(
-            row["value"]
-            for row in rows
-            if row["trajectory"] == trajectory
-            and row["iteration"] <= up_to_iteration
-            and (row["stage"], row["metric"]) == ("recover", "tokens")
-        )
-    )
-
-
 def model_card(
     plan: TrajectoryPlan, iteration: IterationPlan, model: ModelRef, rows: Iterable[LedgerRow]
 ) -> str:
-    """The README.md of an exported model, with the hub's metadata block."""
+    """Return the README.md of an exported model, with the hub's metadata block."""
     rows = list(rows)
     before = scores_of(rows, plan.id, 0, "dense")
     after = scores_of(rows, plan.id, iteration.index, "recovered")
@@ -127,7 +65,7 @@ def model_card(
 def _metadata(
     plan: TrajectoryPlan, title: str, source: Origin, scores: Mapping[str, float], tokens: int
 ) -> ModelCardData:
-    """The front matter: what the hub's search and its model tree read."""
+    """Return the front matter: what the hub's search and its model tree read."""
     spec = plan.model.spec
     base_model = spec.path if _is_hub_id(spec.path) else source.base_model
     text = plan.recovery_text
@@ -148,7 +86,7 @@ def _metadata(
 
 
 def _eval_results(scores: Mapping[str, float]) -> list[EvalResult]:
-    """What was measured on a text, task or probe, as the hub's `model-index` has it."""
+    """Return what was measured on a text, task or probe, as the hub's `model-index` has it."""
     split = ((*name.split("/", 1), value) for name, value in scores.items() if math.isfinite(value))
     return [
         EvalResult(
@@ -175,12 +113,12 @@ def _text_name(text: TextSpec) -> str:
 
 
 def _public_name(path: str) -> str:
-    """A hub id or URI as it is; of a path of this machine, which means nothing elsewhere, the name alone."""
+    """Return a hub id or URI as it is; of a path, which means nothing elsewhere, the name alone."""
     return path if _is_hub_id(path) or "://" in path else PurePath(path).name
 
 
 def _how(model: ModelRef) -> str:
-    """What was done to the source's blocks, in words."""
+    """Return what was done to the source's blocks, in words."""
     if model.emptied:
         kinds = sorted({kind for _, kind in model.emptied})
         parts = (f"the {kind} of blocks {[i for i, k in model.emptied if k == kind]}" for kind in kinds)

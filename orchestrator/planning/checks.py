@@ -22,7 +22,7 @@ from actors.evaluation.probes.probes import probe_prompts
 from actors.models import load_tokenizer
 from actors.models.loading.load import empty_model, load_config
 from actors.recovery import find_objective
-from actors.recovery.adapters.adapters import target_paths
+from actors.recovery.adapters.lora import target_paths
 from actors.recovery.training.deepspeed_config import (
     accumulation_steps,
     check_user_config,
@@ -188,7 +188,12 @@ def _targets(trajectory: TrajectoryPlan) -> RecoverySpec:
     """Return of the recovery's spec what its adapter's targets depend on."""
     spec = trajectory.recovery_spec(trajectory.dense)
     kind, targets = spec.adapter.kind, spec.adapter.targets
-    return RecoverySpec(spec.model, TextSpec(), spec.objective, adapter=AdapterSpec(kind, targets=targets))
+    return RecoverySpec(
+        model=spec.model,
+        data=TextSpec(),
+        objective=spec.objective,
+        adapter=AdapterSpec(kind, targets=targets),
+    )
 
 
 def _check_targets(spec: RecoverySpec) -> None:

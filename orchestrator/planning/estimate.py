@@ -1,22 +1,15 @@
 """The estimate that `iterabre plan` shows: stages, arithmetic, memory, hours and price of a campaign."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from actors.contracts import EvaluationSpec, RecoverySpec, ScoreSpec, TextSpec
+from actors.contracts import EvaluationSpec, GenerationSpec, RecoverySpec, ScoreSpec, TextSpec
 from actors.recovery import find_objective
-from actors.scoring import find_criterion
-from orchestrator.config import CampaignConfig, ExecutionConfig
-from orchestrator.execution.dry_run import (
-    PlannedStage,
-    StageCounts,
-    count_stages,
-    distinct_stages,
-    planned_stages,
-)
+from actors.scoring import TaskCriterion, find_criterion
+from orchestrator.config import CampaignConfig
 from orchestrator.planning.cost_model import (
     ADAM_BYTES,
     BYTES,
@@ -32,9 +25,10 @@ from orchestrator.planning.cost_model import (
     seconds,
     training_block_flops,
 )
-from orchestrator.planning.plan import CampaignPlan, TextSize, TrajectoryPlan, num_stages
-from orchestrator.scheduling.limits import Limits
-from orchestrator.storage.stage_store import Store
+from orchestrator.planning.plan import CampaignPlan, TextSize, TrajectoryPlan
+from orchestrator.planning.stages import PlannedStage, count_stages, distinct_stages
+from orchestrator.scheduling.resources import devices_held, resource_kind
+from orchestrator.storage.ledger import measured_seconds
 
 BYTES_PER_TOKEN = 4
 """Assumption: length of a token in English text."""
@@ -59,12 +53,20 @@ class Costed:
     trajectory: TrajectoryPlan
     cost: StageCost
 
+    def devices(self, held: Mapping[str, float]) -> float:
+        """Return the devices of the stage, from those that each kind holds."""
+        return held.get(resource_kind(self.stage.kind, self.stage.spec), 0.0)
 
-def costed_stages(plan: CampaignPlan, store: Store | None = None) -> list[Costed]:
-    """Every distinct stage of the campaign, in the order in which it is first asked for."""
+
+Planned = Mapping[str, Sequence[PlannedStage]]
+"""The stages of each trajectory, by its id, as a dry run found them."""
+
+
+def costed_stages(plan: CampaignPlan, planned: Planned) -> list[Costed]:
+    """Return every distinct stage of the campaign, in the order in which it is first asked for."""
     first: dict[tuple[str, str], tuple[PlannedStage, TrajectoryPlan]] = {}
     for trajectory in plan.trajectories:
-        for name, stage in distinct_stages(planned_stages(trajectory, store)).items():
+        for name, stage in distinct_stages(planned[trajectory.id]).items():
             first.setdefault(name, (stage, trajectory))
     return [Costed(s, t, stage_cost(s, t, plan.text_sizes)) for s, t in first.values()]
 
@@ -72,19 +74,19 @@ def costed_stages(plan: CampaignPlan, store: Store | None = None) -> list[Costed
 def stage_cost(
     stage: PlannedStage, trajectory: TrajectoryPlan, sizes: Mapping[TextSpec, TextSize]
 ) -> StageCost:
-    """What one stage costs; nothing for those that only record."""
+    """Return what one stage costs; nothing for those that only record."""
     model = COSTS.get(stage.kind)
     return model(stage, trajectory, sizes) if model else StageCost()
 
 
-def _score_cost(
+def score_cost(
     stage: PlannedStage, trajectory: TrajectoryPlan, sizes: Mapping[TextSpec, TextSize]
 ) -> StageCost:
     spec: ScoreSpec = stage.spec
     info, criterion = trajectory.model, find_criterion(spec.criterion)
     each, layers = BYTES[info.spec.dtype], stage.layers
     weights = kept_parameters(info, layers) * each
-    if criterion.by_task and spec.task:
+    if isinstance(criterion, TaskCriterion) and spec.task:
         requests = float(layers * (spec.task.limit or TASK_DOCUMENTS) * TASK_REQUESTS * TASK_TOKENS)
         flops = (layers - 1) * block_flops(info, requests, TASK_TOKENS) + head_flops(info, requests)
         return StageCost(flops, layers * weights, weights)
@@ -105,12 +107,12 @@ def _score_cost(
     return StageCost(flops, loaded, held + hidden)
 
 
-def _recover_cost(
+def recover_cost(
     stage: PlannedStage, trajectory: TrajectoryPlan, _sizes: Mapping[TextSpec, TextSize]
 ) -> StageCost:
     spec: RecoverySpec = stage.spec
     info, layers, tokens = trajectory.model, stage.layers, float(trajectory.recovery_tokens)
-    if not find_objective(spec.objective).heals:
+    if not find_objective(spec.objective).applies_recovery:
         return StageCost()
     each, length = BYTES[info.spec.dtype], spec.sequence_length
     rank = None if spec.adapter.kind == "full" else spec.adapter.rank
@@ -121,7 +123,7 @@ def _recover_cost(
     if taught:
         flops += info.num_layers * block_flops(info, tokens, length)
     if not taught or spec.loss.logit_loss != "mse":
-        # Otherwise the head is never run: its error comes from the hidden states (DESIGN §6).
+        # Otherwise the head is never run: its error comes from the hidden states.
         flops += (2 + taught) * head_flops(info, tokens)
     student = kept_parameters(info, layers)
     trained = student if rank is None else layers * low_rank_parameters(info, rank)
@@ -136,7 +138,7 @@ def _recover_cost(
     return StageCost(flops, info.num_parameters * each, memory)
 
 
-def _evaluate_cost(
+def evaluate_cost(
     stage: PlannedStage, trajectory: TrajectoryPlan, sizes: Mapping[TextSpec, TextSize]
 ) -> StageCost:
     spec: EvaluationSpec = stage.spec
@@ -155,7 +157,29 @@ def _evaluate_cost(
     return StageCost(flops, weights, weights + longest * info.vocab_size * 4)
 
 
-def _export_cost(
+def generate_cost(
+    stage: PlannedStage, trajectory: TrajectoryPlan, sizes: Mapping[TextSpec, TextSize]
+) -> StageCost:
+    """Return the cost of prefilling each prompt for each of its responses, and of each generated token.
+
+    Every response is counted at its longest, and a token as one forward pass over itself.
+    """
+    spec: GenerationSpec = stage.spec
+    info, layers, each = trajectory.model, stage.layers, BYTES[trajectory.model.spec.dtype]
+    rows, tokens = _rows_and_tokens(sizes.get(spec.prompts))
+    prompt_tokens, responses = tokens / rows, min(rows, spec.max_prompts or rows) * spec.responses_per_prompt
+    length = prompt_tokens + spec.max_new_tokens
+    flops = layers * block_flops(info, responses * prompt_tokens, prompt_tokens)
+    # A new token attends to all before it: half of the longest sequence, on average, beside the prompt.
+    generated = float(responses * spec.max_new_tokens)
+    flops += layers * block_flops(info, generated, prompt_tokens + spec.max_new_tokens / 2)
+    flops += head_flops(info, responses + generated)
+    weights = info.num_parameters * each
+    cache = 2 * layers * spec.batch_size * length * info.attention_width * each
+    return StageCost(flops, weights, weights + cache)
+
+
+def export_cost(
     stage: PlannedStage, trajectory: TrajectoryPlan, _sizes: Mapping[TextSpec, TextSize]
 ) -> StageCost:
     weights = kept_parameters(trajectory.model, stage.layers) * BYTES[trajectory.model.spec.dtype]
@@ -163,10 +187,11 @@ def _export_cost(
 
 
 COSTS: dict[str, Callable[[PlannedStage, TrajectoryPlan, Mapping[TextSpec, TextSize]], StageCost]] = {
-    "score": _score_cost,
-    "recover": _recover_cost,
-    "evaluate": _evaluate_cost,
-    "export": _export_cost,
+    "score": score_cost,
+    "generate": generate_cost,
+    "recover": recover_cost,
+    "evaluate": evaluate_cost,
+    "export": export_cost,
 }
 """The cost model of each kind of stage; a prune only records."""
 
@@ -177,26 +202,20 @@ def _rows_and_tokens(size: TextSize | None) -> tuple[int, float]:
     return rows, known / BYTES_PER_TOKEN if known else rows * TOKENS_PER_ROW
 
 
-def stage_devices(execution: ExecutionConfig) -> dict[str, float]:
-    """Devices that a stage of each kind computes on: the GPUs it holds, or one for each of its workers."""
-    scoring, training, evaluation = execution.scoring, execution.training, execution.evaluation
-    return {
-        "score": scoring.actors * (scoring.gpus or 1),
-        "recover": training.workers * (training.gpus or 1),
-        "evaluate": evaluation.gpus or 1,
-        "export": evaluation.gpus or 1,
-    }
-
-
 def stage_seconds(
-    costed: Costed, config: CampaignConfig, machine: Machine, factors: Mapping[str, float]
+    costed: Costed,
+    config: CampaignConfig,
+    machine: Machine,
+    factors: Mapping[str, float],
+    devices: Mapping[str, float],
 ) -> float:
-    """How long a stage takes on that machine; nothing if it only records."""
+    """Return how long a stage takes on that machine; nothing if it only records."""
     kind = costed.stage.kind
     if kind not in COSTS or costed.cost == StageCost():
         return 0.0
-    devices, dtype = stage_devices(config.execution)[kind], costed.trajectory.model.spec.dtype
-    expected = seconds(costed.cost, kind, machine, devices, dtype, config.cost.utilisation)
+    # What holds no GPU where others do is counted as fast as one, for want of better knowledge.
+    held, dtype = costed.devices(devices) or 1.0, costed.trajectory.model.spec.dtype
+    expected = seconds(costed.cost, kind, machine, held, dtype, config.cost.utilisation)
     return expected * factors.get(kind, 1.0)
 
 
@@ -223,17 +242,19 @@ def estimate(
     machine: Machine,
     factors: Mapping[str, float] | None = None,
 ) -> MachineEstimate:
-    """Time and price of the stages that are not finished, on `count` devices."""
-    devices = stage_devices(config.execution)
+    """Return time and price of the stages that are not finished, on `count` devices."""
+    devices = devices_held(config.execution)
     todo = [costed for costed in stages if not costed.stage.finished]
-    times = [stage_seconds(costed, config, machine, factors or {}) for costed in todo]
-    device_hours = sum(t * devices.get(c.stage.kind, 0) for t, c in zip(times, todo, strict=True)) / 3600
-    longest: dict[str, float] = {}
-    for time_s, costed in zip(times, todo, strict=True):
-        longest[costed.trajectory.id] = longest.get(costed.trajectory.id, 0.0) + time_s
+    device_seconds, longest = 0.0, dict.fromkeys((costed.trajectory.id for costed in todo), 0.0)
+    for costed in todo:
+        time_s = stage_seconds(costed, config, machine, factors or {}, devices)
+        device_seconds += time_s * costed.devices(devices)
+        longest[costed.trajectory.id] += time_s
+    device_hours = device_seconds / 3600
     hours = max(device_hours / count, max(longest.values(), default=0.0) / 3600)
     memory = max((costed.cost.memory_bytes for costed in stages), default=0.0)
-    fits = memory <= machine.memory_gb * GB and count >= max(devices.values())
+    widest = max((costed.devices(devices) for costed in stages), default=0.0)
+    fits = memory <= machine.memory_gb * GB and count >= widest
     return MachineEstimate(machine, count, fits, device_hours, hours, device_hours * machine.price_per_hour)
 
 
@@ -241,12 +262,12 @@ def plan_summary(
     plan: CampaignPlan,
     config: CampaignConfig,
     machines: list[tuple[int, Machine]],
-    store: Store | None = None,
+    planned: Planned,
     factors: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """What `iterabre plan` shows, as JSON values: trajectories, stages, costs, machines."""
-    stages = costed_stages(plan, store)
-    counts: StageCounts = count_stages(plan, store)
+    """Return what `iterabre plan` shows, as JSON values: trajectories, stages, costs, machines."""
+    stages = costed_stages(plan, planned)
+    counts = count_stages(stage for t in plan.trajectories for stage in planned[t.id])
     kinds = [kind for kind in COSTS if any(costed.stage.kind == kind for costed in stages)]
     return {
         "trajectories": [
@@ -256,11 +277,11 @@ def plan_summary(
                 "layers": t.model.num_layers,
                 "targets": [i.layers_left for i in t.iterations if i.is_target],
                 "iterations": len(t.iterations),
-                "stages": num_stages(t),
+                "stages": len(planned[t.id]),
                 "recovery_tokens": t.recovery_tokens * len(t.iterations),
                 "recovery_flops": sum(
                     stage_cost(stage, t, plan.text_sizes).flops
-                    for stage in planned_stages(t, store)
+                    for stage in planned[t.id]
                     if stage.kind == "recover"
                 ),
                 "objective": t.method.recovery.objective,
@@ -284,23 +305,16 @@ def plan_summary(
 
 
 def calibrate(
-    config: CampaignConfig, plan: CampaignPlan, store: Store, ledger: pa.Table, machine: Machine
+    config: CampaignConfig, plan: CampaignPlan, planned: Planned, ledger: pa.Table, machine: Machine
 ) -> dict[str, float]:
-    """How much longer the stages of an earlier run took than the model says for `machine`, by kind."""
+    """Return how much longer the stages of an earlier run took than the model says, by kind.
+
+    `planned` says which of them that run has finished, on `machine`.
+    """
+    devices = devices_held(config.execution)
     predicted = {
-        (costed.stage.kind, costed.stage.key): stage_seconds(costed, config, machine, {})
-        for costed in costed_stages(plan, store)
+        (costed.stage.kind, costed.stage.key): stage_seconds(costed, config, machine, {}, devices)
+        for costed in costed_stages(plan, planned)
         if costed.stage.finished
     }
     return calibration(measured_seconds(ledger), predicted)
-
-
-def measured_seconds(ledger: pa.Table) -> dict[tuple[str, str], float]:
-    """Seconds of every stage in a ledger, by kind and key; a shared stage once."""
-    rows = ledger.select(["stage", "key", "metric", "value"]).to_pylist()
-    return {(row["stage"], row["key"]): row["value"] for row in rows if row["metric"] == "seconds"}
-
-
-def spent_before(ledger: pa.Table, limits: Limits) -> float:
-    """Price of all stages that a run has finished so far."""
-    return sum(limits.price(kind, took) for (kind, _), took in measured_seconds(ledger).items())

@@ -1,14 +1,17 @@
 """What a campaign will do: trajectories, and the specs that their stages ask for."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter
+from pydantic_core import to_jsonable_python
 
 from actors.contracts import (
     BLOCK,
     EvaluationSpec,
     GenerationSpec,
-    MergeSpec,
     ModelInfo,
     ModelRef,
     ModelSpec,
@@ -16,12 +19,13 @@ from actors.contracts import (
     RecoverySpec,
     ScoreSpec,
     TaskSpec,
+    TextSettings,
     TextSpec,
+    extend,
 )
 from orchestrator.config import MethodConfig
 from orchestrator.planning.keys import key_inputs
 from orchestrator.planning.pruning_schedule import IterationPlan
-from orchestrator.planning.specs import recovery_spec, text_spec
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,6 @@ class TrajectoryPlan:
     traits: Traits
     any_layers: bool
     origin: Origin
-    tasks_fingerprint: str | None = None
     texts: Mapping[TextSpec, TextSpec] = field(default_factory=dict)
 
     @property
@@ -82,28 +85,6 @@ class TrajectoryPlan:
         """Whether the pruned model of the iteration is healed."""
         return iteration.recovers and self.traits.heals
 
-    def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
-        """What to ask of scoring for `model`, from which so many layers are to go."""
-        scoring = self.method.scoring
-        return ScoreSpec(
-            model=model,
-            calibration=self._found(text_spec(scoring.calibration)),
-            criterion=scoring.criterion,
-            reference=scoring.reference,
-            pooling=scoring.pooling,
-            max_sequences=scoring.max_sequences,
-            sequence_length=scoring.sequence_length,
-            # Seed and portion are left out where they do not matter, so that all share one stage.
-            seed=self.seed if self.traits.seeded or scoring.confidence else 0,
-            num_remove=layers_to_drop if self.traits.chooses_run or scoring.confidence else 1,
-            task=self._task(),
-            merge=MergeSpec(**scoring.merge.model_dump()) if scoring.merge else None,
-            memory_budget_gb=scoring.memory_budget_gb,
-            stream_weights=scoring.stream_weights,
-            confidence=scoring.confidence,
-            granularity=self.granularity,
-        )
-
     @property
     def granularity(self) -> str:
         """What is removed; depths and layers to drop count this."""
@@ -114,39 +95,50 @@ class TrajectoryPlan:
         """What is removed, in the plural, where a count goes before it."""
         return "layers" if self.granularity == BLOCK else f"{self.granularity}s"
 
-    def _task(self) -> TaskSpec | None:
-        task = self.method.scoring.task
-        if task is None:
-            return None
-        evaluation = self.evaluation
-        return TaskSpec(
-            **task.model_dump(),
-            include_path=evaluation.include_path,
-            batch_size=evaluation.batch_size,
-            tasks_fingerprint=self.tasks_fingerprint,
-            apply_chat_template=evaluation.apply_chat_template,
-        )
-
     @property
     def recovery_text(self) -> TextSpec:
         """The text that recovery is configured with; for generated responses, the prompts."""
-        return self._found(text_spec(self.method.recovery.data))
+        return self._found(self.method.recovery.data)
 
-    def _found(self, text: TextSpec) -> TextSpec:
-        return self.texts.get(text, text)
+    def _found(self, text: TextSettings) -> TextSpec:
+        spec = extend(TextSpec, text)
+        return self.texts.get(spec, spec)
+
+    def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
+        """Return what to ask of scoring for `model`, from which so many layers are to go."""
+        scoring, evaluation = self.method.scoring, self.evaluation
+        task = scoring.task and extend(
+            TaskSpec,
+            scoring.task,
+            include_path=evaluation.include_path,
+            batch_size=evaluation.batch_size,
+            tasks_fingerprint=evaluation.tasks_fingerprint,
+            apply_chat_template=evaluation.apply_chat_template,
+        )
+        return extend(
+            ScoreSpec,
+            scoring,
+            model=model,
+            calibration=self._found(scoring.calibration),
+            task=task,
+            # Seed and portion are left out where they do not matter, so that all share one stage.
+            seed=self.seed if self.traits.seeded or scoring.confidence else 0,
+            num_remove=layers_to_drop if self.traits.chooses_run or scoring.confidence else 1,
+        )
 
     def generation_spec(self) -> GenerationSpec | None:
-        """What the unpruned model has to generate before the first recovery; None if nothing."""
-        recovery = self.method.recovery
+        """Return what the unpruned model has to generate before the first recovery; None if nothing."""
         if self.traits.trains_on != "responses":
             return None
-        generation = recovery.generation
+        generation = self.method.recovery.generation
         # Nothing is drawn at temperature 0, so all seeds share one stage.
         seed = self.seed if generation.temperature else 0
-        return GenerationSpec(self.model.spec, self.recovery_text, seed=seed, **generation.model_dump())
+        return extend(
+            GenerationSpec, generation, model=self.model.spec, prompts=self.recovery_text, seed=seed
+        )
 
     def start_spec(self, model: ModelRef, data: TextSpec) -> RecoverySpec:
-        """What is done to `model` before its recovery, where `recovery.start` says so.
+        """Return what is done to `model` before its recovery, where `recovery.start` says so.
 
         Only what it depends on is set, so that methods that differ in the rest share it.
         """
@@ -165,23 +157,64 @@ class TrajectoryPlan:
         )
 
     def recovery_spec(self, model: ModelRef, data: TextSpec | None = None) -> RecoverySpec:
-        """What to ask of recovery for the pruned `model`, on `data` if it is not the configured text."""
-        spec = recovery_spec(model, self.method, self.seed, self.deepspeed)
-        if spec.teacher is not None:
-            # The described one is equal, and knows the hash of its files.
-            described = next((model for model in self.fingerprints if model == spec.teacher), spec.teacher)
-            spec = replace(spec, teacher=described)
-        return replace(spec, data=data or self.recovery_text)
+        """Return what to ask of recovery for the pruned `model`, on `data` if not the configured text."""
+        recovery = self.method.recovery
+        teacher = recovery.teacher and extend(ModelSpec, recovery.teacher)
+        # The described one is equal, and knows the hash of its files.
+        teacher = next((described for described in self.fingerprints if described == teacher), teacher)
+        return extend(
+            RecoverySpec,
+            recovery,
+            model=model,
+            data=data or self.recovery_text,
+            teacher=teacher,
+            seed=self.seed,
+            deepspeed=self.deepspeed,
+        )
 
     def evaluation_spec(self, model: ModelRef) -> EvaluationSpec:
-        """What to ask of evaluation for `model`."""
-        known = {f.name: getattr(self.evaluation, f.name) for f in fields(EvaluationSpec)}
-        return EvaluationSpec(**{**known, "model": model})
+        """Return what to ask of evaluation for `model`."""
+        return replace(self.evaluation, model=model)
 
     def key_inputs(self, spec: Any) -> Any:
-        """All that a spec's result depends on, as JSON values; see `keys.key_inputs`."""
-        fingerprints = {**self.fingerprints, self.model.spec: self.model.fingerprint}
-        return key_inputs(spec, fingerprints, self.tasks_fingerprint)
+        """Return all that a spec's result depends on, as JSON values; see `keys.key_inputs`."""
+        return key_inputs(spec, {**self.fingerprints, self.model.spec: self.model.fingerprint})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values, from which `from_json` makes an equal one."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        # Keys of JSON are text, so what has specs for keys becomes pairs.
+        hashes = self.fingerprints.items()
+        values["fingerprints"] = {
+            "texts": [pair for pair in hashes if isinstance(pair[0], TextSpec)],
+            "models": [pair for pair in hashes if isinstance(pair[0], ModelSpec)],
+        }
+        values["texts"] = list(self.texts.items())
+        return to_jsonable_python(values)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "TrajectoryPlan":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it is no plan that this version can read.
+        """
+        types = get_type_hints(cls, include_extras=True)
+        types["texts"] = tuple[tuple[TextSpec, TextSpec], ...]
+        types["fingerprints"] = _Fingerprints
+        values = {
+            name: TypeAdapter(types[name]).validate_json(json.dumps(value)) for name, value in raw.items()
+        }
+        hashes = values["fingerprints"]
+        return cls(
+            **{**values, "fingerprints": dict(hashes.texts + hashes.models), "texts": dict(values["texts"])}
+        )
+
+
+@dataclass(frozen=True)
+class _Fingerprints:
+    texts: tuple[tuple[TextSpec, str], ...]
+    models: tuple[tuple[ModelSpec, str], ...]
 
 
 @dataclass(frozen=True)
@@ -216,21 +249,3 @@ def _trajectory_bytes(trajectory: TrajectoryPlan) -> int:
     weights = trajectory.model.num_parameters * bytes_per_parameter
     # Adapters and two training checkpoints with optimizer state are small beside full weights.
     return int(weights * (exports + 0.25))
-
-
-def stages_of_iteration(trajectory: TrajectoryPlan, iteration: IterationPlan) -> int:
-    """Stages of one iteration: scoring and pruning, and what else it has."""
-    evaluations = iteration.is_measured * (1 + trajectory.also_before_recovery)
-    recoveries = trajectory.recovers(iteration) * (1 + (trajectory.method.recovery.start is not None))
-    return 2 + recoveries + evaluations + iteration.is_target
-
-
-def stages_once(trajectory: TrajectoryPlan) -> int:
-    """Stages of a trajectory before its iterations: the dense evaluation, and generation."""
-    return 1 + (trajectory.generation_spec() is not None)
-
-
-def num_stages(trajectory: TrajectoryPlan) -> int:
-    """Stages of a trajectory: those once, and those of every iteration."""
-    each = (stages_of_iteration(trajectory, iteration) for iteration in trajectory.iterations)
-    return stages_once(trajectory) + sum(each)

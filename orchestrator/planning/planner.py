@@ -5,21 +5,26 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from actors.contracts import BLOCK, EvaluationSpec, ModelSpec, TextSpec
+from actors.contracts import BLOCK, EvaluationSpec, ModelInfo, ModelRef, ModelSpec, TextInfo, TextSpec, extend
 from actors.data import chat_template, describe_text
 from actors.data.text import builtin_file
-from actors.evaluation import check_probes, check_tasks, tasks_fingerprint
+from actors.evaluation import check_probes, check_tasks, suite_tasks, tasks_fingerprint
 from actors.models import any_layers, check_prunable, describe_model, load_tokenizer
 from actors.models.loading.licence import origin
 from actors.models.pruning.merging import MERGES
 from actors.recovery import check_data, check_recovery, find_objective
-from actors.scoring import find_criterion
-from orchestrator.config import CampaignConfig, MethodConfig, SearchConfig, with_absolute_paths
+from actors.scoring import MergeCriterion, TaskCriterion, find_criterion
+from orchestrator.config import (
+    CampaignConfig,
+    EvaluationConfig,
+    MethodConfig,
+    SearchConfig,
+    with_absolute_paths,
+)
 from orchestrator.errors import RequestError, unknown_name
 from orchestrator.planning.checks import check_deepspeed, check_inputs
 from orchestrator.planning.grid import check_exclusions, trajectories_of
 from orchestrator.planning.plan import CampaignPlan, TextSize, Traits, TrajectoryPlan
-from orchestrator.planning.specs import evaluation_spec, model_spec, text_spec
 
 
 def build_plan(config: CampaignConfig) -> CampaignPlan:
@@ -32,8 +37,9 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
             cannot be had, with the place in the config.
     """
     located = partial(with_absolute_paths, directories=config.directories)
+    sources = {model.id: extend(ModelSpec, located(model)) for model in config.models}
     evaluations = {
-        model.id: evaluation_spec(located(config.evaluation_for(model)), min(config.seeds))
+        model.id: evaluation_spec(located(config.evaluation_for(model)), sources[model.id], min(config.seeds))
         for model in config.models
     }
     for evaluation in evaluations.values():
@@ -46,18 +52,16 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     ]
     for model, method in grid:
         _check_scoring(method, evaluations[model.id].include_path)
-        check_data(method.recovery.objective, text_spec(method.recovery.data))
-    infos = {model.id: describe_model(model_spec(located(model))) for model in config.models}
+        check_data(method.recovery.objective, extend(TextSpec, method.recovery.data))
+    infos = {name: describe_model(source) for name, source in sources.items()}
     origins = {name: origin(info.spec) for name, info in infos.items()}
     free = {name: any_layers(info.spec) for name, info in infos.items()}
     deepspeed = _read_deepspeed(located(config.execution.training).deepspeed)
-    methods = [method for _, method in grid]
-    texts = {text: describe_text(text) for text in _texts(methods, evaluations.values())}
+    texts, teachers = _texts_and_teachers([method for _, method in grid], evaluations.values())
     found = {text: info.spec for text, info in texts.items()}
     evaluations = {name: _with_fingerprints(spec, found) for name, spec in evaluations.items()}
-    fingerprints: dict[TextSpec | ModelSpec, str] = {spec: text.fingerprint for spec, text in texts.items()}
-    teachers = {teacher: describe_model(teacher) for teacher in _teachers(methods)}
-    fingerprints |= {info.spec: info.fingerprint for info in teachers.values()}
+    described: list[TextInfo | ModelInfo] = [*texts.values(), *teachers.values()]
+    fingerprints = {info.spec: info.fingerprint for info in described}
     trajectories = tuple(
         TrajectoryPlan(
             id=trajectory_id,
@@ -74,50 +78,62 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
             traits=_traits(method),
             any_layers=free[model.id],
             origin=origins[model.id],
-            tasks_fingerprint=evaluations[model.id].tasks_fingerprint,
             texts=found,
         )
         for model, method in grid
         for seed in config.seeds
         for trajectory_id, iterations in trajectories_of(config, model, method, seed, infos[model.id])
     )
+    _check(config, trajectories)
+    sizes = {spec: TextSize(text.num_rows, _text_bytes(spec)) for spec, text in texts.items()}
+    return CampaignPlan(config.name, trajectories, sizes, check_inputs(trajectories, teachers, sizes))
+
+
+def evaluation_spec(evaluation: EvaluationConfig, model: ModelSpec, seed: int) -> EvaluationSpec:
+    """Return the evaluation's spec for the unpruned model, with the members of suites among the tasks."""
+    members = suite_tasks(evaluation.suites, evaluation.task_suffix)
+    shots = evaluation.num_fewshot
+    return extend(
+        EvaluationSpec,
+        evaluation,
+        model=ModelRef(model),
+        tasks=tuple(dict.fromkeys((*members, *evaluation.tasks))),
+        num_fewshot=tuple(shots.items()) if isinstance(shots, dict) else shots,
+        batch_size=None if evaluation.batch_size == "auto" else evaluation.batch_size,
+        seed=seed,
+    )
+
+
+def _check(config: CampaignConfig, trajectories: Sequence[TrajectoryPlan]) -> None:
+    """Check that there is something to run, and that every model can be pruned and recovered as planned.
+
+    How much a model can lose is told from its config alone.
+    """
     check_exclusions(config)
     if not trajectories:
         raise RequestError("`exclude` leaves nothing to run; take an entry out")
-    _check_prunable(trajectories)
-    check_deepspeed(trajectories, config.execution.training)
-    for trajectory in trajectories:
-        _check_recovery(trajectory, config.execution.training.workers)
-    _check_search(config.search, evaluations.values())
-    sizes = {spec: TextSize(text.num_rows, _text_bytes(spec)) for spec, text in texts.items()}
-    notes = check_inputs(trajectories, teachers, sizes)
-    return CampaignPlan(config.name, trajectories, sizes, notes)
-
-
-def _check_recovery(trajectory: TrajectoryPlan, workers: int) -> None:
-    """Whether the objective is known, has the data that it trains on, and the model can write it."""
-    method = trajectory.method
-    try:
-        check_recovery(trajectory.recovery_spec(trajectory.dense), workers)
-        if method.recovery.start is not None:
-            find_objective(method.recovery.start)
-        if trajectory.recovery_text.conversations:
-            chat_template(load_tokenizer(trajectory.model.spec), trajectory.recovery_text)
-    except RequestError as error:
-        raise RequestError(f"method {method.name!r}: {error}") from error
-
-
-def _check_prunable(trajectories: Sequence[TrajectoryPlan]) -> None:
-    """Whether each model can lose as much as its deepest target asks for, told from its config."""
     asked = {
         (t.model.spec, t.granularity, t.model.num_layers - t.iterations[-1].layers_left) for t in trajectories
     }
     for spec, granularity, count in asked:
         check_prunable(spec, granularity, count)
+    training = config.execution.training
+    check_deepspeed(trajectories, training)
+    for trajectory in trajectories:
+        method = trajectory.method
+        try:
+            check_recovery(trajectory.recovery_spec(trajectory.dense), training.workers)
+            if method.recovery.start is not None:
+                find_objective(method.recovery.start)
+            if trajectory.recovery_text.conversations:
+                chat_template(load_tokenizer(trajectory.model.spec), trajectory.recovery_text)
+        except RequestError as error:
+            raise RequestError(f"method {method.name!r}: {error}") from error
+    _check_search(config.search, [trajectory.evaluation for trajectory in trajectories])
 
 
 def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
-    """Whether the criterion is known and what it needs is there, and known."""
+    """Refuse a criterion that is not known, or that lacks what it needs."""
     scoring = method.scoring
     if wrong := _misfit(method):
         raise RequestError(f"method {method.name!r}: the criterion {scoring.criterion!r} {wrong}")
@@ -128,18 +144,18 @@ def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
 
 
 def _misfit(method: MethodConfig) -> str | None:
-    """What does not go with the method's criterion, in words that follow its name."""
+    """Return what does not go with the method's criterion, in words that follow its name."""
     scoring = method.scoring
     criterion = find_criterion(scoring.criterion, scoring.pooling, scoring.granularity)
-    if criterion.by_task and scoring.task is None:
+    if isinstance(criterion, TaskCriterion) and scoring.task is None:
         return "needs scoring.task"
-    if scoring.task is not None and not criterion.by_task:
+    if scoring.task is not None and not isinstance(criterion, TaskCriterion):
         return "has no use for scoring.task; leave it out"
-    if scoring.merge is not None and not criterion.by_merge:
+    if scoring.merge is not None and not isinstance(criterion, MergeCriterion):
         return "has no use for scoring.merge; leave it out"
-    if criterion.by_merge and method.schedule.mode != "direct":
+    if isinstance(criterion, MergeCriterion) and method.schedule.mode != "direct":
         return "merges all layers at once; set schedule.mode: direct"
-    if criterion.by_merge and _heals(method):
+    if isinstance(criterion, MergeCriterion) and _heals(method):
         return "changes weights that recovery trains on; set recovery.objective: none"
     if scoring.granularity != BLOCK and _heals(method):
         return f"empties {scoring.granularity}, which recovery would fill again; set recovery.objective: none"
@@ -147,7 +163,7 @@ def _misfit(method: MethodConfig) -> str | None:
 
 
 def _check_search(search: SearchConfig, evaluations: Iterable[EvaluationSpec]) -> None:
-    """Whether the scheduler's metric is of a text or task that every evaluation measures."""
+    """Refuse a metric of the scheduler that is of no text or task that every evaluation measures."""
     if search.scheduler == "none":
         return
     for evaluation in evaluations:
@@ -156,26 +172,28 @@ def _check_search(search: SearchConfig, evaluations: Iterable[EvaluationSpec]) -
             raise unknown_name("search.metric", search.metric, [f"{subject}/…" for subject in subjects])
 
 
-def _teachers(methods: Iterable[MethodConfig]) -> set[ModelSpec]:
-    return {model_spec(m.recovery.teacher) for m in methods if m.recovery.teacher is not None}
-
-
 def _traits(method: MethodConfig) -> Traits:
     criterion, objective = find_criterion(method.scoring.criterion), find_objective(method.recovery.objective)
-    return Traits(criterion.seeded, criterion.chooses_run, objective.heals, objective.trains_on)
+    return Traits(criterion.seeded, criterion.chooses_run, objective.applies_recovery, objective.trains_on)
 
 
 def _heals(method: MethodConfig) -> bool:
     return _traits(method).heals
 
 
-def _texts(methods: Iterable[MethodConfig], evaluations: Iterable[EvaluationSpec]) -> set[TextSpec]:
+def _texts_and_teachers(
+    methods: Iterable[MethodConfig], evaluations: Iterable[EvaluationSpec]
+) -> tuple[dict[TextSpec, TextInfo], dict[ModelSpec, ModelInfo]]:
+    """Describe every text that is read, and every teacher that is no source model."""
     texts = {perplexity.data for evaluation in evaluations for perplexity in evaluation.perplexity}
+    teachers = set()
     for method in methods:
-        texts.add(text_spec(method.scoring.calibration))
+        texts.add(extend(TextSpec, method.scoring.calibration))
         if _heals(method):
-            texts.add(text_spec(method.recovery.data))
-    return texts
+            texts.add(extend(TextSpec, method.recovery.data))
+        if method.recovery.teacher is not None:
+            teachers.add(extend(ModelSpec, method.recovery.teacher))
+    return {text: describe_text(text) for text in texts}, {spec: describe_model(spec) for spec in teachers}
 
 
 def _with_fingerprints(evaluation: EvaluationSpec, found: Mapping[TextSpec, TextSpec]) -> EvaluationSpec:
@@ -185,7 +203,7 @@ def _with_fingerprints(evaluation: EvaluationSpec, found: Mapping[TextSpec, Text
 
 
 def _text_bytes(text: TextSpec) -> int | None:
-    """Size of a text that lies in a file of this machine."""
+    """Return the size of a text that lies in a file of this machine."""
     file = builtin_file(text.builtin) if text.builtin else Path(text.path or "").expanduser()
     return file.stat().st_size if file.is_file() else None
 

@@ -12,7 +12,7 @@ from orchestrator.reporting.html import Source
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.run_manifest import read_run
 from orchestrator.storage.stage_store import Store
-from orchestrator.storage.trajectory_status import read_outcomes
+from orchestrator.storage.trajectory_status import read_statuses
 
 HASHED = ("score", "recover", "evaluate")
 """Stages that read a model or data."""
@@ -22,7 +22,7 @@ def read_source(store: Store) -> Source:
     """Read all that the run at `store` has so far; of sweeps, those that lie under `sweeps/` in it."""
     stored = read_run(store) or {}
     ledger = Ledger(store.ledger_uri).read()
-    outcomes = read_outcomes(store)
+    outcomes = read_statuses(store)
     return Source(
         ledger,
         stored.get("config", {}),

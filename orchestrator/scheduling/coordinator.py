@@ -1,10 +1,10 @@
-"""Who computes what: one object that all trajectories of a campaign ask before they compute a stage.
+"""Leases on stages: one object from which all trajectories of a campaign acquire what they will compute.
 
-A stage that two trajectories need is computed by the one that asks first; the other
+A stage that two trajectories need is computed by the one that requests it first; the other
 waits, holding no resources, and then finds it in the store. A stage also waits until the
-cluster has a place for it; of those that wait, that of a nearly done trajectory goes first.
-A claim is a lease: a trajectory that dies stops renewing it, and the next one that asks
-takes over. Should two compute the same stage after all, the store keeps the first result.
+cluster has room for it; of those that wait, that of a nearly done trajectory goes first.
+What it gets is a lease: a trajectory whose process dies stops renewing it, and the next one that
+requests it takes over. Should two compute the same stage after all, the store keeps the first result.
 """
 
 import threading
@@ -12,40 +12,31 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from orchestrator.errors import WorkError
-from orchestrator.scheduling.admission import Places
+from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.limits import Limits, Spent, limit_reached
 
 LEASE_S = 30.0
 RENEWAL_S = 5.0
-ASK_AGAIN_S = 5.0
-LOOK_AGAIN_S = 0.5
-"""While somebody waits: how often is looked for claims that have run out, and limits that are reached."""
+ACQUIRE_WAIT_S = 5.0
+"""How long one call to the coordinator waits for a lease."""
+
+EXPIRY_CHECK_S = 0.5
+"""While a request waits: how often leases that have expired and limits that are reached are looked for."""
 
 
 class LimitReachedError(WorkError):
     """A limit of the campaign is reached: this trajectory ends here and can be resumed."""
 
 
-class Claims(Protocol):
-    """What a trajectory asks for around each stage that is not in the store."""
-
-    def take(self, kind: str, key: str, stages_left: int) -> None:
-        """Return when this trajectory may compute the stage, or when another has.
-
-        Raises:
-            LimitReachedError: no further stage may start.
-        """
-
-    def give_back(self, key: str, seconds: float) -> None:
-        """The stage is committed or given up, after `seconds` of computing."""
-
-
 @dataclass(frozen=True)
-class Request:
-    """A stage that a trajectory, `holder`, wants to compute; after it, so many are left to it."""
+class LeaseRequest:
+    """A stage that a trajectory, `holder`, wants to compute; after it, so many are left to it.
+
+    `kind` is as in `scheduling.resources`.
+    """
 
     kind: str
     key: str
@@ -54,59 +45,78 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Whether the asker may compute the stage now; `stop` says why nothing may start any more."""
+class LeaseReply:
+    """Whether the stage may be computed now; `limit` says why no stage may start any more."""
 
     granted: bool
-    stop: str | None = None
+    limit: str | None = None
+
+
+class CoordinatorClient(Protocol):
+    """A coordinator as trajectories call it; one in the same process is a client by itself."""
+
+    def try_acquire(self, request: LeaseRequest, wait_s: float = 0.0) -> LeaseReply:
+        """Return whether the stage may be computed, after a wait of up to `wait_s` seconds for it."""
+
+    def release(self, request: LeaseRequest, seconds: float) -> None:
+        """End a lease: the stage is committed or given up, after `seconds` of computing."""
+
+    def renew(self, holder: str) -> None:
+        """Keep the leases of `holder` from expiring."""
+
+    def fail(self, trajectory: str) -> None:
+        """Count a trajectory that has failed for good."""
+
+    def ended_by(self) -> str | None:
+        """Return the limit for which a stage was refused; None if none was."""
 
 
 class Coordinator:
-    """Who computes what, and what has been spent; a plain object, or held by a Ray actor of many threads.
+    """Leases on stages, and what has been spent; a plain object, or held by a Ray actor of many threads.
 
     `clock` gives seconds that never run backwards; `price` is what earlier runs have spent;
-    without `places`, there is room for everything.
+    without `admission`, every stage is admitted.
     """
 
     def __init__(
         self,
         limits: Limits,
         price: float = 0.0,
-        places: Places | None = None,
+        admission: AdmissionController | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._limits = limits
-        self._places = places
+        self._admission = admission
         self._clock = clock
         self._started = clock()
         self._price = price
         self._ended_by: str | None = None
         self._failed: set[str] = set()
-        self._granted: dict[str, Request] = {}
-        self._waiting: dict[Request, float] = {}
+        self._granted: dict[str, LeaseRequest] = {}
+        self._waiting: dict[LeaseRequest, float] = {}
         self._renewed: dict[str, float] = {}
         self._changed = threading.Condition()
 
-    def ask(self, request: Request, wait_s: float = 0.0) -> Answer:
-        """Whether the stage may be computed, after a wait of up to `wait_s` seconds for it.
+    def try_acquire(self, request: LeaseRequest, wait_s: float = 0.0) -> LeaseReply:
+        """Return whether the stage may be computed, after a wait of up to `wait_s` seconds for it.
 
-        Asking again for what is granted is granted again.
+        A lease that is held is granted again.
         """
         deadline = self._clock() + wait_s
         with self._changed:
-            answer = self._answer(request)
-            while not answer.granted and not answer.stop and (left := deadline - self._clock()) > 0:
-                self._changed.wait(min(left, LOOK_AGAIN_S))
-                answer = self._answer(request)
-            return answer
+            reply = self._reply(request)
+            while not reply.granted and not reply.limit and (left := deadline - self._clock()) > 0:
+                self._changed.wait(min(left, EXPIRY_CHECK_S))
+                reply = self._reply(request)
+            return reply
 
     def renew(self, holder: str) -> None:
-        """`holder` is alive, and so are its claims."""
+        """Keep the leases of `holder` from expiring."""
         with self._changed:
             self._renewed[holder] = self._clock()
 
-    def give_back(self, request: Request, seconds: float) -> None:
-        """The stage is done with, and took so long."""
+    def release(self, request: LeaseRequest, seconds: float) -> None:
+        """End a lease: the stage is committed or given up, after `seconds` of computing."""
         with self._changed:
             self._price += self._limits.price(request.kind, seconds)
             if self._granted.get(request.key) == request:  # else it was slow, and another has taken over
@@ -114,44 +124,45 @@ class Coordinator:
             self._changed.notify_all()
 
     def fail(self, trajectory: str) -> None:
-        """The trajectory has failed for good."""
+        """Count a trajectory that has failed for good."""
         with self._changed:
             self._failed.add(trajectory)
             self._changed.notify_all()
 
     def ended_by(self) -> str | None:
-        """The limit for which a stage was refused; None if none was."""
+        """Return the limit for which a stage was refused; None if none was."""
         return self._ended_by
 
-    def _answer(self, request: Request) -> Answer:
-        if stop := self._stopped():
-            self._ended_by = stop
-            return Answer(False, stop)
+    def _reply(self, request: LeaseRequest) -> LeaseReply:
+        spent = Spent(len(self._failed), self._clock() - self._started, self._price)
+        if limit := limit_reached(self._limits, spent):
+            self._ended_by = limit
+            return LeaseReply(False, limit)
         now = self._clock()
-        self._forget_the_dead(now)
+        self._expire_leases(now)
         at_work = self._granted.get(request.key)
         if at_work is None and not self._has_turn(request):
             self._waiting[request] = now
-            return Answer(False)
-        # Who waits for another's result is not in the queue.
+            return LeaseReply(False)
+        # A request that waits for another's result is not in the queue.
         self._waiting.pop(request, None)
         if at_work is not None and at_work.holder != request.holder:
-            return Answer(False)
+            return LeaseReply(False)
         self._granted[request.key] = request
         self._renewed[request.holder] = now
-        return Answer(True)
+        return LeaseReply(True)
 
-    def _has_turn(self, request: Request) -> bool:
-        """Whether there is a place for the stage beside those at work and those that go before it."""
-        if self._places is None or request.kind not in self._places.needs:
+    def _has_turn(self, request: LeaseRequest) -> bool:
+        """Return whether the cluster takes the stage beside those at work and those that go before it."""
+        if self._admission is None or request.kind not in self._admission.requests:
             return True
         queue = sorted({**self._waiting, request: 0.0}, key=lambda waiting: waiting.stages_left)
         ahead = queue[: queue.index(request)]
         first = {each.key: each.kind for each in (*self._granted.values(), *ahead, request)}
-        return self._places.fit(first.values())
+        return self._admission.can_admit(first.values())
 
-    def _forget_the_dead(self, now: float) -> None:
-        """Claims that nobody has renewed, and requests that nobody has repeated, for the time of a lease."""
+    def _expire_leases(self, now: float) -> None:
+        """Drop leases that were not renewed, and requests that were not repeated, for the time of a lease."""
         for key, request in list(self._granted.items()):
             if now - self._renewed[request.holder] >= LEASE_S:
                 del self._granted[key]
@@ -159,35 +170,37 @@ class Coordinator:
             if now - asked >= LEASE_S:
                 del self._waiting[request]
 
-    def _stopped(self) -> str | None:
-        spent = Spent(len(self._failed), self._clock() - self._started, self._price)
-        return limit_reached(self._limits, spent)
 
-
-class AskedClaims:
-    """The claims of one trajectory, on a coordinator reached through `call(method, *arguments)`.
+class Leases:
+    """The leases of one trajectory, acquired from a coordinator.
 
     It may hold several at a time: an evaluation in the background, and what goes on meanwhile.
     """
 
-    def __init__(self, call: Callable[..., Any]):
-        self._call = call
+    def __init__(self, coordinator: CoordinatorClient):
+        self._coordinator = coordinator
         self._holder = uuid.uuid4().hex
-        self._held: dict[str, tuple[Request, threading.Event]] = {}
+        self._held: dict[str, tuple[LeaseRequest, threading.Event]] = {}
 
-    def take(self, kind: str, key: str, stages_left: int = 0) -> None:
-        request, given_back = Request(kind, key, self._holder, stages_left), threading.Event()
-        while not (answer := self._call("ask", request, ASK_AGAIN_S)).granted:
-            if answer.stop:
-                raise LimitReachedError(f"{answer.stop}; --resume continues")
-        self._held[key] = (request, given_back)
-        threading.Thread(target=self._renew, args=(given_back,), daemon=True).start()
+    def acquire(self, kind: str, key: str, stages_left: int = 0) -> None:
+        """Return when this trajectory may compute the stage, or when another has.
 
-    def give_back(self, key: str, seconds: float) -> None:
-        request, given_back = self._held.pop(key)
-        given_back.set()
-        self._call("give_back", request, seconds)
+        Raises:
+            LimitReachedError: no further stage may start.
+        """
+        request, released = LeaseRequest(kind, key, self._holder, stages_left), threading.Event()
+        while not (reply := self._coordinator.try_acquire(request, ACQUIRE_WAIT_S)).granted:
+            if reply.limit:
+                raise LimitReachedError(f"{reply.limit}; --resume continues")
+        self._held[key] = (request, released)
+        threading.Thread(target=self._renew, args=(released,), daemon=True).start()
 
-    def _renew(self, given_back: threading.Event) -> None:
-        while not given_back.wait(RENEWAL_S):
-            self._call("renew", self._holder)
+    def release(self, key: str, seconds: float) -> None:
+        """Give the stage free, after `seconds` of computing."""
+        request, released = self._held.pop(key)
+        released.set()
+        self._coordinator.release(request, seconds)
+
+    def _renew(self, released: threading.Event) -> None:
+        while not released.wait(RENEWAL_S):
+            self._coordinator.renew(self._holder)

@@ -3,8 +3,13 @@
 Pure decisions; `orchestrator.execution.campaign` carries them out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from orchestrator.scheduling.resources import TASK_SCORING
+from orchestrator.storage.ledger import measured_seconds
 
 FIRST_BACKOFF_S = 5.0
 LONGEST_BACKOFF_S = 300.0
@@ -15,7 +20,8 @@ class Limits:
     """What ends a campaign; None where nothing does.
 
     `devices` is how many devices (GPUs, or CPUs where there are none) a stage of each
-    kind holds, `price_per_hour` that of one device.
+    kind holds, `price_per_hour` that of one device; kinds are those of `scheduling.resources`.
+    `task_methods` are the methods that score by a task.
     """
 
     max_failures: int | None = None
@@ -23,9 +29,10 @@ class Limits:
     budget: float | None = None
     price_per_hour: float = 0.0
     devices: Mapping[str, float] = field(default_factory=dict)
+    task_methods: Collection[str] = ()
 
     def price(self, kind: str, seconds: float) -> float:
-        """What a stage that took so long has cost."""
+        """Return what a stage that took so long has cost."""
         return self.devices.get(kind, 0.0) * seconds / 3600 * self.price_per_hour
 
 
@@ -39,7 +46,7 @@ class Spent:
 
 
 def limit_reached(limits: Limits, spent: Spent) -> str | None:
-    """Why no further stage may start, in words for the user; None while all is well."""
+    """Return why no further stage may start, in words for the user; None while all is well."""
     if limits.max_failures is not None and spent.failures >= limits.max_failures:
         return f"{spent.failures} trajectories failed (execution.max_failures: {limits.max_failures})"
     if limits.time_limit_s is not None and spent.seconds >= limits.time_limit_s:
@@ -50,10 +57,20 @@ def limit_reached(limits: Limits, spent: Spent) -> str | None:
 
 
 def start_order(remaining: Mapping[str, int]) -> Sequence[str]:
-    """Trajectories by how many stages they still have to run: one that is nearly done goes first."""
+    """Order trajectories by how many stages they still have to run: one that is nearly done goes first."""
     return sorted(remaining, key=remaining.__getitem__)
 
 
 def backoff_s(attempt: int) -> float:
-    """Seconds to wait before a trajectory whose machine was lost is tried again; attempts from 0."""
+    """Return the seconds before a trajectory whose machine was lost is tried again; attempts from 0."""
     return min(FIRST_BACKOFF_S * 2**attempt, LONGEST_BACKOFF_S)
+
+
+def spent_before(ledger: pa.Table, limits: Limits) -> float:
+    """Return the price of all stages that a run has finished so far."""
+    columns = ledger.select(["stage", "method", "key"]).to_pydict().values()
+    by_task = {key for _, method, key in zip(*columns, strict=True) if method in limits.task_methods}
+    return sum(
+        limits.price(TASK_SCORING if kind == "score" and key in by_task else kind, took)
+        for (kind, key), took in measured_seconds(ledger).items()
+    )

@@ -1,6 +1,6 @@
 """Removes from a run what interrupted attempts left in it, and what finished stages need no more.
 
-Called with the run locked and no stage at work, so whatever no manifest names belongs to nobody.
+Called with the run locked and no stage at work, so whatever no manifest names is of no use.
 """
 
 import json
@@ -11,19 +11,22 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from actors.artifacts import explained, filesystem, is_temporary, join, read_bytes
 from orchestrator.errors import WorkError
-from orchestrator.storage.stage_store import SET_ASIDE, Store
+from orchestrator.storage.layout import FORMER_QUARANTINE, QUARANTINE
+from orchestrator.storage.stage_store import Store
 
 log = logging.getLogger(__name__)
+
+QUARANTINES = (QUARANTINE, FORMER_QUARANTINE)
 
 Parts = tuple[str, ...]
 """A path inside the run, by its components."""
 
 
-def sweep(store: Store) -> None:
+def collect(store: Store) -> None:
     """Remove temporary files, payloads that were not committed, and checkpoints of finished recoveries.
 
-    Kept are all results, what was set aside, and the checkpoints that --resume continues from.
-    A place that cannot be swept is warned of: it costs room and nothing else.
+    Kept are all results, the quarantine, and the checkpoints that --resume continues from.
+    A failure is only a warning: what remains costs space and nothing else.
     """
     fs, root = filesystem(store.uri)
     try:
@@ -39,7 +42,7 @@ def sweep(store: Store) -> None:
 
 
 def leftovers(places: Iterable[Parts], committed: Mapping[Parts, str | None]) -> list[Parts]:
-    """The directories that can go.
+    """Return the directories that can go.
 
     Args:
         places: every directory and file of the run.
@@ -48,7 +51,7 @@ def leftovers(places: Iterable[Parts], committed: Mapping[Parts, str | None]) ->
     found: set[Parts] = set()
     for parts in places:
         match parts:
-            case ("stages", kind, key, *below) if kind != SET_ASIDE:
+            case ("stages", kind, key, *below) if kind not in QUARANTINES:
                 if (kind, key) not in committed:
                     found.add(("stages", kind, key))
                 elif below and below[0].startswith("payload-") and below[0] != committed[kind, key]:
@@ -66,18 +69,18 @@ def _committed(store: Store, places: Iterable[Parts]) -> dict[Parts, str | None]
     found: dict[Parts, str | None] = {}
     for parts in places:
         match parts:
-            case ("stages", kind, key, "manifest.json") if kind != SET_ASIDE:
+            case ("stages", kind, key, "manifest.json") if kind not in QUARANTINES:
                 found[kind, key] = _payload_of(store, kind, key)
     return found
 
 
 def _payload_of(store: Store, kind: str, key: str) -> str | None:
-    """Name of the directory that holds the stage's payload; None if it has none."""
+    """Return the name of the directory that holds the stage's payload; None if it has none."""
     uri = join(store.stage_uri(kind, key), "manifest.json")
     try:
         payload = json.loads(read_bytes(uri) or b"{}")["payload"]
     except (ValueError, KeyError) as error:
-        raise WorkError(f"{uri} is damaged; --resume sets the stage aside") from error
+        raise WorkError(f"{uri} is damaged; --resume quarantines the stage") from error
     return None if payload is None else payload["uri"].rpartition("/")[2]
 
 

@@ -17,9 +17,9 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow.fs import FileType
 
-from actors.artifacts import explained, filesystem, join, list_files, read_bytes, write_bytes
+from actors.artifacts import explained, filesystem, join, list_files, write_bytes
 from actors.errors import WorkError
-from orchestrator.storage.stage_store import safe_name
+from orchestrator.storage.layout import safe_name
 
 SUFFIX = ".parquet"
 
@@ -83,32 +83,28 @@ class Ledger:
     def append(self, part_name: str, rows: Sequence[Row]) -> None:
         """Write the rows of one finished stage; the same `part_name` replaces, never repeats.
 
-        A part that already says the same is left untouched, with the time and
-        place of the first measurement: a reader such as polars asks for a file's
-        size before it opens it, and fails on one that is exchanged in between.
+        Ask `has` first: a reader such as polars takes a file's size before it opens it, and fails on
+        one that is exchanged in between.
         """
         columns = [pa.array([getattr(row, f.name) for row in rows], type=f.type) for f in SCHEMA]
-        table = pa.Table.from_arrays(columns, schema=SCHEMA)
-        if self.has(part_name) and self._says_the_same(part_name, table):
-            return
         buffer = io.BytesIO()
-        pq.write_table(table, buffer)
+        pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), buffer)
         write_bytes(self._part_uri(part_name), buffer.getvalue())
 
     def has(self, part_name: str) -> bool:
-        """Whether the part was written."""
+        """Return whether the part was written."""
         fs, path = filesystem(self._part_uri(part_name))
         return fs.get_file_info(path).type == FileType.File
 
     def parts(self, prefix: str = "") -> list[str]:
-        """The sorted names of all parts that begin with `prefix`."""
+        """Return the sorted names of all parts that begin with `prefix`."""
         names = [info.base_name for info in list_files(self.uri)]
         return [
             name.removesuffix(SUFFIX) for name in names if name.startswith(prefix) and name.endswith(SUFFIX)
         ]
 
     def read(self, prefix: str = "") -> pa.Table:
-        """Every row of every part whose name begins with `prefix`, in the order of the parts' names.
+        """Return every row of every part whose name begins with `prefix`, in the order of the parts' names.
 
         Raises:
             WorkError: a part cannot be read; the message names it.
@@ -116,7 +112,7 @@ class Ledger:
         return self.read_parts(self.parts(prefix))
 
     def read_parts(self, names: Sequence[str]) -> pa.Table:
-        """Every row of the parts of those names; raises as `read`."""
+        """Return every row of the parts of those names; raises as `read`."""
         if not names:
             return SCHEMA.empty_table()
         fs, root = filesystem(self.uri)
@@ -130,14 +126,11 @@ class Ledger:
                 "with --resume, which writes it anew"
             ) from error
 
-    def _says_the_same(self, part_name: str, table: pa.Table) -> bool:
-        content = read_bytes(self._part_uri(part_name)) or b""
-        try:
-            stored = pq.read_table(io.BytesIO(content))
-        except pa.ArrowException:
-            return False  # A damaged part is written anew.
-        measured = [name for name in SCHEMA.names if name not in ("when", "where")]
-        return stored.schema.equals(SCHEMA) and stored.select(measured).equals(table.select(measured))
-
     def _part_uri(self, part_name: str) -> str:
         return join(self.uri, safe_name(part_name) + SUFFIX)
+
+
+def measured_seconds(ledger: pa.Table) -> dict[tuple[str, str], float]:
+    """Return the seconds of every stage in a ledger, by kind and key; a shared stage once."""
+    rows = ledger.select(["stage", "key", "metric", "value"]).to_pylist()
+    return {(row["stage"], row["key"]): row["value"] for row in rows if row["metric"] == "seconds"}

@@ -26,7 +26,7 @@ from orchestrator.storage.stage_store import Store
 log = logging.getLogger(__name__)
 
 BEAT_S = 5.0
-LEASE_S = 30.0
+LOCK_LEASE_S = 30.0
 SETTLE_S = 1.0
 DISK_SETTLE_S = 0.2
 """Longer than it takes from looking for a lock to having written one."""
@@ -51,7 +51,7 @@ def check_unlocked(store: Store) -> None:
     first = _read(store)
     if first is None or _is_gone(first):
         return
-    deadline = time.monotonic() + LEASE_S
+    deadline = time.monotonic() + LOCK_LEASE_S
     while time.monotonic() < deadline:
         now = _read(store)
         if now is None:
@@ -103,7 +103,7 @@ def _beat(store: Store, lock: Lock, ended: threading.Event) -> None:
 
 
 def _is_gone(lock: Lock) -> bool:
-    """Whether the driver is known to be dead: it ran on this machine, and its process is no more."""
+    """Return whether the driver is known to have ended: its process ran on this machine and is not there."""
     if lock.host != socket.gethostname():
         return False
     try:

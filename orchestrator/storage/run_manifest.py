@@ -10,13 +10,13 @@ from pyarrow.fs import FileSelector
 
 from actors.artifacts import explained, filesystem, read_bytes, write_bytes
 from orchestrator.config import CampaignConfig, holds_credential, parse_config, with_absolute_paths
-from orchestrator.errors import ConfigError, RunExistsError
+from orchestrator.errors import ConfigError, RequestError, RunExistsError
 from orchestrator.storage.stage_store import Store, installed_versions
 
 FORMAT = 1
 
 NOT_COMPARED_ON_RESUME = ("execution", "storage", "cost", "tracking")
-"""Sections that say where and how fast a campaign runs and who is told, not what it computes."""
+"""Sections that say where and how fast a campaign runs and where it publishes, not what it computes."""
 
 
 def open_run(
@@ -53,7 +53,7 @@ def open_run(
 
 
 def check_run(store: Store, config: dict[str, Any], resume: bool, directories: Sequence[str] = ()) -> None:
-    """Whether `open_run` would go ahead; changes nothing.
+    """Check that `open_run` would go ahead; change nothing.
 
     A path is the same if it is written the same, so that run, model and data may move together, or
     if it leads to the same place, so that a run may go on from another directory.
@@ -99,14 +99,27 @@ def read_run(store: Store) -> dict[str, Any] | None:
     return None if text is None else json.loads(text)
 
 
-def recorded_config(store: Store) -> CampaignConfig | None:
-    """Return the configuration that a run was started with, or None if there is no run.
+def existing_run(store: Store, named: str | None = None) -> dict[str, Any]:
+    """Return what `open_run` wrote, as `read_run`.
 
-    Its relative paths are looked for where they were, and else in the current directory.
+    Raises:
+        RequestError: there is no run; the message has `named` for it.
     """
     stored = read_run(store)
     if stored is None:
-        return None
+        raise RequestError(f"{named or repr(store.uri)} holds no run: there is no campaign.json in it")
+    return stored
+
+
+def recorded_config(store: Store, named: str | None = None) -> CampaignConfig:
+    """Return the configuration that a run was started with.
+
+    Its relative paths are looked for where they were, and else in the current directory.
+
+    Raises:
+        RequestError: as `existing_run`.
+    """
+    stored = existing_run(store, named)
     config = parse_config(stored["config"], store.run_file_uri)
     return config.read_in((*stored.get("directories", ()), os.getcwd()))
 
@@ -124,7 +137,7 @@ def _located(config: dict[str, Any], directories: Sequence[str]) -> dict[str, An
 
 
 def _holds_something(uri: str) -> bool:
-    """Whether there is anything but hidden files, such as our own unfinished ones."""
+    """Return whether there is anything but hidden files, such as our own unfinished ones."""
     fs, path = filesystem(uri)
     with explained(uri, "list"):
         entries = fs.get_file_info(FileSelector(path, allow_not_found=True))
@@ -137,7 +150,7 @@ def _local_paths(config: dict[str, Any], directories: Sequence[str]) -> set[str]
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """`field: old → new` for every dotted field that changes what is computed, by the field."""
+    """Return `field: old → new` for every dotted field that changes what is computed, by the field."""
     before, after = _flatten(old), _flatten(new)
     absent = "(absent)"
     return {

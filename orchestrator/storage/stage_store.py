@@ -1,13 +1,4 @@
-"""Content-addressed stage results of one run; the only module that builds paths.
-
-    <storage.path>/<campaign name>/
-        campaign.json                   the configuration the run was started with
-        stages/<kind>/<key>/            payload-<attempt>/, result.json, then manifest.json
-        stages/set-aside/               results that did not match their manifest
-        trajectories/<id>.json          how a trajectory ended
-        driver.lock                     who has the run open
-        ledger/  models/  train/  tune/  report/  logs/  tensorboard/
-        trackers/<name>.json            what of the ledger a tracker was told
+"""Content-addressed stage results of one run: commit, load, peek.
 
 A stage's key is a hash of everything its result depends on, so a result found
 under its key is the result. No manifest, no result.
@@ -18,7 +9,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import socket
 from collections.abc import Callable, Mapping
@@ -26,14 +16,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pyarrow.fs import LocalFileSystem
 from pydantic import TypeAdapter
 
 from actors.artifacts import (
-    cache_entry,
     explained,
     filesystem,
     join,
@@ -44,18 +32,15 @@ from actors.artifacts import (
     without_empty_directories,
     write_bytes,
 )
-from actors.contracts import ArtifactRef, FileRef, digest
+from actors.contracts import ArtifactRef, FileRef
 from actors.errors import RequestError, WorkError
 from orchestrator.errors import CorruptStageError
+from orchestrator.storage.layout import RunLayout
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 RUN_PREFIX = "run:/"
-SET_ASIDE = "set-aside"
-RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by Ray for what it runs as a job (`ray job submit`, a RayJob of Kubernetes), and for nothing else."""
-
 ResultT = TypeVar("ResultT")
 
 
@@ -74,23 +59,9 @@ class StoredStage(Generic[ResultT]):
     versions: Mapping[str, str]
 
 
-def safe_name(name: str) -> str:
-    """`name` if it can be one path component, on any file system, and nothing else.
-
-    Raises:
-        RequestError: it is empty, too long, or has characters such as `/` or a leading dot.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}", name):
-        raise RequestError(
-            f"name {name!r} cannot be used in a path: use 1 to 200 letters, digits and . _ = + -, "
-            "beginning with a letter or digit"
-        )
-    return name
-
-
 @cache
 def installed_versions() -> Mapping[str, str]:
-    """Versions of the packages that decide the numbers, of those installed when first asked."""
+    """Return the versions of the packages that decide the numbers, of those installed when first asked."""
     found = {}
     for package in ("iterabre", "torch", "transformers", "peft", "deepspeed", "lm-eval", "ray", "pyarrow"):
         try:
@@ -100,94 +71,8 @@ def installed_versions() -> Mapping[str, str]:
     return found
 
 
-class Store:
-    """All that one run leaves behind, at `uri` (local path, `s3://` or `gs://`)."""
-
-    def __init__(self, uri: str) -> None:
-        if "://" in uri and ("?" in uri or "#" in uri):
-            raise RequestError(f"storage path {uri!r}: options after '?' are not used; set AWS_ENDPOINT_URL")
-        local = local_path(uri)
-        self.uri = str(local) if local is not None else uri.rstrip("/")
-
-    @classmethod
-    def of_campaign(cls, storage_path: str, name: str) -> "Store":
-        """The store of campaign `name` under the configured `storage.path`.
-
-        Raises:
-            RequestError: the path is relative, and this is a job of a Ray cluster.
-        """
-        relative = "://" not in storage_path and not os.path.isabs(os.path.expanduser(storage_path))
-        if relative and RAY_JOB_VARIABLE in os.environ:
-            raise RequestError(
-                f"storage.path {storage_path!r} is relative, and in a Ray job that is the job's own "
-                f"directory ({os.getcwd()}), which Ray deletes: give an absolute path that every node sees "
-                "(NFS), or s3:// or gs://, e.g. --set storage.path=s3://bucket/runs"
-            )
-        return cls(join(storage_path, safe_name(name)))
-
-    @property
-    def run_file_uri(self) -> str:
-        """The configuration and versions the run was started with, as JSON."""
-        return join(self.uri, "campaign.json")
-
-    @property
-    def ledger_uri(self) -> str:
-        """Directory of Parquet parts."""
-        return join(self.uri, "ledger")
-
-    @property
-    def report_uri(self) -> str:
-        """Directory of the report."""
-        return join(self.uri, "report")
-
-    @property
-    def tune_uri(self) -> str:
-        """Ray Tune's directory: a cache of trial states, never the truth."""
-        return join(self.uri, "tune")
-
-    @property
-    def logs_dir(self) -> Path:
-        """Directory for log files; on this node when the run lies in an object store."""
-        local = local_path(self.uri)
-        return local / "logs" if local is not None else cache_entry("logs", digest(self.uri)[:16])
-
-    def train_uri(self, key: str) -> str:
-        """Checkpoints of the training behind the recovery stage `key`."""
-        return join(self.uri, "train", safe_name(key))
-
-    def models_uri(self, trajectory: str, num_left: int, unit: str = "layers") -> str:
-        """The exported checkpoint of a trajectory with so many layers, or sub-blocks, left."""
-        return join(self.uri, "models", safe_name(trajectory), f"{num_left}-{unit}")
-
-    @property
-    def outcomes_uri(self) -> str:
-        """Directory of the trajectories' outcomes."""
-        return join(self.uri, "trajectories")
-
-    def outcome_uri(self, trajectory: str) -> str:
-        """How a trajectory ended, as JSON."""
-        return join(self.outcomes_uri, safe_name(trajectory) + ".json")
-
-    def tensorboard_uri(self, trajectory: str) -> str:
-        """Event files of a trajectory."""
-        return join(self.uri, "tensorboard", safe_name(trajectory))
-
-    def published_uri(self, tracker: str) -> str:
-        """The parts of the ledger that a tracker was told, as JSON."""
-        return join(self.uri, "trackers", safe_name(tracker) + ".json")
-
-    @property
-    def lock_uri(self) -> str:
-        """The driver that has the run open, as JSON."""
-        return join(self.uri, "driver.lock")
-
-    def stage_uri(self, kind: str, key: str) -> str:
-        """Directory of one stage."""
-        return join(self.uri, "stages", safe_name(kind), safe_name(key))
-
-    def payload_uri(self, kind: str, key: str, attempt: int) -> str:
-        """Where an attempt publishes its files; attempts never write to one another's."""
-        return join(self.stage_uri(kind, key), f"payload-{attempt}")
+class Store(RunLayout):
+    """All that one run leaves behind."""
 
     def commit(
         self,
@@ -229,10 +114,10 @@ class Store:
         return _stored(manifest, result, artifact, inputs)
 
     def load(self, kind: str, key: str, result_type: type[ResultT]) -> StoredStage[ResultT] | None:
-        """A committed stage, or None if it has to run.
+        """Return a committed stage, or None if it has to run.
 
         Every byte of result and payload is checked against the manifest. If they
-        do not match, the stage's directory is set aside with a warning, and the
+        do not match, the stage's directory is quarantined with a warning, and the
         stage has to run again.
         """
         home = self.stage_uri(kind, key)
@@ -242,12 +127,14 @@ class Store:
         try:
             return self._load_checked(home, text, result_type)
         except (CorruptStageError, FileNotFoundError, ValueError) as error:
-            aside = self._set_aside(kind, key)
-            log.warning("stage %s %s is damaged (%s); set aside in %s and run again", kind, key, error, aside)
+            where = self._quarantine(kind, key)
+            log.warning(
+                "stage %s %s is damaged (%s); quarantined in %s and run again", kind, key, error, where
+            )
             return None
 
     def peek(self, kind: str, key: str, result_type: type[ResultT]) -> ResultT | None:
-        """The result of a stage that looks committed; neither checks its payload nor changes anything."""
+        """Return the result of a stage that looks committed, without a check of its payload or any change."""
         home = self.stage_uri(kind, key)
         if read_bytes(join(home, "manifest.json")) is None:
             return None
@@ -258,7 +145,7 @@ class Store:
             return None
 
     def has_export(self, trajectory: str, count: int, unit: str = "layers") -> bool:
-        """Whether a checkpoint of that trajectory and depth was written."""
+        """Return whether a checkpoint of that trajectory and depth was written."""
         return read_bytes(join(self.models_uri(trajectory, count, unit), "config.json")) is not None
 
     def check_writable(self, needed_bytes: int = 0) -> None:
@@ -316,16 +203,13 @@ class Store:
                     "(NFS, s3:// or gs://)"
                 )
 
-    def _set_aside(self, kind: str, key: str) -> str:
+    def _quarantine(self, kind: str, key: str) -> str:
         """Move a damaged stage out of the way. A second caller finds nothing to move."""
         stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.urandom(3).hex()}"
-        source, target = (
-            self.stage_uri(kind, key),
-            join(self.uri, "stages", SET_ASIDE, f"{kind}-{key}-{stamp}"),
-        )
+        source, target = self.stage_uri(kind, key), self.quarantine_uri(f"{kind}-{key}-{stamp}")
         fs, source_path = filesystem(source)
         _, target_path = filesystem(target)
-        with explained(source, "set aside"):
+        with explained(source, "quarantine"):
             if isinstance(fs, LocalFileSystem):
                 fs.create_dir(os.path.dirname(target_path))
                 if os.path.isdir(source_path):
@@ -339,7 +223,7 @@ class Store:
         return target
 
     def _portable(self, value: Any) -> Any:
-        """JSON values in which URIs inside this run are relative to it, so that a run can be moved.
+        """Return JSON values in which URIs inside this run are relative to it, so that a run can be moved.
 
         Numbers that JSON lacks become the strings "nan", "inf" and "-inf", which
         pydantic reads back as floats.
@@ -355,7 +239,7 @@ class Store:
         return value
 
     def _located(self, value: Any) -> Any:
-        """The inverse of `_portable` for URIs."""
+        """Undo `_portable` for URIs."""
         if isinstance(value, dict):
             return {name: self._located(item) for name, item in value.items()}
         if isinstance(value, list):

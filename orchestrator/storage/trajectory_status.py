@@ -6,30 +6,34 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from actors.artifacts import list_files, read_bytes, write_bytes
+from orchestrator.storage.layout import PLAN_SUFFIX
 from orchestrator.storage.stage_store import Store
 
 SUFFIX = ".json"
 
 
 @dataclass(frozen=True)
-class TrajectoryOutcome:
-    """`stopped` is the scheduler's doing; a trajectory that a limit ended has no outcome yet."""
+class TrajectoryStatus:
+    """`stopped` is the scheduler's doing; a trajectory that a limit ended has no status yet."""
 
     state: Literal["done", "failed", "stopped"]
     reason: str = ""
 
 
-def write_outcome(store: Store, trajectory: str, outcome: TrajectoryOutcome) -> None:
+def write_status(store: Store, trajectory: str, status: TrajectoryStatus) -> None:
     """Note how a trajectory ended; what stood there of an earlier run is replaced."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    write_bytes(store.outcome_uri(trajectory), json.dumps(asdict(outcome) | {"when": now}, indent=1).encode())
+    content = json.dumps(asdict(status) | {"when": now}, indent=1)
+    write_bytes(store.trajectory_status_uri(trajectory), content.encode())
 
 
-def read_outcomes(store: Store) -> dict[str, TrajectoryOutcome]:
-    """Outcome of every trajectory that has one, by its id."""
-    found: dict[str, TrajectoryOutcome] = {}
-    for info in list_files(store.outcomes_uri):
+def read_statuses(store: Store) -> dict[str, TrajectoryStatus]:
+    """Return the status of every trajectory that has one, by its id."""
+    found: dict[str, TrajectoryStatus] = {}
+    for info in list_files(store.trajectories_uri):
+        if info.base_name.endswith(PLAN_SUFFIX):
+            continue
         trajectory = info.base_name.removesuffix(SUFFIX)
-        stored = json.loads(read_bytes(store.outcome_uri(trajectory)) or b"{}")
-        found[trajectory] = TrajectoryOutcome(stored["state"], stored["reason"])
+        stored = json.loads(read_bytes(store.trajectory_status_uri(trajectory)) or b"{}")
+        found[trajectory] = TrajectoryStatus(stored["state"], stored["reason"])
     return found

@@ -22,7 +22,7 @@ from actors.errors import WorkError
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
-from orchestrator.storage.trajectory_status import read_outcomes
+from orchestrator.storage.trajectory_status import read_statuses
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class Publisher:
         """Publish what is new, and how far each trajectory is."""
         self.publish()
         with self._warned_of_failures():
-            outcomes = {name: outcome.state for name, outcome in read_outcomes(self._store).items()}
+            outcomes = {name: outcome.state for name, outcome in read_statuses(self._store).items()}
             states: dict[str, State] = {
                 trajectory.id: _state(outcomes.get(trajectory.id)) for trajectory in self._plan.trajectories
             }

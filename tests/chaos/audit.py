@@ -24,7 +24,7 @@ def manifests(run: Path) -> dict[str, float]:
     """When each finished stage (`kind/first 12 digits of its key`) was committed, in seconds of the clock."""
     found = run.glob("stages/*/*/manifest.json")
     return {
-        f"{m.parts[-3]}/{m.parts[-2][:12]}": m.stat().st_mtime for m in found if "set-aside" not in m.parts
+        f"{m.parts[-3]}/{m.parts[-2][:12]}": m.stat().st_mtime for m in found if "quarantine" not in m.parts
     }
 
 

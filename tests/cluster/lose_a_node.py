@@ -1,4 +1,4 @@
-"""Scores on two nodes of a cluster of its own, takes one away after the first share, and compares.
+"""Scores on two nodes of a cluster of its own, takes one away after the first shard, and compares.
 
 A process of its own: Ray can be started only once in one.
     python -m tests.cluster.lose_a_node MODEL CALIBRATION
@@ -12,19 +12,19 @@ import time
 import ray
 from ray.cluster_utils import Cluster
 
-from actors.contracts import ModelRef, ModelSpec, ScoreSpec, TextSpec
+from actors.contracts import ActorPoolSpec, ModelRef, ModelSpec, ScoreSpec, TextSpec
 from actors.scoring import ray as actor
 from actors.scoring import score_locally
 from actors.scoring.ray import ScoreActor, score_on_ray
-from actors.scoring.score import Share, ShareScores
+from actors.scoring.score import Shard, ShardScores
 
 
 class SlowActor(ScoreActor):
-    """Takes its time, so that a share is under way on each node when one is lost."""
+    """Takes its time, so that a shard is under way on each node when one is lost."""
 
-    def work(self, share: Share) -> ShareScores:
+    def work(self, shard: Shard) -> ShardScores:
         time.sleep(2)
-        return super().work(share)
+        return super().work(shard)
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     os.environ.update(RAY_memory_monitor_refresh_ms="0", RAY_USAGE_STATS_ENABLED="0")
     # Else other programs on this machine that call ray.init() would join this cluster.
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
-    spec = ScoreSpec(ModelRef(ModelSpec(sys.argv[1])), TextSpec(path=sys.argv[2]))
+    spec = ScoreSpec(model=ModelRef(ModelSpec(sys.argv[1])), calibration=TextSpec(path=sys.argv[2]))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False)
@@ -45,7 +45,7 @@ def main() -> None:
 
     actor.ScoreActor = SlowActor  # type: ignore[misc]
     # Each takes more than half a node, so there is one on each, and the lost one finds no other place.
-    got = score_on_ray(spec, actors=2, cpus=0.6, gpus=0, start_timeout_s=300.0, progress=lose_one)
+    got = score_on_ray(spec, ActorPoolSpec(2, cpus=0.6, gpus=0, start_timeout_s=300.0), lose_one)
     want = score_locally(spec)
     apart = max(abs(x - y) for x, y in zip(got.scores, want.scores, strict=True))
     print(

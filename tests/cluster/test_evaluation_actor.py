@@ -11,12 +11,20 @@ from typing import Any
 import pytest
 import ray
 
-from actors.contracts import EvaluationResult, EvaluationSpec, ModelRef, ModelSpec, PerplexitySpec, TextSpec
+from actors.contracts import (
+    ActorPoolSpec,
+    EvaluationResult,
+    EvaluationSpec,
+    ModelRef,
+    ModelSpec,
+    PerplexitySpec,
+    TextSpec,
+)
 from actors.errors import RequestError
 from actors.evaluation import ray as actor
 from actors.evaluation.evaluate import evaluate
 from actors.evaluation.ray import EvalActor, evaluate_all_on_ray, evaluate_on_ray
-from actors.models import materialize
+from actors.models import build_model
 from tests.support.tiny_models import save_tiny
 from tests.unit.cli.command import iterabre
 
@@ -26,17 +34,17 @@ pytestmark = pytest.mark.usefixtures("ray_two_cpus")
 @pytest.fixture(scope="module")
 def specs(tmp_path_factory: pytest.TempPathFactory) -> list[EvaluationSpec]:
     model = ModelRef(ModelSpec(save_tiny(tmp_path_factory.mktemp("pool") / "model", num_layers=4)))
-    return [EvaluationSpec(model.without((i,)), tasks=("blimp_sample",), limit=20) for i in range(4)]
+    return [EvaluationSpec(model=model.without((i,)), tasks=("blimp_sample",), limit=20) for i in range(4)]
 
 
 def _evaluate_here(spec: EvaluationSpec) -> EvaluationResult:
-    model, tokenizer = materialize(spec.model)
+    model, tokenizer = build_model(spec.model)
     return evaluate(model, tokenizer, spec)
 
 
 @pytest.mark.parametrize("actors", [1, 2, 9])
 def test_a_pool_measures_what_one_process_does(specs: list[EvaluationSpec], actors: int) -> None:
-    results = dict(evaluate_all_on_ray(specs, actors=actors, cpus=0.2, gpus=0, start_timeout_s=120))
+    results = dict(evaluate_all_on_ray(specs, ActorPoolSpec(actors, 0.2, 0, start_timeout_s=120)))
     assert results == {i: _evaluate_here(spec) for i, spec in enumerate(specs)}
 
 
@@ -48,7 +56,7 @@ def spec(specs: list[EvaluationSpec]) -> EvaluationSpec:
 
 
 def _on_pool(spec: EvaluationSpec, actors: int) -> EvaluationResult:
-    return evaluate_on_ray(spec, actors=actors, cpus=0.4, gpus=0, start_timeout_s=600)
+    return evaluate_on_ray(spec, ActorPoolSpec(actors, cpus=0.4, gpus=0))
 
 
 def _assert_same(found: EvaluationResult, expected: EvaluationResult) -> None:
@@ -72,17 +80,17 @@ def test_actors_killed_in_mid_task_change_no_number(
     log = tmp_path / "shares"
 
     class Mortal(EvalActor):
-        def answer(self, spec: EvaluationSpec, kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        def respond(self, spec: EvaluationSpec, kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
             with log.open("a") as file:
                 file.write(f"{hash((kind, arguments[0][0], arguments[-1][-1]))}\n")
-            answers = super().answer(spec, kind, arguments)
+            responses = super().respond(spec, kind, arguments)
             if len(log.read_text().splitlines()) in (4, 9):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return answers
+            return responses
 
     monkeypatch.setattr(actor, "EvalActor", Mortal)
     _assert_same(_on_pool(spec, 2), _evaluate_here(spec))
-    assert len(log.read_text().splitlines()) > 2 * actor.SHARES_PER_ACTOR
+    assert len(log.read_text().splitlines()) > 2 * actor.SHARDS_PER_ACTOR
 
 
 def test_an_unreadable_task_is_told_as_it_is(specs: list[EvaluationSpec]) -> None:

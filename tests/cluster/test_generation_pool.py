@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from actors.contracts import GenerationSpec, ModelSpec, TextSpec
+from actors.contracts import ActorPoolSpec, GenerationSpec, ModelSpec, TextSpec
 from actors.errors import RequestError
 from actors.generation import generate_locally, responses
 from actors.generation import ray as actor
 from actors.generation.ray import GenerateActor, generate_on_ray
-from actors.generation.responses import Response, Share
+from actors.generation.responses import Response, Shard
 from tests.support.tiny_models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("ray_two_cpus")
@@ -25,7 +25,9 @@ def spec(tmp_path: Path) -> GenerationSpec:
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
     prompts = TextSpec(path=str(tmp_path / "prompts.jsonl"), prompt_column="q", chat_template="plain")
     model = ModelSpec(save_tiny(tmp_path / "model"))
-    return GenerationSpec(model, prompts, responses_per_prompt=2, max_new_tokens=4, temperature=1.0)
+    return GenerationSpec(
+        model=model, prompts=prompts, responses_per_prompt=2, max_new_tokens=4, temperature=1.0
+    )
 
 
 def test_a_pool_that_loses_an_actor_gives_what_one_process_does(
@@ -35,17 +37,17 @@ def test_a_pool_that_loses_an_actor_gives_what_one_process_does(
     log.touch()
 
     class Mortal(GenerateActor):
-        def work(self, share: Share) -> list[Response]:
+        def work(self, shard: Shard) -> list[Response]:
             with log.open("a") as file:
-                file.write(f"{share.first}\n")
+                file.write(f"{shard.first}\n")
             if len(log.read_text().splitlines()) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().work(share)
+            return super().work(shard)
 
-    monkeypatch.setattr(responses, "PROMPTS_A_SHARE", 3)
+    monkeypatch.setattr(responses, "PROMPTS_PER_SHARD", 3)
     monkeypatch.setattr(actor, "GenerateActor", Mortal)
     here = generate_locally(spec, str(tmp_path / "here"))
-    there = generate_on_ray(spec, str(tmp_path / "there"), actors=2, cpus=0.4, gpus=0, start_timeout_s=600.0)
+    there = generate_on_ray(spec, str(tmp_path / "there"), ActorPoolSpec(2, cpus=0.4, gpus=0))
     assert there.artifact.sha256 == here.artifact.sha256
     assert replace(there, artifact=here.artifact) == here
     begun = log.read_text().split()
@@ -56,4 +58,4 @@ def test_a_pool_that_loses_an_actor_gives_what_one_process_does(
 def test_what_is_wrong_is_told_not_that_an_actor_died(spec: GenerationSpec, tmp_path: Path) -> None:
     bare = replace(spec, prompts=replace(spec.prompts, chat_template=None))
     with pytest.raises(RequestError, match="has no chat template"):
-        generate_on_ray(bare, str(tmp_path / "out"), actors=1, cpus=0.4, gpus=0, start_timeout_s=600.0)
+        generate_on_ray(bare, str(tmp_path / "out"), ActorPoolSpec(1, cpus=0.4, gpus=0))

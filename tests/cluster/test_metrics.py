@@ -1,15 +1,15 @@
 """The board's numbers for Prometheus, as Ray's metrics agent gives them."""
 
 from orchestrator.execution.gauges import CampaignGauges
-from orchestrator.execution.progress import Activity
+from orchestrator.execution.progress import TrajectoryProgress
 from tests.cluster.exported import exported
 
 
 def test_the_board_reaches_the_metrics_agent(ray_two_cpus: None) -> None:
-    going = Activity(
+    going = TrajectoryProgress(
         "a", 1, 3, "recover", stages_done=4, stages_total=19, stages_reused=2, perplexities={"wikitext2": 8.5}
     )
-    failed = Activity("b", 1, 3, "failed", finished=True, stages_done=1, stages_total=19)
+    failed = TrajectoryProgress("b", 1, 3, "failed", finished=True, stages_done=1, stages_total=19)
     CampaignGauges("gauged").show([going, failed])
     assert exported("gauged", "ray_iterabre_stages_done a") == {
         "ray_iterabre_stages_done a": 4,

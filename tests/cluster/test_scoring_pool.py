@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from actors.contracts import ModelRef, ModelSpec, ScoreResult, ScoreSpec, TextSpec
+from actors.contracts import ActorPoolSpec, ModelRef, ModelSpec, ScoreResult, ScoreSpec, TextSpec
 from actors.errors import WorkError
 from actors.scoring import ray as actor
 from actors.scoring import score_locally
 from actors.scoring.ray import ScoreActor, score_on_ray
-from actors.scoring.score import Share, ShareScores
+from actors.scoring.score import Shard, ShardScores
 from tests.support.tiny_models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("ray_two_cpus")
@@ -32,7 +32,9 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ScoreSpec:
     directory = tmp_path_factory.mktemp("pool")
     (directory / "calibration.txt").write_text("\n".join(LINES))
     path = save_tiny(directory / "model", num_layers=6)
-    return ScoreSpec(ModelRef(ModelSpec(path)), TextSpec(path=str(directory / "calibration.txt")))
+    return ScoreSpec(
+        model=ModelRef(ModelSpec(path)), calibration=TextSpec(path=str(directory / "calibration.txt"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +46,19 @@ def on_ray(
     spec: ScoreSpec, actors: int, progress: Callable[[int, int, str], None] | None = None
 ) -> ScoreResult:
     options: dict[str, Any] = {"progress": progress} if progress else {}
-    return score_on_ray(spec, actors=actors, cpus=0.4, gpus=0, start_timeout_s=600.0, **options)
+    return score_on_ray(spec, ActorPoolSpec(actors, cpus=0.4, gpus=0), **options)
 
 
-def recorder(log: Path, die: Callable[[Share, int], bool]) -> type[ScoreActor]:
+def recorder(log: Path, die: Callable[[Shard, int], bool]) -> type[ScoreActor]:
     """A score actor that writes down each share it begins, and kills its own process where `die` says so."""
 
     class Recorder(ScoreActor):
-        def work(self, share: Share) -> ShareScores:
+        def work(self, shard: Shard) -> ShardScores:
             with log.open("a") as file:
-                file.write(f"{share.positions}\n")
+                file.write(f"{shard.positions}\n")
             begun = len(log.read_text().splitlines())
-            answer = super().work(share)
-            if die(share, begun):
+            answer = super().work(shard)
+            if die(shard, begun):
                 os.kill(os.getpid(), signal.SIGKILL)
             return answer
 
@@ -76,7 +78,7 @@ def test_any_number_of_actors_gives_the_same(spec: ScoreSpec, local: ScoreResult
     assert heard[-1] == 9
 
 
-def test_more_actors_than_sequences_share_the_candidates(spec: ScoreSpec) -> None:
+def test_more_actors_than_sequences_shard_the_candidates(spec: ScoreSpec) -> None:
     few = replace(spec, max_sequences=2)
     got, want = on_ray(few, 4), score_locally(few)
     assert got.scores == pytest.approx(want.scores, abs=1e-5)
@@ -84,14 +86,14 @@ def test_more_actors_than_sequences_share_the_candidates(spec: ScoreSpec) -> Non
 
 
 @pytest.mark.parametrize("actors", [pytest.param(1, marks=LONG), 2, pytest.param(3, marks=LONG)])
-def test_an_actor_killed_in_mid_score_costs_its_share_alone(
+def test_an_actor_killed_in_mid_score_costs_its_shard_alone(
     spec: ScoreSpec, local: ScoreResult, actors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = tmp_path / "log"
-    monkeypatch.setattr(actor, "ScoreActor", recorder(log, lambda _share, begun: begun == 3))
+    monkeypatch.setattr(actor, "ScoreActor", recorder(log, lambda _shard, begun: begun == 3))
     assert_same(on_ray(spec, actors), local)
     begun = log.read_text().splitlines()
-    shares = min(9, actors * actor.SHARES_PER_ACTOR)
+    shares = min(9, actors * actor.SHARDS_PER_ACTOR)
     assert len(begun) == shares + 1
     assert len(set(begun)) == shares
 
@@ -101,13 +103,13 @@ def test_all_actors_lost_for_good_is_told(
     spec: ScoreSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
-    monkeypatch.setattr(actor, "ScoreActor", recorder(tmp_path / "log", lambda _share, _begun: True))
-    with pytest.raises(WorkError, match=r"all 2 score actors were lost; .*--resume"):
+    monkeypatch.setattr(actor, "ScoreActor", recorder(tmp_path / "log", lambda _shard, _begun: True))
+    with pytest.raises(WorkError, match=r"all 2 scoring actors were lost; .*--resume"):
         on_ray(spec, 2)
 
 
 @LONG
-def test_a_lost_node_costs_its_share_alone(spec: ScoreSpec) -> None:
+def test_a_lost_node_costs_its_shard_alone(spec: ScoreSpec) -> None:
     """In a process of its own, with two nodes of its own."""
     model, text = spec.model.source.path, spec.calibration.path
     command = [sys.executable, "-m", "tests.cluster.lose_a_node", model, str(text)]

@@ -11,15 +11,18 @@ import ray
 
 from orchestrator.config import CampaignConfig, parse_config
 from orchestrator.config.campaign import ClusterMaximumConfig
-from orchestrator.execution.campaign import Outcome, limits_of, run_trials
-from orchestrator.execution.cluster import ClusterRoom
+from orchestrator.execution.campaign import limits_of
+from orchestrator.execution.cluster import ClusterResources
+from orchestrator.execution.ray import RayCoordinatorClient
+from orchestrator.execution.tune import CampaignOutcome, run_trials
 from orchestrator.planning.planner import build_plan
-from orchestrator.scheduling.admission import Need, Places, Room
-from orchestrator.scheduling.coordinator import LEASE_S, AskedClaims, Coordinator
+from orchestrator.scheduling.admission import AdmissionController
+from orchestrator.scheduling.coordinator import LEASE_S, Coordinator, Leases
 from orchestrator.scheduling.limits import Limits
+from orchestrator.scheduling.resources import ResourceBundle, ResourceRequest
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
-from orchestrator.storage.trajectory_status import read_outcomes
+from orchestrator.storage.trajectory_status import read_statuses
 from tests.cluster.exported import exported
 from tests.support.simulated import Simulation
 from tests.support.tiny_campaign import tiny_campaign
@@ -36,8 +39,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(
-    place: Path, tmp_path: Path, change: Change, places: Places | None = None
-) -> tuple[Outcome, CampaignConfig, Store]:
+    place: Path, tmp_path: Path, change: Change, admission: AdmissionController | None = None
+) -> tuple[CampaignOutcome, CampaignConfig, Store]:
     campaign = tiny_campaign(place)
     campaign["execution"] |= {"backend": "ray"}
     campaign["storage"]["path"] = str(tmp_path / "runs")
@@ -53,7 +56,7 @@ def _run(
         store,
         limits_of(config),
         at_a_time,
-        places,
+        admission,
         make_backend=Simulation(SECONDS, notes),
     )
     return outcome, config, store
@@ -74,9 +77,12 @@ def _rates(*rates: float, **search: Any) -> Change:
 def test_no_more_stages_at_a_time_than_there_is_room_for(
     ray_two_cpus: None, place: Path, tmp_path: Path
 ) -> None:
-    two = Places(lambda: Room(2, 0), dict.fromkeys(SECONDS, Need(Room(1, 0), Room(1, 0))))
+    two = AdmissionController(
+        lambda: ResourceBundle(2, 0),
+        dict.fromkeys(SECONDS, ResourceRequest(ResourceBundle(1, 0), ResourceBundle(1, 0))),
+    )
     outcome, _, _ = _run(place, tmp_path, _rates(0.1, 0.2, 0.3), two)
-    assert outcome == Outcome({})
+    assert outcome == CampaignOutcome({})
     notes = [file.read_text().split() for file in (tmp_path / "notes").glob("*.txt")]
     ends = [(float(done), -1) for _, _, done, _ in notes]
     starts = [(float(done) - float(took), 1) for _, _, done, took in notes]
@@ -85,15 +91,15 @@ def test_no_more_stages_at_a_time_than_there_is_room_for(
 
 
 def test_the_room_is_what_the_cluster_has_or_may_grow_to(ray_two_cpus: None) -> None:
-    assert ClusterRoom(None)() == Room(2, 0)
-    assert ClusterRoom(ClusterMaximumConfig(nodes=3, cpus=4, gpus=1))() == Room(12, 3)
+    assert ClusterResources(None)() == ResourceBundle(2, 0)
+    assert ClusterResources(ClusterMaximumConfig(nodes=3, cpus=4, gpus=1))() == ResourceBundle(12, 3)
 
 
 def test_a_stage_that_three_trials_need_is_computed_once(
     ray_two_cpus: None, place: Path, tmp_path: Path
 ) -> None:
     outcome, config, store = _run(place, tmp_path, _rates(0.1, 0.2, 0.3))
-    assert outcome == Outcome({})
+    assert outcome == CampaignOutcome({})
     # Shared: the dense model, the first scores, and the evaluation of the first choice.
     assert _computed(tmp_path, "score") == 1 + 3
     assert _computed(tmp_path, "evaluate") == 2 + 3 * 3
@@ -103,7 +109,7 @@ def test_a_stage_that_three_trials_need_is_computed_once(
     assert scored.num_rows == 3 * 2
     assert len(set(scored["key"].to_pylist())) == 4
     trajectories = [f"llama--{method.name}--seed0" for method in config.methods]
-    assert {name: o.state for name, o in read_outcomes(store).items()} == dict.fromkeys(trajectories, "done")
+    assert {name: o.state for name, o in read_statuses(store).items()} == dict.fromkeys(trajectories, "done")
     for name in trajectories:
         gauges = exported(config.name, f"ray_iterabre_token_perplexity {name} fox")
         assert gauges[f"ray_iterabre_token_perplexity {name} fox"] >= 10
@@ -122,8 +128,8 @@ def test_asha_gives_up_the_worst_between_iterations(ray_two_cpus: None, place: P
     worst = "llama--iterabre--learning_rate=0.9--seed0"
     assert not outcome.failures
     assert worst in outcome.stopped
-    assert read_outcomes(store)[worst].reason == "given up by the scheduler after iteration 1"
-    assert read_outcomes(store)["llama--iterabre--learning_rate=0.1--seed0"].state == "done"
+    assert read_statuses(store)[worst].reason == "given up by the scheduler after iteration 1"
+    assert read_statuses(store)["llama--iterabre--learning_rate=0.1--seed0"].state == "done"
     # Its first target was reached before it was given up, and it is not taken up again.
     assert (Path(store.uri) / f"models/{worst}/3-layers/config.json").is_file()
     computed = _computed(tmp_path, "recover")
@@ -132,21 +138,20 @@ def test_asha_gives_up_the_worst_between_iterations(ray_two_cpus: None, place: P
 
 
 class Asking:
-    """A process that claims a stage and then does nothing; its claim is kept alive by a thread."""
+    """A process that leases a stage and then does nothing; a thread renews its lease."""
 
-    def take(self, coordinator: Any) -> bool:
-        claims = AskedClaims(lambda method, *args: ray.get(getattr(coordinator, method).remote(*args)))
-        claims.take("score", "key")
+    def acquire(self, coordinator: Any) -> bool:
+        Leases(RayCoordinatorClient(coordinator)).acquire("score", "key")
         return True
 
 
 @pytest.mark.long
-def test_a_killed_holders_claim_is_taken_over(ray_two_cpus: None) -> None:
+def test_a_killed_holders_lease_is_taken_over(ray_two_cpus: None) -> None:
     coordinator = ray.remote(num_cpus=0)(Coordinator).remote(Limits())
     asking = ray.remote(num_cpus=0)(Asking)
     first, second = asking.remote(), asking.remote()
-    assert ray.get(first.take.remote(coordinator))
-    waiting = second.take.remote(coordinator)
+    assert ray.get(first.acquire.remote(coordinator))
+    waiting = second.acquire.remote(coordinator)
     # As long as the first lives, the second waits, longer than a lease.
     assert ray.wait([waiting], timeout=LEASE_S + 5) == ([], [waiting])
     ray.kill(first)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.errors import RequestError
-from actors.models import empty_sub_blocks, remove_layers, save_pretrained
+from actors.models import remove_layers, save_pretrained, zero_sub_blocks
 from tests.support.decoder_zoo import NOT_TINY, NUM_LAYERS, decoder_types, tiny_decoder
 from tests.support.tiny_models import tiny_ids
 
@@ -269,7 +269,7 @@ def _judge_emptied(source: PreTrainedModel, model_type: str, kind: str) -> str |
     """Why the sub-blocks cannot be emptied; None if emptying them is right."""
     emptied, layers = copy.deepcopy(source), EMPTIED[kind]
     try:
-        empty_sub_blocks(emptied, kind, layers)
+        zero_sub_blocks(emptied, kind, layers)
     except RequestError as refusal:
         return str(refusal)
     hooked = copy.deepcopy(source)

@@ -5,8 +5,14 @@ from typing import Any
 
 import yaml
 
-from orchestrator.scheduling.coordinator import AskedClaims, Coordinator
+from orchestrator.execution.dry_run import planned_stages
+from orchestrator.execution.progress import Report
+from orchestrator.execution.resolvers import ComputeResolver
+from orchestrator.execution.stage_kinds import Backend
+from orchestrator.planning.plan import TrajectoryPlan
+from orchestrator.scheduling.coordinator import Coordinator, Leases
 from orchestrator.scheduling.limits import Limits
+from orchestrator.storage.stage_store import Store
 from tests.support.tiny_models import save_tiny
 
 _TEXT = "The quick brown fox jumps over the lazy dog . Stability of the higher layer is greater . "
@@ -51,7 +57,9 @@ def write_campaign(campaign: dict[str, Any], file: Path) -> str:
     return str(file)
 
 
-def claims_of_one() -> AskedClaims:
-    """The claims of a trajectory that is alone."""
-    coordinator = Coordinator(Limits())
-    return AskedClaims(lambda method, *arguments: getattr(coordinator, method)(*arguments))
+def resolver_of_one(
+    plan: TrajectoryPlan, store: Store, backend: Backend, report: Report = lambda _progress: None
+) -> ComputeResolver:
+    """Return the resolver of a trajectory that is alone."""
+    total = len(planned_stages(plan))
+    return ComputeResolver(plan, store, backend, report, Leases(Coordinator(Limits())), total)

@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
+from actors.contracts import TextSettings
 from actors.evaluation import suite_tasks
-from actors.evaluation.lm_eval.harness import TASKS as OUR_TASKS
-from orchestrator.config import CampaignConfig, MethodConfig, TextConfig
+from actors.evaluation.lm_eval.task_loading import TASKS as OUR_TASKS
+from orchestrator.config import CampaignConfig, MethodConfig
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 
 MODELS: dict[str, tuple[str, int]] = {
@@ -170,7 +171,7 @@ def _method_settings(place: str, method: MethodConfig, rows: Path) -> Iterator[s
             yield f"{place}.recovery.generation.{field}"
 
 
-def _on_rows(place: str, text: TextConfig, rows: Path) -> list[str]:
+def _on_rows(place: str, text: TextSettings, rows: Path) -> list[str]:
     """A text that is not built in is read from `rows`, by the same columns."""
     return [] if text.builtin else [f"{place}.path={rows}"]
 

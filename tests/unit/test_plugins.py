@@ -130,7 +130,7 @@ def unimportable(site: Path) -> None:
 def of_another_version(site: Path) -> None:
     install(site)
     (site / "my_pruning.py").write_text(
-        "from actors.scoring import Criterion\nLARGEST = Criterion(since=2)\n"
+        "from actors.scoring import LayerCriterion\nLARGEST = LayerCriterion(since=2)\n"
     )
 
 
@@ -162,7 +162,7 @@ def name_of_ours(site: Path) -> None:
             "largest_weight",
             ["TypeError", "'since'", "install a version that fits"],
         ),
-        (no_row, "largest_weight", ["is a int", "register a Criterion"]),
+        (no_row, "largest_weight", ["is a int", "register a LayerCriterion"]),
         (name_of_ours, "hidden_cosine", ["this project and my_pruning 1.0"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a family of models lets evaluation save, tried out on a copy without its weights.
+"""Savings that a family of models allows in evaluation, tried out on a copy without its weights.
 
 The copy computes in float32 whatever the model's own type is: in bfloat16, rounding would
 hide that a recurrent layer mixes the branches of a tree.
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.evaluation.lm_eval.prefix_tree import plant, run_rows
+from actors.evaluation.lm_eval.prefix_tree import build_trees, run_rows
 from actors.models import text_config
 from actors.models.head import LogitHead
-from actors.models.loading.hollow import hollow_model, keep_one_of_each_make, overlapping_draws
+from actors.models.loading.dummy_weights import dummy_model, keep_one_of_each_kind, overlapping_draws
 
 BOUNDING = ("window", "chunk")
 """Words in the names of config fields that say how far a token sees."""
@@ -36,12 +36,12 @@ REFUSALS = (
     AssertionError, AttributeError, ImportError, IndexError, KeyError, OSError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
-"""What a family raises that cannot be built from its config alone, or makes its own masks."""
+"""Errors of a family that cannot be built from its config alone, or makes its own masks."""
 
 
 @dataclass(frozen=True)
 class FamilySupport:
-    """How the family's models can be run.
+    """Ways in which the family's models can be run.
 
     Attributes:
         head_stands_alone: the logits are those of the head on the backbone's last hidden states.
@@ -53,7 +53,7 @@ class FamilySupport:
 
 
 _KNOWN: dict[tuple[type[PreTrainedModel], str], FamilySupport] = {}
-"""What `family_support` found for each class and config, so that it tries once a process."""
+"""Results of `family_support` by class and config, found once a process."""
 
 
 def family_support(model: PreTrainedModel) -> FamilySupport:
@@ -70,14 +70,14 @@ def family_support(model: PreTrainedModel) -> FamilySupport:
 @torch.inference_mode()
 def _try_out(model: PreTrainedModel) -> FamilySupport:
     try:
-        hollow = keep_one_of_each_make(hollow_model(model, overlapping_draws()))
-        alone = [_last_hidden(hollow, torch.tensor([sequence])) for sequence in PROBE]
-        logits = hollow(torch.tensor(PROBE[:1]), use_cache=False).logits
-        head_stands_alone = hollow.base_model is not hollow and _agree(LogitHead(hollow)(alone[0]), logits)
+        dummy = keep_one_of_each_kind(dummy_model(model, overlapping_draws()))
+        alone = [_last_hidden(dummy, torch.tensor([sequence])) for sequence in PROBE]
+        logits = dummy(torch.tensor(PROBE[:1]), use_cache=False).logits
+        head_stands_alone = dummy.base_model is not dummy and _agree(LogitHead(dummy)(alone[0]), logits)
     except REFUSALS:
         return FamilySupport(False, 0)
     bound = _window(model)
-    return FamilySupport(head_stands_alone, bound if _runs_trees(hollow, alone, bound) else 0)
+    return FamilySupport(head_stands_alone, bound if _runs_trees(dummy, alone, bound) else 0)
 
 
 def _runs_trees(model: PreTrainedModel, alone: list[Tensor], bound: int | None) -> bool:
@@ -86,7 +86,7 @@ def _runs_trees(model: PreTrainedModel, alone: list[Tensor], bound: int | None) 
     A sliding window is counted in rows by some families and in depths by others; in a row no longer than
     the window, it makes no difference.
     """
-    (tree,) = plant(PROBE, None)
+    (tree,) = build_trees(PROBE, None)
     accepted = inspect.signature(type(model.base_model).forward).parameters
     if not {"attention_mask", "position_ids"} <= accepted.keys() or (bound is not None and bound < len(tree)):
         return False

@@ -1,7 +1,7 @@
-"""Log-likelihoods of continuations, with nothing computed twice and no logit that nobody asked for.
+"""Log-likelihoods of continuations, with nothing computed twice and no logit that is not used.
 
-Sequences that begin alike are packed into prefix trees where the family lets
-itself be run on them, which is tried out on a few tokens rather than read from
+Sequences that begin alike are packed into prefix trees where the family can run
+on them, which is tried out on a few tokens rather than read from
 a list; else they run side by side, padded. The head runs at scored positions
 alone, once for all sequences that meet there.
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from actors.errors import WorkError
 from actors.evaluation.lm_eval.family_support import family_support
-from actors.evaluation.lm_eval.prefix_tree import PrefixTree, plant, run_rows
+from actors.evaluation.lm_eval.prefix_tree import PrefixTree, build_trees, run_rows
 from actors.models import text_config
 from actors.models.head import LogitHead
 from actors.models.offloading.dispatch import input_device
@@ -41,7 +41,7 @@ class Scored:
 
 
 class LikelihoodModel:
-    """A causal language model that says how likely given tokens are.
+    """A causal language model that gives log-likelihoods of tokens.
 
     Args:
         model: on its device; put in eval mode.
@@ -65,25 +65,25 @@ class LikelihoodModel:
         self.most_nodes = support.most_nodes
 
     def loglikelihoods(self, requests: Sequence[Scored]) -> list[tuple[float, bool]]:
-        """For each request, the log-probability of its targets and whether each is the likeliest token.
+        """Return, for each request, the log-probability of its targets; true if each is the likeliest token.
 
         Both as HFLM gives them with `softmax_dtype=float32`: a log-softmax in bfloat16 would round what is
         left of a sum of many tokens to steps of 0.5 nats and more.
 
         Raises WorkError if memory does not suffice for a single row.
         """
-        answers: dict[int, tuple[float, bool]] = {}
-        trees = plant([request.tokens for request in requests], self.most_nodes)
+        found: dict[int, tuple[float, bool]] = {}
+        trees = build_trees([request.tokens for request in requests], self.most_nodes)
         chains = sorted((tree for tree in trees if tree.is_chain), key=len, reverse=True)
         branched = sorted((tree for tree in trees if not tree.is_chain), key=len, reverse=True)
         for rows in chain(self._batches(chains), self._batches(branched)):
             members = [member for tree in rows for member in tree.members]
             scored = self._fitting(rows, [requests[member] for member in members])
-            answers |= zip(members, scored, strict=True)
-        return [answers[i] for i in range(len(requests))]
+            found |= zip(members, scored, strict=True)
+        return [found[i] for i in range(len(requests))]
 
     def _batches(self, trees: list[PrefixTree]) -> Iterator[list[PrefixTree]]:
-        """Rows of falling size; `batch_tokens` may have shrunk when the next are taken."""
+        """Yield rows of falling size; `batch_tokens` may have shrunk when the next are taken."""
         first = 0
         while first < len(trees):
             last = first + max(1, self.batch_tokens // len(trees[first]))
@@ -129,7 +129,7 @@ class LikelihoodModel:
     def _target_logprobs(
         self, hidden_PD: Tensor, position_S: Tensor, target_S: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability of each scored token, and whether it is the likeliest there; both on the CPU."""
+        """Return the log-probability of each scored token, and true if it is the likeliest, on the CPU."""
         step = max(1, LOGITS_AT_A_TIME // text_config(self._model.config).vocab_size)
         logprob_S = torch.empty(len(position_S), dtype=torch.float32, device=hidden_PD.device)
         greedy_S = torch.empty(len(position_S), dtype=torch.bool, device=hidden_PD.device)

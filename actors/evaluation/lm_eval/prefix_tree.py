@@ -44,7 +44,7 @@ class PrefixTree:
         self.members.append(member)
 
     def sees(self) -> Tensor:
-        """Boolean [Q, Q]: whether the row's node may attend to the column's."""
+        """Return Boolean [Q, Q]: true where the row's node may attend to the column's."""
         seen_QQ = torch.zeros(len(self), len(self), dtype=torch.bool)
         first = 0
         for path in self.paths:
@@ -59,12 +59,12 @@ class PrefixTree:
 
     @property
     def is_chain(self) -> bool:
-        """Whether the row is one sequence, so that plain causal attention serves it."""
+        """True if the row is one sequence, so that plain causal attention serves it."""
         return self.depths[-1] == len(self) - 1
 
 
-def plant(sequences: Sequence[list[int]], most_nodes: int | None) -> list[PrefixTree]:
-    """All sequences in as few nodes as their order allows.
+def build_trees(sequences: Sequence[list[int]], most_nodes: int | None) -> list[PrefixTree]:
+    """Return all sequences in as few nodes as their order allows.
 
     A sequence joins the tree of its predecessor, in lexicographic order, while
     the row has at most `ROW` nodes; beyond that only if at least half of it is
@@ -98,7 +98,7 @@ def _joins(tree: PrefixTree, sequence: Sequence[int], shared: int, most_nodes: i
 def run_rows(
     body: Callable[..., Tensor], rows: Sequence[PrefixTree], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Hidden states [B, Q, D] of rows of nodes; what stands after a row's last node means nothing.
+    """Return hidden states [B, Q, D] of rows of nodes; those after a row's last node mean nothing.
 
     Args:
         body: from token ids [B, Q], and a mask and positions where a row branches, to hidden states.
@@ -123,6 +123,6 @@ def _padded(values: list[int], length: int) -> list[int]:
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """Return the number of tokens that both begin with."""
     length = min(len(left), len(right))
     return next((i for i in range(length) if left[i] != right[i]), length)

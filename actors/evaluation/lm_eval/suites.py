@@ -157,7 +157,7 @@ The appendix puts 65 of the 67 into groups: `tough_vs_raising_1` and `_2` are in
 
 
 def suite_tasks(suites: Sequence[str], suffix: str = "") -> tuple[str, ...]:
-    """The members of all suites, each once, in order; `suffix` is added to every name.
+    """Return the members of all suites, each once, in order; `suffix` is added to every name.
 
     Raises RequestError for a suite that does not exist.
     """
@@ -168,7 +168,7 @@ def suite_tasks(suites: Sequence[str], suffix: str = "") -> tuple[str, ...]:
 
 
 def suite_means(metrics: Sequence[Metric], suites: Sequence[str], suffix: str = "") -> Iterator[Metric]:
-    """`SUITE/mean` of every suite whose members have all been measured.
+    """Return `SUITE/mean` of every suite whose members have all been measured.
 
     The plain mean over members, whatever their sizes, as in the papers' tables;
     its standard error is that of a mean of independent values.
@@ -186,7 +186,7 @@ def suite_means(metrics: Sequence[Metric], suites: Sequence[str], suffix: str = 
 
 
 def blimp_groups(metrics: Sequence[Metric], sizes: Mapping[str, int]) -> Iterator[Metric]:
-    """Accuracy of each of BLiMP's groups whose paradigms have all been measured.
+    """Return the accuracy of each of BLiMP's groups whose paradigms have all been measured.
 
     Every pair counts alike, and the standard error is pooled over paradigms, as
     lm-eval does for a group with `weight_by_size`. Variants of the tasks with a
@@ -207,7 +207,7 @@ def blimp_groups(metrics: Sequence[Metric], sizes: Mapping[str, int]) -> Iterato
 
 
 def _pooled(name: str, members: Sequence[Metric], sizes: Sequence[int]) -> Metric:
-    """Mean of all documents, with the standard error of `lm_eval.api.metrics.pooled_sample_stderr`."""
+    """Return the mean of all documents, with the error of `lm_eval.api.metrics.pooled_sample_stderr`."""
     total = sum(sizes)
     value = sum(member.value * size for member, size in zip(members, sizes, strict=True)) / total
     errors = [(member.stderr, size) for member, size in zip(members, sizes, strict=True)]

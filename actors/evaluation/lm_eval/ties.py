@@ -11,7 +11,7 @@ def tie_metrics(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
     groups: Mapping[str, Sequence[str]],
 ) -> Iterator[Metric]:
-    """`TASK/ties`, a number of documents, for each multiple-choice task and group that has any.
+    """Yield `TASK/ties`, a number of documents, for each multiple-choice task and group that has any.
 
     Args:
         tasks: lm-eval's tasks by name.

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.errors import RequestError
@@ -24,14 +23,14 @@ DIGITS = tuple("0123456789")
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt and the digit that answers it."""
+    """A prompt and the right digit after it."""
 
     prompt: str
     answer: int
 
 
 @dataclass(frozen=True)
-class Answer:
+class DigitPrediction:
     """The right digit's log-probability, in nats, and whether it was the likeliest of the ten digits.
 
     `log_probability` is taken over the ten digits, `log_probability_vocabulary`
@@ -44,11 +43,11 @@ class Answer:
 
 
 def all_problems() -> list[Problem]:
-    """Every problem `(a ∘ b) ∘ c` with a, b, c of 1..9, ∘ of + − ×, whose value is one digit.
+    """Return every problem `(a ∘ b) ∘ c` with a, b, c of 1..9, ∘ of + − ×, whose value is one digit.
 
     In a fixed order. These are 1,847 of the 6,561 from which GPT-3's `single_digit_three_ops` was
     drawn, worded as in EleutherAI/arithmetic. Values below 0 or above 9 are left
-    out: no single digit answers them.
+    out: no single digit is right.
     """
     digits = range(1, 10)
     problems = []
@@ -60,7 +59,7 @@ def all_problems() -> list[Problem]:
 
 
 def draw_problems(count: int, seed: int = 0) -> list[Problem]:
-    """`count` problems of `all_problems`, or all if there are no more, drawn without repetition."""
+    """Draw `count` of `all_problems`, or all if there are no more, without repetition."""
     problems = all_problems()
     return random.Random(seed).sample(problems, min(count, len(problems)))
 
@@ -71,8 +70,8 @@ def answer_problems(
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     batch_size: int = 8,
-) -> list[Answer]:
-    """What `model` holds of the right digit after each prompt, in the order of the problems.
+) -> list[DigitPrediction]:
+    """Return the model's prediction of the right digit after each prompt, in the order of the problems.
 
     Problems of equal length share a batch, so nothing is padded.
 
@@ -84,21 +83,27 @@ def answer_problems(
     for index, (context, _) in enumerate(encoded):
         by_length[len(context)].append(index)
     last_only = last_logits_only(model)
-    answers: dict[int, Answer] = {}
+    predictions: dict[int, DigitPrediction] = {}
     for alike in by_length.values():
         for start in range(0, len(alike), batch_size):
             chosen = alike[start : start + batch_size]
             ids_BT = torch.tensor([encoded[i][0] for i in chosen], device=input_device(model))
             logits_BV = model(ids_BT, use_cache=False, **last_only).logits[:, -1].float()
             for index, logits_V in zip(chosen, logits_BV, strict=True):
-                answers[index] = _answer(logits_V, encoded[index][1], problems[index].answer)
-    return [answers[index] for index in range(len(problems))]
+                tokens, right = encoded[index][1], problems[index].answer
+                digits = logits_V[tokens]
+                predictions[index] = DigitPrediction(
+                    log_probability=digits.log_softmax(-1)[right].item(),
+                    log_probability_vocabulary=logits_V.log_softmax(-1)[tokens[right]].item(),
+                    right=digits.argmax().item() == right,
+                )
+    return [predictions[index] for index in range(len(problems))]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], list[int]]:
-    """The context that all ten answers share, and the token of each digit after it.
+    """Return the context that all ten digits share, and the token of each digit after it.
 
-    Found by encoding the prompt with each answer: some tokenizers have tokens
+    Found by encoding the prompt with each digit: some tokenizers have tokens
     ` 7`, others put the space into the context.
     """
     whole = [tokenizer(f"{prompt} {digit}").input_ids for digit in DIGITS]
@@ -110,12 +115,3 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int],
             f"encodes {prompt + ' 0'!r} to {prompt + ' 9'!r} otherwise; leave the probe out"
         )
     return whole[0][:at], [ids[at] for ids in whole]
-
-
-def _answer(logits_V: Tensor, digit_tokens: list[int], right: int) -> Answer:
-    digits = logits_V[digit_tokens]
-    return Answer(
-        log_probability=digits.log_softmax(-1)[right].item(),
-        log_probability_vocabulary=logits_V.log_softmax(-1)[digit_tokens[right]].item(),
-        right=digits.argmax().item() == right,
-    )

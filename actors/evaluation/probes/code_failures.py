@@ -1,4 +1,4 @@
-"""What is wrong with generated code, found by parsing alone; nothing is executed.
+"""Faults of generated code, found by parsing alone; nothing is executed.
 
 The classes are those of *Limits of Layer Pruning*, §3.3 and Fig. 4(b).
 """
@@ -44,16 +44,16 @@ class Block:
 
 
 def classify(response: str, before: str = "", finished: bool = True) -> str:
-    """The one of `CLASSES` that a response belongs to: the first that applies, in their order.
+    """Return the one of `CLASSES` that a response belongs to: the first that applies, in their order.
 
     A response that the limit of tokens ended, so that it is not `finished`, is
     `CUT_OFF` unless its code was closed by a fence before: how it would have gone on is
-    not known. `before` is code that the response goes on from (a signature with its
+    not known. `before` is code that the response continues (a signature with its
     docstring), parsed together with it. Other syntax errors come before undefined
     names where code does not parse, as names are only looked up where it does.
     """
     blocks, _ = fenced_blocks(response)
-    if not finished and not any(block.closed for block in _answering(blocks)):
+    if not finished and not any(block.closed for block in _solution_blocks(blocks)):
         return CUT_OFF
     code = extract_code(response, finished)
     if code is None:
@@ -70,7 +70,7 @@ def classify(response: str, before: str = "", finished: bool = True) -> str:
 
 
 def extract_code(response: str, finished: bool = True) -> str | None:
-    """The code of a response: that of its first block in Python, or all of it if it has no block.
+    """Return the code of a response: its first block in Python, or all of it if it has no block.
 
     Where no fence names Python, it is the first block that names no language, or else
     the first. None if the fences are malformed: backticks of a fence outside any
@@ -79,11 +79,11 @@ def extract_code(response: str, finished: bool = True) -> str | None:
     blocks, stray = fenced_blocks(response)
     if stray or (finished and not all(block.closed for block in blocks)):
         return None
-    return next((block.code for block in _answering(blocks)), response)
+    return next((block.code for block in _solution_blocks(blocks)), response)
 
 
 def fenced_blocks(response: str) -> tuple[list[Block], bool]:
-    """The fenced blocks of Markdown text, and whether backticks of a fence stand outside them.
+    """Return the fenced blocks of Markdown text, and true if backticks of a fence stand outside them.
 
     As CommonMark has it (§4.5): a block is closed by a line of as many of the same
     characters, indented less than four columns more than its beginning, or by the end
@@ -109,14 +109,14 @@ def fenced_blocks(response: str) -> tuple[list[Block], bool]:
     return blocks, stray
 
 
-def _answering(blocks: list[Block]) -> list[Block]:
-    """The block that holds the answer, if there is one: a shell's may stand before it, an output after it."""
+def _solution_blocks(blocks: list[Block]) -> list[Block]:
+    """Return the block with the solution, if any: a shell's may stand before it, an output after it."""
     python = [block for block in blocks if _PYTHON.fullmatch(block.language)]
     return [*python, *(block for block in blocks if not block.language), *blocks][:1]
 
 
 def balanced(code: str) -> bool:
-    """Whether all (), [] and {} outside strings and comments are paired."""
+    """Return true if all (), [] and {} outside strings and comments are paired."""
     opened: list[str] = []
     for letter in _LITERAL.sub("", code):
         if letter in _CLOSES.values():
@@ -127,7 +127,7 @@ def balanced(code: str) -> bool:
 
 
 def undefined_names(code: str) -> set[str]:
-    """Names that are read somewhere and bound nowhere where Python would look for them.
+    """Return names that are read somewhere and bound nowhere where Python would look for them.
 
     A name counts as bound if any statement of its scope binds it, in whatever
     order. After `from x import *`, every name may be bound, and none is given.
@@ -160,11 +160,11 @@ def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
 
 
 def program_of(problem: Mapping[str, Any], response: str, finished: bool = True) -> str:
-    """A response with the tests of its problem, ready to run.
+    """Return a response with the tests of its problem, ready to run.
 
     Args:
         problem: a row of HumanEval(+) (`prompt`, `entry_point`, `test`), whose prompt
-            the code goes on from, or of MBPP(+) (`test_list`, and `test` or
+            the code continues, or of MBPP(+) (`test_list`, and `test` or
             `test_imports` where it has them).
         response: code, fenced or not; with malformed fences it is taken as it stands.
         finished: as for `classify`.

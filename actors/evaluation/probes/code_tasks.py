@@ -9,13 +9,13 @@ from typing import Any
 
 from actors.contracts import Metric
 from actors.evaluation.probes.code_failures import CLASSES, classify, program_of
-from actors.evaluation.sandbox.sandbox import pass_at_1
+from actors.evaluation.sandbox.runner import pass_at_1
 
 Problem = Mapping[str, Any]
 
 
 def is_code_problem(document: object) -> bool:
-    """Whether a task's document is a problem that brings tests for the code that answers it."""
+    """Return true if a task's document is a problem that brings tests for the code that solves it."""
     return isinstance(document, Mapping) and (
         "test_list" in document or {"prompt", "entry_point", "test"} <= document.keys()
     )
@@ -27,22 +27,26 @@ def score_code(
     execute: bool,
     finished: Sequence[bool] | None = None,
 ) -> list[Metric]:
-    """Share of responses in each of `CLASSES`, and `pass_at_1` if `execute`.
+    """Return the share of responses in each of `CLASSES`, and `pass_at_1` if `execute`.
 
-    `finished` tells which responses the model ended itself; all, if it is not given.
+    `finished` marks responses that the model ended itself; all, if it is not given.
 
     Raises WorkError if the code is to be run and cannot be shut in.
     """
-    answers = list(zip(problems, responses, finished or [True] * len(problems), strict=True))
-    found = Counter(classify(response, _before(problem), ended) for problem, response, ended in answers)
-    metrics = [Metric(name, found[name] / len(answers)) for name in CLASSES]
+    completed = list(zip(problems, responses, finished or [True] * len(problems), strict=True))
+    found: Counter[str] = Counter()
+    for problem, response, ended in completed:
+        # The code that a response continues is HumanEval's prompt; MBPP's is prose.
+        before = problem["prompt"] if "entry_point" in problem else ""
+        found[classify(response, before, ended)] += 1
+    metrics = [Metric(name, found[name] / len(completed)) for name in CLASSES]
     if execute:
-        metrics.append(pass_at_1([program_of(*answer) for answer in answers]))
+        metrics.append(pass_at_1([program_of(*each) for each in completed]))
     return metrics
 
 
 def code_task_metrics(samples: Mapping[str, Sequence[Mapping[str, Any]]], execute: bool) -> list[Metric]:
-    """`<task>/<measure>` of `score_code` for those of lm-eval's tasks whose documents are code problems.
+    """Return `<task>/<measure>` of `score_code` for lm-eval's tasks whose documents are code problems.
 
     Args:
         samples: lm-eval's logged samples by task, with `doc` and `filtered_resps` each.
@@ -58,11 +62,6 @@ def code_task_metrics(samples: Mapping[str, Sequence[Mapping[str, Any]]], execut
     return metrics
 
 
-def _before(problem: Problem) -> str:
-    """The code that a response goes on from: HumanEval's prompt; MBPP's is prose."""
-    return problem["prompt"] if "entry_point" in problem else ""
-
-
 def _first(responses: Any) -> str:
-    """The first of a document's samples, which filters may have wrapped once more."""
+    """Return the first of a document's samples, which filters may have wrapped once more."""
     return responses if isinstance(responses, str) else _first(responses[0])

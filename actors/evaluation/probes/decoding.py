@@ -1,4 +1,4 @@
-"""What a model says to prompts: greedy decoding in batches, for the probes that read text."""
+"""Greedy decoding of responses to prompts, in batches, for the probes that read text."""
 
 import copy
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def respond(
     max_new_tokens: int,
     batch_size: int = 8,
 ) -> list[Response]:
-    """The likeliest next tokens after each prompt, up to `max_new_tokens`, in the order of the prompts.
+    """Generate the likeliest tokens after each prompt, up to `max_new_tokens`, in the order of the prompts.
 
     The model's own generation configuration gives the end tokens and nothing else: no penalty, no sampling.
 
@@ -50,15 +50,18 @@ def respond(
         "pad_token_id": padder.pad_token_id,
     }
     place = input_device(model)
-    answers: dict[int, Response] = {}
+    responses: dict[int, Response] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = padder.pad({"input_ids": [encoded[i] for i in chosen]}, return_tensors="pt").to(place)
         with plain_greedy(model, **settings) as config:
             generated = model.generate(**batch, generation_config=config)
         for index, row in zip(chosen, generated[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            answers[index] = _response(row, ends, tokenizer)
-    return [answers[index] for index in range(len(prompts))]
+            stop = next((position for position, token in enumerate(row) if token in ends), None)
+            tokens = tuple(row[:stop])
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            responses[index] = Response(tokens, text, stop is not None)
+    return [responses[index] for index in range(len(prompts))]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -70,12 +73,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _response(row: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Response:
-    stop = next((position for position, token in enumerate(row) if token in ends), None)
-    tokens = tuple(row[:stop])
-    return Response(tokens, tokenizer.decode(tokens, skip_special_tokens=True), stop is not None)
-
-
 def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
-    """Keywords with which `model` runs its head at the last position alone, where its family knows how."""
+    """Return keywords with which `model` runs its head at the last position alone, where its family can."""
     return {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}

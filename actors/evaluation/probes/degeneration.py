@@ -1,4 +1,4 @@
-"""How much a model's texts repeat themselves and one another (*Limits of Layer Pruning*, §3.1 and App. A.2).
+"""Repetition within a model's texts and among them (*Limits of Layer Pruning*, §3.1 and App. A.2).
 
 Tokens are the model's own. Texts shorter than an n-gram have none of it.
 """
@@ -15,13 +15,13 @@ EPSILON = 0.1
 
 
 def repetition(tokens: Tokens, order: int = ORDER) -> float:
-    """1 − distinct n-grams / n-grams: the share of those that stood in the text before; 0 if it has none."""
+    """Return 1 − distinct n-grams / n-grams, the share of repeated ones; 0 if the text has none."""
     grams = _ngrams(tokens, order)
     return 1 - len(grams) / grams.total() if grams else 0.0
 
 
 def self_bleu(texts: Sequence[Tokens], order: int = ORDER) -> float:
-    """Mean over texts of BLEU with all other texts as references (Zhu et al. 2018), 0 to 1.
+    """Return the mean over texts of BLEU with all other texts as references (Zhu et al. 2018), 0 to 1.
 
     Needs two texts; 0 for fewer.
     """
@@ -39,7 +39,7 @@ def self_bleu(texts: Sequence[Tokens], order: int = ORDER) -> float:
 def _bleu(
     counts: list[Counter[Tokens]], length: int, references: list[list[Counter[Tokens]]], lengths: list[int]
 ) -> float:
-    """Sentence BLEU (Papineni et al. 2002) of one text from its n-gram counts, by order."""
+    """Return sentence BLEU (Papineni et al. 2002) of one text from its n-gram counts, by order."""
     matches = [
         sum(min(count, max(reference[n][gram] for reference in references)) for gram, count in grams.items())
         for n, grams in enumerate(counts)

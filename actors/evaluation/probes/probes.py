@@ -1,4 +1,4 @@
-"""What a model can no longer do, beyond its accuracy on tasks: the probes.
+"""The probes: abilities that a pruned model may lose, beyond its accuracy on tasks.
 
 A new probe is one function and one row of `PROBES`.
 """
@@ -27,7 +27,7 @@ BATCH_SIZE = 8
 """Prompts and problems at a time where the spec gives no batch size."""
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Where the continuation of a function ends (Chen et al. 2021, §2.2)."""
+"""Ends of the continuation of a function (Chen et al. 2021, §2.2)."""
 
 CODE_REQUEST = (
     "Complete this Python function. Answer with one fenced block of code.\n\n```python\n{prompt}```"
@@ -57,13 +57,13 @@ def check_probes(names: Sequence[str]) -> None:
 def run_probe(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
 ) -> list[Metric]:
-    """Metrics `name/measure` of one probe, measured on a model that is in memory."""
+    """Return metrics `name/measure` of one probe, measured on a model that is in memory."""
     measured = find_row("probe", name, PROBES, Probe).run(model, tokenizer, spec)
     return [Metric(f"{name}/{metric.name}", metric.value, metric.unit, metric.stderr) for metric in measured]
 
 
 def probe_prompts(name: str, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec) -> list[list[int]]:
-    """Return the tokens of what a probe of ours has the model write on; none if it does not generate."""
+    """Return the tokens of a built-in probe's prompts; none if it does not generate."""
     texts = {
         "degeneration": lambda: _instructions(spec),
         "code_failures": lambda: _code_prompts(tokenizer, spec),
@@ -84,10 +84,10 @@ def _code_prompts(tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec) -> l
 def degeneration(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
 ) -> list[Metric]:
-    """Repetition within the answers to instructions, and among them."""
+    """Measure repetition within the responses to instructions, and among them."""
     prompts = _instructions(spec)
-    answers = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
-    texts = [answer.tokens for answer in answers]
+    responses = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
+    texts = [response.tokens for response in responses]
     return [
         _mean("repetition_4", [repetition(text) for text in texts]),
         Metric("self_bleu_4", self_bleu(texts)),
@@ -98,34 +98,39 @@ def degeneration(
 def arithmetic(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
 ) -> list[Metric]:
-    """What is left of one-digit sums; the change is taken against the unpruned model's row."""
+    """Measure one-digit sums; the change is taken against the unpruned model's row."""
     problems = draw_problems(spec.limit or NUM_PROBLEMS, spec.seed)
-    answers = answer_problems(model, tokenizer, problems, spec.batch_size or BATCH_SIZE)
+    predictions = answer_problems(model, tokenizer, problems, spec.batch_size or BATCH_SIZE)
     return [
-        _mean("log_probability", [answer.log_probability for answer in answers], "nats"),
+        _mean("log_probability", [found.log_probability for found in predictions], "nats"),
         _mean(
-            "log_probability_vocabulary", [answer.log_probability_vocabulary for answer in answers], "nats"
+            "log_probability_vocabulary", [found.log_probability_vocabulary for found in predictions], "nats"
         ),
-        _mean("top1", [float(answer.right) for answer in answers]),
+        _mean("top1", [float(found.right) for found in predictions]),
     ]
 
 
 def code_failures(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
 ) -> list[Metric]:
-    """How the code that a model writes for small problems goes wrong.
+    """Classify the failures of the code that a model writes for small problems.
 
-    Models with a chat template are asked to complete a function, others go on
-    from its signature and docstring.
+    Models with a chat template are asked to complete a function, others continue
+    its signature and docstring.
     """
     problems = _code_problems()[: spec.limit]
     chat = bool(tokenizer.chat_template)
     prompts = _code_prompts(tokenizer, spec)
-    answers = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
-    texts = [answer.text if chat else _until_stop(answer.text) for answer in answers]
-    # A text that goes on after its function has ended was not cut within it.
-    finished = [answer.finished or text != answer.text for answer, text in zip(answers, texts, strict=True)]
-    unfinished = sum(not answer.finished for answer in answers) / len(answers)
+    responses = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
+    texts = [response.text for response in responses]
+    if not chat:
+        ends = [[at for stop in STOPS if (at := text.find(stop)) >= 0] for text in texts]
+        texts = [text[: min(found, default=None)] for text, found in zip(texts, ends, strict=True)]
+    # A text that continues after its function has ended was not cut within it.
+    finished = [
+        response.finished or text != response.text for response, text in zip(responses, texts, strict=True)
+    ]
+    unfinished = sum(not response.finished for response in responses) / len(responses)
     scores = score_code(problems, texts, spec.allow_code_execution, finished)
     return [*scores, Metric("unfinished", unfinished)]
 
@@ -134,12 +139,8 @@ def _code_problems() -> list[dict[str, Any]]:
     return [json.loads(line) for line in (PROMPTS / "code.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _until_stop(text: str) -> str:
-    return text[: min((at for stop in STOPS if (at := text.find(stop)) >= 0), default=None)]
-
-
 def _mean(name: str, values: Sequence[float], unit: str = "") -> Metric:
-    """Mean over items, with its standard error where there are two."""
+    """Return the mean over items, with its standard error where there are two."""
     count = len(values)
     mean = sum(values) / count
     spread = sum((value - mean) ** 2 for value in values)

@@ -1,6 +1,6 @@
-"""Runs one program that a model wrote, shut in by the Linux kernel; `sandbox` starts it.
+"""Runs one program that a model wrote, confined by the Linux kernel; `runner` starts it.
 
-    python -I confined.py DIRECTORY LIMITS_JSON
+    python -I sandbox_child.py DIRECTORY LIMITS_JSON
 
 A script of its own, standard library only: it is executed by path, in a fresh
 interpreter with an empty environment. Before the program begins, the process
@@ -11,13 +11,13 @@ call among them that makes a process, a thread or a socket, signals another
 process, or changes the mode or owner of a file: a program is one thread that can
 compute, and read and write below DIRECTORY. If any of this cannot be had, the
 program is not run. Where users may mount, DIRECTORY is a file system of its own
-that holds no more than the limits say and is gone with the process; elsewhere
+that holds no more than the limits say and ends with the process; elsewhere
 the limits of disk space are left to the parent.
 
 The first line of the standard output is `PROTECTED`, or what protection is
-missing. What became of the program follows: the token that was read from the
+missing. The verdict follows: the token that was read from the
 standard input, "passed" or "failed", and the exception. A program that writes to
-the same channel does not know the token, and comes too late for the first line.
+the same channel does not have the token, and comes too late for the first line.
 """
 
 import contextlib
@@ -92,30 +92,30 @@ class UnprotectedError(Exception):
 
 
 def main(directory: str, limits: dict[str, int]) -> None:
-    """Shut this process in and run `program.py` of `directory`.
+    """Confine this process and run `program.py` of `directory`.
 
     What is used after the program is bound before it: it may replace any module's
     functions. Of its own it can raise, and then it has not passed.
     """
-    answer, token = os.dup(1), sys.stdin.buffer.read()
-    write, end, told = os.write, os._exit, describe
+    channel, token = os.dup(1), sys.stdin.buffer.read()
+    write, end, described = os.write, os._exit, describe
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
-    os.set_blocking(answer, False)  # a program that fills the channel goes on, and fails
+    os.set_blocking(channel, False)  # a program that fills the channel continues, and fails
     program = Path(directory, "program.py").read_bytes()
     try:
-        shut_in(directory, limits)
+        confine(directory, limits)
     except UnprotectedError as error:
-        write(answer, str(error).encode())
+        write(channel, str(error).encode())
         end(0)
-    write(answer, PROTECTED)
+    write(channel, PROTECTED)
     try:
         exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
         verdict = b"passed"
-    except BaseException as error:  # whatever it raised, SystemExit too, is what became of it
-        verdict = b"failed " + told(error)
-    write(answer, token + verdict)
+    except BaseException as error:  # whatever it raised, SystemExit too, is its verdict
+        verdict = b"failed " + described(error)
+    write(channel, token + verdict)
     end(0)
 
 
@@ -128,7 +128,7 @@ def describe(error: BaseException) -> bytes:
     return text[:300].encode("ascii", "backslashreplace")
 
 
-def shut_in(directory: str, limits: dict[str, int]) -> None:
+def confine(directory: str, limits: dict[str, int]) -> None:
     """Give up everything that a program does not need.
 
     Raises:
@@ -144,8 +144,18 @@ def shut_in(directory: str, limits: dict[str, int]) -> None:
         _bound_disk(directory, limits)
     os.chdir(directory)
     _checked("prctl(PR_SET_PDEATHSIG)", libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
-    _limit_resources(limits)
-    _drop_capabilities()
+    for kind, limit in (
+        (resource.RLIMIT_CPU, limits["cpu_s"]),
+        (resource.RLIMIT_AS, limits["memory_bytes"]),
+        (resource.RLIMIT_FSIZE, limits["file_bytes"]),
+        (resource.RLIMIT_NOFILE, limits["open_files"]),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(kind)
+        bound = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (bound, bound))
+    # Root without capabilities is a user like any other.
+    _checked("capset", libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)))
     _checked("prctl(PR_SET_NO_NEW_PRIVS)", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     _close_file_system(directory)
     _close_kernel()
@@ -172,28 +182,9 @@ def _bound_disk(directory: str, limits: dict[str, int]) -> None:
     Path(directory, "program.py").write_bytes(program)
 
 
-def _called(answer: int) -> None:
-    if answer < 0:
+def _called(status: int) -> None:
+    if status < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def _limit_resources(limits: dict[str, int]) -> None:
-    for kind, limit in (
-        (resource.RLIMIT_CPU, limits["cpu_s"]),
-        (resource.RLIMIT_AS, limits["memory_bytes"]),
-        (resource.RLIMIT_FSIZE, limits["file_bytes"]),
-        (resource.RLIMIT_NOFILE, limits["open_files"]),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        _, hard = resource.getrlimit(kind)
-        bound = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(kind, (bound, bound))
-
-
-def _drop_capabilities() -> None:
-    """Root without capabilities is a user like any other."""
-    header = struct.pack("Ii", 0x20080522, 0)
-    _checked("capset", libc.capset(header, bytes(24)))
 
 
 def _close_file_system(directory: str) -> None:
@@ -249,8 +240,8 @@ def _close_kernel() -> None:
     _checked("seccomp", libc.prctl(PR_SET_SECCOMP, 2, description, 0, 0))
 
 
-def _checked(what: str, answer: int) -> None:
-    if answer < 0:
+def _checked(what: str, status: int) -> None:
+    if status < 0:
         raise UnprotectedError(f"{what} ({os.strerror(ctypes.get_errno())})")
 
 

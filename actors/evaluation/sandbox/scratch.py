@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def scratch_directory() -> Iterator[str]:
-    """Yield the path of an empty directory that is gone afterwards, whatever is in it then."""
+    """Yield the path of an empty directory that is removed afterwards, whatever is in it then."""
     directory = tempfile.mkdtemp(prefix="iterabre-")
     try:
         yield directory
@@ -38,7 +38,7 @@ def remove_tree(directory: str) -> None:
     here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         while True:
-            if child := _empty_of_files(here):
+            if child := _unlink_files(here):
                 os.chmod(child, 0o700, dir_fd=here)
                 here = _step(here, child)
                 names.append(child)
@@ -52,7 +52,7 @@ def remove_tree(directory: str) -> None:
     os.rmdir(directory)
 
 
-def _empty_of_files(directory: int) -> str | None:
+def _unlink_files(directory: int) -> str | None:
     """Remove files from an open directory up to its first directory; return that, or None if it is empty."""
     with os.scandir(directory) as entries:
         for entry in entries:
@@ -112,5 +112,5 @@ def _removed_sizes(directory: str, pid: int, mapped_bytes: int) -> Iterator[int]
 
 
 def _size(info: os.stat_result) -> int:
-    """Return what a file takes; a file system may count its blocks late, and a sparse file has few."""
+    """Return a file's size on disk; a file system may count its blocks late, and a sparse file has few."""
     return max(info.st_size, info.st_blocks * 512)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from actors.artifacts import publish
-from actors.contracts import ExportResult, ExportSpec, ModelRef
+from actors.contracts import ExportResult, ExportSpec
 from actors.models.exporting.exported_config import (
     Json,
     decoder_part,
@@ -35,13 +35,13 @@ from actors.models.loading.source_files import (
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,
     SourceFiles,
+    add_older_tokenizer_fields,
     copy_source_files,
     drop_code,
-    mend_tokenizer_config,
     source_files,
     write_json,
 )
-from actors.models.model_builder import emptied_layers, materialize
+from actors.models.model_builder import build_model, zeroed_layers
 from actors.models.pruning.subblocks import SUB_BLOCKS, sub_block_weights
 from actors.models.pruning.surgery import pruned_config
 
@@ -52,7 +52,7 @@ SHIFTED = (
     "({family}) computes them from a layer's index. transformers and vLLM read them from config.json; "
     "runtimes that compute them, such as llama.cpp, compute other ones"
 )
-"""What is told of a removal that moves layers of one kind to places of another."""
+"""Note on a removal that moves layers of one kind to places of another."""
 
 
 def save_pretrained(
@@ -77,12 +77,12 @@ def save_pretrained(
         _write_generation_config(model, directory, source)
     else:
         tokenizer.save_pretrained(directory)
-        mend_tokenizer_config(directory / TOKENIZER_CONFIG)
+        add_older_tokenizer_fields(directory / TOKENIZER_CONFIG)
 
 
 def export_model(spec: ExportSpec, uri: str) -> ExportResult:
     """Publish the model that `spec` describes, with its card, licence and `iterabre.json`, at `uri`."""
-    model, _ = materialize(spec.model)
+    model, _ = build_model(spec.model)
     source = source_files(spec.model.source)
     with tempfile.TemporaryDirectory(prefix="iterabre-export-") as scratch:
         directory = Path(scratch)
@@ -94,7 +94,15 @@ def export_model(spec: ExportSpec, uri: str) -> ExportResult:
         (directory / "iterabre.json").write_text(spec.provenance, encoding="utf-8")
         artifact = publish(directory, uri)
     num_layers = depth(model.config)
-    return ExportResult(artifact, num_layers, model.num_parameters(), _num_emptied(spec.model, model))
+    blocks = find_layers(model).modules
+    kept = spec.model.kept(len(blocks) + len(spec.model.dropped))
+    num_zeroed = sum(
+        parameter.numel()
+        for kind in SUB_BLOCKS
+        for layer in zeroed_layers(spec.model, kind, kept)
+        for parameter in sub_block_weights(blocks[layer], kind).values()
+    )
+    return ExportResult(artifact, num_layers, model.num_parameters(), num_zeroed)
 
 
 def save_with_files(
@@ -140,7 +148,7 @@ def write_config(
         architecture: the class that wrote the weights, if they are not the source's own tensors.
 
     Returns:
-        What is to be told to users of runtimes that compute the layers' kinds by themselves, None if nothing.
+        A note for users of runtimes that compute the layers' kinds by themselves, None if there is none.
     """
     fields, before, after = _descriptions(model, source, kept)
     exported = exported_config(fields, before, after, kept)
@@ -204,7 +212,7 @@ def _files_of(model: PreTrainedModel) -> SourceFiles | None:
 
 
 def _is_custom(model: PreTrainedModel) -> bool:
-    """Whether the model's class comes from code that its repository brought."""
+    """Return true if the model's class comes from code that its repository brought."""
     return type(model).__module__.startswith("transformers_modules.")
 
 
@@ -234,7 +242,7 @@ def _settings(generation: GenerationConfig) -> dict[str, Any]:
 
 
 def _same_tokenizer(tokenizer: PreTrainedTokenizerBase, source: SourceFiles) -> bool:
-    """Whether the tokenizer still is as the source's files have it."""
+    """Return true if the tokenizer still is as the source's files have it."""
     try:
         written = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=source.with_code)
     except (OSError, ValueError):
@@ -246,20 +254,8 @@ def _same_tokenizer(tokenizer: PreTrainedTokenizerBase, source: SourceFiles) -> 
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return all by which a tokenizer splits text; how it was last asked to pad is no part of it."""
+    """Return all by which a tokenizer splits text; its last padding is no part of it."""
     if not tokenizer.is_fast:
         return tokenizer.get_vocab()
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     return {name: value for name, value in described.items() if name not in ("padding", "truncation")}
-
-
-def _num_emptied(ref: ModelRef, model: PreTrainedModel) -> int:
-    """Parameters of the emptied sub-blocks."""
-    blocks = find_layers(model).modules
-    kept = ref.kept(len(blocks) + len(ref.dropped))
-    emptied = (
-        sub_block_weights(blocks[layer], kind).values()
-        for kind in SUB_BLOCKS
-        for layer in emptied_layers(ref, kind, kept)
-    )
-    return sum(parameter.numel() for weights in emptied for parameter in weights)

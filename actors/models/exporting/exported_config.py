@@ -20,7 +20,7 @@ Json = dict[str, Any]
 NOT_OF_LAYERS = frozenset(
     {"architectures", "auto_map", "dtype", "quantization_config", "torch_dtype", "transformers_version"}
 )
-"""Fields that tell how a model is stored, not how it is built."""
+"""Fields of how a model is stored, not how it is built."""
 
 PERIODS = frozenset(
     {
@@ -37,10 +37,10 @@ PERIODS = frozenset(
         "_sliding_window_pattern",
     }
 )
-"""Fields from which a reader computes the kinds of all layers if no list tells them."""
+"""Fields from which a reader computes the kinds of all layers if no list gives them."""
 
 OLDER_NAMES = {"qwen3_moe": {"num_experts": "num_local_experts"}}
-"""Fields that transformers 5 writes under a name that transformers 4 does not know, by model type."""
+"""Fields that transformers 5 writes under a name new to transformers 4, by model type."""
 
 UNREADABLE = (
     ValueError,
@@ -50,7 +50,7 @@ UNREADABLE = (
     LookupError,
     StrictDataclassError,
 )
-"""What configurations raise at fields that do not suit each other."""
+"""Errors of configurations at fields that do not suit each other."""
 
 
 def exported_config(
@@ -62,13 +62,13 @@ def exported_config(
     """Return the source's config.json with the fields changed in which `after` differs from `before`.
 
     Fields that `source` does not have are added only where transformers would otherwise read another
-    value. Periods that no longer tell the kinds of the layers are mended or go.
+    value. Periods that no longer give the kinds of the layers are corrected or removed.
 
     Args:
         source: config.json of the source as written.
         before: how transformers reads it.
         after: the configuration of the exported model, of the same class.
-        kept: the source's layers that stay, ascending; without it, lists that transformers does not know
+        kept: the source's layers that stay, ascending; without it, lists that are no fields of transformers
             cannot be shortened and go.
     """
     exported = copy.deepcopy(dict(source))
@@ -77,7 +77,7 @@ def exported_config(
         _write(exported, _values(before), _values(after), after, add=False)
     try:
         _complete(exported, after)
-        _mend_periods(exported, before, after, kept)
+        _fix_periods(exported, before, after, kept)
         _complete(exported, after)
     except UNREADABLE:
         # Fields of an older version that no rule here shortens: better another spelling than a wrong one.
@@ -125,23 +125,20 @@ def _add_older_fields(fields: Json, config: PretrainedConfig) -> None:
         fields.setdefault("torch_dtype", fields["dtype"])
     completed = copy.deepcopy(fields)
     for part in (completed, *completed.values()):
-        if isinstance(part, dict):
-            _name_for_4(part)
+        if not isinstance(part, dict):
+            continue
+        model_type = str(part.get("model_type"))
+        older = {old: part[new] for old, new in OLDER_NAMES.get(model_type, {}).items() if new in part}
+        if isinstance(rope := part.get("rope_parameters"), dict):
+            older |= _older_rope(rope, model_type)
+        for name, value in older.items():
+            part.setdefault(name, value)
     try:
         read = _values(_read(completed, config))
     except UNREADABLE:
         return
     if all(read.get(name) == value for name, value in _values(_read(fields, config)).items()):
         fields |= completed
-
-
-def _name_for_4(fields: Json) -> None:
-    model_type = str(fields.get("model_type"))
-    older = {old: fields[new] for old, new in OLDER_NAMES.get(model_type, {}).items() if new in fields}
-    if isinstance(rope := fields.get("rope_parameters"), dict):
-        older |= _older_rope(rope, model_type)
-    for name, value in older.items():
-        fields.setdefault(name, value)
 
 
 def _older_rope(rope: Json, model_type: str) -> Json:
@@ -167,7 +164,7 @@ def _older_rope(rope: Json, model_type: str) -> Json:
     if scaling.get("rope_type", "default") == "default":
         return fields
     if model_type.startswith("phi3") or model_type == "phimoe":
-        # Its own check allows these three and knows the type by its first name.
+        # Its own check allows these three, and the type under its first name.
         scaling = {"type": scaling["rope_type"]} | {n: scaling[n] for n in scaling if n.endswith("_factor")}
     return fields | {"rope_scaling": scaling}
 
@@ -208,7 +205,7 @@ def _shorten(
     beyond = max((fields[name] for name in MTP_COUNTS if isinstance(fields.get(name), int)), default=0)
     for name in _listed(before).keys() & fields.keys():
         if isinstance(fields[name], list) and len(fields[name]) == num_layers + beyond:
-            fields[name] = fields[name][:num_layers]  # the rest tells of multi-token prediction
+            fields[name] = fields[name][:num_layers]  # the rest is of multi-token prediction
     per_layer = kept_fields(SimpleNamespace(**fields | {"num_hidden_layers": num_layers}), kept or every)
     per_layer |= {
         name: "".join(value[layer] for layer in kept or every)
@@ -274,7 +271,7 @@ def _computed_lists(
     }
 
 
-def _mend_periods(
+def _fix_periods(
     exported: Json, before: PretrainedConfig, after: PretrainedConfig, kept: Sequence[int] | None
 ) -> None:
     """Change or remove periods of which the layers' kinds no longer are."""
@@ -282,16 +279,16 @@ def _mend_periods(
     lists = _listed(after)
     for name in sorted(PERIODS & fields.keys()):
         if isinstance(fields[name], str):
-            _mend_letters(fields, name, text_config(before).num_hidden_layers, kept)
+            _fix_pattern(fields, name, text_config(before).num_hidden_layers, kept)
             continue
         rule = name.lstrip("_")
         by_period = {
             period: _computed_lists(exported, after, after, **{rule: period})
             for period in range(1, num_layers + 2)
         }
-        told = [n for n in lists if any(found[n] != by_period[1][n] for found in by_period.values())]
-        right = [p for p, found in by_period.items() if all(found[n] == lists[n] for n in told)]
-        if not told or fields[name] in right:
+        ruled = [n for n in lists if any(found[n] != by_period[1][n] for found in by_period.values())]
+        right = [p for p, found in by_period.items() if all(found[n] == lists[n] for n in ruled)]
+        if not ruled or fields[name] in right:
             continue
         if isinstance(fields[name], int) and fields[name] > num_layers and num_layers + 1 in right:
             continue
@@ -301,7 +298,7 @@ def _mend_periods(
             del fields[name]
 
 
-def _mend_letters(fields: Json, name: str, num_layers: int, kept: Sequence[int] | None) -> None:
+def _fix_pattern(fields: Json, name: str, num_layers: int, kept: Sequence[int] | None) -> None:
     """Write out a pattern of letters that readers repeat, such as LLLG, if it no longer repeats."""
     pattern: str = fields[name]
     if kept is None or not pattern:

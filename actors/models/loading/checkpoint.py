@@ -1,4 +1,4 @@
-"""Which weights a model directory holds: the one reading that loading, streaming, pruning and planning share.
+"""Weights of a model directory: the one reading that loading, streaming, pruning and planning share.
 
 A safetensors file is an 8-byte length, a JSON header and the tensors' bytes
 (https://github.com/huggingface/safetensors#format). Only headers are read here.
@@ -7,7 +7,7 @@ A safetensors file is an 8-byte length, a JSON header and the tensors' bytes
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ BITS = {name: dtype.itemsize * 8 for name, dtype in FLOATING.items()} | {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **{f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)},
 }
-"""Size of an element of every type that safetensors know."""
+"""Size of an element of every type of safetensors."""
 
 
 @dataclass(frozen=True)
@@ -172,23 +172,19 @@ def _check_only_reading(directory: Path, names: list[str], indexed: bool) -> Non
             f"model {str(directory)!r} has both {SINGLE!r} and {others}: it is not said which of them "
             "are its weights; remove the others"
         )
-    if missing := [name for name in names if not (directory / name).is_file()]:
-        if indexed:
-            raise RequestError(
-                f"model {str(directory)!r} lacks {missing[0]!r}, which its index names; get it again"
-            )
-        _refuse_without_weights(directory, shards)
-
-
-def _refuse_without_weights(directory: Path, shards: list[str]) -> None:
+    missing = [name for name in names if not (directory / name).is_file()]
+    if not missing:
+        return
     path = str(directory)
+    if indexed:
+        raise RequestError(f"model {path!r} lacks {missing[0]!r}, which its index names; get it again")
     if shards:
         raise RequestError(f"model {path!r} has {shards[0]!r}, but no {INDEX}; get the index again")
     if (directory / SINGLE).is_symlink():
         raise RequestError(f"model {path!r}: {SINGLE} is a link to a file that is gone; get it again")
-    if others := sorted(file.name for file in directory.glob("*.safetensors")):
+    if unindexed := sorted(file.name for file in directory.glob("*.safetensors")):
         raise RequestError(
-            f"directory {path!r} is no model: it has no {SINGLE} and no {INDEX}, by which {others[0]!r} "
+            f"directory {path!r} is no model: it has no {SINGLE} and no {INDEX}, by which {unindexed[0]!r} "
             "would count; convert it to the layout of transformers"
         )
     pickled = [file.name for pattern in PICKLED_WEIGHTS for file in directory.glob(pattern)]
@@ -201,7 +197,7 @@ def _refuse_without_weights(directory: Path, shards: list[str]) -> None:
 
 
 def _check_index(directory: Path, weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse an index that is not of these shards: what it says decides for other programs."""
+    """Refuse an index that is not of these shards: other programs go by it."""
     for name in sorted(weight_map.keys() | tensors.keys()):
         said = weight_map.get(name)
         found = tensors[name].file.name if name in tensors else None
@@ -246,12 +242,20 @@ def read_header(file: Path) -> list[StoredTensor]:
     except (ValueError, RecursionError) as error:
         raise _no_safetensors(file, f"its header is unreadable ({error})") from error
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
-    _check_bytes(file, tensors, 8 + length, size)
+    at = 8 + length  # the tensors fill the file's data, one after the other
+    for tensor in tensors:
+        if tensor.start != at:
+            raise _no_safetensors(file, f"the bytes of tensor {tensor.name!r} overlap others or leave a gap")
+        at = tensor.end
+    if at > size:
+        raise RequestError(f"{str(file)!r} is cut off: it has {size} bytes of {at}; get it again")
+    if at < size:
+        raise _no_safetensors(file, f"{size - at} bytes follow its last tensor")
     return tensors
 
 
 def _tensor(file: Path, name: str, entry: Any, data: int) -> StoredTensor:
-    """Return what a header's entry says; raise ValueError if it is none."""
+    """Return a header's entry; raise ValueError if it is none."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
             if dtype not in BITS:
@@ -262,19 +266,6 @@ def _tensor(file: Path, name: str, entry: Any, data: int) -> StoredTensor:
                 raise ValueError(f"tensor {name!r} of shape {shape} and type {dtype} has {end - start} bytes")
             return StoredTensor(name, file, dtype, tuple(shape), data + start, data + end)
     raise ValueError(f"tensor {name!r} lacks its type, shape or offsets")
-
-
-def _check_bytes(file: Path, tensors: Iterable[StoredTensor], start: int, size: int) -> None:
-    """Refuse unless the tensors fill the file's data, one after the other."""
-    at = start
-    for tensor in tensors:
-        if tensor.start != at:
-            raise _no_safetensors(file, f"the bytes of tensor {tensor.name!r} overlap others or leave a gap")
-        at = tensor.end
-    if at > size:
-        raise RequestError(f"{str(file)!r} is cut off: it has {size} bytes of {at}; get it again")
-    if at < size:
-        raise _no_safetensors(file, f"{size - at} bytes follow its last tensor")
 
 
 def _no_safetensors(file: Path, reason: str) -> RequestError:

@@ -1,4 +1,4 @@
-"""Checking, without reading a weight, that a checkpoint holds the model that its config.json describes."""
+"""Checks, without reading a weight, that a checkpoint holds the model that its config.json describes."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -42,7 +42,12 @@ def check_complete(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         RequestError: names the tensor, and where it is not as the model needs it.
     """
     path, config = str(checkpoint.directory), model.config
-    _check_named_once(checkpoint, model.base_model_prefix)
+    for name in checkpoint.tensors:
+        if (prefixed := f"{model.base_model_prefix}.{name}") in checkpoint.tensors:
+            raise RequestError(
+                f"model {path!r} holds both {name!r} and {prefixed!r}, which are "
+                "the same weight; get the model again"
+            )
     headers = {
         name: torch.empty(tensor.shape, dtype=FLOATING[tensor.dtype], device="meta")
         for name, tensor in checkpoint.tensors.items()
@@ -75,16 +80,6 @@ def check_complete(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     if loading["unexpected_keys"]:
         _check_nothing_besides(checkpoint, empty, loading["unexpected_keys"])
     _check_tied(checkpoint, model)
-
-
-def _check_named_once(checkpoint: Checkpoint, prefix: str) -> None:
-    """Refuse a weight that is there with the model's prefix and without it: both would be the same one."""
-    for name in checkpoint.tensors:
-        if f"{prefix}.{name}" in checkpoint.tensors:
-            raise RequestError(
-                f"model {str(checkpoint.directory)!r} holds both {name!r} and '{prefix}.{name}', which are "
-                "the same weight; get the model again"
-            )
 
 
 def _refuse_missing(checkpoint: Checkpoint, names: Collection[str]) -> None:
@@ -130,7 +125,7 @@ def _check_nothing_besides(checkpoint: Checkpoint, model: PreTrainedModel, unexp
 
 
 def _check_tied(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Refuse a second copy of a tied weight unless it is the same: which of them counts is not said."""
+    """Refuse a second copy of a tied weight unless it is the same: nothing states which of them counts."""
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for target, source in tied.items():
         copy, original = (stored_as(name, model, checkpoint.tensors) for name in (target, source))
@@ -148,7 +143,7 @@ def stored_as(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTen
 
 
 def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two stored tensors are equal, read a part at a time."""
+    """Return true if two stored tensors are equal, read a part at a time."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with one.file.open("rb") as first, other.file.open("rb") as second:

@@ -1,4 +1,4 @@
-"""Under which licence a source model came, and from which model of the hub it is."""
+"""Licence and origin of a source model."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData, RepoCard, hf_hub_download
 
 from actors.contracts import ModelSpec, Origin
 from actors.errors import RequestError
-from actors.models.loading.load import source_path
+from actors.models.loading.source import source_path
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Files that go with a model wherever it goes."""
@@ -21,20 +21,20 @@ TITLES = {
     "LLAMA 3.1 COMMUNITY": "llama3.1",
     "LLAMA 3.2 COMMUNITY": "llama3.2",
 }
-"""What the head of a licence says, and the hub's name of it."""
+"""Titles at the head of a licence, and the hub's names for them."""
 
 HEAD = 400
 """Characters of a licence's text that its title is looked for in."""
 
 
 def origin(spec: ModelSpec) -> Origin:
-    """What the source says of itself: in its README.md, its licence file, or its GGUF metadata.
+    """Return the source's own statement: in its README.md, its licence file, or its GGUF metadata.
 
     A hub model's README.md is read from the hub or, where that is out of reach, from the cache.
     """
     try:
         source = source_path(spec)
-    except RequestError:  # the package or file is gone since the model was read
+    except RequestError:  # the package or file was removed since the model was read
         return Origin()
     if source.suffix == ".gguf":
         return _of_gguf(source)
@@ -48,7 +48,7 @@ def origin(spec: ModelSpec) -> Origin:
 
 
 def licence_files(spec: ModelSpec) -> list[Path]:
-    """The licence texts of a model directory; what lies beside a single file may be another's."""
+    """Return the licence texts of a model directory; what lies beside a single file may be another's."""
     source = source_path(spec)
     if not source.is_dir():
         return []

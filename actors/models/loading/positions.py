@@ -1,4 +1,4 @@
-"""How long an input a model can read: where its positions are rows of a table, no longer than that."""
+"""Longest input of a model: where its positions are rows of a table, as long as the table."""
 
 from collections.abc import Iterator
 

@@ -12,7 +12,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from actors.contracts import ModelSpec
 from actors.errors import RequestError
 from actors.models.exporting.exported_config import Json
-from actors.models.loading.load import GENERATION_CONFIG, load_config, resolve
+from actors.models.loading.load import GENERATION_CONFIG, load_config
+from actors.models.loading.source import resolve
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -104,10 +105,10 @@ def copy_source_files(source: SourceFiles, output: Path, *, tokenizer: bool = Tr
             drop_code(fields)
             write_json(target, fields)
     if tokenizer:
-        mend_tokenizer_config(output / TOKENIZER_CONFIG)
+        add_older_tokenizer_fields(output / TOKENIZER_CONFIG)
 
 
-def mend_tokenizer_config(file: Path) -> None:
+def add_older_tokenizer_fields(file: Path) -> None:
     """Write a tokenizer_config.json of transformers 5 so that transformers 4 opens it, too."""
     written = _json(file)
     fields = dict(written)
@@ -115,7 +116,7 @@ def mend_tokenizer_config(file: Path) -> None:
         fields["tokenizer_class"] = BACKENDS[name]
         fields = {key: value for key, value in fields.items() if key not in OF_BACKENDS}
     if isinstance(fields.get("extra_special_tokens"), list):
-        # Earlier versions know a mapping under this name, and call the list otherwise.
+        # Earlier versions have a mapping under this name, and another name for the list.
         fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
     if isinstance(fields.get("model_specific_special_tokens"), dict):
         fields["extra_special_tokens"] = fields.pop("model_specific_special_tokens")
@@ -128,7 +129,7 @@ def write_json(file: Path, fields: Json) -> None:
 
 
 def drop_code(fields: Json) -> None:
-    """Take out of a configuration where the code of its classes is: it does not go along."""
+    """Remove from a configuration where the code of its classes is: it does not go along."""
     fields.pop("auto_map", None)
     for part in fields.values():
         if isinstance(part, dict):

@@ -1,4 +1,4 @@
-"""Refusing a tokenizer that has no vocabulary, or tokens that the model has no row for."""
+"""Checks of a tokenizer: it has a vocabulary, and the model a row for each of its tokens."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,10 +14,10 @@ ANY_TEXT = "A a 1 ."
 
 
 def check_has_vocabulary(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Refuse a tokenizer that knows no text: without its files, transformers makes some of them empty.
+    """Refuse an empty tokenizer: without its files, transformers makes some of them so.
 
     Raises:
-        RequestError: it knows none.
+        RequestError: it is empty.
     """
     ids = tokenizer(ANY_TEXT, add_special_tokens=False)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id}:
@@ -47,7 +47,7 @@ def check_token_ids(sequences: Sequence[Tensor], tokenizer: PreTrainedTokenizerB
         )
 
 
-def watch_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def guard_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Have the model refuse tokens that it has no row for, where its tokenizer could give any.
 
     Without that, a CPU raises an IndexError and a GPU ends the process.

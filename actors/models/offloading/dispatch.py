@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module computes `forward` inside this context, and afterwards what it computed before."""
+    """Have the module compute `forward` inside this context, and its former function afterwards."""
     own = vars(module).get("forward")
     module.forward = forward
     try:
@@ -38,7 +38,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 @contextmanager
 def loaded_weights(module: nn.Module) -> Iterator[None]:
-    """The module's offloaded weights are inside this context on the device where it computes, and stay."""
+    """Keep the module's offloaded weights on the device where it computes, inside this context."""
     offloading = [(part, hook) for part in module.modules() for hook in _hooks(part) if hook.offload]
     loaded: list[tuple[nn.Module, AlignDevicesHook]] = []
     try:

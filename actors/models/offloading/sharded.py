@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from actors.contracts import ModelSpec
+from actors.contracts import Dtype, ModelSpec
 from actors.errors import RequestError
 from actors.models.exporting.export import save_with_files, write_config
 from actors.models.families import depth, find_layers
@@ -34,10 +34,10 @@ from actors.models.loading.load import (
 from actors.models.loading.source_files import copy_source_files, source_files
 from actors.models.pruning.subblocks import (
     BLOCK,
-    check_emptiable,
     check_granularity,
-    empty_sub_blocks,
+    check_zeroable,
     sub_block_weights,
+    zero_sub_blocks,
 )
 from actors.models.pruning.surgery import remaining, remove_layers
 
@@ -53,14 +53,14 @@ def prune_checkpoint(
     layers: Sequence[int],
     output: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     granularity: str = BLOCK,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[int, int]:
-    """Write the checkpoint `source` without some of its blocks, or with sub-blocks empty, in little memory.
+    """Write the checkpoint `source` without some of its blocks, or with sub-blocks zeroed, in little memory.
 
-    What is written is what `remove_layers` (or `empty_sub_blocks`) and
+    What is written is what `remove_layers` (or `zero_sub_blocks`) and
     `save_pretrained` would write; everything is checked on a model without weights
     first.
 
@@ -76,7 +76,7 @@ def prune_checkpoint(
         Number of blocks left, number of parameters left.
 
     Raises:
-        RequestError: as `load_model`, `remove_layers` and `empty_sub_blocks`.
+        RequestError: as `load_model`, `remove_layers` and `zero_sub_blocks`.
     """
     check_granularity(granularity)
     spec = ModelSpec(source, dtype or "float32", revision, trust_remote_code)
@@ -87,20 +87,18 @@ def prune_checkpoint(
     num_layers = depth(config)
     kept = remaining(num_layers, layers)
     block_list = find_layers(model)
-    in_place = type(model.config) is type(config) and not _tied_across_layers(model, block_list.path)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied_blocks = any(name.startswith(f"{block_list.path}.") for pair in tied.items() for name in pair)
+    zeros: set[str] | None = set()
     if granularity == BLOCK:
         remove_layers(model, layers)
     else:
-        check_emptiable(model, granularity)
+        check_zeroable(model, granularity)
         kept = list(range(num_layers))
-    if not in_place:
+        zeros = _sub_block_tensors(model, granularity, layers, checkpoint.tensors.values())
+    if type(model.config) is not type(config) or tied_blocks or zeros is None:
         return _prune_in_memory(spec, checkpoint, dtype, layers, output, granularity)
     prefix = _layers_prefix(checkpoint.tensors, block_list.path, num_layers)
-    zeros: set[str] | None = set()
-    if granularity != BLOCK:
-        zeros = _sub_block_tensors(model, granularity, layers, checkpoint.tensors.values())
-    if zeros is None:
-        return _prune_in_memory(spec, checkpoint, dtype, layers, output, granularity)
     renumbered = {old: new for new, old in enumerate(kept)}
     files = source_files(spec)
     Path(output).mkdir(parents=True, exist_ok=True)
@@ -114,7 +112,7 @@ def prune_checkpoint(
 def _sub_block_tensors(
     model: PreTrainedModel, kind: str, layers: Sequence[int], tensors: Collection[StoredTensor]
 ) -> set[str] | None:
-    """Names in the files of the sub-blocks' parameters; None if the files do not hold them all, and whole.
+    """Return the file's names of the sub-blocks' parameters; None if it does not hold them all, and whole.
 
     Files may name them otherwise than the model does, and hold experts one by one that it holds together.
     """
@@ -133,7 +131,7 @@ def _sub_block_tensors(
 
 
 def _model_names(model: PreTrainedModel, tensors: Collection[StoredTensor]) -> dict[str, str]:
-    """By name in the files, the parameter of `model` that transformers makes of a tensor."""
+    """Return, by name in the files, the parameter of `model` that transformers makes of a tensor."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -147,19 +145,19 @@ def _model_names(model: PreTrainedModel, tensors: Collection[StoredTensor]) -> d
 def _prune_in_memory(
     spec: ModelSpec,
     checkpoint: Checkpoint,
-    dtype: str | None,
+    dtype: Dtype | None,
     layers: Sequence[int],
     output: str | Path,
     granularity: str,
 ) -> tuple[int, int]:
-    """For files that are no image of the model: a decoder among others, weights shared or named otherwise.
+    """Prune where files are no image of the model: a decoder among others, weights shared or renamed.
 
     Each parameter is written in `dtype` or, without one, in the type that it is stored in.
     """
     tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.dtype in FLOATING]
     stored = {FLOATING[tensor.dtype] for tensor in tensors}
     only = next(iter(stored)) if len(stored) == 1 else torch.float32
-    as_loaded = next((name for name, known in DTYPES.items() if known == only), "float32")
+    as_loaded: Dtype = next((name for name, known in DTYPES.items() if known == only), "float32")
     model, _ = load_model(
         spec.path,
         dtype=dtype or as_loaded,
@@ -176,18 +174,13 @@ def _prune_in_memory(
         kept = remaining(len(kept), layers)
         remove_layers(model, layers)
     else:
-        empty_sub_blocks(model, granularity, layers)
+        zero_sub_blocks(model, granularity, layers)
     save_with_files(model, Path(output), source_files(spec), kept)
     return depth(model.config), model.num_parameters()
 
 
-def _tied_across_layers(model: PreTrainedModel, path: str) -> bool:
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return any(name.startswith(f"{path}.") for pair in tied.items() for name in pair)
-
-
 def _layers_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
-    """What stands before a layer's index in the file; older files leave out the model's own prefix.
+    """Return the prefix of a layer's index in the file; older files leave out the model's own prefix.
 
     Raises:
         RequestError: no prefix, or more than one, under which all layers lie.
@@ -208,7 +201,7 @@ def _layers_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
 
 
 def _renamed(name: str, prefix: str, renumbered: Mapping[int, int]) -> str | None:
-    """The tensor's name in the pruned model, None if its layer goes."""
+    """Return the tensor's name in the pruned model, None if its layer is dropped."""
     layer, _, rest = name.removeprefix(prefix).partition(".")
     if MTP.search(name):
         return None
@@ -252,7 +245,7 @@ def _write_shard(
     dtype: torch.dtype | None,
     zeros: Collection[str],
 ) -> int:
-    """Write the tensors `kept` of one file under their new names, zeros for `zeros`; returns their bytes."""
+    """Write the tensors `kept` of one file under their new names, zeros for `zeros`; return their bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in kept:
@@ -269,16 +262,13 @@ def _write_shard(
         write.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in kept:
             if tensor.name in zeros:
-                _write_zeros(_size_bytes(tensor, dtype), write)
+                # Zero bytes are zeros in every floating-point type.
+                size = _size_bytes(tensor, dtype)
+                for start in range(0, size, COPY_BYTES):
+                    write.write(bytes(min(COPY_BYTES, size - start)))
             else:
                 _copy(tensor, read, write, dtype)
     return at
-
-
-def _write_zeros(size: int, write: BinaryIO) -> None:
-    """So many zero bytes, which are zeros in every floating-point type."""
-    for start in range(0, size, COPY_BYTES):
-        write.write(bytes(min(COPY_BYTES, size - start)))
 
 
 def _written_dtype(tensor: StoredTensor, dtype: torch.dtype | None) -> str:

@@ -1,4 +1,4 @@
-"""A model whose blocks stay on disk: each is read from safetensors when its turn comes, the next one ahead.
+"""A model whose blocks stay on disk: each is read from safetensors when it is due, the next one ahead.
 
 Tensors are read rather than mapped, so that no more than two blocks are in memory,
 whatever the operating system would keep of the file.
@@ -22,7 +22,7 @@ from actors.models.loading.checkpoint import StoredTensor, read_checkpoint
 from actors.models.loading.completeness import stored_as
 from actors.models.loading.load import DTYPES, empty_model, load_config, model_checkpoint
 from actors.models.offloading.dispatch import loaded_weights
-from actors.models.pruning.subblocks import SUB_BLOCKS, check_emptiable, sub_block_weights
+from actors.models.pruning.subblocks import SUB_BLOCKS, check_zeroable, sub_block_weights
 from actors.models.pruning.surgery import remove_layers
 
 
@@ -39,10 +39,10 @@ class LayerStream:
         weights: Sequence[Mapping[str, StoredTensor]],
         deltas: Sequence[Deltas],
         device: torch.device,
-        emptied: Sequence[Collection[str]],
+        zeroed: Sequence[Collection[str]],
     ):
         self._blocks = find_layers(model).modules
-        self._weights, self._deltas, self._emptied = weights, deltas, emptied
+        self._weights, self._deltas, self._zeroed = weights, deltas, zeroed
         self._device, self._dtype = device, model.dtype
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-stream")
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
@@ -50,7 +50,7 @@ class LayerStream:
 
     @contextmanager
     def resident(self, index: int) -> Iterator[None]:
-        """Block `index` has its weights inside this context; the next block is read meanwhile."""
+        """Hold the weights of block `index` inside this context; read the next block meanwhile."""
         block = self._blocks[index]
         absent = {name: p for name, p in block.named_parameters() if name in self._weights[index]}
         reading = self._ahead.pop(index, None) or self._reader.submit(self._read, index)
@@ -67,7 +67,7 @@ class LayerStream:
     def _read(self, index: int) -> dict[str, Tensor]:
         tensors = {}
         for name, stored in self._weights[index].items():
-            if name in self._emptied[index]:
+            if name in self._zeroed[index]:
                 tensors[name] = torch.zeros(stored.shape, dtype=self._dtype, device=self._device)
                 continue
             tensor = stored.read().to(self._device, self._dtype)
@@ -78,13 +78,13 @@ class LayerStream:
 
 
 def resident(model: PreTrainedModel, index: int) -> AbstractContextManager[None]:
-    """A context in which block `index` of `model` has its weights, if they are streamed or offloaded."""
+    """Return a context that holds the weights of block `index`, if they are streamed or offloaded."""
     stream = getattr(model, "layer_stream", None)
     return loaded_weights(find_layers(model).modules[index]) if stream is None else stream.resident(index)
 
 
 def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:
-    """The model that `ref` describes, with everything but its blocks in memory, on `device`.
+    """Load the model that `ref` describes, with everything but its blocks in memory, on `device`.
 
     Its blocks compute only inside `resident(model, index)`; `model.layer_stream`
     is its `LayerStream`.
@@ -102,22 +102,26 @@ def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:
     model = empty_model(spec, load_config(spec), dtype=DTYPES[spec.dtype]).eval()
     kept = ref.kept(depth(model.config))
     path = find_layers(model).path
-    weights = [_block_weights(model, f"{path}.{index}", stored, spec) for index in kept]
+    weights: list[dict[str, StoredTensor]] = []
+    for index in kept:
+        block = model.get_submodule(f"{path}.{index}")
+        names = {name: f"{path}.{index}.{name}" for name, _ in block.named_parameters()}
+        found = {name: stored_as(whole, model, stored) for name, whole in names.items()}
+        if lacking := [names[name] for name, tensor in found.items() if tensor is None]:
+            raise _not_streamable(spec, lacking[0])
+        weights.append({name: tensor for name, tensor in found.items() if tensor is not None})
     _load_outside(model, path, stored, spec)
     if ref.dropped:
         remove_layers(model, ref.dropped)
-    _move(model, device)
+    # What is in memory: the blocks' absent weights cannot be moved.
+    for module in model.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(device)
     deltas = [read_deltas(adapter, path, kept) for adapter in ref.adapters]
-    emptied = _emptied(model, ref, kept)
-    model.layer_stream = LayerStream(model, weights, deltas, device, emptied)
-    return model
-
-
-def _emptied(model: PreTrainedModel, ref: ModelRef, kept: Sequence[int]) -> list[set[str]]:
-    """Names of the weights of each block that are to be zeros."""
     for kind in {kind for _, kind in ref.emptied}:
-        check_emptiable(model, kind)
-    return [
+        check_zeroable(model, kind)
+    zeroed = [
         {
             name
             for kind in SUB_BLOCKS
@@ -126,18 +130,8 @@ def _emptied(model: PreTrainedModel, ref: ModelRef, kept: Sequence[int]) -> list
         }
         for source, block in zip(kept, find_layers(model).modules, strict=True)
     ]
-
-
-def _block_weights(
-    model: PreTrainedModel, path: str, stored: Mapping[str, StoredTensor], spec: ModelSpec
-) -> dict[str, StoredTensor]:
-    found = {}
-    for name, _ in model.get_submodule(path).named_parameters():
-        tensor = stored_as(f"{path}.{name}", model, stored)
-        if tensor is None:
-            raise _not_streamable(spec, f"{path}.{name}")
-        found[name] = tensor
-    return found
+    model.layer_stream = LayerStream(model, weights, deltas, device, zeroed)
+    return model
 
 
 def _load_outside(
@@ -160,14 +154,6 @@ def _load_outside(
             raise _not_streamable(spec, name)
     model.load_state_dict(found, strict=False, assign=True)
     model.tie_weights()
-
-
-def _move(model: PreTrainedModel, device: torch.device) -> None:
-    """To `device`, all that is in memory: what the blocks lack cannot be moved."""
-    for module in model.modules():
-        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-            if not tensor.is_meta:
-                tensor.data = tensor.data.to(device)
 
 
 def _not_streamable(spec: ModelSpec, name: str) -> RequestError:

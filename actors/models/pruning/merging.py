@@ -1,6 +1,6 @@
 """Merging blocks that follow one another into one (LaCo, arXiv 2402.11187, §2).
 
-θ*_l = θ_l + Σ_k (θ_{l+k} − θ_l), k = 1..m, after which the blocks l+1..l+m are gone.
+θ*_l = θ_l + Σ_k (θ_{l+k} − θ_l), k = 1..m, after which the blocks l+1..l+m are removed.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +17,7 @@ from actors.models.pruning.surgery import remove_layers
 
 @torch.no_grad()
 def differences(base: nn.Module, following: Sequence[nn.Module]) -> None:
-    """Eq. 1 over all parameters of the block: the differences to the base as it was are added up."""
+    """Add the differences to the base as it was, over all parameters of the block (Eq. 1)."""
     parameters = [dict(block.named_parameters()) for block in following]
     for name, value in base.named_parameters():
         original = value.clone()
@@ -27,14 +27,15 @@ def differences(base: nn.Module, following: Sequence[nn.Module]) -> None:
 
 @torch.no_grad()
 def in_place(base: nn.Module, following: Sequence[nn.Module]) -> None:
-    """The published code: each difference is taken to the base as the last one left it, projections only.
+    """Add each difference to the base as the last one left it, projections only, as the published code does.
 
     So the sum collapses: what is left are the projections of the last of `following`
     with the norms of the base.
     """
     last = dict(following[-1].named_parameters())
     for path, module in base.named_modules():
-        if _is_projection(module):
+        # A projection holds a matrix of its own, a norm does not.
+        if any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False)):
             for name, value in module.named_parameters(recurse=False):
                 value.copy_(last[f"{path}.{name}".lstrip(".")])
 
@@ -43,7 +44,7 @@ MERGES: dict[str, Callable[[nn.Module, Sequence[nn.Module]], None]] = {
     "differences": differences,
     "in_place": in_place,
 }
-"""How a block takes in those that follow it: the paper's Eq. 1, or what its published code does."""
+"""Ways to merge a block with those that follow it: the paper's Eq. 1, and its published code's."""
 
 
 def merge_blocks(model: PreTrainedModel, merges: Iterable[Merge]) -> None:
@@ -62,7 +63,16 @@ def merge_blocks(model: PreTrainedModel, merges: Iterable[Merge]) -> None:
                 f"the model has layers 0 to {len(blocks) - 1}"
             )
         for index in merge.merged:
-            _check_alike(blocks[merge.base], blocks[index], merge.base, index)
+            base, other = (
+                {name: tuple(p.shape) for name, p in blocks[i].named_parameters()}
+                for i in (merge.base, index)
+            )
+            if unlike := sorted(n for n in base.keys() | other.keys() if base.get(n) != other.get(n)):
+                raise RequestError(
+                    f"layers {merge.base} and {index} are of different kinds and cannot be merged: "
+                    f"{unlike[0]!r} has shape {base.get(unlike[0])} in one and {other.get(unlike[0])} in the "
+                    "other"
+                )
         MERGES[merge.variant](blocks[merge.base], [blocks[i] for i in merge.merged])
 
 
@@ -83,20 +93,3 @@ def merge_layers(
     merged = tuple(range(base + 1, base + count + 1))
     merge_blocks(model, [Merge(base, merged, variant)])
     return remove_layers(model, merged)
-
-
-def _is_projection(module: nn.Module) -> bool:
-    """Whether the module holds a matrix of its own, so that it is no norm."""
-    return any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
-
-
-def _check_alike(base: nn.Module, other: nn.Module, base_index: int, other_index: int) -> None:
-    shapes = [{name: tuple(p.shape) for name, p in block.named_parameters()} for block in (base, other)]
-    if shapes[0] != shapes[1]:
-        name = sorted(n for n in shapes[0].keys() | shapes[1].keys() if shapes[0].get(n) != shapes[1].get(n))[
-            0
-        ]
-        raise RequestError(
-            f"layers {base_index} and {other_index} are of different kinds and cannot be merged: {name!r} "
-            f"has shape {shapes[0].get(name)} in one and {shapes[1].get(name)} in the other"
-        )

@@ -1,4 +1,4 @@
-"""Which removals a family can express at all, found from its config before anything is computed."""
+"""Removals that a family can express at all, found from its config before anything is computed."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,33 +9,33 @@ from actors.contracts import ModelSpec
 from actors.errors import RequestError
 from actors.models.families import depth
 from actors.models.loading.load import empty_model, load_config
-from actors.models.pruning.subblocks import BLOCK, check_emptiable
+from actors.models.pruning.subblocks import BLOCK, check_zeroable
 from actors.models.pruning.surgery import blocks_alike, check_removal
 
 
 def check_prunable(spec: ModelSpec, granularity: str, count: int) -> None:
-    """Whether `count` blocks of the model, or as many of its sub-blocks, can be removed in some way.
+    """Check that `count` blocks of the model, or as many of its sub-blocks, can be removed in some way.
 
     Raises:
         RequestError: they cannot; names the config field.
     """
     model = _skeleton(spec)
     if granularity != BLOCK:
-        check_emptiable(model, granularity)
+        check_zeroable(model, granularity)
         return
     # Rules that go by a layer's index let the last layers go if any.
     _choose(model, (), range(depth(model.config) - 1, -1, -1), count)
 
 
 def any_layers(spec: ModelSpec) -> bool:
-    """Whether any layers of the model can go if as many others can: its blocks differ in weights alone."""
+    """Return true if any layers can be removed where as many others can: blocks differ in weights alone."""
     return blocks_alike(_skeleton(spec))
 
 
 def choose_removable(
     spec: ModelSpec, dropped: Sequence[int], order: Sequence[int], count: int
 ) -> tuple[int, ...]:
-    """The first `count` layers of `order` that the config lets go together with those dropped before.
+    """Return the first `count` layers of `order` that the config lets go together with those dropped before.
 
     These are simply the first, unless the family's config cannot express that. Then
     they are taken one by one, each the first in order that can go by then.
@@ -50,14 +50,14 @@ def choose_removable(
 
 
 def removable_layers(spec: ModelSpec, dropped: Sequence[int], layers: Sequence[int]) -> tuple[int, ...]:
-    """Those of the source layers that the config lets go, one alone, after those dropped before."""
+    """Return those of the source layers that the config lets go, one alone, after those dropped before."""
     model = _skeleton(spec)
     return tuple(layer for layer in layers if _refusal(model, (*dropped, layer)) is None)
 
 
 @lru_cache(maxsize=8)
 def _skeleton(spec: ModelSpec) -> PreTrainedModel:
-    """The model without its weights; kept, since every iteration of every trajectory asks."""
+    """Return the model without its weights; cached, since every iteration of every trajectory needs it."""
     return empty_model(spec, load_config(spec))
 
 
@@ -78,7 +78,7 @@ def _choose(
 
 
 def _refusal(model: PreTrainedModel, layers: Sequence[int]) -> RequestError | None:
-    """Why these layers cannot go, None if they can."""
+    """Return the reason why these layers cannot be removed, None if they can."""
     try:
         check_removal(model, layers)
     except RequestError as error:

@@ -1,4 +1,4 @@
-"""Taking the attention or the MLP out of single blocks, by setting its parameters to zero.
+"""Removal of the attention or the MLP of single blocks, by setting its parameters to zero.
 
 transformers has no config that leaves out half a block, so a checkpoint that opens
 without code of ours keeps the sub-block's place, filled with zeros: it then adds
@@ -17,7 +17,7 @@ from actors.contracts import BLOCK
 from actors.errors import RequestError, unknown_name
 from actors.models.families import check_layers_apart, find_layers, text_config
 from actors.models.layerwise import LayerwisePass
-from actors.models.loading.hollow import hollow_model, zeros
+from actors.models.loading.dummy_weights import dummy_model, zeros
 from actors.models.offloading.dispatch import loaded_weights
 from actors.models.pruning.surgery import check_reads_back, remaining, traits
 
@@ -32,28 +32,28 @@ SUB_BLOCKS: dict[str, tuple[str, ...]] = {
         "fc1", "fc2", "intermediate", "output.dense",
     ),
 }  # fmt: skip
-"""Where families keep them in a block. `attention` is what mixes tokens: in hybrids also a state-space
+"""Paths of sub-blocks in a block, by family. `attention` is what mixes tokens: in hybrids also a state-space
 layer, a convolution or linear attention. Several of a kind are taken together; of nested ones the inner."""
 
 GRANULARITIES = (BLOCK, *SUB_BLOCKS)
-"""What is removed: whole blocks, or one kind of sub-block."""
+"""Parts that are removed: whole blocks, or one kind of sub-block."""
 
 
 def check_granularity(name: str) -> None:
-    """Raises RequestError unless `name` is one of `GRANULARITIES`."""
+    """Raise RequestError unless `name` is one of `GRANULARITIES`."""
     if name not in GRANULARITIES:
         raise unknown_name("granularity", name, GRANULARITIES)
 
 
 def sub_block_paths(block: nn.Module, kind: str) -> list[str]:
-    """Where in the block its attention or MLP is; nowhere if it has no such part."""
+    """Return the paths of the block's attention or MLP; none if it has no such part."""
     known = {path for path, _ in block.named_modules()}
     paths = [path for path in SUB_BLOCKS[kind] if path in known]
     return [path for path in paths if not any(other.startswith(f"{path}.") for other in paths)]
 
 
 def sub_block_weights(block: nn.Module, kind: str) -> dict[str, nn.Parameter]:
-    """The parameters of the block's attention or MLP, by their names in the block."""
+    """Return the parameters of the block's attention or MLP, by their names in the block."""
     return {
         f"{path}.{name}": parameter
         for path in sub_block_paths(block, kind)
@@ -62,7 +62,7 @@ def sub_block_weights(block: nn.Module, kind: str) -> dict[str, nn.Parameter]:
 
 
 def check_sub_blocks(model: PreTrainedModel, kind: str) -> None:
-    """Whether every block has a sub-block of that kind, so that it can be scored without it.
+    """Check that every block has a sub-block of that kind, so that it can be scored without it.
 
     Raises:
         RequestError: a block has none.
@@ -76,7 +76,7 @@ def check_sub_blocks(model: PreTrainedModel, kind: str) -> None:
             )
 
 
-def empty_sub_blocks(model: PreTrainedModel, kind: str, layers: Sequence[int]) -> PreTrainedModel:
+def zero_sub_blocks(model: PreTrainedModel, kind: str, layers: Sequence[int]) -> PreTrainedModel:
     """Set the attention or the MLP of some blocks to zero in place and return the model.
 
     Saved and loaded by plain transformers it computes what `model` computes when
@@ -92,7 +92,7 @@ def empty_sub_blocks(model: PreTrainedModel, kind: str, layers: Sequence[int]) -
             whose blocks do not hand the stream on unchanged without their sub-blocks.
     """
     remaining(len(find_layers(model).modules), layers)
-    check_emptiable(model, kind)
+    check_zeroable(model, kind)
     blocks = find_layers(model).modules
     with torch.no_grad():
         for layer in layers:
@@ -103,7 +103,7 @@ def empty_sub_blocks(model: PreTrainedModel, kind: str, layers: Sequence[int]) -
 
 @contextmanager
 def without_sub_block(block: nn.Module, kind: str) -> Iterator[None]:
-    """The block computes as if the sub-block's parameters were zero."""
+    """Have the block compute as if the sub-block's parameters were zero."""
     with loaded_weights(block):
         weights = sub_block_weights(block, kind).values()
         kept = [parameter.data for parameter in weights]
@@ -116,8 +116,8 @@ def without_sub_block(block: nn.Module, kind: str) -> Iterator[None]:
                 parameter.data = data
 
 
-def check_emptiable(model: PreTrainedModel, kind: str) -> None:
-    """Whether zeros in a sub-block take it out of the residual stream, tried on one block of each make.
+def check_zeroable(model: PreTrainedModel, kind: str) -> None:
+    """Check that zeros in a sub-block take it out of the residual stream, on one block of each make.
 
     Only the config and the modules of `model` are used. In a copy whose sub-blocks
     are all zero and whose other weights are drawn at random, a block must hand on
@@ -130,31 +130,27 @@ def check_emptiable(model: PreTrainedModel, kind: str) -> None:
     check_sub_blocks(model, kind)
     check_layers_apart(text_config(model.config), range(len(find_layers(model).modules)))
     check_reads_back(model.config, {})
-    hollow = hollow_model(model, zeros)
-    walk = LayerwisePass(hollow, torch.zeros(1, 3, dtype=torch.long))
-    blocks = find_layers(hollow).modules
+    dummy = dummy_model(model, zeros)
+    layerwise = LayerwisePass(dummy, torch.zeros(1, 3, dtype=torch.long))
+    blocks = find_layers(dummy).modules
     seen = set()
     for index, block in enumerate(blocks):
         if (make := tuple(sorted(traits(block)))) in seen:
             continue
         seen.add(make)
-        _draw_outside_sub_blocks(block)
-        received = torch.randn(walk.hidden_BTD.shape, generator=torch.Generator().manual_seed(index))
+        inside = {name for part in SUB_BLOCKS for name in sub_block_weights(block, part)}
+        generator = torch.Generator().manual_seed(0)
+        for path, module in block.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if f"{path}.{name}".lstrip(".") not in inside:
+                    drawn = torch.randn(parameter.shape, generator=generator)
+                    module.register_parameter(name, nn.Parameter(drawn, requires_grad=False))
+        received = torch.randn(layerwise.hidden_BTD.shape, generator=torch.Generator().manual_seed(index))
         with torch.no_grad():
-            given = walk.block(index, received)
+            given = layerwise.block(index, received)
         if not torch.equal(given, received):
             raise RequestError(
                 f"model type {model.config.model_type!r}: layer {index} ({type(block).__name__}) changes the "
                 "residual stream even without attention and MLP, so that no checkpoint can leave out its "
                 f"{kind} alone; remove whole blocks (granularity: block)"
             )
-
-
-def _draw_outside_sub_blocks(block: nn.Module) -> None:
-    inside = {name for kind in SUB_BLOCKS for name in sub_block_weights(block, kind)}
-    generator = torch.Generator().manual_seed(0)
-    for path, module in block.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if f"{path}.{name}".lstrip(".") not in inside:
-                drawn = torch.randn(parameter.shape, generator=generator)
-                module.register_parameter(name, nn.Parameter(drawn, requires_grad=False))

@@ -32,7 +32,7 @@ def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
     """Drop blocks from `model` in place and return it.
 
     The result, saved and loaded by plain transformers, computes what `model`
-    computes with those blocks skipped (DESIGN §4). Everything is checked before
+    computes with those blocks skipped. Everything is checked before
     anything is changed.
 
     Args:
@@ -47,14 +47,25 @@ def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
     block_list = find_layers(model)
     blocks = list(block_list.modules)
     for new_index, old_index in enumerate(kept):
-        _renumber(blocks[old_index], old_index, new_index)
+        for module in blocks[old_index].modules():
+            for name in OWN_INDEX:
+                if getattr(module, name, None) == old_index:
+                    setattr(module, name, new_index)
     setattr(block_list.parent, block_list.attribute, nn.ModuleList(blocks[i] for i in kept))
-    _adopt(model, kept)
+    # The model's modules share the config objects, so these are changed rather than replaced.
+    inner = text_config(model.config)
+    stale = {id(value): name for name, value in vars(inner).items() if isinstance(value, list)}
+    _shrink(inner, kept)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            # Zamba's backbone holds on to a list of the config.
+            if isinstance(value, list) and id(value) in stale:
+                setattr(module, name, getattr(inner, stale[id(value)]))
     return model
 
 
 def check_removal(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
-    """Whether `remove_layers` would do it; the indices that stay. Changes nothing.
+    """Check that `remove_layers` would succeed; return the indices that stay. Changes nothing.
 
     A model without weights (`empty_model`) will do.
 
@@ -67,7 +78,7 @@ def check_removal(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
 
 
 def blocks_alike(model: PreTrainedModel) -> bool:
-    """Whether weights alone tell one block from another: nothing else does, nor any field of the config."""
+    """Return true if only weights distinguish the blocks: no attribute, no buffer, no field of the config."""
     config, blocks = text_config(model.config), list(find_layers(model).modules)
     if index_rules(config) or kept_overrides(config, range(len(blocks))) is not None:
         return False
@@ -84,7 +95,7 @@ def blocks_alike(model: PreTrainedModel) -> bool:
 
 
 def without_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A model without those blocks that shares its weights with `model`, which stays as it is.
+    """Return a model without those blocks that shares its weights with `model`, which stays as it is.
 
     Raises RequestError as `remove_layers` does.
     """
@@ -94,7 +105,7 @@ def without_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedM
 
 
 def remaining(num_layers: int, dropped: Sequence[int]) -> list[int]:
-    """Indices that stay when `dropped` go, ascending.
+    """Return the indices that stay when `dropped` are removed, ascending.
 
     Raises:
         RequestError: an index outside 0..num_layers-1 or repeated, or nothing stays.
@@ -111,7 +122,7 @@ def remaining(num_layers: int, dropped: Sequence[int]) -> list[int]:
 
 
 def pruned_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
-    """A copy of `config` that describes the model with only the blocks `kept`.
+    """Return a copy of `config` that describes the model with only the blocks `kept`.
 
     Raises:
         RequestError: the family's config cannot say so (names the field).
@@ -149,12 +160,12 @@ def _set_field(config: PretrainedConfig, name: str, value: Any) -> None:
 
 
 def read_back(config: PretrainedConfig) -> PretrainedConfig:
-    """`config` as it comes back from its file: some families compute or force fields when they read it."""
+    """Return `config` as read from its file: some families compute or force fields when they read it."""
     return type(config).from_dict(copy.deepcopy(config.to_diff_dict()))
 
 
 def check_reads_back(config: PretrainedConfig, fields: dict[str, Any]) -> None:
-    """Whether transformers opens a model of this config again and reads these fields as they are.
+    """Check that transformers opens a model of this config again and reads these fields as they are.
 
     Raises:
         RequestError: it does not.
@@ -180,7 +191,7 @@ def check_reads_back(config: PretrainedConfig, fields: dict[str, Any]) -> None:
 
 
 def _check_cache(config: PretrainedConfig, pruned: PretrainedConfig) -> None:
-    """A hybrid takes the sequence length from a layer with a KV cache: the last such layer must stay."""
+    """Refuse to drop a hybrid's last layer with a KV cache, from which it takes the sequence length."""
 
     def has_kv(described: PretrainedConfig) -> bool:
         return any(isinstance(layer, CacheLayerMixin) for layer in DynamicCache(config=described).layers)
@@ -249,7 +260,7 @@ def _why(config: PretrainedConfig) -> str:
 
 
 def _first_change(want: Iterable[tuple[str, Any]], got: Iterable[tuple[str, Any]]) -> str | None:
-    """The first name, in order of the alphabet, whose value differs, in words."""
+    """Return the first name, in order of the alphabet, whose value differs, in words."""
     before, after = dict(want), dict(got)
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
@@ -265,31 +276,12 @@ def _shapes_outside_blocks(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
 
 
 def traits(block: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Names and values that tell one block from another, leaving out weights and its own index."""
+    """Yield names and values that distinguish one block from another, without weights and own index."""
     for path, module in block.named_modules():
         yield f"{path}:class", type(module).__name__
         for name, value in vars(module).items():
-            told = isinstance(value, (bool, int, float, str)) and not name.startswith("_")
-            if told and name not in OWN_INDEX and name != "training":
+            plain = isinstance(value, (bool, int, float, str)) and not name.startswith("_")
+            if plain and name not in OWN_INDEX and name != "training":
                 yield f"{path}.{name}".lstrip("."), value
         for name, parameter in module.named_parameters(recurse=False):
             yield f"{path}.{name}:shape", tuple(parameter.shape)
-
-
-def _renumber(block: nn.Module, old_index: int, new_index: int) -> None:
-    for module in block.modules():
-        for name in OWN_INDEX:
-            if getattr(module, name, None) == old_index:
-                setattr(module, name, new_index)
-
-
-def _adopt(model: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Write the pruned fields into the config objects that the model's modules already share."""
-    inner = text_config(model.config)
-    stale = {id(value): name for name, value in vars(inner).items() if isinstance(value, list)}
-    _shrink(inner, kept)
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            # Zamba's backbone holds on to a list of the config.
-            if isinstance(value, list) and id(value) in stale:
-                setattr(module, name, getattr(inner, stale[id(value)]))

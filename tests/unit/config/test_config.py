@@ -112,7 +112,7 @@ def test_every_wrong_field_has_a_line() -> None:
         ("seeds=[1, 2]", lambda c: c.seeds == [1, 2]),
         ("targets=[{layers: 3}]", lambda c: c.targets[0].layers == 3),
         ("targets.0.fraction=0.5", lambda c: c.targets[0].fraction == 0.5),
-        ("evaluation.tasks=[a, b]", lambda c: c.evaluation.tasks == ["a", "b"]),
+        ("evaluation.tasks=[a, b]", lambda c: c.evaluation.tasks == ("a", "b")),
         ("evaluation.also_before_recovery=false", lambda c: not c.evaluation.also_before_recovery),
         ("models.0.revision=v1=2", lambda c: c.models[0].revision == "v1=2"),
         ("models.0.revision=", lambda c: c.models[0].revision is None),

@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from actors.contracts import ModelRef, ModelSpec
+from actors.contracts import ModelRef, ModelSpec, RecoverySpec, extend
 from actors.evaluation import check_tasks
 from actors.recovery import check_recovery, find_objective
 from actors.scoring import find_criterion
 from orchestrator.config import load_config
 from orchestrator.planning.cost_model import parse_machine
 from orchestrator.planning.estimate import plan_summary
-from orchestrator.planning.planner import build_plan
-from orchestrator.planning.specs import evaluation_spec, recovery_spec, text_spec
+from orchestrator.planning.planner import build_plan, evaluation_spec
 from tests.support.tiny_models import tiny_tokenizer
 
 FILES = sorted((Path(__file__).parents[3] / "configs" / "papers").glob("*.yaml"))
@@ -28,8 +27,8 @@ def test_every_method_can_be_asked_for(file: Path) -> None:
     for method in config.methods:
         find_criterion(method.scoring.criterion, method.scoring.pooling)
         find_objective(method.recovery.objective)
-        assert text_spec(method.scoring.calibration).streaming is False
-        spec = recovery_spec(ModelRef(ModelSpec("x")), method, seed=0)
+        assert method.scoring.calibration.streaming is False
+        spec = extend(RecoverySpec, method.recovery, model=ModelRef(ModelSpec("x")))
         check_recovery(spec, workers=config.execution.training.workers)
 
 
@@ -83,7 +82,7 @@ def test_the_upper_bound_chooses_greedily_and_recovers_once() -> None:
 
 def test_gromov_measures_as_in_the_figures_and_appendix_a2() -> None:
     config = _config("gromov-figures")
-    spec = evaluation_spec(config.evaluation, seed=0)
+    spec = evaluation_spec(config.evaluation, ModelSpec("x"), seed=0)
     assert dict(spec.num_fewshot) == {"mmlu": 5, "boolq": 0}
     (c4,) = spec.perplexity
     assert (c4.data.split, c4.max_tokens, c4.data.streaming) == ("validation[:60000]", None, False)
@@ -103,7 +102,7 @@ LIMITS_SCORES = {
 @pytest.mark.parametrize("name", LIMITS_SCORES)
 def test_limits_measures_the_columns_of_its_tables_as_conversations(name: str) -> None:
     config = _config(name)
-    spec = evaluation_spec(config.evaluation, seed=0)
+    spec = evaluation_spec(config.evaluation, ModelSpec("x"), seed=0)
     assert list(spec.tasks) == LIMITS_SCORES[name].split()
     assert all(method.recovery.batch_size == 8 for method in config.methods)
     assert all(method.recovery.warmup_steps == 50 for method in config.methods)

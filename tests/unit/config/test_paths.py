@@ -9,15 +9,14 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from actors.contracts import ModelSpec, TextSpec
+from actors.contracts import LocalPath, ModelSpec, TextSpec
 from orchestrator.config import (
     CampaignConfig,
-    LocalPath,
-    Section,
     absolute_path,
     load_config,
     with_absolute_paths,
 )
+from orchestrator.config.section import SECTIONS, fields_of
 from orchestrator.errors import RunExistsError
 from orchestrator.planning.planner import build_plan
 from orchestrator.storage.run_manifest import check_run, open_run, recorded_config
@@ -43,14 +42,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-def _sections(section: type[Section]) -> Iterator[type[Section]]:
-    """`section` and all that stand in it."""
+def _sections(section: type) -> Iterator[type]:
+    """Yield `section` and all that stand in it."""
     yield section
-    for field in section.model_fields.values():
+    for field in fields_of(section).values():
         pending = [field.annotation]
         while pending:
             part: Any = pending.pop()
-            if isinstance(part, type) and issubclass(part, Section):
+            if isinstance(part, type) and issubclass(part, SECTIONS):
                 yield from _sections(part)
             pending += get_args(part)
 
@@ -59,11 +58,11 @@ def test_every_field_that_is_called_a_path_is_declared_as_one() -> None:
     fields = {
         (section.__name__, name): any(isinstance(mark, LocalPath) for mark in field.metadata)
         for section in _sections(CampaignConfig)
-        for name, field in section.model_fields.items()
+        for name, field in fields_of(section).items()
     }
     declared = {place for place, is_path in fields.items() if is_path}
     assert declared >= {place for place in fields if "path" in place[1]} - {("StorageConfig", "path")}
-    assert {("TextConfig", "chat_template"), ("TrainingConfig", "deepspeed")} <= declared
+    assert {("TextSettings", "chat_template"), ("TrainingConfig", "deepspeed")} <= declared
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from actors.evaluation.probes.code_failures import (
     program_of,
     undefined_names,
 )
-from actors.evaluation.sandbox.sandbox import run_program
+from actors.evaluation.sandbox.runner import run_program
 
 SIGNATURE = 'def area(width, height):\n    """Area of a rectangle."""\n'
 FENCED = "Here it is:\n\n```python\n{}\n```\nDone."

@@ -9,7 +9,7 @@ import yaml
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from actors.evaluation import check_tasks, evaluate_tasks
-from actors.evaluation.lm_eval.harness import TASKS, _load
+from actors.evaluation.lm_eval.task_loading import TASKS, load_tasks
 from actors.evaluation.probes.code_failures import CLASSES
 from actors.evaluation.probes.code_tasks import code_task_metrics, is_code_problem
 from tests.support.tiny_models import tiny_llama
@@ -45,7 +45,7 @@ def test_shares_of_classes_and_of_what_passes() -> None:
 
 def test_without_leave_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "actors.evaluation.sandbox.sandbox.subprocess.Popen", lambda *_, **__: pytest.fail("ran")
+        "actors.evaluation.sandbox.runner.subprocess.Popen", lambda *_, **__: pytest.fail("ran")
     )
     metrics = code_task_metrics({"add": _logged(ADD, "    return a + b\n")}, execute=False)
     assert [m.name for m in metrics] == [f"add/{name}" for name in CLASSES]
@@ -115,7 +115,7 @@ def test_our_code_tasks_ask_as_lm_eval_does_and_read_local_data(task: str, tmp_p
     }
     (tmp_path / "local.yaml").write_text(yaml.safe_dump(local))
     check_tasks([task], str(tmp_path))
-    loaded = _load((task,), str(tmp_path), None)["tasks"][task]
+    loaded = load_tasks((task,), str(tmp_path), None)["tasks"][task]
     loaded.build_all_requests(limit=1)
     (asked, _), first = loaded.instances[0].args, PLUS[task][0]
     question = loaded.doc_to_text(first)
@@ -174,7 +174,7 @@ def test_answers_within_a_block_that_the_prompt_has_begun(task: str, tmp_path: P
     def chat(turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
         return "".join(f"<{turn['role']}>{turn['content']}" for turn in turns)
 
-    loaded = _load((task,), str(tmp_path), None)["tasks"][task]
+    loaded = load_tasks((task,), str(tmp_path), None)["tasks"][task]
     for answer, (expected, passes) in INSTRUCT[task].items():
         loaded.build_all_requests(apply_chat_template=True, fewshot_as_multiturn=True, chat_template=chat)
         (instance,) = loaded.instances

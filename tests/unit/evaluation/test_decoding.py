@@ -68,7 +68,7 @@ def test_the_models_generation_config_changes_no_token(name: str) -> None:
 def test_responses_for_recovery_do_not_heed_it_either() -> None:
     model, tokenizer = tiny_llama()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    spec = GenerationSpec(ModelSpec("m"), TextSpec(), max_new_tokens=NEW_TOKENS)
+    spec = GenerationSpec(model=ModelSpec("m"), prompts=TextSpec(), max_new_tokens=NEW_TOKENS)
     prompt = ({"role": "user", "content": "The lazy dog"},)
     (expected,) = generate_responses(model, tokenizer, [prompt], spec)
     model.generation_config = GenerationConfig(

@@ -20,7 +20,7 @@ MODEL = ModelRef(ModelSpec("unused"))
 def test_metrics_carry_names_units_and_versions() -> None:
     model, tokenizer = tiny_llama()
     text = PerplexitySpec("appendix", TEXT, context=64, max_tokens=300)
-    spec = EvaluationSpec(MODEL, perplexity=(text,), tasks=("blimp_sample",), limit=4)
+    spec = EvaluationSpec(model=MODEL, perplexity=(text,), tasks=("blimp_sample",), limit=4)
     told: list[tuple[int, int, str]] = []
     result = evaluate(model, tokenizer, spec, progress=lambda *step: told.append(step))
     expected = token_perplexity(model, tokenize_text(load_texts(TEXT), tokenizer, 300), context=64)
@@ -40,14 +40,17 @@ def test_metrics_carry_names_units_and_versions() -> None:
 
 def test_nothing_asked_for_measures_nothing() -> None:
     model, tokenizer = tiny_llama()
-    assert evaluate(model, tokenizer, EvaluationSpec(MODEL)).metrics == ()
+    assert evaluate(model, tokenizer, EvaluationSpec(model=MODEL)).metrics == ()
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (EvaluationSpec(MODEL, tasks=("blimp_smaple",)), "blimp_sample"),
-        (EvaluationSpec(MODEL, perplexity=(PerplexitySpec("x", TextSpec(builtin="x")),)), "built-in text"),
+        (EvaluationSpec(model=MODEL, tasks=("blimp_smaple",)), "blimp_sample"),
+        (
+            EvaluationSpec(model=MODEL, perplexity=(PerplexitySpec("x", TextSpec(builtin="x")),)),
+            "built-in text",
+        ),
     ],
 )
 def test_wrong_requests_are_refused_before_the_model_runs(spec: EvaluationSpec, message: str) -> None:
@@ -62,7 +65,9 @@ def test_missing_data_are_noticed_before_any_weights_are_read(tmp_path: Path) ->
         "task: lost\ndataset_path: json\ndataset_kwargs: {data_files: {test: nowhere.jsonl}}\n"
         "output_type: loglikelihood\ntest_split: test\ndoc_to_text: a\ndoc_to_target: b\n"
     )
-    spec = EvaluationSpec(ModelRef(ModelSpec("no such model")), tasks=("lost",), include_path=str(tmp_path))
+    spec = EvaluationSpec(
+        model=ModelRef(ModelSpec("no such model")), tasks=("lost",), include_path=str(tmp_path)
+    )
     with pytest.raises(RequestError, match=r"data of the tasks lost.*nowhere\.jsonl"):
         evaluate_model(spec)
 
@@ -70,7 +75,7 @@ def test_missing_data_are_noticed_before_any_weights_are_read(tmp_path: Path) ->
 def test_a_suite_gives_its_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SUITES, "small", Suite({"blimp": "acc"}, "none"))
     spec = EvaluationSpec(
-        MODEL, tasks=("blimp_sample",), suites=("small",), task_suffix="_sample", limit=4, max_length=64
+        model=MODEL, tasks=("blimp_sample",), suites=("small",), task_suffix="_sample", limit=4, max_length=64
     )
     task, suite = evaluate(*tiny_llama(), spec).metrics
     assert (suite.name, suite.value, suite.stderr) == ("small/mean", task.value, task.stderr)

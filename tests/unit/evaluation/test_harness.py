@@ -16,7 +16,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from actors.data import builtin_file
 from actors.errors import RequestError
 from actors.evaluation import check_tasks, evaluate_tasks
-from actors.evaluation.lm_eval.harness import TASKS, PrefixTreeLM
+from actors.evaluation.lm_eval.language_models import PrefixTreeLM
+from actors.evaluation.lm_eval.task_loading import TASKS
 from tests.support.tiny_models import save_tiny, tiny_llama
 
 FEWSHOT_TASK = """

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, Pr
 from actors.errors import WorkError
 from actors.evaluation.lm_eval import loglikelihood, prefix_tree
 from actors.evaluation.lm_eval.family_support import family_support
-from actors.evaluation.lm_eval.harness import PrefixTreeLM
+from actors.evaluation.lm_eval.language_models import PrefixTreeLM
 from actors.evaluation.lm_eval.loglikelihood import LikelihoodModel, Scored
-from actors.evaluation.lm_eval.prefix_tree import plant
+from actors.evaluation.lm_eval.prefix_tree import build_trees
 from tests.support.decoder_zoo import tiny_decoder_config
 from tests.support.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
@@ -236,7 +236,7 @@ def _token_requests(count: int) -> list[Scored]:
 def test_trees_hold_every_sequence_and_see_its_tokens_alone() -> None:
     rng = random.Random(3)
     sequences = [rng.choices((1, 2, 3), k=rng.randint(1, 7)) for _ in range(60)]
-    trees = plant(sequences, None)
+    trees = build_trees(sequences, None)
     assert sorted(member for tree in trees for member in tree.members) == list(range(60))
     prefixes = {tuple(s[: i + 1]) for s in sequences for i in range(len(s))}
     assert sum(len(tree) for tree in trees) == len(prefixes)
@@ -252,8 +252,8 @@ def test_trees_hold_every_sequence_and_see_its_tokens_alone() -> None:
 def test_rows_stay_short_unless_sharing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_tree, "ROW", 16)
     apart = [[i, *[0] * 9] for i in range(4)]
-    assert [len(tree) for tree in plant(apart, None)] == [10, 10, 10, 10]
+    assert [len(tree) for tree in build_trees(apart, None)] == [10, 10, 10, 10]
     alike = [[*[5] * 20, i, i, i] for i in range(20)]
-    assert [len(tree) for tree in plant(alike, None)] == [44, 44, 32]
-    assert all(len(tree) <= 23 for tree in plant(alike, 23))
-    assert [tree.members for tree in plant([[1, 2], [1, 2], [1]], 0)] == [[2], [0, 1]]
+    assert [len(tree) for tree in build_trees(alike, None)] == [44, 44, 32]
+    assert all(len(tree) <= 23 for tree in build_trees(alike, 23))
+    assert [tree.members for tree in build_trees([[1, 2], [1, 2], [1]], 0)] == [[2], [0, 1]]

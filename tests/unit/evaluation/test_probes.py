@@ -50,7 +50,9 @@ def test_a_response_ends_where_the_model_ends_it() -> None:
 
 def test_every_probe_gives_what_its_row_says() -> None:
     model, tokenizer = tiny_llama()
-    spec = EvaluationSpec(MODEL, probes=tuple(PROBES), limit=3, max_new_tokens=6, allow_code_execution=True)
+    spec = EvaluationSpec(
+        model=MODEL, probes=tuple(PROBES), limit=3, max_new_tokens=6, allow_code_execution=True
+    )
     told: list[str] = []
     metrics = evaluate(model, tokenizer, spec, lambda _done, _total, note: told.append(note)).metrics
     assert [m.name for m in metrics] == [f"{name}/{gives}" for name in PROBES for gives in PROBES[name].gives]
@@ -67,10 +69,10 @@ def test_every_probe_gives_what_its_row_says() -> None:
 
 def test_code_is_run_only_if_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "actors.evaluation.sandbox.sandbox.subprocess.Popen", lambda *_, **__: pytest.fail("ran")
+        "actors.evaluation.sandbox.runner.subprocess.Popen", lambda *_, **__: pytest.fail("ran")
     )
     model, tokenizer = tiny_llama()
-    spec = EvaluationSpec(MODEL, probes=("code_failures",), limit=2, max_new_tokens=4)
+    spec = EvaluationSpec(model=MODEL, probes=("code_failures",), limit=2, max_new_tokens=4)
     assert "code_failures/pass_at_1" not in {m.name for m in evaluate(model, tokenizer, spec).metrics}
 
 

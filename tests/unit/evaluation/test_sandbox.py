@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from actors.errors import WorkError
-from actors.evaluation.sandbox import sandbox
-from actors.evaluation.sandbox.sandbox import CONFINED, Limits, pass_at_1, run_program, run_tests
+from actors.evaluation.sandbox import runner as sandbox
+from actors.evaluation.sandbox.runner import SANDBOX_CHILD, Limits, pass_at_1, run_program, run_tests
 from actors.evaluation.sandbox.sandbox_child import PROTECTED
 
 NOBODY = 65534
@@ -65,7 +65,7 @@ def test_endless_programs_are_ended() -> None:
 def test_a_program_ends_with_whoever_started_it(tmp_path: Path) -> None:
     """A parent that is killed cannot clean up; the kernel does it."""
     (tmp_path / "program.py").write_text("import time; time.sleep(600)")
-    command = [sys.executable, "-I", str(CONFINED), str(tmp_path), json.dumps(asdict(Limits()))]
+    command = [sys.executable, "-I", str(SANDBOX_CHILD), str(tmp_path), json.dumps(asdict(Limits()))]
     script = (
         f"import subprocess; p = subprocess.Popen({command}, stdin=-3, stdout=-1); p.stdout.readline(); "
         "print(p.pid, flush=True); p.wait()"
@@ -133,11 +133,11 @@ def test_pass_at_1_is_the_share_that_passes() -> None:
 
 def test_nothing_runs_where_a_protection_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel without Landlock, imitated by asking it for a system call that it does not have."""
-    script = CONFINED.read_text().replace("LANDLOCK_RESTRICT = 444,", "LANDLOCK_RESTRICT = 4444,")
+    script = SANDBOX_CHILD.read_text().replace("LANDLOCK_RESTRICT = 444,", "LANDLOCK_RESTRICT = 4444,")
     assert "4444" in script
-    changed = tmp_path / "confined.py"
+    changed = tmp_path / "sandbox_child.py"
     changed.write_text(script)
-    monkeypatch.setattr(sandbox, "CONFINED", changed)
+    monkeypatch.setattr(sandbox, "SANDBOX_CHILD", changed)
     with pytest.raises(WorkError, match="lacks a protection: Landlock"):
         run_program(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert not (tmp_path / "ran").exists()
@@ -151,8 +151,8 @@ def test_an_ordinary_user_is_protected_as_root_is(attempt: str) -> None:
         pytest.skip("no interpreter here that an ordinary user may run")
     with tempfile.TemporaryDirectory() as directory:
         os.chmod(directory, 0o777)
-        script = Path(directory, "confined.py")
-        script.write_text(CONFINED.read_text())
+        script = Path(directory, "sandbox_child.py")
+        script.write_text(SANDBOX_CHILD.read_text())
         Path(directory, "program.py").write_text(FORBIDDEN[attempt].format(outside="/tmp/x", port=9))
         limits = json.dumps(asdict(Limits(cpu_s=5, memory_bytes=1 << 30)))
         done = subprocess.run(

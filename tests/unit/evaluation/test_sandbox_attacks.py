@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.evaluation.sandbox import sandbox
-from actors.evaluation.sandbox.sandbox import CONFINED, Limits, check_sandbox, run_program
+from actors.evaluation.sandbox import runner as sandbox
+from actors.evaluation.sandbox.runner import SANDBOX_CHILD, Limits, check_sandbox, run_program
 from actors.evaluation.sandbox.scratch import remove_tree, scratch_directory
 
 NOBODY = 65534
@@ -171,12 +171,12 @@ MOUNTED, WATCHED = "a file system of its own", "no mounts for users"
 def temporary(disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the sandbox makes its directories, with and without a kernel that lets users mount."""
     if disk == WATCHED:
-        script = CONFINED.read_text().replace(
+        script = SANDBOX_CHILD.read_text().replace(
             "CLONE_NEWUSER, CLONE_NEWNS = 0x1", "CLONE_NEWUSER, CLONE_NEWNS = 0x9"
         )
         assert "0x9" in script
-        (tmp_path / "confined.py").write_text(script)
-        monkeypatch.setattr(sandbox, "CONFINED", tmp_path / "confined.py")
+        (tmp_path / "sandbox_child.py").write_text(script)
+        monkeypatch.setattr(sandbox, "SANDBOX_CHILD", tmp_path / "sandbox_child.py")
     (directory := tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(directory))
     return directory
@@ -204,7 +204,7 @@ def _children() -> list[str]:
             command = (process / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"confined.py" in command and str(tempfile.gettempdir()).encode() in command:
+        if b"sandbox_child.py" in command and str(tempfile.gettempdir()).encode() in command:
             found.append(process.name)
     return found
 
@@ -264,5 +264,5 @@ with tempfile.TemporaryDirectory() as directory, open(directory + '/x', 'w+b') a
     file.seek(0)
     assert file.read(2) == b'ok'
 """
-    assert run_program(program) == sandbox.Outcome("passed")
+    assert run_program(program) == sandbox.Verdict("passed")
     check_sandbox()

@@ -12,12 +12,12 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from actors.contracts import Metric
 from actors.errors import RequestError
 from actors.evaluation import SUITES, suite_tasks
-from actors.evaluation.lm_eval.harness import TASKS, _index
 from actors.evaluation.lm_eval.suites import BLIMP_GROUPS, blimp_groups, suite_means
+from actors.evaluation.lm_eval.task_loading import TASKS, _task_index
 
 
 def test_every_member_is_a_task_of_lm_eval_or_ours() -> None:
-    known = _index(None, include_defaults=True).task_index
+    known = _task_index(None, include_defaults=True).task_index
     assert {member for suite in SUITES.values() for member in suite.members} <= known.keys()
     assert [name for name, suite in SUITES.items() if suite.executes_code] == [
         "generative",

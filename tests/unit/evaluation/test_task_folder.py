@@ -27,7 +27,7 @@ def test_a_folder_is_known_by_names_and_contents(tmp_path: Path) -> None:
 
 def test_a_folder_that_changed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("task: a")
-    spec = EvaluationSpec(ModelRef(ModelSpec("m")), tasks=("a",), include_path=str(tmp_path))
+    spec = EvaluationSpec(model=ModelRef(ModelSpec("m")), tasks=("a",), include_path=str(tmp_path))
     planned = replace(spec, tasks_fingerprint=tasks_fingerprint(str(tmp_path)))
     check_tasks_unchanged(planned)
     (tmp_path / "a.yaml").write_text("task: a\nmetadata: {version: 2}")

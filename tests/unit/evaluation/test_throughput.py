@@ -50,11 +50,11 @@ def test_memory_is_weights_and_a_full_cache() -> None:
 def test_an_evaluation_measures_a_pruned_model_beside_its_source(tmp_path) -> None:  # type: ignore[no-untyped-def]
     source = ModelRef(ModelSpec(save_tiny(tmp_path / "model", 4)))
     model, tokenizer = tiny_llama(4)
-    dense = evaluate(model, tokenizer, EvaluationSpec(source, throughput=SPEC))
+    dense = evaluate(model, tokenizer, EvaluationSpec(model=source, throughput=SPEC))
     pruned = evaluate(
         without_layers(model, [0, 1, 2]),
         tokenizer,
-        EvaluationSpec(source.without((0, 1, 2)), throughput=SPEC),
+        EvaluationSpec(model=source.without((0, 1, 2)), throughput=SPEC),
     )
     before, after = ({m.name: m.value for m in result.metrics} for result in (dense, pruned))
     assert before["throughput/speedup"] == 1

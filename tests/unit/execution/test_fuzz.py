@@ -208,7 +208,7 @@ def _misread_pruning(directory: Path, output: Path) -> str | None:
 def _misread_campaign(file: Path) -> str | None:
     """Every value that PyYAML finds in the file has to stand in the configuration."""
     said = yaml.safe_load(file.read_bytes())
-    meant = load_config(file).model_dump()
+    meant = load_config(file).model_dump(mode="json")
     return next(
         (f"{place} is {value!r}" for place, value in _leaves(said) if not _holds(meant, place, value)), None
     )

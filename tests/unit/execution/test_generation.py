@@ -8,16 +8,17 @@ import pytest
 
 from actors.contracts import TextSpec
 from orchestrator.config import parse_config
-from orchestrator.execution.backends import LocalBackend
-from orchestrator.execution.progress import Activity
-from orchestrator.execution.stage_runner import StoredStages
+from orchestrator.execution.dry_run import planned_stages
+from orchestrator.execution.local import LocalBackend
+from orchestrator.execution.progress import TrajectoryProgress
+from orchestrator.execution.stage_runner import StageRunner
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.keys import stage_key
-from orchestrator.planning.plan import TrajectoryPlan, num_stages
+from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.planner import build_plan
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
-from tests.support.tiny_campaign import claims_of_one, tiny_campaign
+from tests.support.tiny_campaign import resolver_of_one, tiny_campaign
 from tests.support.tiny_models import tiny_tokenizer
 from tests.unit.cli.command import iterabre
 
@@ -47,16 +48,18 @@ def trajectories(campaign: dict[str, Any]) -> tuple[TrajectoryPlan, ...]:
     return build_plan(parse_config(campaign, "campaign.yaml")).trajectories
 
 
-def run(campaign: dict[str, Any], trajectory: TrajectoryPlan) -> list[Activity]:
+def run(campaign: dict[str, Any], trajectory: TrajectoryPlan) -> list[TrajectoryProgress]:
     """What was reported while the trajectory ran in this process."""
     config = parse_config(campaign, "campaign.yaml")
     store, heard = Store.of_campaign(config.storage.path, config.name), []
     backend = LocalBackend(config.execution, store)
-    run_trajectory(trajectory, StoredStages(trajectory, store, backend, heard.append, claims_of_one()))
+    run_trajectory(
+        trajectory, StageRunner(trajectory, resolver_of_one(trajectory, store, backend, heard.append))
+    )
     return heard
 
 
-def begun(heard: list[Activity]) -> list[str]:
+def begun(heard: list[TrajectoryProgress]) -> list[str]:
     """Stages in the order in which they began."""
     return [stage for stage, _ in dict.fromkeys((a.stage, a.started_at) for a in heard if a.started_at)]
 
@@ -67,15 +70,18 @@ def test_responses_are_generated_once_and_a_start_comes_before_the_objective(
     first, second = trajectories(campaign)
     heard = run(campaign, first)
     assert begun(heard) == ["evaluate", "score", "evaluate", "generate", "recover", "evaluate", "export"]
-    assert (heard[-1].stages_done, heard[-1].stages_reused) == (num_stages(first), 0)
+    assert (heard[-1].stages_done, heard[-1].stages_reused) == (len(planned_stages(first)), 0)
 
     heard = run(campaign, second)
     assert begun(heard)[3:6] == ["generate", "recover", "recover"]
-    assert heard[-1].stages_done == num_stages(second) == num_stages(first) + 1
+    assert heard[-1].stages_done == len(planned_stages(second)) == len(planned_stages(first)) + 1
     assert heard[-1].stages_reused == 4  # both evaluations before recovery, the scores and the responses
 
     again = run(campaign, second)[-1]
-    assert (again.stages_done, again.stages_reused) == (num_stages(second), num_stages(second) - 1)
+    assert (again.stages_done, again.stages_reused) == (
+        len(planned_stages(second)),
+        len(planned_stages(second)) - 1,
+    )
     stages = tmp_path / "runs/tiny/stages"
     assert len(list((stages / "generate").iterdir())) == 1
     assert len(list((stages / "recover").iterdir())) == 3

@@ -150,14 +150,14 @@ def test_a_lost_recovery_alone_is_run_again(copied: Path, config: str) -> None:
     assert _measured(copied) == numbers
 
 
-def test_a_damaged_stage_is_set_aside_and_run_again(copied: Path, config: str) -> None:
+def test_a_damaged_stage_is_quarantined_and_run_again(copied: Path, config: str) -> None:
     numbers = _measured(copied)
     (damaged, *_) = (copied / "stages/score").iterdir()
     content = (damaged / "result.json").read_text()
     (damaged / "result.json").write_text(content.replace("1", "2", 1))
     assert _resume(config, copied).exit_code == 0
     assert (damaged / "result.json").read_text() == content
-    assert len(list((copied / "stages/set-aside").iterdir())) == 1
+    assert len(list((copied / "stages/quarantine").iterdir())) == 1
     assert _measured(copied) == numbers
 
 
@@ -210,6 +210,44 @@ def test_export_needs_no_more_than_the_recovery(copied: Path, tmp_path: Path) ->
     shutil.rmtree(copied / "stages/export")
     arguments = ("--trajectory", TRAJECTORY, "--iteration", 2, "--output", tmp_path / "out")
     assert iterabre("export", copied, *arguments).exit_code == 0
+
+
+def test_export_needs_nothing_of_the_campaign_but_its_run_and_model(
+    place: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("an export plans nothing")
+
+    monkeypatch.setattr("orchestrator.planning.planner.build_plan", fail)
+    monkeypatch.setattr("actors.data.text.describe_text", fail)
+    monkeypatch.chdir(tmp_path)
+    needed = [place / name for name in ("campaign.yaml", "text.txt", "runs")]
+    for file in needed:
+        file.rename(file.with_suffix(".gone"))
+    try:
+        answer = iterabre("export", copied, "--trajectory", TRAJECTORY, "--iteration", 2, "--output", "out")
+    finally:
+        for file in needed:
+            file.with_suffix(".gone").rename(file)
+    assert answer.exit_code == 0, answer.err
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    campaign = AutoModelForCausalLM.from_pretrained(copied / f"models/{TRAJECTORY}/2-layers").state_dict()
+    assert all(torch.equal(exported[name], campaign[name]) for name in campaign)
+
+
+def test_a_run_of_an_earlier_version_is_exported_after_a_resume(
+    copied: Path, config: str, tmp_path: Path
+) -> None:
+    (copied / f"trajectories/{TRAJECTORY}.plan.json").unlink()
+    arguments = ("export", copied, "--trajectory", TRAJECTORY, "--iteration", 1, "--output", tmp_path / "out")
+    answer = iterabre(*arguments)
+    assert answer.exit_code == 2
+    assert f"holds no plan of {TRAJECTORY}" in answer.err
+    assert "give the campaign's command again with --resume" in answer.err
+    before = _times(copied)
+    assert _resume(config, copied).exit_code == 0
+    assert _times(copied) == before
+    assert iterabre(*arguments).exit_code == 0
 
 
 @pytest.mark.parametrize(

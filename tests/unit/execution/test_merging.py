@@ -64,4 +64,4 @@ def test_what_merging_does_not_go_with(
 def test_recovery_refuses_a_merged_model() -> None:
     model = ModelRef(ModelSpec("m"), (1,), merges=(Merge(0, (1,)),))
     with pytest.raises(RequestError, match=r"cannot heal merged layers; use recovery\.objective: none"):
-        check_recovery(RecoverySpec(model, TextSpec()), workers=1)
+        check_recovery(RecoverySpec(model=model, data=TextSpec()), workers=1)

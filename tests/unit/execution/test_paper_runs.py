@@ -70,7 +70,7 @@ def test_one_of_each_paper_runs(name: str, shallow_models: Path, tmp_path: Path)
     """Its first model, made shallower, to one target."""
     file = next(file for file in FILES if file.stem == name)
     config = load_config(file)
-    first = config.models[0].model_dump(mode="json", exclude_unset=True)
+    first = config.model_dump(mode="json")["models"][0]
     only = [f"models={json.dumps([first])}", f"targets=[{{layers: {SHALLOW - 1}}}]"]
     run(file, [*only, *tiny_settings(load_config(file, only), shallow_models, tmp_path)])
 

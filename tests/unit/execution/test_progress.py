@@ -9,20 +9,22 @@ import pytest
 from rich.console import Console
 
 from orchestrator.execution.progress import (
-    Activity,
-    Board,
+    ProgressBoard,
     RemoteReport,
     StageProgress,
+    TrajectoryProgress,
     line,
     live_view,
     render,
 )
 
-ACTIVITY = Activity("llama--a--seed0", 1, 3, "recover", 20, 40, "steps", stages_done=4, stages_total=19)
+ACTIVITY = TrajectoryProgress(
+    "llama--a--seed0", 1, 3, "recover", 20, 40, "steps", stages_done=4, stages_total=19
+)
 
 
 def test_the_board_keeps_the_newest_of_each_trajectory() -> None:
-    board = Board()
+    board = ProgressBoard()
     for done in (1, 2):
         board.post(replace(ACTIVITY, trajectory="b", done=done))
         board.post(replace(ACTIVITY, trajectory="a", done=done))
@@ -30,7 +32,7 @@ def test_the_board_keeps_the_newest_of_each_trajectory() -> None:
 
 
 def test_a_stage_reports_now_and_then_and_at_its_end() -> None:
-    reports: list[Activity] = []
+    reports: list[TrajectoryProgress] = []
     progress = StageProgress(reports.append, replace(ACTIVITY, done=0, total=0))
     started = time.monotonic()
     for done in range(1, 1001):
@@ -44,7 +46,7 @@ def test_a_stage_reports_now_and_then_and_at_its_end() -> None:
 def test_progress_travels_to_a_worker() -> None:
     class Handle:
         def __init__(self) -> None:
-            self.posted: list[Activity] = []
+            self.posted: list[TrajectoryProgress] = []
             self.post = self
             self.remote = self.posted.append
 
@@ -54,7 +56,7 @@ def test_progress_travels_to_a_worker() -> None:
     assert pickle.loads(pickle.dumps(StageProgress(_ignore, ACTIVITY)))
 
 
-def _ignore(activity: Activity) -> None:
+def _ignore(activity: TrajectoryProgress) -> None:
     pass
 
 
@@ -69,7 +71,7 @@ def _ignore(activity: Activity) -> None:
         ),
     ],
 )
-def test_a_line_says_where_a_trajectory_is(activity: Activity, shown: str) -> None:
+def test_a_line_says_where_a_trajectory_is(activity: TrajectoryProgress, shown: str) -> None:
     assert line(activity) == shown
 
 
@@ -84,7 +86,7 @@ def test_the_live_view_fits_a_terminal() -> None:
 
 
 def test_without_a_terminal_each_stage_is_a_line() -> None:
-    board, stream = Board(), io.StringIO()
+    board, stream = ProgressBoard(), io.StringIO()
     with live_view(board.snapshot, stream):
         for stage in ("score", "recover"):
             board.post(replace(ACTIVITY, stage=stage, total=0))

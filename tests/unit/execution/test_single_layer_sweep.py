@@ -8,7 +8,7 @@ import pytest
 
 from actors.contracts import EvaluationSpec, ModelRef, ModelSpec
 from actors.evaluation.evaluate import evaluate
-from actors.models import materialize
+from actors.models import build_model
 from orchestrator.execution.single_layer_sweep import run_sweep, write_sweep
 from tests.support.tiny_models import save_tiny
 from tests.unit.cli.command import iterabre
@@ -22,11 +22,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_numbers_are_those_of_models_loaded_one_by_one(model: str) -> None:
-    spec = EvaluationSpec(ModelRef(ModelSpec(model)), probes=PROBES, limit=3, max_new_tokens=6)
+    spec = EvaluationSpec(model=ModelRef(ModelSpec(model)), probes=PROBES, limit=3, max_new_tokens=6)
     sweep = run_sweep(spec, [3, 0])
     assert sweep.layers == (3, 0)
     for position, ref in enumerate([spec.model, spec.model.without((3,)), spec.model.without((0,))]):
-        expected = {m.name: m.value for m in evaluate(*materialize(ref), spec).metrics}
+        expected = {m.name: m.value for m in evaluate(*build_model(ref), spec).metrics}
         found = {n: ([sweep.dense[n], *sweep.metrics[n]])[position] for n in sweep.dense}
         assert found == expected
     change = sweep.metrics["arithmetic/log_probability"][1] - sweep.dense["arithmetic/log_probability"]
@@ -34,10 +34,10 @@ def test_numbers_are_those_of_models_loaded_one_by_one(model: str) -> None:
 
 
 def test_results_may_come_in_any_order(model: str) -> None:
-    spec = EvaluationSpec(ModelRef(ModelSpec(model)), probes=("arithmetic",), limit=3)
+    spec = EvaluationSpec(model=ModelRef(ModelSpec(model)), probes=("arithmetic",), limit=3)
 
     def backwards(specs):  # type: ignore[no-untyped-def]
-        done = [(i, evaluate(*materialize(one.model), one)) for i, one in enumerate(specs)]
+        done = [(i, evaluate(*build_model(one.model), one)) for i, one in enumerate(specs)]
         return reversed(done)
 
     assert run_sweep(spec, range(4), backwards) == run_sweep(spec, range(4))
@@ -80,5 +80,5 @@ def test_wrong_requests_are_refused(
 
 
 def test_a_sweep_writes_what_it_says_it_wrote(model: str, tmp_path: Path) -> None:
-    spec = EvaluationSpec(ModelRef(ModelSpec(model)), probes=("arithmetic",), limit=2)
+    spec = EvaluationSpec(model=ModelRef(ModelSpec(model)), probes=("arithmetic",), limit=2)
     assert all(file.is_file() for file in write_sweep(run_sweep(spec, [1]), tmp_path))

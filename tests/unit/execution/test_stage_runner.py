@@ -8,13 +8,14 @@ import pytest
 from actors.contracts import EvaluationResult, EvaluationSpec, Metric, Progress
 from actors.errors import WorkError
 from orchestrator.config import parse_config
-from orchestrator.execution.stage_runner import StoredStages
+from orchestrator.execution.resolvers import ComputeResolver
+from orchestrator.execution.stage_runner import StageRunner
 from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.planner import build_plan
 from orchestrator.planning.pruning_schedule import IterationPlan
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
-from tests.support.tiny_campaign import claims_of_one, tiny_campaign
+from tests.support.tiny_campaign import resolver_of_one, tiny_campaign
 
 DENSE, FIRST = IterationPlan(0, 0, 4, False), IterationPlan(1, 1, 3, True)
 
@@ -39,8 +40,11 @@ def plan(tmp_path: Path) -> TrajectoryPlan:
     return build_plan(parse_config(tiny_campaign(tmp_path), "campaign.yaml")).trajectories[0]
 
 
-def stages_of(plan: TrajectoryPlan, store: Store, backend: SlowBackend) -> StoredStages:
-    return StoredStages(plan, store, backend, lambda _activity: None, claims_of_one(), overlap=True)
+def stages_of(
+    plan: TrajectoryPlan, store: Store, backend: SlowBackend
+) -> tuple[StageRunner, ComputeResolver]:
+    resolver = resolver_of_one(plan, store, backend)
+    return StageRunner(plan, resolver, overlap=True), resolver
 
 
 def measured(store: Store) -> dict[tuple[str, str], float]:
@@ -50,7 +54,7 @@ def measured(store: Store) -> dict[tuple[str, str], float]:
 
 def test_evaluations_go_on_behind_what_follows(plan: TrajectoryPlan, tmp_path: Path) -> None:
     backend, store = SlowBackend(), Store(str(tmp_path / "runs"))
-    stages = stages_of(plan, store, backend)
+    stages, resolver = stages_of(plan, store, backend)
     stages.evaluate(DENSE, plan.dense, "dense")
     stages.evaluate(FIRST, plan.dense.without((2,)), "recovered")
     assert measured(store) == {}
@@ -60,12 +64,12 @@ def test_evaluations_go_on_behind_what_follows(plan: TrajectoryPlan, tmp_path: P
         ("dense", "arc/acc"): 0.8,
         ("recovered", "arc/acc"): 0.6,
     }
-    assert stages.activity.stages_done == 2
+    assert resolver.progress.stages_done == 2
 
 
 def test_export_waits_for_the_numbers_that_its_card_tells(plan: TrajectoryPlan, tmp_path: Path) -> None:
     backend, store = SlowBackend(), Store(str(tmp_path / "runs"))
-    stages = stages_of(plan, store, backend)
+    stages, _ = stages_of(plan, store, backend)
     stages.evaluate(FIRST, plan.dense.without((2,)), "recovered")
     seen: list[int] = []
 
@@ -88,7 +92,7 @@ def test_the_board_shows_the_perplexity_of_the_newest_healed_model(
             value = 9.0 + 3 * len(spec.model.dropped)
             return EvaluationResult((Metric("fox/token_perplexity", value), Metric("arc/acc", 0.5)), 100)
 
-    stages = stages_of(plan, Store(str(tmp_path / "runs")), Perplexity())
+    stages, resolver = stages_of(plan, Store(str(tmp_path / "runs")), Perplexity())
     shown = []
     for iteration, dropped, phase in (
         (DENSE, (), "dense"),
@@ -97,14 +101,14 @@ def test_the_board_shows_the_perplexity_of_the_newest_healed_model(
     ):
         stages.evaluate(iteration, plan.dense.without(dropped), phase)
         stages.wait()
-        shown.append(stages.activity.perplexities)
+        shown.append(resolver.progress.perplexities)
     assert shown == [{"fox": 9.0}, {"fox": 9.0}, {"fox": 12.0}]
 
 
 def test_a_failed_evaluation_is_tried_once_more_by_itself(plan: TrajectoryPlan, tmp_path: Path) -> None:
     for failures, fails in ((1, False), (2, True)):
         store, backend = Store(str(tmp_path / f"runs{failures}")), SlowBackend(failures)
-        stages = stages_of(plan, store, backend)
+        stages, _ = stages_of(plan, store, backend)
         backend.may_go_on.set()
         stages.evaluate(DENSE, plan.dense, "dense")
         if fails:
@@ -120,12 +124,9 @@ def test_a_scheduler_hears_of_an_iteration_only_what_was_measured_of_it(
 ) -> None:
     backend, heard = SlowBackend(), []
     backend.may_go_on.set()
-    stages = StoredStages(
+    stages = StageRunner(
         plan,
-        Store(str(tmp_path / "runs")),
-        backend,
-        lambda _activity: None,
-        claims_of_one(),
+        resolver_of_one(plan, Store(str(tmp_path / "runs")), backend),
         on_iteration=lambda iteration, metrics: heard.append((iteration, dict(metrics))),
     )
     stages.evaluate(FIRST, plan.dense.without((2,)), "recovered")

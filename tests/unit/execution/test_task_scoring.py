@@ -22,7 +22,7 @@ from actors.evaluation.lm_eval.harness import evaluate_tasks
 from actors.models import load_model, remove_layers
 from actors.scoring.task_metric import task_scores, task_value
 from orchestrator.config import ExecutionConfig, parse_config
-from orchestrator.execution.backends import LocalBackend
+from orchestrator.execution.local import LocalBackend
 from orchestrator.planning.keys import stage_key
 from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.planner import build_plan
@@ -39,7 +39,9 @@ TASK = TaskSpec("blimp_sample", limit=40)
 def spec(tmp_path_factory: pytest.TempPathFactory) -> ScoreSpec:
     path = save_tiny(tmp_path_factory.mktemp("candidates") / "model", num_layers=5)
     model = ModelRef(ModelSpec(path), dropped=(1,))
-    return ScoreSpec(model, TextSpec(builtin="iterabre-appendix-a"), "task_metric", task=TASK)
+    return ScoreSpec(
+        model=model, calibration=TextSpec(builtin="iterabre-appendix-a"), criterion="task_metric", task=TASK
+    )
 
 
 def _accuracy_without(spec: ScoreSpec, layers: list[int]) -> float:
@@ -106,7 +108,7 @@ def test_a_campaign(tmp_path: Path) -> None:
     assert answer.exit_code == 0, answer.err
     rows = Ledger(Store(str(tmp_path / "runs/tiny")).ledger_uri).read().to_pylist()
     dropped = [row["layer"] for row in rows if (row["stage"], row["metric"]) == ("prune", "dropped")]
-    spec = ScoreSpec(ModelRef(ModelSpec(str(tmp_path / "model"))), TextSpec())
+    spec = ScoreSpec(model=ModelRef(ModelSpec(str(tmp_path / "model"))), calibration=TextSpec())
     want: list[int] = []
     for _ in range(2):
         left = [layer for layer in range(4) if layer not in want]

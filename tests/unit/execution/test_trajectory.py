@@ -1,14 +1,14 @@
 """The order in which a trajectory asks for its stages."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from actors.contracts import ArtifactRef, FileRef, ModelRef
+from actors.contracts import BLOCK, ArtifactRef, FileRef, ModelRef, Removal, ScoreResult
 from orchestrator.config import parse_config
+from orchestrator.execution.dry_run import planned_stages
 from orchestrator.execution.trajectory import run_trajectory
-from orchestrator.planning.plan import TrajectoryPlan, num_stages
+from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.planner import build_plan
 from orchestrator.planning.pruning_schedule import IterationPlan
 from tests.support.tiny_campaign import tiny_campaign
@@ -24,13 +24,17 @@ class Recording:
     def _note(self, stage: str, iteration: IterationPlan, model: ModelRef) -> None:
         self.asked.append((stage, iteration.index, model.dropped, len(model.adapters)))
 
-    def score(self, iteration: IterationPlan, model: ModelRef) -> Sequence[int]:
+    def score(self, iteration: IterationPlan, model: ModelRef) -> ScoreResult:
         self._note("score", iteration, model)
-        return model.kept(4)[::-1]
+        layers = model.kept(4)
+        return ScoreResult(layers, tuple(map(float, layers)), layers[::-1], 1, 1, 0)
 
-    def prune(self, iteration: IterationPlan, model: ModelRef, source_layers: Sequence[int]) -> ModelRef:
+    def select(self, iteration: IterationPlan, model: ModelRef, scores: ScoreResult) -> Removal:
+        return Removal(BLOCK, scores.removal_order[: iteration.layers_to_drop])
+
+    def prune(self, iteration: IterationPlan, model: ModelRef, removal: Removal) -> ModelRef:
         self._note("prune", iteration, model)
-        return model.without(tuple(source_layers))
+        return removal.applied_to(model)
 
     def recover(self, iteration: IterationPlan, model: ModelRef) -> ModelRef:
         self._note("recover", iteration, model)
@@ -107,7 +111,7 @@ def test_recovery_and_evaluation_at_targets_only_if_asked(directory: Path) -> No
         *("score", "prune"),
         *("score", "prune", "evaluate pruned", "recover", "evaluate recovered", "export"),
     ]
-    assert num_stages(plan) == len(stages.asked)
+    assert len(planned_stages(plan)) == len(stages.asked)
 
 
 def test_until_ends_after_that_iteration(directory: Path) -> None:

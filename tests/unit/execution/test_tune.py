@@ -14,11 +14,11 @@ import pickle, sys
 from pathlib import Path
 
 import actors.evaluation.ray, actors.generation.ray, actors.recovery.ray, actors.scoring.ray
-import orchestrator.execution.backends
+import orchestrator.execution.ray
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits
 from orchestrator.storage.stage_store import Store
-from orchestrator.execution.tune import follow
+from orchestrator.execution.tune import run_trial
 from tests.support.simulated import Simulation
 
 place = Path(sys.argv[1])
@@ -26,8 +26,7 @@ trajectory = pickle.loads((place / "trajectory.pickle").read_bytes())
 coordinator, store = Coordinator(Limits()), Store(str(place / "run"))
 times = dict.fromkeys(("score", "recover", "evaluate", "export"), 0.0)
 backend = Simulation(times, place)(None, None)
-call = lambda method, *arguments: getattr(coordinator, method)(*arguments)
-assert follow(trajectory, backend, store, lambda activity: None, call) is None
+assert run_trial(trajectory, backend, store, lambda progress: None, coordinator) is None
 assert len(list((place / "run/models").glob("*/*/config.json"))) == 2
 heavy = ("torch", "transformers", "peft", "deepspeed", "lm_eval", "datasets", "gguf")
 print("loaded:", *(name for name in heavy if name in sys.modules))

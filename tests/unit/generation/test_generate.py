@@ -26,7 +26,9 @@ CHAT = (
 PROMPTS: list[Prompt] = [
     ({"role": "user", "content": "The lazy dog " * (i % 4 + 1) + f"number {i} ?"},) for i in range(9)
 ]
-SPEC = GenerationSpec(ModelSpec("m"), TextSpec(chat_template="given"), max_new_tokens=12, batch_size=4)
+SPEC = GenerationSpec(
+    model=ModelSpec("m"), prompts=TextSpec(chat_template="given"), max_new_tokens=12, batch_size=4
+)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,8 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from actors.evaluation.lm_eval.harness import answering, evaluate_tasks
+from actors.evaluation.lm_eval.harness import evaluate_tasks
+from actors.evaluation.lm_eval.language_models import local_responder
 from actors.evaluation.lm_eval.loglikelihood import LikelihoodModel, Scored
 from actors.evaluation.perplexity import token_perplexity
 from actors.evaluation.probes.decoding import respond
@@ -100,7 +101,7 @@ def test_texts_and_tasks_are_those_of_the_plain_model(dispatched: PreTrainedMode
     tasks = {"tasks": ["blimp_sample"], "limit": 6}
     assert evaluate_tasks(dispatched, tokenizer, **tasks) == evaluate_tasks(plain, tokenizer, **tasks)
     requests = [("The lazy dog", {"until": ["."], "max_gen_toks": 4})]
-    answers = [answering(model, tokenizer)("generate_until", requests) for model in (dispatched, plain)]
+    answers = [local_responder(model, tokenizer)("generate_until", requests) for model in (dispatched, plain)]
     assert answers[0] == answers[1]
     assert _state(dispatched) == before
 

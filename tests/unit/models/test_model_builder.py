@@ -12,7 +12,7 @@ from torch import Tensor
 
 from actors.artifacts import publish
 from actors.contracts import ArtifactRef, ModelRef, ModelSpec
-from actors.models import load_model, load_streamed, materialize, remove_layers, resident
+from actors.models import build_model, load_model, load_streamed, remove_layers, resident
 from actors.models.model_builder import merge_adapters, rename_layers
 from tests.support.tiny_models import save_tiny, skipped, tiny_ids, tiny_llama, tiny_model
 
@@ -152,7 +152,7 @@ def test_materialize_folds_the_whole_chain(tmp_path: Path, dropped: tuple[int, .
         want = source(tiny_ids(), use_cache=False).logits
 
     ref = ModelRef(ModelSpec(path)).adapted(first_ref).without(dropped).adapted(second_ref)
-    model, tokenizer = materialize(ref)
+    model, tokenizer = build_model(ref)
     assert model.config.num_hidden_layers == 4 - len(dropped)
     assert len(tokenizer) == model.config.vocab_size
     torch.testing.assert_close(model(tiny_ids(), use_cache=False).logits, want, atol=1e-4, rtol=1e-4)
@@ -186,7 +186,7 @@ def test_a_chain_is_rounded_once(tmp_path: Path, dropped: tuple[int, ...]) -> No
     for adapter in refs:
         ref = ref.adapted(adapter)
     source = load_model(path, dtype="bfloat16")[0].state_dict()
-    found = materialize(ref)[0].state_dict()
+    found = build_model(ref)[0].state_dict()
     kept = [layer for layer in range(4) if layer not in dropped]
     for position, layer in enumerate(kept):
         for target in TARGETS:
@@ -207,7 +207,7 @@ def test_a_streamed_chain_has_the_same_bits(tmp_path: Path) -> None:
     ref = ModelRef(ModelSpec(save_tiny(tmp_path / "model"), "bfloat16"))
     for adapter in _seven_small_adapters(tmp_path)[1]:
         ref = ref.adapted(adapter)
-    merged, streamed = materialize(ref)[0], load_streamed(ref, torch.device("cpu"))
+    merged, streamed = build_model(ref)[0], load_streamed(ref, torch.device("cpu"))
     for index in range(4):
         with resident(streamed, index):
             blocks = (streamed.model.layers[index], merged.model.layers[index])
@@ -224,7 +224,7 @@ def test_other_adapters_are_merged_in_float32_too(tmp_path: Path) -> None:
     ref = ModelRef(ModelSpec(path, "bfloat16")).without((0,))
     for adapter in refs:
         ref = ref.adapted(adapter)
-    merged = materialize(ref)[0]
+    merged = build_model(ref)[0]
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
     found, source = merged.state_dict(), load_model(path, dtype="bfloat16")[0].state_dict()
     for layer in (1, 2, 3):

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from actors.errors import RequestError
-from actors.models import empty_sub_blocks, load_model, prune_checkpoint, remove_layers, save_pretrained
+from actors.models import load_model, prune_checkpoint, remove_layers, save_pretrained, zero_sub_blocks
 from actors.models.loading.checkpoint import INDEX, read_checkpoint, read_header
 from tests.support.decoder_zoo import tiny_decoder, tiny_decoder_config
 from tests.support.tiny_models import tiny_ids, tiny_model, tiny_tokenizer
@@ -98,7 +98,7 @@ def test_sub_blocks_are_emptied_as_stored(family: str, granularity: str, tmp_pat
     changed = {name for name in stored if not written[name].equal(stored[name])}
     assert changed
     assert all(written[name].count_nonzero() == 0 for name in changed)
-    want = empty_sub_blocks(
+    want = zero_sub_blocks(
         load_model(str(tmp_path / "source"), dtype="bfloat16")[0], granularity, [1, 4]
     ).state_dict()
     got = load_model(str(tmp_path / "disk"), dtype="bfloat16")[0].state_dict()

@@ -10,7 +10,6 @@ from actors.contracts import ExportSpec, ModelRef, ModelSpec
 from actors.errors import RequestError
 from actors.models import (
     LayerwisePass,
-    empty_sub_blocks,
     export_model,
     load_model,
     prune_checkpoint,
@@ -18,6 +17,7 @@ from actors.models import (
     save_pretrained,
     sub_block_weights,
     without_sub_block,
+    zero_sub_blocks,
 )
 from tests.support.decoder_zoo import tiny_decoder
 from tests.support.surgery_truth import branch_off
@@ -43,7 +43,7 @@ def test_a_block_without_its_sub_block(family: str, kind: str) -> None:
 
 def test_only_the_weights_of_the_sub_block_are_zero() -> None:
     model, before = tiny_model("llama"), tiny_model("llama").state_dict()
-    empty_sub_blocks(model, "mlp", [1, 4])
+    zero_sub_blocks(model, "mlp", [1, 4])
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
     projections = ("gate_proj", "up_proj", "down_proj")
     assert changed == {f"model.layers.{i}.mlp.{part}.weight" for i in (1, 4) for part in projections}
@@ -63,7 +63,7 @@ def test_families_that_cannot_are_refused_and_left_as_they_are(model_type: str, 
     model = tiny_decoder(model_type)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RequestError, match=message):
-        empty_sub_blocks(model, "attention", [0])
+        zero_sub_blocks(model, "attention", [0])
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
@@ -73,7 +73,7 @@ def test_families_that_cannot_are_refused_and_left_as_they_are(model_type: str, 
 )
 def test_wrong_layers_are_refused(kind: str, layers: list[int], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        empty_sub_blocks(tiny_model("llama"), kind, layers)
+        zero_sub_blocks(tiny_model("llama"), kind, layers)
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def test_emptied_on_disk_equals_emptied_in_memory(family: str, kind: str, tmp_pa
     save_pretrained(model, tmp_path / "model", tokenizer=tiny_tokenizer())
     prune_checkpoint(str(tmp_path / "model"), [1, 4], tmp_path / "out", granularity=kind)
     got = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    want = empty_sub_blocks(model, kind, [1, 4]).state_dict()
+    want = zero_sub_blocks(model, kind, [1, 4]).state_dict()
     assert got.keys() == want.keys()
     assert all(got[name].equal(want[name]) for name in want)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from actors.contracts import ModelInfo, ModelSpec
+from actors.contracts import GenerationSpec, ModelInfo, ModelSpec, TextSpec
 from actors.models import describe_model
 from orchestrator.config import CostConfig, parse_config
 from orchestrator.errors import RequestError
+from orchestrator.execution.dry_run import campaign_stages
 from orchestrator.planning.cost_model import (
     MACHINES,
     StageCost,
@@ -31,13 +33,15 @@ from orchestrator.planning.cost_model import (
 from orchestrator.planning.estimate import (
     costed_stages,
     estimate,
-    measured_seconds,
     plan_summary,
-    spent_before,
+    stage_cost,
 )
+from orchestrator.planning.plan import TextSize
 from orchestrator.planning.planner import build_plan
-from orchestrator.scheduling.limits import Limits
-from orchestrator.storage.ledger import Ledger, Row
+from orchestrator.planning.stages import PlannedStage
+from orchestrator.scheduling.limits import Limits, spent_before
+from orchestrator.scheduling.resources import TASK_SCORING
+from orchestrator.storage.ledger import Ledger, Row, measured_seconds
 from tests.support.tiny_campaign import tiny_campaign
 from tests.support.tiny_models import save_tiny, tiny_ids, tiny_llama, tiny_model, tiny_tokenizer
 
@@ -140,7 +144,7 @@ def test_a_campaign_is_the_sum_of_its_distinct_stages(tmp_path: Path) -> None:
     campaign = tiny_campaign(tmp_path)
     config = parse_config(campaign, "c.yaml")
     plan = build_plan(config)
-    stages = costed_stages(plan)
+    stages = costed_stages(plan, campaign_stages(plan))
     count, machine = parse_machine("4xA100-80G", config.cost)
     one = estimate(config, stages, count, machine)
     # One evaluation holds one device, scoring two, recovery one; nothing but starts matters at this size.
@@ -156,19 +160,34 @@ def test_a_campaign_is_the_sum_of_its_distinct_stages(tmp_path: Path) -> None:
     campaign["methods"].append({**campaign["methods"][0], "name": "same"})
     twice = parse_config(campaign, "c.yaml")
     exports = 2 * 5 / 3600
-    assert estimate(twice, costed_stages(build_plan(twice)), count, machine).device_hours == pytest.approx(
+    both = build_plan(twice)
+    stages_of_both = costed_stages(both, campaign_stages(both))
+    assert estimate(twice, stages_of_both, count, machine).device_hours == pytest.approx(
         one.device_hours + exports, rel=0.01
     )
-    summary = plan_summary(plan, config, [(count, machine)])
+    summary = plan_summary(plan, config, [(count, machine)], campaign_stages(plan))
     recovered = next(row for row in summary["kinds"] if row["kind"] == "recover")
     assert recovered["flops"] == summary["trajectories"][0]["recovery_flops"] > 0
+
+
+def test_generation_by_hand(info: ModelInfo) -> None:
+    prompts = TextSpec(path="prompts.jsonl")
+    spec = GenerationSpec(info.spec, prompts, max_prompts=10, responses_per_prompt=2, max_new_tokens=50)
+    stage = PlannedStage("generate", "key", 1, info.num_layers, spec, False)
+    # 100 prompts of 20 tokens (80 bytes) each; two responses of 50 tokens to each of the first ten.
+    cost = stage_cost(stage, SimpleNamespace(model=info), {prompts: TextSize(100, 100 * 80)})
+    prefill = 4 * block_flops(info, 20 * 20, 20)
+    decoding = 4 * block_flops(info, 20 * 50, 20 + 25)
+    assert cost.flops == pytest.approx(prefill + decoding + head_flops(info, 20 + 20 * 50))
+    assert cost.load_bytes == 4 * info.num_parameters < cost.memory_bytes
 
 
 def test_no_recovery_costs_nothing(tmp_path: Path) -> None:
     campaign = tiny_campaign(tmp_path)
     campaign["methods"][0]["recovery"]["objective"] = "none"
     config = parse_config(campaign, "c.yaml")
-    (row,) = plan_summary(build_plan(config), config, [])["trajectories"]
+    plan = build_plan(config)
+    (row,) = plan_summary(plan, config, [], campaign_stages(plan))["trajectories"]
     assert (row["recovery_tokens"], row["recovery_flops"]) == (0, 0)
 
 
@@ -187,5 +206,8 @@ def test_what_a_run_has_spent_counts_a_shared_stage_once(tmp_path: Path) -> None
         ("recover", "a"): 900,
         ("recover", "b"): 900,
     }
-    limits = Limits(price_per_hour=2.0, devices={"score": 1.0, "recover": 4.0})
+    devices = {"score": 1.0, TASK_SCORING: 8.0, "recover": 4.0}
+    limits = Limits(price_per_hour=2.0, devices=devices)
     assert spent_before(table, limits) == 1.0 + 2 * 2.0
+    by_task = Limits(price_per_hour=2.0, devices=devices, task_methods={"x"})
+    assert spent_before(table, by_task) == 8.0 + 2 * 2.0

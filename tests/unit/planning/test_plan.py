@@ -4,10 +4,10 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import yaml
@@ -25,11 +25,14 @@ from actors.contracts import (
     ScoreSpec,
     TaskSpec,
     TextSpec,
+    extend,
 )
+from actors.contracts.settings import AddedLater
 from orchestrator.config import TargetConfig, parse_config
 from orchestrator.errors import RequestError
+from orchestrator.execution.dry_run import planned_stages
 from orchestrator.planning.keys import key_inputs, stage_key
-from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan, num_stages
+from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.planning.planner import build_plan
 from orchestrator.planning.pruning_schedule import iterative_schedule, target_depth
 from tests.support.tiny_campaign import tiny_campaign
@@ -151,7 +154,7 @@ def test_the_config_reaches_the_specs(place: Path) -> None:
     assert spec.max_tokens == 96
     # Every field of the section has its field in the spec, so none is silently left out.
     stages_of_their_own = {"start", "generation"}
-    section = set(type(trajectory.method.recovery).model_fields) - stages_of_their_own
+    section = {field.name for field in fields(trajectory.method.recovery)} - stages_of_their_own
     assert section <= {field.name for field in fields(RecoverySpec)}
 
 
@@ -297,7 +300,7 @@ def test_keys_depend_on_what_became_of_the_model(place: Path) -> None:
 def test_a_trajectorys_stages_and_bytes(place: Path) -> None:
     plan = _plan(tiny_campaign(place))
     # Dense evaluation; then score, prune, evaluate, recover, evaluate, export, twice.
-    assert num_stages(plan.trajectories[0]) == 1 + 2 * 6
+    assert len(planned_stages(plan.trajectories[0])) == 1 + 2 * 6
     weights_bytes = 4 * plan.trajectories[0].model.num_parameters
     assert 2 * weights_bytes <= plan.needed_bytes() <= 3 * weights_bytes
 
@@ -363,16 +366,16 @@ def test_a_key_has_this_form() -> None:
     assert stage_key("score", {"layer": 3}) == hashlib.sha256(written.encode()).hexdigest()
 
 
-def test_a_field_added_later_is_in_the_key_when_it_is_used(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_field_added_later_is_in_the_key_when_it_is_used(place: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Newer(ScoreSpec):
+        more: Annotated[int, AddedLater(0)] = 5
+
     trajectory = _plan(tiny_campaign(place)).trajectories[0]
     spec = trajectory.score_spec(trajectory.dense)
     before = trajectory.key_inputs(spec)
-    monkeypatch.setattr("orchestrator.planning.keys.ADDED_LATER", {"pooling": spec.pooling})
-    assert trajectory.key_inputs(spec) == {name: before[name] for name in before if name != "pooling"}
-    used = replace(spec, pooling="another")
-    assert trajectory.key_inputs(used) == {**before, "pooling": "another"}
+    assert trajectory.key_inputs(extend(Newer, spec, more=0)) == before
+    assert trajectory.key_inputs(extend(Newer, spec)) == {**before, "more": 5}
 
 
 def test_only_results_that_have_changed_have_another_key() -> None:
@@ -384,15 +387,15 @@ def test_only_results_that_have_changed_have_another_key() -> None:
     def added(dtype: str, *adapters: ArtifactRef) -> dict[str, set[str]]:
         model = ModelRef(sources[dtype], adapters=adapters)
         specs = {
-            "tasks": EvaluationSpec(model, tasks=("blimp",)),
-            "texts": EvaluationSpec(model, probes=("arithmetic",)),
-            "probes": EvaluationSpec(model, probes=("degeneration",)),
-            "score": ScoreSpec(model, text),
-            "task_metric": ScoreSpec(model, text, task=TaskSpec("blimp")),
+            "tasks": EvaluationSpec(model=model, tasks=("blimp",)),
+            "texts": EvaluationSpec(model=model, probes=("arithmetic",)),
+            "probes": EvaluationSpec(model=model, probes=("degeneration",)),
+            "score": ScoreSpec(model=model, calibration=text),
+            "task_metric": ScoreSpec(model=model, calibration=text, task=TaskSpec("blimp")),
             "export": ExportSpec(model, "card", "provenance"),
         }
         new = {"softmax", "adapters_summed_in", "decoding"}
-        return {name: new & key_inputs(spec, fingerprints, None).keys() for name, spec in specs.items()}
+        return {name: new & key_inputs(spec, fingerprints).keys() for name, spec in specs.items()}
 
     nothing: dict[str, set[str]] = {name: set() for name in added("float32")}
     assert added("float32", ADAPTER) == added("float32") == nothing | {"probes": {"decoding"}}

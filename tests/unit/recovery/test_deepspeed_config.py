@@ -17,7 +17,9 @@ from actors.recovery.training.deepspeed_config import (
     zero_stage,
 )
 
-SPEC = RecoverySpec(ModelRef(ModelSpec("m")), TextSpec(path="t.txt"), batch_size=8, micro_batch_size=2)
+SPEC = RecoverySpec(
+    model=ModelRef(ModelSpec("m")), data=TextSpec(path="t.txt"), batch_size=8, micro_batch_size=2
+)
 
 TRAINER: dict[str, Any] = {
     "bf16": {"enabled": "auto"},

@@ -7,7 +7,7 @@ from orchestrator.reporting.run_source import read_source
 from orchestrator.storage.ledger import Ledger, Row
 from orchestrator.storage.run_manifest import open_run
 from orchestrator.storage.stage_store import Store
-from orchestrator.storage.trajectory_status import TrajectoryOutcome, write_outcome
+from orchestrator.storage.trajectory_status import TrajectoryStatus, write_status
 
 SCORE = {"model": {"source": "aa"}, "calibration": "bb"}
 EVALUATE = {"model": {"source": "aa"}, "perplexity": [{"name": "wikitext2", "data": "cc"}]}
@@ -17,7 +17,7 @@ def test_hashes_come_from_manifests_and_sweeps_from_their_directory(tmp_path: Pa
     store = Store(str(tmp_path / "run"))
     planned = [{"trajectory": "t", "model": "smol", "method": "a", "depths": [9, 8, 7]}]
     open_run(store, {"name": "demo"}, resume=False, planned={"t": 3}, trajectories=planned)
-    write_outcome(store, "gone", TrajectoryOutcome("stopped", "given up"))
+    write_status(store, "gone", TrajectoryStatus("stopped", "given up"))
     place = {"campaign": "demo", "trajectory": "t", "model": "smol", "method": "a", "seed": 0, "iteration": 1}
     rows = []
     for kind, inputs in (("score", SCORE), ("evaluate", EVALUATE)):

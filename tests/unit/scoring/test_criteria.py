@@ -68,7 +68,7 @@ def test_hidden_cosine(family: str, pooling: str, other_reference: bool) -> None
 def test_perplexity(family: str, room: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 2 caps its logits, which the head alone would not; a sequence of one token predicts nothing."""
     if room:
-        monkeypatch.setattr("actors.scoring.likelihood.LOGITS_BYTES", room)
+        monkeypatch.setattr("actors.scoring.measures.likelihood.LOGITS_BYTES", room)
     model = tiny_model(family)
     sequences = [*SEQUENCES, tiny_ids(1, 1)[0]]
     want = []

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from actors.contracts import ModelRef, ModelSpec, ScoreSpec, TextSpec
 from actors.errors import RequestError
-from actors.models import empty_sub_blocks, load_model
+from actors.models import load_model, zero_sub_blocks
 from actors.scoring import Scorer, score_layers, score_locally
 from tests.support.decoder_zoo import tiny_decoder
 from tests.support.surgery_truth import branch_off
@@ -148,13 +148,15 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ScoreSpec:
     (directory / "text.txt").write_text("\n".join(LINES))
     source = ModelRef(ModelSpec(save_tiny(directory / "model", num_layers=6)))
     model = source.pruned("block", (2,)).pruned("attention", (0, 5))
-    return ScoreSpec(model, TextSpec(path=str(directory / "text.txt")), granularity="attention")
+    return ScoreSpec(
+        model=model, calibration=TextSpec(path=str(directory / "text.txt")), granularity="attention"
+    )
 
 
 def test_emptied_sub_blocks_are_no_candidates(spec: ScoreSpec) -> None:
     result = score_locally(replace(spec, reference="current"))
     model, _ = load_model(spec.model.source.path)
-    empty_sub_blocks(model, "attention", [0, 5])
+    zero_sub_blocks(model, "attention", [0, 5])
     del model.model.layers[2]
     want = _hidden_cosine(model, "llama", "attention", Scorer(spec).sequences)
     assert result.source_layers == (1, 3, 4)

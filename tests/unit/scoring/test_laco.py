@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from actors.contracts import MergeSpec, ModelRef, ModelSpec, ScoreSpec, TextSpec
 from actors.data import calibration_sequences, load_texts
 from actors.errors import RequestError, WorkError
-from actors.models import LayerwisePass, materialize
+from actors.models import LayerwisePass, build_model
 from actors.models.pruning.merging import MERGES, merge_layers
 from actors.scoring import score_locally
 from actors.scoring.laco import laco_compress
@@ -150,7 +150,9 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ScoreSpec:
     tiny_tokenizer().save_pretrained(directory)
     (directory / "text.txt").write_text("The quick brown fox .\nThere is a way .")
     text = TextSpec(path=str(directory / "text.txt"))
-    return ScoreSpec(ModelRef(ModelSpec(str(directory))), text, "laco", num_remove=3)
+    return ScoreSpec(
+        model=ModelRef(ModelSpec(str(directory))), calibration=text, criterion="laco", num_remove=3
+    )
 
 
 @pytest.mark.parametrize("variant", MERGES)
@@ -161,9 +163,9 @@ def test_the_model_that_a_spec_leads_to(spec: ScoreSpec, variant: str, dropped: 
     spec = replace(spec, model=spec.model.without(dropped), merge=settings)
     result = score_locally(spec)
     removed = result.removal_order[:3]
-    again, tokenizer = materialize(spec.model.without(removed).merged(result.merges))
+    again, tokenizer = build_model(spec.model.without(removed).merged(result.merges))
 
-    model, _ = materialize(spec.model)
+    model, _ = build_model(spec.model)
     sequences = calibration_sequences(load_texts(spec.calibration), tokenizer, 512)
     accepted = laco_compress(model, sequences, settings, min_layers=3 - len(dropped)).accepted
     for value, wanted in zip(again.parameters(), model.parameters(), strict=True):

@@ -14,9 +14,9 @@ from actors.data import calibration_sequences, load_texts
 from actors.errors import RequestError
 from actors.models import find_layers, load_model
 from actors.scoring import CRITERIA, score_layers, score_locally
-from actors.scoring.angular import angular_distances
 from actors.scoring.criteria import removal_order
-from actors.scoring.reference import reference
+from actors.scoring.criteria_page import criteria_page
+from actors.scoring.measures.angular import angular_distances
 from tests.support.tiny_models import blocks_of, tiny_ids, tiny_model, tiny_tokenizer
 from tests.unit.scoring.plain import PLAIN, plain_removal, residual_stream
 
@@ -51,7 +51,7 @@ def test_every_criterion_has_a_plain_form() -> None:
 
 def test_the_page_of_criteria_is_up_to_date() -> None:
     page = Path(__file__).parents[3] / "docs/criteria.md"
-    assert page.read_text(encoding="utf-8") == reference()
+    assert page.read_text(encoding="utf-8") == criteria_page()
 
 
 @pytest.mark.parametrize("num_remove", [1, 3])
@@ -79,7 +79,7 @@ def test_schedules(saved: Path, family: str, criterion: str, portions: tuple[int
     """One layer an iteration, several, and all at once: the layers that go, in order."""
     source, tokenizer = load_model(str(saved / family))
     text = TextSpec(path=str(saved / "text.txt"))
-    spec = ScoreSpec(ModelRef(ModelSpec(str(saved / family))), text, criterion)
+    spec = ScoreSpec(model=ModelRef(ModelSpec(str(saved / family))), calibration=text, criterion=criterion)
     removed = []
     for portion in portions:
         result = score_locally(replace(spec, num_remove=portion))

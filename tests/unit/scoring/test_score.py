@@ -1,4 +1,4 @@
-"""A whole `ScoreSpec`, in one process and in shares."""
+"""A whole `ScoreSpec`, in one process and in shards."""
 
 import random
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from actors.contracts import ArtifactRef, ModelRef, ModelSpec, ScoreResult, Scor
 from actors.errors import RequestError
 from actors.models import load_model, remove_layers
 from actors.scoring import Scorer, score, score_layers, score_locally
-from actors.scoring.memory_budget import GIB
-from actors.scoring.score import Share, ShareScores, conduct
+from actors.scoring.measures.memory_budget import GIB
+from actors.scoring.score import Shard, ShardScores, run_shards
 from tests.support.tiny_models import save_tiny, tiny_tokenizer
 
 LINES = [
@@ -38,7 +38,9 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ScoreSpec:
     directory = tmp_path_factory.mktemp("score")
     (directory / "calibration.txt").write_text("\n".join(LINES))
     path = save_tiny(directory / "model", num_layers=6)
-    return ScoreSpec(ModelRef(ModelSpec(path)), TextSpec(path=str(directory / "calibration.txt")))
+    return ScoreSpec(
+        model=ModelRef(ModelSpec(path)), calibration=TextSpec(path=str(directory / "calibration.txt"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +60,13 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> ArtifactRef:
     return publish(directory, str(directory / "published"))
 
 
-def _in_shares(spec: ScoreSpec, count: int, at_least: int = 1) -> ScoreResult:
+def _in_shards(spec: ScoreSpec, count: int, at_least: int = 1) -> ScoreResult:
     """As a pool of actors does it: every share by a scorer of its own, the last share first."""
 
-    def compute(shares: list[Share]) -> Iterator[tuple[Share, ShareScores]]:
-        return ((share, Scorer(spec).score(share)) for share in reversed(shares))
+    def compute(shards: list[Shard]) -> Iterator[tuple[Shard, ShardScores]]:
+        return ((shard, Scorer(spec).score(shard)) for shard in reversed(shards))
 
-    return conduct(Scorer(spec), compute, count, at_least)
+    return run_shards(Scorer(spec), compute, count, at_least)
 
 
 def test_an_unpruned_model(spec: ScoreSpec) -> None:
@@ -83,18 +85,18 @@ def test_an_unpruned_model(spec: ScoreSpec) -> None:
 
 
 def test_progress_is_told_between_shares(spec: ScoreSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score, "LOCAL_SHARE", 3)
+    monkeypatch.setattr(score, "SEQUENCES_PER_LOCAL_SHARD", 3)
     heard: list[int] = []
     score_locally(spec, lambda done, _total, _note: heard.append(done))
     assert heard == [3, 5, 7]
 
 
 @pytest.mark.parametrize("criterion", ["hidden_cosine", "perplexity", "block_influence", "random", "deepest"])
-def test_shares_do_not_matter(spec: ScoreSpec, criterion: str) -> None:
+def test_shards_do_not_matter(spec: ScoreSpec, criterion: str) -> None:
     spec = replace(spec, criterion=criterion, model=spec.model.without(DROPPED))
     whole = score_locally(spec)
     for count in (1, 2, 3, 7):
-        shared = _in_shares(spec, count)
+        shared = _in_shards(spec, count)
         assert shared.scores == pytest.approx(whole.scores, abs=1e-6)
         assert replace(shared, scores=()) == replace(whole, scores=())
 
@@ -108,23 +110,23 @@ def test_candidates_are_shared_where_sequences_are_few(
     spec = replace(spec, model=spec.model.without((1,)))
     whole = score_locally(spec)
     for actors in (3, 4, 20):
-        shared = _in_shares(spec, count=4 * actors, at_least=actors)
+        shared = _in_shards(spec, count=4 * actors, at_least=actors)
         assert shared.scores == pytest.approx(whole.scores, abs=1e-6)
         assert shared.removal_order == whole.removal_order
 
 
-def test_shares_hold_every_cell_once(spec: ScoreSpec) -> None:
+def test_shards_hold_every_cell_once(spec: ScoreSpec) -> None:
     scorer = Scorer(spec)
     for count, at_least in ((1, 1), (2, 2), (3, 3), (7, 7), (50, 12), (50, 14), (50, 1000)):
-        shares = scorer.shares(count, at_least=at_least)
-        cells = [(p, c) for share in shares for p in share.positions for c in share.candidates]
+        shards = scorer.shards(count, at_least=at_least)
+        cells = [(p, c) for shard in shards for p in shard.positions for c in shard.candidates]
         assert sorted(cells) == [(p, c) for p in range(7) for c in range(6)]
-        assert len(shares) >= min(at_least, 7 * 6)
+        assert len(shards) >= min(at_least, 7 * 6)
 
 
-def test_shares_are_of_like_size(spec: ScoreSpec) -> None:
+def test_shards_are_of_like_size(spec: ScoreSpec) -> None:
     for count, sizes in {1: [7], 2: [4, 3], 3: [3, 2, 2], 7: [1] * 7, 50: [1] * 7}.items():
-        assert [len(share.positions) for share in Scorer(spec).shares(count)] == sizes
+        assert [len(shard.positions) for shard in Scorer(spec).shards(count)] == sizes
 
 
 @pytest.mark.parametrize("criterion", ["hidden_cosine", "perplexity"])
@@ -141,7 +143,7 @@ def test_a_streamed_model_has_the_same_scores(spec: ScoreSpec, adapter: Artifact
         streamed = replace(loaded, stream_weights=True)
         want = score_locally(loaded)
         assert score_locally(streamed).scores == pytest.approx(want.scores, abs=1e-6)
-        assert _in_shares(streamed, 2).scores == pytest.approx(want.scores, abs=1e-6)
+        assert _in_shards(streamed, 2).scores == pytest.approx(want.scores, abs=1e-6)
 
 
 @pytest.mark.parametrize("option", [{"stream_weights": True}, {"confidence": 0.9}])
@@ -166,7 +168,7 @@ def test_giving_up_candidates_saves_work_and_not_the_winner(long_spec: ScoreSpec
     assert sorted(raced.removal_order) == sorted(whole.removal_order)
     assert whole.layer_forwards_saved == 0 < raced.layer_forwards_saved
     assert raced.layer_forwards + raced.layer_forwards_saved == whole.layer_forwards
-    shared = _in_shares(replace(long_spec, confidence=0.99), 4)
+    shared = _in_shards(replace(long_spec, confidence=0.99), 4)
     assert shared.scores == pytest.approx(raced.scores, abs=1e-6)
     assert shared.layer_forwards_saved == raced.layer_forwards_saved
 

@@ -8,18 +8,25 @@ from transformers import PreTrainedModel
 
 from actors.errors import RequestError
 from actors.models import LayerwisePass
-from actors.scoring.memory_budget import CHUNK_TOKENS, Costs, costs_of
-from actors.scoring.wavefront import (
+from actors.scoring.measures.activations import hidden_cosine, perplexity
+from actors.scoring.measures.calibration import Calibration
+from actors.scoring.measures.memory_budget import CHUNK_TOKENS, Costs, costs_of
+from actors.scoring.measures.wavefront import (
     UNPRUNED,
-    Tally,
-    candidate_hidden,
-    last_hidden,
+    ForwardCounter,
     last_hiddens,
     layer_forwards,
     wavefront,
     waves,
 )
 from tests.support.tiny_models import blocks_of, skipped, tiny_ids, tiny_model
+
+
+def _candidate_hidden(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
+    """Return the last hidden states of the model, and of the model without each block. [1 + N, T, D]"""
+    (wave,) = waves(model, [ids_T], budget=2**62)
+    found = wavefront(model, [ids_T], wave, keep_unpruned=True, counter=ForwardCounter())
+    return torch.cat([states.last_hidden()[:, 0] for states in found])
 
 
 @torch.no_grad()
@@ -30,7 +37,7 @@ def _whole_model(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bloom", "qwen3_moe", "smollm3"])
 def test_every_candidate_equals_a_run_of_its_own(family: str) -> None:
     model, ids_T = tiny_model(family), tiny_ids(1)[0]
-    hidden = candidate_hidden(model, ids_T)
+    hidden = _candidate_hidden(model, ids_T)
     assert hidden.shape == (7, 12, 32)
     torch.testing.assert_close(hidden[0], _whole_model(model, ids_T))
     for layer in range(6):
@@ -40,7 +47,7 @@ def test_every_candidate_equals_a_run_of_its_own(family: str) -> None:
 
 def test_last_hidden_is_after_the_final_norm() -> None:
     model, ids_T = tiny_model("llama"), tiny_ids(1)[0]
-    torch.testing.assert_close(last_hidden(model, ids_T), _whole_model(model, ids_T))
+    torch.testing.assert_close(last_hiddens(model, [ids_T])[0], _whole_model(model, ids_T))
 
 
 def test_layer_forwards_are_counted_right() -> None:
@@ -53,14 +60,17 @@ def test_layer_forwards_are_counted_right() -> None:
         block.mlp.register_forward_hook(lambda _mlp, inputs, _output: rows.append(len(inputs[0])))
     model.lm_head.register_forward_hook(lambda *_: heads.append(1))
     for ids_T in sequences:
-        candidate_hidden(model, ids_T)
+        _candidate_hidden(model, ids_T)
     assert rows == [1, 2, 3, 4, 5, 6] * 3
     assert sum(rows) == 3 * 6 * 7 // 2 == layer_forwards(6, 3)
     assert not heads
 
 
 def test_no_gradients_are_kept() -> None:
-    assert not candidate_hidden(tiny_model("llama"), tiny_ids(1)[0]).requires_grad
+    model, sequences = tiny_model("llama"), [tiny_ids(1)[0]]
+    assert not last_hiddens(model, sequences)[0].requires_grad
+    for measure in (hidden_cosine, perplexity):
+        assert not measure(model, Calibration(sequences)).requires_grad
 
 
 LENGTHS = (12, 5, 12, 5, 12, 12, 1)
@@ -73,11 +83,11 @@ def _walked(
     sequences = [tiny_ids(1, length, seed=seed)[0] for seed, length in enumerate(LENGTHS)]
     found: dict[tuple[int, int], Tensor] = {}
     for wave in waves(model, sequences, candidates, budget):
-        for outcome in wavefront(model, sequences, wave, keep_unpruned=True, tally=Tally()):
+        for states in wavefront(model, sequences, wave, keep_unpruned=True, counter=ForwardCounter()):
             with torch.no_grad():
-                hidden_SGTD = outcome.last_hidden()
-            for s, stream in enumerate(outcome.streams):
-                for g, position in enumerate(outcome.positions):
+                hidden_SGTD = states.last_hidden()
+            for s, stream in enumerate(states.streams):
+                for g, position in enumerate(states.positions):
                     found[position, stream] = hidden_SGTD[s, g]
     return found
 
@@ -90,12 +100,12 @@ def test_many_sequences_in_portions(
 ) -> None:
     """Whatever shares a batch, each sequence comes out as if it were alone."""
     cheap_blocks = Costs(stream=128, working=100, pair=0, chunk_tokens=1024)
-    monkeypatch.setattr("actors.scoring.wavefront.costs_of", lambda _model: cheap_blocks)
+    monkeypatch.setattr("actors.scoring.measures.wavefront.costs_of", lambda _model: cheap_blocks)
     model = tiny_model(family)
     found = _walked(model, candidates, budget)
     assert set(found) == {(p, s) for p in range(len(LENGTHS)) for s in (UNPRUNED, *candidates)}
     for position, length in enumerate(LENGTHS):
-        alone = candidate_hidden(model, tiny_ids(1, length, seed=position)[0])
+        alone = _candidate_hidden(model, tiny_ids(1, length, seed=position)[0])
         for stream in (UNPRUNED, *candidates):
             torch.testing.assert_close(found[position, stream], alone[1 + stream])
 
@@ -103,8 +113,8 @@ def test_many_sequences_in_portions(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     model, ids_T = tiny_model("llama"), tiny_ids(1)[0]
-    want = candidate_hidden(model, ids_T)
-    got = candidate_hidden(model.to(dtype), ids_T)
+    want = _candidate_hidden(model, ids_T)
+    got = _candidate_hidden(model.to(dtype), ids_T)
     assert got.dtype == dtype
     assert torch.cosine_similarity(got.float().flatten(1), want.flatten(1)).min() > 0.999
 
@@ -178,7 +188,7 @@ def test_eager_attention_costs_pairs_of_tokens() -> None:
 def test_last_hiddens_keep_the_order_of_the_sequences() -> None:
     model = tiny_model("llama")
     sequences = [tiny_ids(1, length, seed=seed)[0] for seed, length in enumerate(LENGTHS)]
-    tally = Tally()
-    for ids_T, hidden in zip(sequences, last_hiddens(model, sequences, tally=tally), strict=True):
+    counter = ForwardCounter()
+    for ids_T, hidden in zip(sequences, last_hiddens(model, sequences, counter=counter), strict=True):
         torch.testing.assert_close(hidden, _whole_model(model, ids_T))
-    assert tally.layer_forwards == 6 * len(LENGTHS)
+    assert counter.layer_forwards == 6 * len(LENGTHS)

@@ -8,7 +8,7 @@ import pytest
 
 from actors.artifacts import filesystem, list_files, publish, write_bytes
 from actors.contracts import RecoveryResult
-from orchestrator.storage.garbage_collector import sweep
+from orchestrator.storage.garbage_collector import collect
 from orchestrator.storage.stage_store import Store
 from tests.support.object_store import loopback_s3
 
@@ -43,17 +43,19 @@ def test_what_no_manifest_names_goes_and_the_rest_stays(store: Store, tmp_path: 
     store.commit("recover", "done", result, INPUTS, result.artifact, 1.0)
     _attempt(store, tmp_path, "interrupted", 3)
     write_bytes(store.stage_uri("score", "half") + "/result.json", b"{}")
-    write_bytes(store.uri + "/stages/set-aside/score-x/result.json", b"{}")
-    sweep(store)
+    for damaged in ("quarantine", "set-aside"):  # the latter by an earlier version
+        write_bytes(f"{store.uri}/stages/{damaged}/score-x/result.json", b"{}")
+    collect(store)
     assert _files(store) == {
         "stages/recover/done/manifest.json",
         "stages/recover/done/result.json",
         "stages/recover/done/payload-2/adapter.safetensors",
+        "stages/quarantine/score-x/result.json",
         "stages/set-aside/score-x/result.json",
         "train/interrupted/step_000002/state.json",
     }
     assert store.load("recover", "done", RecoveryResult) is not None
-    sweep(store)
+    collect(store)
     assert store.load("recover", "done", RecoveryResult) is not None
 
 
@@ -63,7 +65,7 @@ def test_files_that_a_killed_writer_left_go(tmp_path: Path) -> None:
     half = Path(store.uri) / "ledger" / ".part.parquet.17-abcd.tmp"
     half.parent.mkdir()
     half.write_bytes(b"PAR1")
-    sweep(store)
+    collect(store)
     assert not half.exists()
     assert _files(store) == {"campaign.json"}
 
@@ -76,11 +78,11 @@ def test_nothing_goes_where_a_manifest_cannot_be_read(
     _attempt(store, tmp_path, "interrupted", 1)
     before = _files(store)
     with caplog.at_level(logging.WARNING):
-        sweep(store)
+        collect(store)
     assert _files(store) == before
     assert "manifest.json is damaged" in caplog.text
 
 
 def test_a_run_that_does_not_exist_has_no_leftovers(store: Store) -> None:
-    sweep(store)
+    collect(store)
     assert _files(store) == set()

@@ -25,9 +25,10 @@ from actors.contracts import (
 from actors.errors import RequestError, WorkError
 from orchestrator.errors import RunExistsError
 from orchestrator.planning.keys import stage_key
+from orchestrator.storage.layout import safe_name
 from orchestrator.storage.ledger import Ledger, Row
 from orchestrator.storage.run_manifest import open_run, read_run
-from orchestrator.storage.stage_store import Store, safe_name
+from orchestrator.storage.stage_store import Store
 from tests.support.object_store import loopback_s3
 
 INPUTS = {"model": "abc", "dropped": [3, 4]}
@@ -106,8 +107,8 @@ def test_flipped_byte_sets_the_stage_aside(
     content[0] ^= 1
     write_bytes(place, bytes(content))
     assert store.load("recover", "k", RecoveryResult) is None
-    assert "set aside" in caplog.text
-    aside = caplog.text.split("set aside in ")[1].split(" ")[0]
+    assert "quarantined" in caplog.text
+    aside = caplog.text.split("quarantined in ")[1].split(" ")[0]
     assert read_bytes(f"{aside}/{damaged}") == bytes(content)
     assert read_bytes(f"{store.stage_uri('recover', 'k')}/manifest.json") is None
     result = _commit_recovery(store, tmp_path, "k")
@@ -266,7 +267,7 @@ def test_sigkill_of_a_writer_never_leaves_half_a_result(
     loaded = [local_store.load("recover", stage.name, RecoveryResult) for stage in begun]
     assert all(loaded[:-1])
     assert [stage.result.tokens for stage in loaded if stage] == list(range(sum(map(bool, loaded))))
-    assert not Path(local_store.uri, "stages/set-aside").exists()
+    assert not Path(local_store.uri, "stages/quarantine").exists()
 
 
 def test_a_job_of_a_cluster_keeps_no_run_in_its_own_directory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.planner import build_plan
 from orchestrator.storage.ledger import Ledger, Row
 from orchestrator.storage.stage_store import Store
-from orchestrator.storage.trajectory_status import TrajectoryOutcome, write_outcome
+from orchestrator.storage.trajectory_status import TrajectoryStatus, write_status
 from orchestrator.tracking.publisher import Point, Publisher, parameters, points, published
 from orchestrator.tracking.trackers import TRACKERS, make_trackers
 from tests.support.object_store import loopback_s3
@@ -185,7 +185,7 @@ def test_mlflow_has_one_run_of_a_trajectory_over_all_drivers(
     run, _ = _mlflow_run(mlflow_uri, "depth")
     assert (run.info.run_name, run.info.status) == (TRAJECTORY, "KILLED")
     _measure(store)
-    write_outcome(store, TRAJECTORY, TrajectoryOutcome("done"))
+    write_status(store, TRAJECTORY, TrajectoryStatus("done"))
     _publish(config, plan, store, "mlflow")
     Path(store.published_uri("mlflow")).unlink()
     _publish(config, plan, store, "mlflow")

@@ -5,10 +5,10 @@ from typing import Any
 
 
 def before_its_end(resps: Iterable[Sequence[str]], docs: Any) -> list[list[str]]:
-    """Return what stands before the fence that ends the block, of each document's answers."""
-    return [[answer.partition("```")[0] for answer in answers] for answers in resps]
+    """Return the text before the fence that ends the block, of each document's responses."""
+    return [[text.partition("```")[0] for text in texts] for texts in resps]
 
 
 def with_its_beginning(resps: Iterable[Sequence[str]], docs: Any) -> list[list[str]]:
-    """Return the answers with the fence that begins the block, so that they hold it whole."""
-    return [[f"```python\n{answer}" for answer in answers] for answers in resps]
+    """Return the responses with the fence that begins the block, so that they hold it whole."""
+    return [[f"```python\n{text}" for text in texts] for texts in resps]

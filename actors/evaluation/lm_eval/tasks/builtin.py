@@ -14,13 +14,13 @@ from actors.data import builtin_file
 
 
 def blimp_sample(**_: Any) -> dict[str, Dataset]:
-    """Minimal pairs: `sentence_good`, `sentence_bad`, `UID`."""
+    """Return minimal pairs: `sentence_good`, `sentence_bad`, `UID`."""
     lines = builtin_file("blimp-sample.jsonl").read_text(encoding="utf-8").splitlines()
     return {"validation": Dataset.from_list([json.loads(line) for line in lines])}
 
 
 def wikitext2_pages(num_pages: int, **_: Any) -> dict[str, Dataset]:
-    """The first pages of the WikiText-2 raw test split, as in its document-level version.
+    """Return the first pages of the WikiText-2 raw test split, as in its document-level version.
 
     A page starts at a top-level heading, a line ` = Title = `, and leaves out
     the newline before the next one.

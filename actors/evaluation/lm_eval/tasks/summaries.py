@@ -1,4 +1,4 @@
-"""How well a summary agrees with its reference."""
+"""Agreement of a summary with its reference."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -10,7 +10,7 @@ MEASURES = ("rouge1", "rouge2", "rougeL")
 
 
 def rouge(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """F1 of ROUGE-1, -2 and -L with stemming (Lin, 2004), 0 to 1, of a generated summary."""
+    """Return F1 of ROUGE-1, -2 and -L with stemming (Lin, 2004), 0 to 1, of a generated summary."""
     scores = _scorer().score(doc["summary"], results[0].strip())
     return {measure: scores[measure].fmeasure for measure in MEASURES}
 

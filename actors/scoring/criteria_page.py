@@ -1,0 +1,95 @@
+"""The reference page of the criteria, from their table: `python -m actors.scoring.criteria_page`."""
+
+import sys
+
+from actors.scoring.criteria import CRITERIA, Criterion, MergeCriterion, TaskCriterion
+
+HEAD = """# Criteria
+
+What `methods[].scoring.criterion` may name. This page is written from the table of criteria
+(`python -m actors.scoring.criteria_page > docs/criteria.md`); a test keeps it so.
+
+M is the current model of N layers, d a calibration sequence, h the last hidden state after the final norm,
+x_i,t what layer i receives at token t (T the last), W_k the weight matrices of a layer. Sequences are
+scored one by one without padding. Within a tie (1e-6) the deeper layer goes.
+
+| criterion | paper | computes for layer i | removed first | reads text | layer-forwards |
+|---|---|---|---|---|---|
+"""
+
+TAIL = """
+Layer-forwards are for S sequences and N layers, one scoring.
+
+Every criterion but `laco` goes with both schedules. `iterative` scores again after each portion of
+`schedule.layers_per_iteration` layers; `direct` takes all layers from one scoring.
+
+- `angular_block` chooses the n layers of a portion together, as one run: all of them with `direct`, and
+  `layers_per_iteration` of them with `iterative`. Any layer may begin the run, the first one too. Layers
+  after which fewer than n are left get the score 1, the largest distance there is.
+- `hidden_cosine` compares with the unpruned model or, with `reference: current`, with the current one;
+  `pooling` is `flatten`, `token_mean` or `last_token`.
+- `taylor` takes the gradient of the mean over sequences of the mean next-token loss. All sequences are
+  scored by one actor, as the gradients are added up before their absolute value is taken; one layer's
+  gradients are held at a time.
+- `magnitude_l1` and `magnitude_l2` leave out norms and biases, and so does `taylor`.
+- `task_metric` evaluates every model with one layer less on `scoring.task`, as many at a time as
+  `execution.scoring.actors` says, each with the resources of an evaluation. It runs in campaigns only.
+
+## Granularity
+
+`scoring.granularity` says what of a layer goes: the whole `block`, or its `attention` (in hybrids what
+mixes tokens in its place) or its `mlp`. "M without i" is then M with that sub-block of layer i adding
+nothing, W_k are the sub-block's matrices, and a candidate passes its own layer, too: S·N more layer-forwards.
+`block_influence` compares the stream before the sub-block with the stream after it, with 2·S·N. Targets
+count the sub-blocks that are left. {blocks_only} choose whole blocks and are refused.
+
+No config of transformers says that half a block is missing. So a removed sub-block stays in the checkpoint,
+as zeros: plain transformers then computes exactly what a model without it would, but the files, the memory
+and the time are those of the source; the ledger has `parameters_in_use` beside `parameters`.
+docs/families.md lists for which families this holds. Where a norm or a gate changes the stream between the
+sub-blocks, as in BERT, layers are scored but not pruned; where a block is one sub-block, as in `nemotron_h`
+and Mamba, remove blocks. Recovery would fill the zeros again, so it has to be `objective: none`.
+
+## Merging instead of removing
+
+`laco` (Algorithm 1) goes from the top down: a layer takes in the `group` − 1 layers after it, and the merge
+stays if the mean cosine to the unmerged model's last hidden states is above `threshold`. It ends when the
+target's layers are gone, and is an error if they do not go. The settings are those of `scoring.merge`. As
+the merges make one pass and change the source's own weights, `laco` goes with `mode: direct` and
+`recovery.objective: none` only. In Python it is `laco_compress` of `actors.scoring.laco`, and
+`merge_layers` of `actors.models.pruning.merging` is a single merge, in two variants:
+
+| variant | paper | the layer that stays |
+|---|---|---|
+| `differences` | Eq. 1 | θ_l + Σ_k (θ_l+k − θ_l), all parameters |
+| `in_place` | the published code | matrices and biases of the last merged layer, norms of its own |
+
+The published code takes each difference to the layer as the one before has left it, so that its sum
+collapses.
+"""
+
+
+def criteria_page() -> str:
+    """Return the whole page as Markdown."""
+    blocks_only = " and ".join(f"`{name}`" for name, row in CRITERIA.items() if row.blocks_only)
+    rows = ""
+    for name, row in CRITERIA.items():
+        cells = [f"`{name}`", row.source, row.equation, "highest" if row.highest_first else "lowest"]
+        cells += ["yes" if row.uses_sequences else "no", _forwards(row)]
+        rows += f"| {' | '.join(cells)} |\n"
+    return HEAD + rows + TAIL.format(blocks_only=blocks_only)
+
+
+def _forwards(criterion: Criterion) -> str:
+    """Name the count in terms of S and N, by its values for N = 10."""
+    match criterion:
+        case TaskCriterion():
+            return "N evaluations"
+        case MergeCriterion():
+            return "by tries"
+        case _:
+            return {0: "none", 10: "S·N", 20: "2·S·N", 55: "S·N(N+1)/2"}[criterion.forwards(10, 1)]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(criteria_page())

@@ -1,0 +1,83 @@
+"""Measures of what a layer, or its attention or MLP alone, does to the activations and the output."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel
+
+from actors.models import BLOCK, LayerwisePass, depth, find_layers, without_sub_block
+from actors.scoring.measures.calibration import Calibration
+from actors.scoring.measures.likelihood import negative_log_likelihoods
+from actors.scoring.measures.pooling import POOLING
+from actors.scoring.measures.wavefront import UNPRUNED, last_hiddens
+
+
+@torch.no_grad()
+def hidden_cosine(model: PreTrainedModel, calibration: Calibration) -> Tensor:
+    """Return the cosine of the last hidden states of the reference and the model without layer i. [S, N]"""
+    pool, own = POOLING[calibration.pooling], calibration.reference is None
+    rows = calibration.no_rows(model)
+    for wave in calibration.waves(model):
+        references: dict[int, Tensor] = {}  # the last hidden state [T, D] to keep, by sequence
+        if calibration.reference is not None:
+            sequences = [calibration.sequences[i] for i in wave.positions]
+            hidden = last_hiddens(
+                calibration.reference,
+                sequences,
+                budget=calibration.memory_budget,
+                counter=calibration.counter,
+            )
+            references |= zip(wave.positions, (h.float() for h in hidden), strict=True)
+        for states in calibration.final_states(model, wave, keep_unpruned=own):
+            hidden_CGTD = states.last_hidden().float()
+            if states.streams[0] == UNPRUNED:
+                references |= zip(states.positions, hidden_CGTD[0].clone(), strict=True)
+            first = states.streams.count(UNPRUNED)
+            layers = list(states.streams[first:])
+            for g, position in enumerate(states.positions):
+                rows[position, layers] = pool(references[position], hidden_CGTD[first:, g]).double().cpu()
+    return rows
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, calibration: Calibration) -> Tensor:
+    """Return the mean negative log-likelihood, in nats, of the tokens 2..T without layer i. [S, N]
+
+    Their mean over tokens becomes the perplexity (`LayerCriterion.link`). A sequence
+    of one token predicts nothing: its row is 0 and weighs nothing.
+    """
+    rows = calibration.no_rows(model)
+    for wave in calibration.waves(model):
+        for states in calibration.final_states(model, wave, keep_unpruned=False):
+            nats_CG = negative_log_likelihoods(states, calibration.sequences, calibration.memory_budget)
+            for g, position in enumerate(states.positions):
+                rows[position, list(states.streams)] = nats_CG[:, g].cpu()
+    return rows
+
+
+@torch.no_grad()
+def block_influence(model: PreTrainedModel, calibration: Calibration) -> Tensor:
+    """Return 1 − mean over tokens of the cosine of the stream before and after a block or sub-block. [S, N]
+
+    Attention stands between the block's input and its output without its MLP, the
+    MLP between that and the block's output.
+    """
+    rows = []
+    for sequence in calibration.sequences:
+        layerwise = LayerwisePass(model, sequence[None])
+        entering, row = layerwise.hidden_BTD, []
+        for index in range(depth(model.config)):
+            leaving = layerwise.block(index, entering)
+            before, after = entering, leaving
+            if calibration.granularity != BLOCK:
+                with without_sub_block(find_layers(model).modules[index], "mlp"):
+                    between = layerwise.block(index, entering)
+                before, after = (
+                    (entering, between) if calibration.granularity == "attention" else (between, after)
+                )
+            row.append(1 - cosine_similarity(before.float(), after.float(), dim=-1).mean())
+            entering = leaving
+        rows.append(torch.stack(row))
+    passes = 1 if calibration.granularity == BLOCK else 2
+    calibration.counter.layer_forwards += passes * depth(model.config) * len(rows)
+    return torch.stack(rows)

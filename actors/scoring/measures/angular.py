@@ -1,0 +1,65 @@
+"""Angular distance between the points of the residual stream (Gromov et al., arXiv 2403.17887, §3.2).
+
+Point ℓ of the stream is what block ℓ receives: point 0 is the embedding output and
+point N what the last block hands to the final norm. Blocks ℓ..ℓ+n-1 lie between
+the points ℓ and ℓ+n, so that a run of n blocks may begin at any ℓ in 0..N-n.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+from actors.errors import RequestError
+from actors.models import LayerwisePass, depth
+from actors.scoring.measures.calibration import Calibration
+
+FARTHEST = 1.0
+"""The largest angular distance there is, given to starts after which no n blocks are left."""
+
+
+def angular_distances(model: PreTrainedModel, sequences: Sequence[Tensor]) -> Tensor:
+    """Return Eq. 7 between all points of the stream: the mean of arccos(cos) / π at the last token.
+
+    Args:
+        model: a decoder language model of N blocks.
+        sequences: token ids [T] without padding, so that the last token is a real one.
+
+    Returns:
+        [N+1, N+1], symmetric, in 0..1; entry [ℓ, ℓ+n] belongs to the run of n blocks from ℓ on.
+    """
+    return torch.stack([_distances(model, sequence) for sequence in sequences]).mean(0)
+
+
+def angular_block(model: PreTrainedModel, calibration: Calibration) -> Tensor:
+    """Return the angular distance at the last token between the inputs of the blocks i and i + n. [S, N]
+
+    n is `calibration.num_remove`. Starts later than N - n get `FARTHEST`.
+
+    Raises:
+        RequestError: no run of so many blocks.
+    """
+    num_layers, num_remove = depth(model.config), calibration.num_remove
+    if not 1 <= num_remove <= num_layers:
+        raise RequestError(f"no run of {num_remove} blocks in a model of {num_layers}")
+    rows = torch.full((len(calibration.sequences), num_layers), FARTHEST, dtype=torch.float64)
+    for row, sequence in zip(rows, calibration.sequences, strict=True):
+        row[: num_layers - num_remove + 1] = _distances(model, sequence).diagonal(num_remove)
+    return rows
+
+
+@torch.no_grad()
+def _distances(model: PreTrainedModel, sequence_T: Tensor) -> Tensor:
+    """Return Eq. 7 for one sequence. [N+1, N+1]"""
+    layerwise = LayerwisePass(model, sequence_T[None])
+    hidden = layerwise.hidden_BTD
+    points = [hidden[0, -1]]
+    for index in range(depth(model.config)):
+        hidden = layerwise.block(index, hidden)
+        points.append(hidden[0, -1])
+    # In float64, as arccos near 1 turns an error of 1e-7 in the cosine into one of 1e-4.
+    directions = normalize(torch.stack(points).double(), dim=-1)
+    return torch.arccos((directions @ directions.T).clamp(-1, 1)).cpu() / math.pi

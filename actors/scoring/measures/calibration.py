@@ -1,0 +1,67 @@
+"""The input of a measure, and its signature."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from actors.models import BLOCK, depth
+from actors.scoring.measures.wavefront import FinalStates, ForwardCounter, Wave, wavefront, waves
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The input of a measure.
+
+    Attributes:
+        sequences: token ids [T] of each calibration sequence; lengths differ.
+        reference: the model whose output is to be kept (None: the scored model).
+        pooling: how a sequence's tokens become one similarity, see `POOLING`.
+        seed: for criteria that draw.
+        num_remove: layers that will go together, for criteria that choose a run of them.
+        candidates: the layers to score, ascending (None: all); for criteria that score `by_candidate`.
+        memory_budget: bytes that hidden states may take (None: as is usual on the device).
+        counter: counts the passes of blocks, also of measures that pass them in ways of their own.
+        granularity: what of a layer would go: the block, its attention or its MLP.
+    """
+
+    sequences: Sequence[Tensor]
+    reference: PreTrainedModel | None = None
+    pooling: str = "flatten"
+    seed: int = 0
+    num_remove: int = 1
+    candidates: Sequence[int] | None = None
+    memory_budget: int | None = None
+    counter: ForwardCounter = field(default_factory=ForwardCounter)
+    granularity: str = BLOCK
+
+    def waves(self, model: PreTrainedModel) -> list[Wave]:
+        """Divide the sequences and candidates into portions that keep the memory budget."""
+        return waves(model, self.sequences, self.candidates, self.memory_budget)
+
+    def final_states(
+        self, model: PreTrainedModel, wave: Wave, *, keep_unpruned: bool
+    ) -> Iterator[FinalStates]:
+        """Yield the candidates of `wave` after the last block; see `wavefront`."""
+        return wavefront(
+            model,
+            self.sequences,
+            wave,
+            keep_unpruned=keep_unpruned,
+            counter=self.counter,
+            granularity=self.granularity,
+        )
+
+    def no_rows(self, model: PreTrainedModel) -> Tensor:
+        """Return rows for every sequence and layer, nothing scored yet: [S, N] of NaN, float64."""
+        return torch.full((len(self.sequences), depth(model.config)), torch.nan, dtype=torch.float64)
+
+
+Measure = Callable[[PreTrainedModel, Calibration], Tensor]
+"""Returns one row of scores for each calibration sequence, [S, N]; or [1, N] where sequences do not matter.
+
+A layer's score is the mean over sequences, so any division of the sequences over
+processes gives the same scores.
+"""

@@ -1,0 +1,130 @@
+"""Where and how wide a campaign runs, where it is kept, who gets its numbers, what it costs."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from actors.contracts import LocalPath
+from orchestrator.config.section import Section
+
+
+class PoolConfig(Section):
+    """Actors that share a stage's work, and what each holds."""
+
+    actors: int = Field(2, ge=1, description="Actors that share the calibration sequences, or the prompts.")
+    cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
+    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
+
+
+class WorkerConfig(Section):
+    """Actors that share an evaluation's requests, and what each holds; an export holds as much as one."""
+
+    actors: int = Field(1, ge=1, description="Actors that share the requests of the tasks.")
+    cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
+    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
+
+
+class TrainingConfig(Section):
+    """The workers of one recovery; they start together or not at all."""
+
+    workers: int = Field(1, ge=1, description="Workers that share a batch.")
+    cpus: float = Field(1.0, gt=0, description="CPUs a worker.")
+    gpus: float = Field(0.0, ge=0, description="GPUs a worker.")
+    deepspeed: Annotated[str | None, LocalPath()] = Field(
+        None, description="DeepSpeed JSON file, merged into ours."
+    )
+    max_failures: int = Field(3, ge=0, description="Lost workers before the recovery is given up.")
+
+
+class ClusterMaximumConfig(Section):
+    """What an autoscaling cluster can grow to: Ray does not tell, while no worker is up."""
+
+    nodes: int = Field(ge=1, description="Workers at most, of all types.")
+    cpus: float = Field(gt=0, description="CPUs of the largest worker.")
+    gpus: float = Field(0.0, ge=0, description="GPUs of the largest worker.")
+
+
+class ExecutionConfig(Section):
+    """Where and how wide the work runs. Nothing here changes a result."""
+
+    backend: Literal["ray", "local"] = Field("ray", description="On Ray, or all in this process.")
+    scoring: PoolConfig = PoolConfig()
+    generation: PoolConfig = PoolConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: WorkerConfig = WorkerConfig()
+    overlap_evaluation: bool = Field(
+        True,
+        description="Evaluate while the next iteration is scored and trained, where there is room for both.",
+    )
+    max_concurrent_trajectories: int | None = Field(
+        None, ge=1, description="Trajectories under way at a time; as many as keep the cluster busy if None."
+    )
+    cluster_maximum: ClusterMaximumConfig | None = Field(
+        None, description="What the autoscaler may grow the cluster to; else what is up now must suffice."
+    )
+    start_timeout_s: float = Field(
+        600.0, gt=0, description="Longest wait for the cluster to give what a stage asks for."
+    )
+    max_failures: int | None = Field(
+        None, ge=1, description="Failed trajectories after which no further stage starts."
+    )
+    time_limit_s: float | None = Field(
+        None, gt=0, description="Seconds after which no further stage starts; counted from every start."
+    )
+    budget: float | None = Field(
+        None,
+        gt=0,
+        description="Price, by the table of `cost`, after which no further stage starts; of the whole run.",
+    )
+
+
+class StorageConfig(Section):
+    """Where runs are kept."""
+
+    path: str = Field("runs", min_length=1, description="Local directory, NFS, s3:// or gs://.")
+
+
+class MlflowConfig(Section):
+    """An MLflow server. It takes user and password, or a token, from the environment (MLFLOW_TRACKING_…)."""
+
+    tracking_uri: str = Field(min_length=1, description="Address of the server, e.g. http://host:5000.")
+    experiment: str | None = Field(
+        None, min_length=1, description="Where the runs go; the campaign's name if not given."
+    )
+
+
+class WandbConfig(Section):
+    """A project of Weights & Biases. It takes its key from the environment (WANDB_API_KEY) or its login."""
+
+    project: str = Field(min_length=1, description="Where the runs go.")
+    entity: str | None = Field(None, min_length=1, description="Whose project; your own if not given.")
+    mode: Literal["offline", "online"] = Field(
+        "offline", description="Offline, runs are files, which `wandb sync` sends."
+    )
+
+
+class TrackingConfig(Section):
+    """Who is told the numbers of the ledger; each trajectory is a run. Nothing here changes a result."""
+
+    tensorboard: bool = Field(True, description="Write event files into the run's directory `tensorboard`.")
+    mlflow: MlflowConfig | None = Field(None, description="An MLflow server, if given.")
+    wandb: WandbConfig | None = Field(None, description="Weights & Biases, if given.")
+
+
+class MachineConfig(Section):
+    """What a machine type does and costs, each device of it; what is not given is as in the table."""
+
+    bf16_tflops: float | None = Field(None, gt=0, description="Peak 10¹² FLOP/s in 16 bits.")
+    fp32_tflops: float | None = Field(None, gt=0, description="Peak 10¹² FLOP/s in 32 bits.")
+    memory_gb: float | None = Field(None, gt=0, description="GB of memory.")
+    price_per_hour: float | None = Field(None, ge=0, description="Price of an hour.")
+
+
+class CostConfig(Section):
+    """Assumptions behind the costs that `iterabre plan` shows. Nothing here changes a result."""
+
+    machine: str = Field("A100-80G", description="Machine type that `execution.budget` is counted for.")
+    machines: dict[str, MachineConfig] = Field({}, description="Changes of the table of machines.")
+    utilisation: float = Field(
+        0.35, gt=0, le=1, description="Share of the peak that the work reaches; see also --calibrate."
+    )

@@ -1,0 +1,210 @@
+"""Where results of stages come from: computed once and stored, or looked up in the store alone."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from threading import Lock
+from typing import Any
+
+from actors.contracts import EvaluationResult, ExportSpec, ModelRef, Progress, Removal, no_progress
+from orchestrator.errors import RequestError
+from orchestrator.execution.progress import Report, StageProgress, TrajectoryProgress
+from orchestrator.execution.stage_kinds import EVALUATE, EXPORT, Backend, Numbers, ResultT, StageRequest
+from orchestrator.execution.stage_runner import StageRunner
+from orchestrator.execution.trajectory import run_trajectory
+from orchestrator.planning.keys import stage_key
+from orchestrator.planning.plan import TrajectoryPlan
+from orchestrator.planning.pruning_schedule import IterationPlan
+from orchestrator.scheduling.coordinator import Leases
+from orchestrator.scheduling.resources import resource_kind
+from orchestrator.storage.ledger import Ledger, Row
+from orchestrator.storage.stage_store import Store, StoredStage
+
+log = logging.getLogger(__name__)
+
+
+class ComputeResolver:
+    """Finds each stage in the store or computes it, once for all trajectories that need it.
+
+    Its numbers go to the ledger either way, under a name that makes writing them twice harmless.
+
+    Args:
+        leases: keep other trajectories from computing the same stage meanwhile.
+        stages_total: stages that the trajectory will have passed at its end.
+    """
+
+    def __init__(
+        self,
+        plan: TrajectoryPlan,
+        store: Store,
+        backend: Backend,
+        report: Report,
+        leases: Leases,
+        stages_total: int,
+    ):
+        self._plan = plan
+        self._store = store
+        self._backend = backend
+        self._report = report
+        self._leases = leases
+        self._ledger = Ledger(store.ledger_uri)
+        self._counting = Lock()
+        self.progress = TrajectoryProgress(
+            plan.id, 0, len(plan.iterations), "starting", stages_total=stages_total
+        )
+
+    def resolve(self, stage: StageRequest[ResultT]) -> ResultT:
+        """Return the result of a stage from the store, or computed now; write its numbers to the ledger."""
+        kind, progress = stage.kind.name, no_progress
+        if not stage.background:  # the board shows what the trajectory waits for
+            with self._counting:
+                self.progress = replace(self.progress, iteration=stage.iteration.index, stage=kind)
+            progress = StageProgress(self._report, self.progress)
+        stored = self._store.load(kind, stage.key, stage.kind.result_type)
+        reused = stored is not None
+        if stored is None:
+            stored, reused = self._compute(stage, progress)
+        self._count(reused)
+        numbers = [*stage.kind.numbers(stored.result), ("seconds", stored.seconds, "s", {})]
+        where = {"when": datetime.fromisoformat(stored.created_at), "where": stored.host}
+        self._record(stage.iteration, kind, stage.key, numbers, stage.phase, where)
+        if isinstance(stored.result, EvaluationResult) and stage.phase != "pruned":
+            with self._counting:
+                self.progress = replace(self.progress, perplexities=_perplexities(stored.result))
+        return stored.result
+
+    def _compute(self, stage: StageRequest[ResultT], progress: Progress) -> tuple[StoredStage[ResultT], bool]:
+        """Return the stage, computed here or by another trajectory while this one waited, and whether so."""
+        kind, key = stage.kind.name, stage.key
+        stages_left = self.progress.stages_total - self.progress.stages_done
+        self._leases.acquire(resource_kind(kind, stage.spec), key, stages_left)
+        seconds, at = 0.0, (self._plan.id, stage.iteration.index, kind, key[:12])
+        try:
+            if stored := self._store.load(kind, key, stage.kind.result_type):
+                return stored, True
+            log.info("%s iteration %d: %s %s starts", *at)
+            uri = self._store.payload_uri(kind, key, time.time_ns())
+            if stage.kind is EXPORT:
+                uri = self._store.models_uri(self._plan.id, stage.layers, self._plan.unit)
+            started = time.monotonic()
+            try:
+                result = stage.kind.compute(self._backend, stage, progress, uri)
+            finally:
+                seconds = time.monotonic() - started
+            # Responses, an adapter, an exported directory; some stages only measure.
+            artifact = getattr(result, "artifact", None)
+            stored = self._store.commit(kind, key, result, stage.inputs, artifact, seconds)
+        finally:
+            self._leases.release(key, seconds)
+        log.info("%s iteration %d: %s %s took %.1f s", *at, seconds)
+        return stored, False
+
+    def prune(self, iteration: IterationPlan, pruned: ModelRef, removal: Removal) -> None:
+        """Record what was removed."""
+        scored = zip(removal.source_layers, removal.scores, strict=True)
+        numbers: Numbers = [
+            *(("dropped", score, "", {"layer": layer}) for layer, score in scored),
+            ("layers", iteration.layers_left, "", {}),
+        ]
+        self._record(iteration, "prune", stage_key("prune", self._plan.key_inputs(pruned)), numbers)
+        self._count(reused=False)
+
+    def export(self, iteration: IterationPlan, model: ModelRef) -> None:
+        """Write `model` as a Hugging Face directory, with its card and provenance."""
+        from orchestrator.export.model_card import model_card
+        from orchestrator.export.provenance import provenance
+
+        plan = self._plan
+        rows = self._ledger.read(f"{plan.id}-").to_pylist()
+        card, made = model_card(plan, iteration, model, rows), provenance(plan, iteration, model, rows)
+        spec = ExportSpec(model, card=card, provenance=made)
+        inputs = plan.key_inputs(spec)
+        key = stage_key(EXPORT.name, inputs)
+        self.resolve(StageRequest(EXPORT, key, inputs, spec, iteration, iteration.layers_left))
+
+    def _count(self, reused: bool) -> None:
+        with self._counting:
+            now = self.progress
+            self.progress = replace(
+                now, stages_done=now.stages_done + 1, stages_reused=now.stages_reused + reused
+            )
+        self._report(self.progress)
+
+    def _record(
+        self,
+        iteration: IterationPlan,
+        kind: str,
+        key: str,
+        numbers: Numbers,
+        phase: str | None = None,
+        where: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a stage's numbers to the ledger, once."""
+        part = f"{self._plan.id}-{iteration.index:03d}-{kind}-{phase or 'all'}-{key[:16]}"
+        if self._ledger.has(part):
+            return
+        common: dict[str, Any] = {
+            "campaign": self._plan.campaign,
+            "trajectory": self._plan.id,
+            "model": self._plan.model_id,
+            "method": self._plan.method.name,
+            "seed": self._plan.seed,
+            "iteration": iteration.index,
+            "stage": kind,
+            "phase": phase,
+            "key": key,
+            **(where or {}),
+        }
+        rows = [Row(**common, metric=m, value=float(v), unit=u, **more) for m, v, u, more in numbers]
+        self._ledger.append(part, rows)
+
+
+class LookUpResolver:
+    """Takes from the store alone the stages that make a model what it is.
+
+    Those that measure or copy it need not be there; nothing is computed or recorded.
+    """
+
+    def __init__(self, store: Store):
+        self._store = store
+
+    def resolve(self, stage: StageRequest[ResultT]) -> ResultT:
+        """Return the stored result of a stage.
+
+        Raises:
+            RequestError: it is not finished.
+        """
+        if stage.kind is EVALUATE:
+            return EvaluationResult((), 0)  # type: ignore[return-value]
+        stored = self._store.load(stage.kind.name, stage.key, stage.kind.result_type)
+        if stored is None:
+            raise RequestError(
+                f"that iteration's {stage.kind.name} stage is not finished; continue the run with "
+                "--resume first"
+            )
+        return stored.result
+
+    def prune(self, iteration: IterationPlan, pruned: ModelRef, removal: Removal) -> None:
+        """Pass over the record of a choice."""
+
+    def export(self, iteration: IterationPlan, model: ModelRef) -> None:
+        """Pass over an export."""
+
+
+def finished_model(plan: TrajectoryPlan, store: Store, iteration: int) -> ModelRef:
+    """Return the recovered model of a finished iteration, looked up along its trajectory.
+
+    Raises:
+        RequestError: no such iteration, or it is not finished.
+    """
+    if not 1 <= iteration <= len(plan.iterations):
+        raise RequestError(f"{plan.id} has iterations 1 to {len(plan.iterations)}, not {iteration}")
+    return run_trajectory(plan, StageRunner(plan, LookUpResolver(store)), until=iteration)
+
+
+def _perplexities(result: EvaluationResult) -> dict[str, float]:
+    """Return token perplexities by the name of their text."""
+    ending = "/token_perplexity"
+    return {m.name.removesuffix(ending): m.value for m in result.metrics if m.name.endswith(ending)}

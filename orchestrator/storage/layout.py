@@ -1,0 +1,144 @@
+"""Where everything of a run lies; the only module that builds paths.
+
+<storage.path>/<campaign name>/
+    campaign.json                   the configuration the run was started with
+    stages/<kind>/<key>/            payload-<attempt>/, result.json, then manifest.json
+    stages/quarantine/              results that did not match their manifest
+    trajectories/<id>.json          how a trajectory ended
+    trajectories/<id>.plan.json     what was decided for it
+    driver.lock                     the driver that has the run open
+    ledger/  models/  train/  tune/  report/  logs/  tensorboard/
+    trackers/<name>.json            what of the ledger was published to a tracker
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Self
+
+from actors.artifacts import cache_entry, join, local_path
+from actors.contracts import digest
+from actors.errors import RequestError
+
+QUARANTINE = "quarantine"
+"""Below `stages`, the directory of results that did not match their manifest."""
+
+FORMER_QUARANTINE = "set-aside"
+"""Its name in runs of earlier versions."""
+
+PLAN_SUFFIX = ".plan.json"
+
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for what it runs as a job (`ray job submit`, a RayJob of Kubernetes), and for nothing else."""
+
+
+def safe_name(name: str) -> str:
+    """Return `name` if it can be one path component, on any file system, and nothing else.
+
+    Raises:
+        RequestError: it is empty, too long, or has characters such as `/` or a leading dot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}", name):
+        raise RequestError(
+            f"name {name!r} cannot be used in a path: use 1 to 200 letters, digits and . _ = + -, "
+            "beginning with a letter or digit"
+        )
+    return name
+
+
+class RunLayout:
+    """The paths of one run, which lies at `uri` (local path, `s3://` or `gs://`)."""
+
+    def __init__(self, uri: str) -> None:
+        if "://" in uri and ("?" in uri or "#" in uri):
+            raise RequestError(f"storage path {uri!r}: options after '?' are not used; set AWS_ENDPOINT_URL")
+        local = local_path(uri)
+        self.uri = str(local) if local is not None else uri.rstrip("/")
+
+    @classmethod
+    def of_campaign(cls, storage_path: str, name: str) -> Self:
+        """Return the run of campaign `name` under the configured `storage.path`.
+
+        Raises:
+            RequestError: the path is relative, and this is a job of a Ray cluster.
+        """
+        relative = "://" not in storage_path and not os.path.isabs(os.path.expanduser(storage_path))
+        if relative and RAY_JOB_VARIABLE in os.environ:
+            raise RequestError(
+                f"storage.path {storage_path!r} is relative, and in a Ray job that is the job's own "
+                f"directory ({os.getcwd()}), which Ray deletes: give an absolute path that every node sees "
+                "(NFS), or s3:// or gs://, e.g. --set storage.path=s3://bucket/runs"
+            )
+        return cls(join(storage_path, safe_name(name)))
+
+    @property
+    def run_file_uri(self) -> str:
+        """The configuration and versions the run was started with, as JSON."""
+        return join(self.uri, "campaign.json")
+
+    @property
+    def ledger_uri(self) -> str:
+        """Directory of Parquet parts."""
+        return join(self.uri, "ledger")
+
+    @property
+    def report_uri(self) -> str:
+        """Directory of the report."""
+        return join(self.uri, "report")
+
+    @property
+    def tune_uri(self) -> str:
+        """Ray Tune's directory: a cache of trial states, never the truth."""
+        return join(self.uri, "tune")
+
+    @property
+    def logs_dir(self) -> Path:
+        """Directory for log files; on this node when the run lies in an object store."""
+        local = local_path(self.uri)
+        return local / "logs" if local is not None else cache_entry("logs", digest(self.uri)[:16])
+
+    def train_uri(self, key: str) -> str:
+        """Return the directory of checkpoints of the training behind the recovery stage `key`."""
+        return join(self.uri, "train", safe_name(key))
+
+    def models_uri(self, trajectory: str, num_left: int, unit: str = "layers") -> str:
+        """Return the directory of a trajectory's exported checkpoint with so many layers, or sub-blocks."""
+        return join(self.uri, "models", safe_name(trajectory), f"{num_left}-{unit}")
+
+    @property
+    def trajectories_uri(self) -> str:
+        """Directory of the trajectories' plans and states."""
+        return join(self.uri, "trajectories")
+
+    def trajectory_status_uri(self, trajectory: str) -> str:
+        """Return the file of how a trajectory ended, as JSON."""
+        return join(self.trajectories_uri, safe_name(trajectory) + ".json")
+
+    def trajectory_plan_uri(self, trajectory: str) -> str:
+        """Return the file of what was decided for a trajectory, as JSON."""
+        return join(self.trajectories_uri, safe_name(trajectory) + PLAN_SUFFIX)
+
+    def tensorboard_uri(self, trajectory: str) -> str:
+        """Return the directory of a trajectory's event files."""
+        return join(self.uri, "tensorboard", safe_name(trajectory))
+
+    def published_uri(self, tracker: str) -> str:
+        """Return the file of the ledger's parts that were published to a tracker, as JSON."""
+        return join(self.uri, "trackers", safe_name(tracker) + ".json")
+
+    @property
+    def lock_uri(self) -> str:
+        """The driver that has the run open, as JSON."""
+        return join(self.uri, "driver.lock")
+
+    def stage_uri(self, kind: str, key: str) -> str:
+        """Return the directory of one stage."""
+        return join(self.uri, "stages", safe_name(kind), safe_name(key))
+
+    def payload_uri(self, kind: str, key: str, attempt: int) -> str:
+        """Return the directory of an attempt's files; attempts never write to one another's."""
+        return join(self.stage_uri(kind, key), f"payload-{attempt}")
+
+    def quarantine_uri(self, stage: str) -> str:
+        """Return the directory to which a damaged stage is moved, under the name `stage`."""
+        return join(self.uri, "stages", QUARANTINE, stage)

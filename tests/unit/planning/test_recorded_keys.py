@@ -1,0 +1,135 @@
+"""Runs of version 0.1.0 stay usable: its stages are found under the keys of today, and its run is resumed.
+
+`recorded/` holds what that version wrote: the manifests of a campaign's stages, and its campaign.json. Paths
+are relative there, and the hashes of the files behind them are given.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from actors.contracts import (
+    ArtifactRef,
+    FileRef,
+    Merge,
+    ModelInfo,
+    ModelRef,
+    ModelSpec,
+    Origin,
+    TextSpec,
+    extend,
+)
+from actors.recovery import find_objective
+from actors.scoring import find_criterion
+from orchestrator.config import CampaignConfig, load_config, parse_config
+from orchestrator.errors import RunExistsError
+from orchestrator.planning.keys import stage_key
+from orchestrator.planning.plan import Traits, TrajectoryPlan
+from orchestrator.planning.planner import evaluation_spec
+from orchestrator.storage.run_manifest import check_run
+from orchestrator.storage.stage_store import Store
+
+HERE = Path(__file__).parent / "recorded"
+RECORDED: dict[str, Any] = json.loads((HERE / "stages.json").read_text())
+FINGERPRINTS: dict[str, str] = RECORDED["fingerprints"]
+
+
+def _plan(config: CampaignConfig, method_name: str, seed: int) -> TrajectoryPlan:
+    """Return the plan that the planner makes where the files have the recorded fingerprints."""
+    method = next(method for method in config.methods if method.name == method_name)
+    criterion, objective = find_criterion(method.scoring.criterion), find_objective(method.recovery.objective)
+    source = extend(ModelSpec, config.models[0])
+    evaluation = evaluation_spec(config.evaluation, source, min(config.seeds))
+    evaluation = replace(evaluation, tasks_fingerprint=FINGERPRINTS.get(str(evaluation.include_path)))
+    texts = [extend(TextSpec, text) for text in (method.scoring.calibration, method.recovery.data)]
+    texts += [text.data for text in evaluation.perplexity]
+    fingerprints: dict[TextSpec | ModelSpec, str] = {
+        text: FINGERPRINTS[text.builtin or str(text.path)] for text in texts
+    }
+    if method.recovery.teacher is not None:
+        teacher = extend(ModelSpec, method.recovery.teacher)
+        fingerprints[teacher] = FINGERPRINTS[teacher.path]
+    return TrajectoryPlan(
+        id=method.name,
+        campaign=config.name,
+        model_id=config.models[0].id,
+        model=ModelInfo(source, "llama", 4, 10, 10, FINGERPRINTS[source.path]),
+        method=method,
+        seed=seed,
+        iterations=(),
+        evaluation=evaluation,
+        also_before_recovery=True,
+        deepspeed='{"bf16":{"enabled":true},"steps_per_print":5}' if config.name == "more" else "{}",
+        fingerprints=fingerprints,
+        traits=Traits(criterion.seeded, criterion.chooses_run, objective.heals, objective.trains_on),
+        any_layers=True,
+        origin=Origin(),
+    )
+
+
+def _artifact(sha256: str) -> ArtifactRef:
+    return ArtifactRef("anywhere", tuple(FileRef(*file) for file in RECORDED["artifacts"][sha256]))
+
+
+def _model(plan: TrajectoryPlan, recorded: dict[str, Any]) -> ModelRef:
+    """Return the model on the trajectory, made by the steps that a trajectory takes."""
+    model = plan.dense.without(tuple(recorded["dropped"]))
+    model = model.merged(
+        tuple(Merge(m["base"], tuple(m["merged"]), m["variant"]) for m in recorded["merges"])
+    )
+    for layer, granularity in recorded["emptied"]:
+        model = model.pruned(granularity, (layer,))
+    if recorded["weights"]:
+        model = model.bridged(_artifact(recorded["weights"]))
+    for adapter in recorded["adapters"]:
+        model = model.adapted(_artifact(adapter))
+    return model
+
+
+def _spec(plan: TrajectoryPlan, stage: dict[str, Any]) -> Any:
+    if stage["stage"] == "generate":
+        return plan.generation_spec()
+    model = _model(plan, stage["inputs"]["model"])
+    match stage["stage"]:
+        case "score":
+            return plan.score_spec(model, stage["num_remove"])
+        case "start":
+            return plan.start_spec(model, plan.recovery_text)
+        case "recover":
+            return plan.recovery_spec(model)
+    return plan.evaluation_spec(model)
+
+
+CAMPAIGNS = {name: load_config(HERE / f"{name}.yaml") for name in ("campaign", "more")}
+
+
+@pytest.mark.parametrize(
+    "stage",
+    RECORDED["stages"],
+    ids=lambda stage: f"{stage['method']}-{stage['stage']}-{stage['key'][:6]}",
+)
+def test_a_stage_has_the_key_that_it_was_stored_under(stage: dict[str, Any]) -> None:
+    plan = _plan(CAMPAIGNS[stage["campaign"]], stage["method"], stage["seed"])
+    inputs = json.loads(json.dumps(plan.key_inputs(_spec(plan, stage))))
+    assert inputs == stage["inputs"]
+    kind = "recover" if stage["stage"] == "start" else stage["stage"]
+    assert stage_key(kind, inputs) == stage["key"]
+
+
+def test_every_kind_of_stage_is_recorded() -> None:
+    stages = {stage["stage"] for stage in RECORDED["stages"]}
+    assert stages == {"score", "start", "recover", "evaluate", "generate"}
+
+
+def test_the_recorded_run_is_resumed_by_the_same_campaign(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    (tmp_path / "campaign.json").write_text((HERE / "campaign.json").read_text())
+    raw = yaml.safe_load((HERE / "campaign.yaml").read_text())
+    check_run(store, parse_config(raw, "campaign.yaml").model_dump(mode="json"), resume=True)
+    raw["methods"][0]["recovery"]["adapter"]["rank"] = 5
+    with pytest.raises(RunExistsError, match=r"methods\.0\.recovery\.adapter\.rank: 4 → 5"):
+        check_run(store, parse_config(raw, "campaign.yaml").model_dump(mode="json"), resume=True)
