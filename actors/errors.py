@@ -1,4 +1,4 @@
-"""The two kinds of failure a user can meet, raised by every room.
+"""The two kinds of failure a user can meet, raised by every package.
 
 A `RequestError` means the request itself was wrong: nothing was started and
 the command ends with exit code 2. A `WorkError` means a sound request failed

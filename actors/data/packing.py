@@ -1,4 +1,4 @@
-"""From documents and conversations to the sequences that a training run draws from.
+"""Packing of documents and conversations into the sequences of a training run.
 
 Shape letters: S sequences of a data set, B sequences of a batch, T tokens of a sequence.
 """
@@ -24,11 +24,11 @@ T = TypeVar("T")
 PADDING = 0
 """Token id of padding. Any will do: no token attends to it, and no loss counts it."""
 
-TYPES = {"ids": np.int32, "starts": np.uint8, "targets": np.uint8}
+COLUMN_DTYPES = {"ids": np.int32, "starts": np.uint8, "targets": np.uint8}
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """One sequence.
 
     Attributes:
@@ -42,11 +42,13 @@ class Sequence:
     targets: np.ndarray | None = None
 
 
-def cut_into_blocks(documents: Iterable[list[int]], sequence_length: int, apart: bool) -> Iterator[Sequence]:
+def cut_into_blocks(
+    documents: Iterable[list[int]], sequence_length: int, isolated: bool
+) -> Iterator[TokenSequence]:
     """Fill blocks of `sequence_length` tokens with one document after another.
 
     A document that does not fit goes on in the next block. What is left at the
-    end and fills no block is dropped. If `apart`, the blocks say where documents
+    end and fills no block is dropped. If `isolated`, the blocks mark where documents
     begin, so that no token need see another document.
     """
     ids: list[int] = []
@@ -58,24 +60,24 @@ def cut_into_blocks(documents: Iterable[list[int]], sequence_length: int, apart:
         for at in range(0, full, sequence_length):
             starts[at] = 1
             block = slice(at, at + sequence_length)
-            yield Sequence(np.array(ids[block]), np.array(starts[block]) if apart else None)
+            yield TokenSequence(np.array(ids[block]), np.array(starts[block]) if isolated else None)
         del ids[:full], starts[:full]
 
 
-def pack_whole(sequences: Iterable[Sequence], sequence_length: int) -> Iterator[Sequence]:
+def pack_sequences(sequences: Iterable[TokenSequence], sequence_length: int) -> Iterator[TokenSequence]:
     """Put as many sequences into one as fit into `sequence_length` tokens, in order; none is cut."""
-    waiting: list[Sequence] = []
+    waiting: list[TokenSequence] = []
     for sequence in sequences:
         if waiting and sum(len(s.ids) for s in waiting) + len(sequence.ids) > sequence_length:
-            yield _side_by_side(waiting)
+            yield _concatenate(waiting)
             waiting = []
         waiting.append(sequence)
     if waiting:
-        yield _side_by_side(waiting)
+        yield _concatenate(waiting)
 
 
 def shuffled(items: Iterable[T], seed: int, buffer_size: int) -> Iterator[T]:
-    """The items in an order drawn from `seed`, `buffer_size` of them in memory at a time."""
+    """Yield the items in an order drawn from `seed`, `buffer_size` of them in memory at a time."""
     draw = random.Random(seed)
     buffer: list[T] = []
     for item in items:
@@ -88,17 +90,17 @@ def shuffled(items: Iterable[T], seed: int, buffer_size: int) -> Iterator[T]:
     yield from buffer
 
 
-def _side_by_side(sequences: list[Sequence]) -> Sequence:
+def _concatenate(sequences: list[TokenSequence]) -> TokenSequence:
     starts = [np.arange(len(sequence.ids)) == 0 for sequence in sequences]
-    return Sequence(
+    return TokenSequence(
         np.concatenate([sequence.ids for sequence in sequences]),
         np.concatenate(starts),
         np.concatenate([sequence.targets for sequence in sequences]),
     )
 
 
-def up_to(sequences: Iterable[Sequence], max_tokens: int) -> Iterator[Sequence]:
-    """The first sequences, together at most `max_tokens` tokens."""
+def take_tokens(sequences: Iterable[TokenSequence], max_tokens: int) -> Iterator[TokenSequence]:
+    """Yield the first sequences, together at most `max_tokens` tokens."""
     for sequence in sequences:
         max_tokens -= len(sequence.ids)
         if max_tokens < 0:
@@ -119,9 +121,11 @@ class PackedData:
     def __init__(self, columns: Mapping[str, np.ndarray], bounds: np.ndarray):
         self._columns = columns
         self._bounds = bounds
-        self._counted = torch.from_numpy(np.diff(bounds))
+        self._num_targets_S = torch.from_numpy(np.diff(bounds))
         if "targets" in columns:
-            self._counted = torch.from_numpy(np.add.reduceat(columns["targets"], bounds[:-1], dtype=np.int64))
+            self._num_targets_S = torch.from_numpy(
+                np.add.reduceat(columns["targets"], bounds[:-1], dtype=np.int64)
+            )
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -135,7 +139,7 @@ class PackedData:
         return int(self._columns["ids"].max())
 
     def num_tokens(self, chosen_B: LongTensor) -> int:
-        return int(self._counted[chosen_B].sum())
+        return int(self._num_targets_S[chosen_B].sum())
 
     def batch(self, chosen_B: LongTensor) -> TokenBatch:
         lengths_B = self.lengths_S[chosen_B]
@@ -144,11 +148,16 @@ class PackedData:
         targets_BT = self._gather("targets", chosen_B, mask_BT)
         if targets_BT is None and starts_BT is not None:
             targets_BT = mask_BT * (1 - starts_BT)
+        position_ids_BT = None
+        if starts_BT is not None:
+            # The distance from the start of the document; 0 for padding, each token of which stands alone.
+            index_T = torch.arange(starts_BT.shape[1])
+            position_ids_BT = (index_T - (index_T * starts_BT).cummax(dim=1).values) * mask_BT
         return TokenBatch(
             input_ids_BT=self._gather("ids", chosen_B, mask_BT),
             mask_BT=None if mask_BT.all() else mask_BT,
             targets_BT=targets_BT,
-            position_ids_BT=None if starts_BT is None else _positions(starts_BT, mask_BT),
+            position_ids_BT=position_ids_BT,
         )
 
     def _gather(self, name: str, chosen_B: LongTensor, mask_BT: Tensor) -> Tensor | None:
@@ -160,25 +169,19 @@ class PackedData:
         return gathered
 
 
-def _positions(starts_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Distance of each token from the start of its document; 0 for padding, each of which stands alone."""
-    index_T = torch.arange(starts_BT.shape[1])
-    return (index_T - (index_T * starts_BT).cummax(dim=1).values) * mask_BT
-
-
-def collect(sequences: Iterable[Sequence]) -> PackedData:
-    """The sequences, in memory. All have the same attributes."""
+def in_memory(sequences: Iterable[TokenSequence]) -> PackedData:
+    """Collect the sequences in memory. All have the same attributes."""
     held = list(sequences)
     columns = {
         name: np.concatenate([getattr(sequence, name) for sequence in held]).astype(kind)
-        for name, kind in TYPES.items()
+        for name, kind in COLUMN_DTYPES.items()
         if held and getattr(held[0], name) is not None
     }
     return PackedData(columns, _bounds([len(sequence.ids) for sequence in held]))
 
 
-def spool(make: Callable[[], Iterable[Sequence]], directory: Path) -> PackedData:
-    """The sequences, in files under `directory` that are mapped rather than read.
+def memory_mapped(make: Callable[[], Iterable[TokenSequence]], directory: Path) -> PackedData:
+    """Keep the sequences in files under `directory` that are mapped rather than read.
 
     If the directory is there it is used as it is, and nothing is made anew. It
     appears whole or not at all.
@@ -198,19 +201,19 @@ def spool(make: Callable[[], Iterable[Sequence]], directory: Path) -> PackedData
     lengths = np.load(directory / "lengths.npy")
     columns = {
         name: np.memmap(directory / name, dtype=kind, mode="r")
-        for name, kind in TYPES.items()
+        for name, kind in COLUMN_DTYPES.items()
         if (directory / name).is_file()
     }
     return PackedData(columns, _bounds(lengths))
 
 
-def _write(sequences: Iterable[Sequence], directory: Path) -> None:
+def _write(sequences: Iterable[TokenSequence], directory: Path) -> None:
     lengths: list[int] = []
     with ExitStack() as stack:
         files = {}
         for sequence in sequences:
             lengths.append(len(sequence.ids))
-            for name, kind in TYPES.items():
+            for name, kind in COLUMN_DTYPES.items():
                 if (column := getattr(sequence, name)) is None:
                     continue
                 if name not in files:

@@ -1,4 +1,4 @@
-"""Where text comes from: built-in files, files of the user, data sets of the hub, generated responses.
+"""Sources of text: built-in files, files of the user, data sets of the hub, generated responses.
 
 A text is a list of rows. What a row is depends on the source:
 
@@ -36,7 +36,7 @@ from actors.data.files import (
     stream_rows,
     suffix_of,
 )
-from actors.data.hf_datasets import dataset_fingerprint, explained, open_dataset, stream_dataset
+from actors.data.hf_datasets import dataset_errors, dataset_fingerprint, open_dataset, stream_dataset
 from actors.errors import ChangedError, RequestError, unknown_name
 
 BUILTIN_TEXTS = ("iterabre-appendix-a", "wikitext-2-raw-test", "wikitext-2-raw-validation")
@@ -49,7 +49,7 @@ LONGEST_DOCUMENT = 2**20
 
 
 def builtin_file(name: str) -> Path:
-    """The file `name` of the data that ships with the package (see builtin/SOURCES.md)."""
+    """Return the path of a file that ships with the package (see builtin/SOURCES.md)."""
     return Path(__file__).resolve().parent / "builtin" / name
 
 
@@ -71,7 +71,14 @@ def describe_text(spec: TextSpec) -> TextInfo:
         fingerprint = digest([spec.generated.sha256, *_format(spec)])
     elif spec.streaming:
         next(_checked(_stream(spec), spec))
-        fingerprint = digest(["streamed", _fingerprint(spec, *_source_identity(spec))])
+        file, first = _file_of(spec), b""
+        if file is None:
+            source = dataset_fingerprint(spec)
+        else:
+            path = local_path(file)
+            source = file_sha256(path) if path is not None else place_and_date(file)
+            first = first_line(file) if suffix_of(file) == ".txt" else b""
+        fingerprint = digest(["streamed", _fingerprint(spec, source, first)])
     else:
         rows, fingerprint = _read(spec)
         num_rows = sum(1 for _ in _checked(rows, spec))
@@ -80,7 +87,7 @@ def describe_text(spec: TextSpec) -> TextInfo:
 
 
 def load_texts(spec: TextSpec) -> list[str]:
-    """The rows of a text, in order. Raises RequestError and ChangedError as `describe_text` does."""
+    """Return the rows of a text, in order. Raises RequestError and ChangedError as `describe_text` does."""
     return [record[spec.text_column] for record in open_records(spec)]
 
 
@@ -90,7 +97,7 @@ def open_records(spec: TextSpec, seed: int = 0) -> Iterator[Record]:
     With `spec.streaming` they are read as they are taken. Then a hub data set's
     shards come in an order drawn from `seed`; a file is read from its beginning.
     A stream is compared with what `spec` expects before its first record and after
-    its last; who takes fewer compares with `describe_text`.
+    its last; a caller that takes fewer compares with `describe_text`.
 
     Raises:
         RequestError, ChangedError: as `describe_text`.
@@ -107,31 +114,31 @@ def open_records(spec: TextSpec, seed: int = 0) -> Iterator[Record]:
         describe_text(spec)
 
 
-def documents(rows: Iterable[str]) -> Iterator[str]:
-    """The documents that rows make up (see the module), none of them blank."""
+def split_documents(rows: Iterable[str]) -> Iterator[str]:
+    """Yield the documents that rows make up (see the module), none of them blank."""
     lines: list[str] = []
     length = 0
     for row in rows:
         is_line = row.endswith("\n") or not row
         if lines and (not is_line or length > LONGEST_DOCUMENT or HEADING.fullmatch(row)):
-            yield from _joined(lines)
+            yield from _document_of(lines)
             lines, length = [], 0
         if not is_line:
-            yield from _joined([row])
+            yield from _document_of([row])
             continue
         lines.append(row)
         length += len(row)
-    yield from _joined(lines)
+    yield from _document_of(lines)
 
 
-def _joined(lines: list[str]) -> Iterator[str]:
+def _document_of(lines: list[str]) -> Iterator[str]:
     text = "".join(lines)
     if text.strip():
         yield text
 
 
 def chat_template_text(spec: TextSpec) -> str | None:
-    """The template that `spec.chat_template` chooses: a file's content, `plain`, or None.
+    """Return the template that `spec.chat_template` names: a file's content, `plain`, or None.
 
     Raises:
         RequestError: the file cannot be read.
@@ -146,7 +153,7 @@ def _template(spec: TextSpec) -> str | None:
 
 
 def _format(spec: TextSpec) -> list[str | None]:
-    """How the source is read: part of what a text is."""
+    """Return the settings by which the source is read: part of a text's fingerprint."""
     if not spec.conversations:
         return [spec.text_column]
     columns = [spec.prompt_column, spec.input_column, spec.response_column, spec.messages_column]
@@ -154,7 +161,7 @@ def _format(spec: TextSpec) -> list[str | None]:
 
 
 def _fingerprint(spec: TextSpec, source: str, first: bytes = b"") -> str:
-    """The text's fingerprint, from that of its source and, of a file, the first line."""
+    """Return the text's fingerprint, from that of its source and, of a file, the first line."""
     file = _file_of(spec)
     if file is None:
         return digest([source, spec.split, *_format(spec)])
@@ -164,18 +171,8 @@ def _fingerprint(spec: TextSpec, source: str, first: bytes = b"") -> str:
     return digest([source, *_format(spec)])
 
 
-def _source_identity(spec: TextSpec) -> tuple[str, bytes]:
-    """What a stream's source is known by, and the first line of a file."""
-    file = _file_of(spec)
-    if file is None:
-        return dataset_fingerprint(spec), b""
-    path = local_path(file)
-    source = file_sha256(path) if path is not None else place_and_date(file)
-    return source, first_line(file) if suffix_of(file) == ".txt" else b""
-
-
 def _read(spec: TextSpec) -> tuple[Iterator[Row], str]:
-    """All records, and the fingerprint of the bytes that they come from."""
+    """Return all records, and the fingerprint of the bytes that they come from."""
     names = _all_columns(spec)
     if spec.generated is not None:
         directory = fetch(spec.generated)
@@ -216,12 +213,12 @@ def _stream(spec: TextSpec, seed: int = 0) -> Iterator[Row]:
 
 
 def _dataset_rows(records: Iterable[Record], spec: TextSpec) -> Iterator[Row]:
-    with explained(spec):
+    with dataset_errors(spec):
         yield from ((None, record) for record in records)
 
 
 def _columns(spec: TextSpec) -> tuple[str, ...]:
-    """The columns that a record must have."""
+    """Return the columns that a record must have."""
     if spec.generated is not None:
         return ("prompt", "response")
     if not spec.conversations:
@@ -231,7 +228,7 @@ def _columns(spec: TextSpec) -> tuple[str, ...]:
 
 
 def _all_columns(spec: TextSpec) -> list[str]:
-    """The columns that a record must have, and the one that it may have."""
+    """Return the columns that a record must have, and the one that it may have."""
     return list(dict.fromkeys([*_columns(spec), *([spec.input_column] if spec.input_column else [])]))
 
 
@@ -246,7 +243,7 @@ def _check_columns(there: Iterable[str], names: Iterable[str], spec: TextSpec, p
 
 
 def _check_unchanged(spec: TextSpec, fingerprint: str) -> None:
-    """Refuse a text in the place of the one that was planned with."""
+    """Refuse a text that differs from the one that the run was planned with."""
     if spec.fingerprint not in (None, fingerprint):
         raise ChangedError(
             f"the text {spec.name!r} is not the one that the run was planned with: it was changed since, or "
@@ -257,7 +254,7 @@ def _check_unchanged(spec: TextSpec, fingerprint: str) -> None:
 
 
 def _checked(rows: Iterable[Row], spec: TextSpec) -> Iterator[Record]:
-    """The records, each found to have its columns; at least one that is not blank."""
+    """Yield the records, each checked to have its columns; at least one must not be blank."""
     columns, names, blank, index = _columns(spec), _all_columns(spec), True, -1
     for index, (line, record) in enumerate(rows):
         for name in names:
@@ -277,9 +274,9 @@ def _checked(rows: Iterable[Row], spec: TextSpec) -> Iterator[Record]:
 
 
 def _problem(value: Any, name: str, spec: TextSpec) -> str | None:
-    """Why a value is not text that a tokenizer can read, or a list of messages where it must be one."""
+    """Return why a value is no text that a tokenizer can read, or no list of messages where one is due."""
     if name == spec.messages_column or (spec.generated and name == "prompt"):
-        if not isinstance(value, list) or not value or not all(_is_message(message) for message in value):
+        if not isinstance(value, list) or not value or not all(map(_is_message, value)):
             return "is no list of messages, each with role and content that are text"
         texts = [message[key] for message in value for key in ("role", "content")]
     elif isinstance(value, str):
@@ -300,7 +297,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _file_of(spec: TextSpec) -> str | None:
-    """The path or URI of the file that `spec` names, or None for a data set that `datasets` loads."""
+    """Return the path or URI of the file that `spec` names, or None for a data set that `datasets` loads."""
     if (spec.builtin is None) == (spec.path is None):
         raise RequestError("a text needs exactly one of `builtin` and `path`")
     if spec.builtin is not None:

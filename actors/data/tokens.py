@@ -5,7 +5,6 @@ Shape letters: S sequences of a data set, B sequences of one optimizer step, T t
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,15 +13,15 @@ from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
 
 from actors.contracts import digest
-from actors.data.files import reason_of
+from actors.data.files import one_line_reason
 from actors.errors import IterabreError, RequestError
 
-DOCUMENTS_AT_A_TIME = 256
-"""Documents that the tokenizer is handed at once: it works on several cores."""
+DOCUMENTS_PER_BATCH = 256
+"""Documents in one call of the tokenizer, which runs on several cores."""
 
 
 @contextmanager
-def naming(row: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def tokenizer_errors(row: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Turn what a tokenizer or a chat template raises into a RequestError that begins with `row`."""
     try:
         yield
@@ -32,25 +31,25 @@ def naming(row: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         raise
     except Exception as error:
         raise RequestError(
-            f"{row}: the tokenizer of {tokenizer.name_or_path!r} cannot read it ({reason_of(error)}); mend "
-            "the row or leave it out, and use the tokenizer that belongs to the model"
+            f"{row}: the tokenizer of {tokenizer.name_or_path!r} cannot read it ({one_line_reason(error)}); "
+            "mend the row or leave it out, and use the tokenizer that belongs to the model"
         ) from error
 
 
 def encode_rows(
     rows: list[str], tokenizer: PreTrainedTokenizerBase, name: Callable[[int], str], **options: Any
 ) -> list[list[int]]:
-    """Token ids of each row.
+    """Return the token ids of each row.
 
     Raises:
-        RequestError: the tokenizer cannot read a row; `name` says from its place in `rows` what it is called.
+        RequestError: the tokenizer cannot read a row; `name` gives its label from its place in `rows`.
     """
     options = {"verbose": False, **options}
     try:
         return tokenizer(rows, **options)["input_ids"]
     except Exception:
         for place, row in enumerate(rows):  # only to say which row it is
-            with naming(name(place), tokenizer):
+            with tokenizer_errors(name(place), tokenizer):
                 tokenizer(row, **options)
         raise
 
@@ -61,7 +60,7 @@ def tokenize_text(
     max_tokens: int | None = None,
     source: str = "the text",
 ) -> LongTensor:
-    """All texts as one run of token ids, at most `max_tokens` of them: LongTensor [T].
+    """Return all texts as one run of token ids, at most `max_tokens` of them: LongTensor [T].
 
     The texts are concatenated before tokenising, as language modelling on
     WikiText is done since GPT-2, and no special tokens are added. A text that
@@ -112,24 +111,20 @@ def pack_blocks(
 def tokenize_documents(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, source: str = "the text"
 ) -> Iterator[list[int]]:
-    """Token ids of each document by itself, without special tokens, as they are taken.
+    """Yield the token ids of each document by itself, without special tokens.
 
     As in `tokenize_text`, a document that does not end its line is followed by a newline.
     """
     remaining = iter(texts)
-    while chunk := list(islice(remaining, DOCUMENTS_AT_A_TIME)):
+    while chunk := list(islice(remaining, DOCUMENTS_PER_BATCH)):
         whole = [text if text.endswith("\n") else text + "\n" for text in chunk]
-        name = partial(_beginning, whole, source)
-        yield from encode_rows(whole, tokenizer, name, add_special_tokens=False)
-
-
-def _beginning(documents: list[str], source: str, place: int) -> str:
-    """A document by its first words: in a shuffled stream, it has no number."""
-    return f"the document of {source} that begins with {documents[place][:40]!r}"
+        # In a shuffled stream a document has no number.
+        labels = [f"the document of {source} that begins with {text[:40]!r}" for text in whole]
+        yield from encode_rows(whole, tokenizer, labels.__getitem__, add_special_tokens=False)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes whenever the same text could give other tokens, or the same conversation another text."""
+    """Hash all by which a text could give other tokens, or a conversation another text."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else type(tokenizer).__name__
     return digest([backend, tokenizer.get_vocab(), tokenizer.chat_template])
 
@@ -141,7 +136,7 @@ def calibration_sequences(
     max_sequences: int | None = None,
     source: str = "the calibration text",
 ) -> list[LongTensor]:
-    """One sequence for each of the first `max_sequences` rows that are not blank.
+    """Return one sequence for each of the first `max_sequences` rows that are not blank.
 
     Each is a LongTensor [T], T ≤ `sequence_length`, with the tokenizer's
     default special tokens. The newline that ends a row is not part of it.
@@ -162,7 +157,7 @@ def calibration_sequences(
 
 
 def batch_order(num_sequences: int, batch_size: int, num_steps: int, seed: int) -> LongTensor:
-    """Which sequences each optimizer step takes: LongTensor [`num_steps`, `batch_size`].
+    """Return the sequences of each optimizer step: LongTensor [`num_steps`, `batch_size`].
 
     The sequences are shuffled anew for every epoch and the epochs are strung
     together, so that each step is full. Rows depend on `seed` alone: how many

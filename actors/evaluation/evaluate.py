@@ -87,7 +87,12 @@ def evaluate(
         metrics += run_probe(name, model, tokenizer, spec)
     if spec.throughput is not None:
         progress(total - 1, total, "throughput")
-        metrics += _throughput(model, tokenizer, spec)
+        unpruned = spec.model == ModelRef(spec.model.source)
+        dense = None if unpruned else load_source(spec.model)[0].to(model.device)
+        needed = spec.throughput.batch_size * spec.throughput.context
+        beginning = "".join(load_texts(TIMED_TEXT))[: needed * CHARS_PER_TOKEN]
+        timed_ids = tokenize_text([beginning], tokenizer, needed)
+        metrics += throughput(model, dense, timed_ids, spec.throughput)
     progress(total, total, "evaluated")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return EvaluationResult(tuple(metrics), num_parameters, tuple(versions))
@@ -108,17 +113,6 @@ def measure_tasks(
         allow_code_execution=spec.allow_code_execution,
     )
     return [*metrics, *suite_means(metrics, spec.suites, spec.task_suffix)], versions
-
-
-def _throughput(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
-) -> list[Metric]:
-    assert spec.throughput is not None
-    unpruned = spec.model == ModelRef(spec.model.source)
-    dense = None if unpruned else load_source(spec.model)[0].to(model.device)
-    needed = spec.throughput.batch_size * spec.throughput.context
-    beginning = "".join(load_texts(TIMED_TEXT))[: needed * CHARS_PER_TOKEN]
-    return throughput(model, dense, tokenize_text([beginning], tokenizer, needed), spec.throughput)
 
 
 def _perplexity(

@@ -46,7 +46,15 @@ def token_perplexity(
     Raises RequestError if there is no token to predict, or if `context` is
     more than the model has positions.
     """
-    _check(model, len(input_ids), context)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context < 2:
+        raise RequestError(f"a perplexity context needs at least 2 tokens, not {context}")
+    if positions is not None and context > positions:
+        raise RequestError(
+            f"a perplexity context of {context} tokens is more than the {positions} positions of the model"
+        )
+    if len(input_ids) < 2:
+        raise RequestError(f"perplexity needs at least 2 tokens; the text has {len(input_ids)}")
     model.eval()
     windows = input_ids.to(input_device(model)).split(context)
     full = [w for w in windows if len(w) == context]
@@ -62,18 +70,6 @@ def token_perplexity(
             nats += sum(_nats(model(ids[None], use_cache=False).logits[0, :-1], ids[1:]) for ids in batch)
     num_tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     return Perplexity(nats / num_tokens, num_tokens)
-
-
-def _check(model: PreTrainedModel, num_tokens: int, context: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context < 2:
-        raise RequestError(f"a perplexity context needs at least 2 tokens, not {context}")
-    if positions is not None and context > positions:
-        raise RequestError(
-            f"a perplexity context of {context} tokens is more than the {positions} positions of the model"
-        )
-    if num_tokens < 2:
-        raise RequestError(f"perplexity needs at least 2 tokens; the text has {num_tokens}")
 
 
 def _has_plain_head(model: PreTrainedModel, ids_BT: Tensor) -> bool:

@@ -37,7 +37,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Timing:
     prefill_s: float
     decode_s: float
     cache_bytes: int
@@ -68,11 +68,25 @@ def measure_speed(
             f"throughput of {spec.batch_size} × {spec.context} tokens: the text has only {len(input_ids)}"
         )
     ids_BT = input_ids[: spec.batch_size * spec.context].view(spec.batch_size, spec.context)
-    runs: list[list[_Run]] = [[] for _ in models]
+    runs: list[list[_Timing]] = [[] for _ in models]
     for _ in range(WARM_UPS + spec.repeats):
         for model, own in zip(models, runs, strict=True):
             own.append(_run(model.eval(), ids_BT.to(input_device(model)), spec.new_tokens))
-    return [_speed(model, own[WARM_UPS:], spec) for model, own in zip(models, runs, strict=True)]
+    tokens = spec.batch_size * spec.context
+    speeds = []
+    for model, own in zip(models, runs, strict=True):
+        counted = own[WARM_UPS:]
+        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        decode_s = statistics.median(run.decode_s for run in counted)
+        speed = Speed(
+            prefill_tokens_per_second=tokens / statistics.median(run.prefill_s for run in counted),
+            decode_tokens_per_second=spec.batch_size * spec.new_tokens / decode_s,
+            weight_bytes=weights,
+            cache_bytes=max(run.cache_bytes for run in counted),
+            peak_bytes=weights + max(run.working_bytes for run in counted),
+        )
+        speeds.append(speed)
+    return speeds
 
 
 def throughput(
@@ -108,7 +122,7 @@ def check_length(model: PreTrainedModel, spec: ThroughputSpec) -> None:
 
 
 @torch.inference_mode()
-def _run(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> _Run:
+def _run(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> _Timing:
     cuda = input_device(model).type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -127,7 +141,7 @@ def _run(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> _Run:
         token_B1 = output.logits[:, -1:].argmax(-1)
     ended = _now(cuda)
     working_bytes = torch.cuda.max_memory_allocated() - before if cuda else _cache_bytes(cache)
-    return _Run(filled - started, ended - filled, _cache_bytes(cache), working_bytes)
+    return _Timing(filled - started, ended - filled, _cache_bytes(cache), working_bytes)
 
 
 def _now(cuda: bool) -> float:
@@ -140,18 +154,3 @@ def _cache_bytes(cache: object) -> int:
     """Return the bytes of all keys and values; layers of other kinds hold their state otherwise."""
     tensors = [value for layer in getattr(cache, "layers", ()) for value in vars(layer).values()]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-
-
-def _speed(model: PreTrainedModel, runs: Sequence[_Run], spec: ThroughputSpec) -> Speed:
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return Speed(
-        prefill_tokens_per_second=spec.batch_size
-        * spec.context
-        / statistics.median(r.prefill_s for r in runs),
-        decode_tokens_per_second=spec.batch_size
-        * spec.new_tokens
-        / statistics.median(r.decode_s for r in runs),
-        weight_bytes=weights,
-        cache_bytes=max(run.cache_bytes for run in runs),
-        peak_bytes=weights + max(run.working_bytes for run in runs),
-    )

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from actors.contracts import GenerationSpec, ModelRef, digest
-from actors.data import chat_template, naming, render
+from actors.data import chat_template, render, tokenizer_errors
 from actors.generation.responses import Prompt, Response, Shard
 from actors.models import build_model, device, text_config
 from actors.models.decoding import end_tokens, plain_greedy
@@ -63,7 +63,7 @@ def generate_responses(
     template = chat_template(tokenizer, spec.prompts)
     ids = []
     for number, prompt in enumerate(prompts, start=first):
-        with naming(f"prompt {number} of {spec.prompts.name!r}, blank ones not counted", tokenizer):
+        with tokenizer_errors(f"prompt {number} of {spec.prompts.name!r}, blank ones not counted", tokenizer):
             text = render(list(prompt), tokenizer, template, add_generation_prompt=True)
             ids.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     context = getattr(text_config(model.config), "max_position_embeddings", None) or 2**31

@@ -60,7 +60,16 @@ class LayerwisePass:
         self._inputs = {"input_ids": input_ids_BT, **_attention_inputs(attention_mask_BT, position_ids_BT)}
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._extra = _extra_outputs(self._backbone, self._blocks[0], input_ids_BT[:1, :1])
-        self.hidden_BTD = self._capture()
+        entered: list[Tensor] = []
+
+        def record(index: int, hidden: Tensor) -> Tensor:
+            if index == 0:
+                entered.append(hidden)
+            return hidden
+
+        with self._stubbed_blocks(record, capture=True):
+            self._forward()
+        self.hidden_BTD = entered[0]
 
     def block(self, index: int, hidden_BTD: Tensor) -> Tensor:
         """Return the output of block `index` on `hidden_BTD`."""
@@ -88,18 +97,6 @@ class LayerwisePass:
 
     def _forward(self) -> Tensor:
         return self._backbone(**self._inputs, use_cache=False).last_hidden_state
-
-    def _capture(self) -> Tensor:
-        entered: list[Tensor] = []
-
-        def note(index: int, hidden: Tensor) -> Tensor:
-            if index == 0:
-                entered.append(hidden)
-            return hidden
-
-        with self._stubbed_blocks(note, capture=True):
-            self._forward()
-        return entered[0]
 
     @contextmanager
     def _stubbed_blocks(self, compute: BlockStub, capture: bool = False) -> Iterator[None]:

@@ -1,14 +1,14 @@
 from .check import check_recovery
 from .objectives import OBJECTIVES, Objective, build_causal_lm, find_objective
 from .training.local import recover_locally
-from .training.train_context import Workplace
+from .training.train_context import TrainContext
 from .training.train_loop import train
 from .training.training_data import check_data
 
 __all__ = [
     "OBJECTIVES",
     "Objective",
-    "Workplace",
+    "TrainContext",
     "build_causal_lm",
     "check_data",
     "check_recovery",

@@ -1,10 +1,10 @@
-"""Refusing a recovery that could not run, before anything starts."""
+"""Checks of a recovery's settings, before anything starts."""
 
 from actors.contracts import RecoverySpec
 from actors.errors import RequestError
-from actors.recovery.adapters.adapters import check_adapter
+from actors.recovery.adapters.lora import check_adapter
 from actors.recovery.distillation.teacher_student import check_teacher
-from actors.recovery.objectives import Objective, find_objective
+from actors.recovery.objectives import find_objective
 from actors.recovery.training.deepspeed_config import deepspeed_config, precision_of
 from actors.recovery.training.lr_schedule import lr_at
 from actors.recovery.training.training_data import check_data
@@ -18,7 +18,7 @@ def check_recovery(spec: RecoverySpec, workers: int) -> None:
             that do not divide, a DeepSpeed JSON that contradicts them, or no loss.
     """
     objective = find_objective(spec.objective)
-    if not objective.heals:
+    if not objective.applies_recovery:
         return
     if spec.model.merges:
         raise RequestError(
@@ -27,11 +27,8 @@ def check_recovery(spec: RecoverySpec, workers: int) -> None:
         )
     check_data(spec.objective, spec.data)
     check_teacher(spec, objective.has_teacher)
-    if objective.build is not None:
-        _check_training(spec, workers, objective)
-
-
-def _check_training(spec: RecoverySpec, workers: int, objective: Objective) -> None:
+    if objective.build is None:
+        return
     check_adapter(spec)
     if objective.weights and not any(getattr(spec.loss, name) for name in objective.weights):
         raise RequestError(

@@ -1,4 +1,4 @@
-"""What recovery optimises: one row an objective."""
+"""The objectives of recovery: one row each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ from torch import nn
 from actors.contracts import RecoverySpec
 from actors.data import TrainingData
 from actors.plugins import find_row
-from actors.recovery.distillation.distillation import LockstepDistiller
-from actors.recovery.distillation.healing import AuxiliaryHealing
+from actors.recovery.distillation.auxiliary_healing import AuxiliaryHealing
+from actors.recovery.distillation.causal_lm import CausalLM
 from actors.recovery.distillation.linear_bridge import Solution, solve_bridges
+from actors.recovery.distillation.lockstep_distiller import LockstepDistiller
 from actors.recovery.distillation.student import Student
-from actors.recovery.distillation.teacher_student import Pair
-from actors.recovery.losses.causal_lm import CausalLM
-from actors.recovery.training.documents import check_documents_apart
+from actors.recovery.distillation.teacher_student import TeacherStudent
+from actors.recovery.training.document_isolation import check_document_isolation
 
-BuildModule = Callable[[Pair, RecoverySpec], nn.Module]
-"""Gives the module to train: forward(batch: TokenBatch) → dict of scalar terms, their weighted sum
+BuildModule = Callable[[TeacherStudent, RecoverySpec], nn.Module]
+"""Builds the module to train: forward(batch: TokenBatch) → dict of scalar terms, their weighted sum
 under `loss`, each the sum over the batch's tokens divided by `batch.denominator`."""
 
 
 Solve = Callable[[RecoverySpec, TrainingData], Solution]
-"""Gives tensors in the place of the model's own, found in closed form."""
+"""Solves for tensors that replace the model's own, in closed form."""
 
 
 @dataclass(frozen=True)
@@ -43,34 +43,36 @@ class Objective:
     solve: Solve | None = None
 
     @property
-    def heals(self) -> bool:
-        """Whether anything is done to the pruned model."""
+    def applies_recovery(self) -> bool:
+        """True if anything is done to the pruned model."""
         return self.build is not None or self.solve is not None
 
 
-def build_lockstep(pair: Pair, spec: RecoverySpec) -> nn.Module:
-    """Knowledge distillation from the unpruned model, or from the teacher that is named."""
-    return _packed(LockstepDistiller(pair, spec.loss, spec.gradient_checkpointing), spec)
+def build_lockstep(pair: TeacherStudent, spec: RecoverySpec) -> nn.Module:
+    """Build knowledge distillation from the unpruned model, or from the teacher that is named."""
+    return _checked_for_packing(LockstepDistiller(pair, spec.loss, spec.gradient_checkpointing), spec)
 
 
-def build_causal_lm(pair: Pair, spec: RecoverySpec) -> nn.Module:
-    """Next-token prediction on the targets of the data."""
-    return _packed(CausalLM(pair, spec.gradient_checkpointing), spec)
+def build_causal_lm(pair: TeacherStudent, spec: RecoverySpec) -> nn.Module:
+    """Build next-token prediction on the targets of the data."""
+    return _checked_for_packing(CausalLM(pair, spec.gradient_checkpointing), spec)
 
 
-def build_auxiliary_healing(pair: Pair, spec: RecoverySpec) -> nn.Module:
-    """Next-token prediction and the mismatch at the cuts; without its weight, the former alone."""
+def build_auxiliary_healing(pair: TeacherStudent, spec: RecoverySpec) -> nn.Module:
+    """Build next-token prediction with the mismatch at the cuts; without its weight, the former alone."""
     if not spec.loss.auxiliary:
         return build_causal_lm(pair, spec)
-    return _packed(AuxiliaryHealing(pair, spec.loss.auxiliary, spec.gradient_checkpointing), spec)
+    return _checked_for_packing(
+        AuxiliaryHealing(pair, spec.loss.auxiliary, spec.gradient_checkpointing), spec
+    )
 
 
-def _packed(module: Student, spec: RecoverySpec) -> Student:
-    """The module, once its models are known to keep documents apart, where rows hold several."""
+def _checked_for_packing(module: Student, spec: RecoverySpec) -> Student:
+    """Check that the models isolate documents, where rows hold several, and return the module."""
     if spec.packing == "documents":
-        check_documents_apart(module.pair.student)
+        check_document_isolation(module.pair.student)
         if module.pair.teacher is not None:
-            check_documents_apart(module.pair.teacher)
+            check_document_isolation(module.pair.teacher)
     return module
 
 
@@ -100,7 +102,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def find_objective(name: str) -> Objective:
-    """The row of that name, ours or of another installed package.
+    """Return the objective of that name, ours or of another installed package.
 
     Raises:
         RequestError: there is none, or another package's cannot be used.

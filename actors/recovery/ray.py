@@ -14,7 +14,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from actors.artifacts import explained, join
 from actors.contracts import Progress, RecoveryResult, RecoverySpec, no_progress
 from actors.errors import ChangedError, IterabreError, RequestError, WorkError, last_line
-from actors.recovery.training.train_context import KEPT_CHECKPOINTS, Workplace, Write
+from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, TrainContext, WriteShard
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
@@ -23,7 +23,7 @@ START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 class _Job:
     spec: RecoverySpec
     adapter_uri: str
-    note_uri: str
+    micro_batch_hint_uri: str
     progress: Progress
 
 
@@ -43,9 +43,8 @@ def recover_on_ray(
     """Run recovery as a Ray Train job and wait for it.
 
     The loss curve is that of `recover_locally`, whatever the number of workers.
-    Dead workers are replaced and training goes on from the last checkpoint, as
-    it does if the caller died and calls again with the same `name`, be it with
-    another number of workers.
+    Lost workers are replaced and training continues from the last checkpoint, as it
+    does if a new caller uses the same `name`, even with another number of workers.
 
     Args:
         spec: what to train.
@@ -55,24 +54,39 @@ def recover_on_ray(
         workers: number of workers; `cpus_per_worker` and `gpus_per_worker` are
             what each one reserves.
         start_timeout_s: how long to wait for the workers' resources, each time
-            that they are asked for.
+            that they are requested.
         max_failures: how many failures of workers, and of starting them, are survived;
             a machine that is taken away after a warning (spot) does not count.
         progress_handle: a picklable `Progress`; called in the worker of rank 0.
 
     Raises:
         RequestError: the request was wrong; found by the workers, not tried again.
-        WorkError: training failed; names the cause, not the actor that died of it.
+        WorkError: training failed; names the cause, not the actor that it ended.
     """
-    note_uri = join(storage_path, name, "micro_batch_size")
-    job = _Job(spec, adapter_uri, note_uri, progress_handle or no_progress)
+    micro_batch_hint_uri = join(storage_path, name, "micro_batch_size")
+    job = _Job(spec, adapter_uri, micro_batch_hint_uri, progress_handle or no_progress)
     scaling = ScalingConfig(
         num_workers=workers,
         use_gpu=gpus_per_worker > 0,
-        resources_per_worker=_resources(cpus_per_worker, gpus_per_worker),
+        resources_per_worker={
+            "CPU": cpus_per_worker,
+            **({"GPU": gpus_per_worker} if gpus_per_worker else {}),
+        },
+    )
+    run_config = RunConfig(
+        name=name,
+        storage_path=storage_path,
+        failure_config=FailureConfig(
+            max_failures=max_failures,
+            controller_failure_limit=max_failures,
+            # Losing a machine that was announced to go is no failure; as many as come are survived.
+            max_preemption_failures=-1,
+        ),
+        checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_TO_KEEP),
+        logging_config=LoggingConfig(log_level="WARNING"),
     )
     with _start_timeout(start_timeout_s):
-        return _fit(job, scaling, _run_config(name, storage_path, max_failures))
+        return _fit(job, scaling, run_config)
 
 
 def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryResult:
@@ -80,7 +94,7 @@ def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryRe
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
-        _work, train_loop_config={"job": job}, scaling_config=scaling, run_config=run_config
+        _train_worker, train_loop_config={"job": job}, scaling_config=scaling, run_config=run_config
     )
     try:
         outcome = trainer.fit().return_value
@@ -96,44 +110,30 @@ def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryRe
     return outcome
 
 
-def _run_config(name: str, storage_path: str, max_failures: int) -> RunConfig:
-    return RunConfig(
-        name=name,
-        storage_path=storage_path,
-        failure_config=FailureConfig(
-            max_failures=max_failures,
-            controller_failure_limit=max_failures,
-            # Losing a machine that was announced to go is no failure; as many as come are survived.
-            max_preemption_failures=-1,
-        ),
-        checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
-        logging_config=LoggingConfig(log_level="WARNING"),
-    )
-
-
-def _work(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
-    """One worker. Errors that another try would meet again are returned: Ray retries what is raised."""
+def _train_worker(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
+    """Train in one worker. Errors that a retry would meet again are returned: Ray retries what is raised."""
     from actors.recovery.training.train_loop import DivergenceError, train
 
-    job, context = config["job"], ray_train.get_context()
-    workplace = Workplace(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
+    job, ray_context = config["job"], ray_train.get_context()
+    context = TrainContext(
+        rank=ray_context.get_world_rank(),
+        world_size=ray_context.get_world_size(),
         adapter_uri=job.adapter_uri,
-        note_uri=job.note_uri,
+        micro_batch_hint_uri=job.micro_batch_hint_uri,
         save_checkpoint=_report_checkpoint,
-        checkpoints=_newest_first,
+        checkpoints=_checkpoints_newest_first,
         progress=job.progress,
-        leaving=_leaving,
+        # The same on all workers: true once the machine of any of them is announced to be taken away.
+        preemption_requested=lambda: ray_train.get_preemption_info() is not None,
     )
     try:
-        return train(job.spec, workplace)
+        return train(job.spec, context)
     except (RequestError, ChangedError, DivergenceError) as error:
         return error
 
 
-def _report_checkpoint(steps_done: int, write: Write) -> None:
-    """Every worker writes its share; Ray joins the shares and commits when all are there."""
+def _report_checkpoint(steps_done: int, write: WriteShard) -> None:
+    """Write this worker's shard; Ray Train merges the shards and commits when all are there."""
     with TemporaryDirectory(prefix="iterabre-checkpoint-") as scratch:
         write(Path(scratch))
         with explained(ray_train.get_context().get_experiment_name(), "store a checkpoint of recovery"):
@@ -144,30 +144,21 @@ def _report_checkpoint(steps_done: int, write: Write) -> None:
             )
 
 
-def _newest_first() -> Iterator[AbstractContextManager[Path]]:
-    """What Ray has committed: checkpoints that every worker's share of has arrived."""
+def _checkpoints_newest_first() -> Iterator[AbstractContextManager[Path]]:
+    """Return what Ray Train has committed: checkpoints of which every worker's shard has arrived."""
     reported = ray_train.get_all_reported_checkpoints()
-    return (_opened(each.checkpoint) for each in reversed(reported))
+    return (_open_checkpoint(each.checkpoint) for each in reversed(reported))
 
 
 @contextmanager
-def _opened(checkpoint: ray_train.Checkpoint) -> Iterator[Path]:
+def _open_checkpoint(checkpoint: ray_train.Checkpoint) -> Iterator[Path]:
     with checkpoint.as_directory() as directory:
         yield Path(directory)
 
 
-def _leaving() -> bool:
-    """Whether the machine of one of the workers is about to be taken away; the workers agree."""
-    return ray_train.get_preemption_info() is not None
-
-
-def _resources(cpus: float, gpus: float) -> dict[str, float]:
-    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-
-
 @contextmanager
 def _start_timeout(seconds: float) -> Iterator[None]:
-    """Ray Train takes this limit from the environment of whoever calls `fit`."""
+    """Set the limit where Ray Train reads it: in the environment of the process that calls `fit`."""
     before = os.environ.get(START_TIMEOUT_VARIABLE)
     os.environ[START_TIMEOUT_VARIABLE] = str(seconds)
     try:
@@ -180,9 +171,9 @@ def _start_timeout(seconds: float) -> Iterator[None]:
 
 
 def _worker_failure(name: str, error: ray_train.WorkerGroupError) -> IterabreError:
-    """The failure that caused the others: one worker's own error rather than a lost peer."""
+    """Return the failure that caused the others: one worker's own error rather than a lost peer."""
     causes = {rank: getattr(e, "_base_exc", e) for rank, e in sorted(error.worker_failures.items())}
-    rank, cause = min(causes.items(), key=lambda item: _remoteness(item[1]))
+    rank, cause = min(causes.items(), key=lambda item: _failure_rank(item[1]))
     if isinstance(cause, IterabreError):
         return cause
     return WorkError(
@@ -191,8 +182,8 @@ def _worker_failure(name: str, error: ray_train.WorkerGroupError) -> IterabreErr
     )
 
 
-def _remoteness(cause: BaseException) -> int:
-    """How far an error is from what went wrong first: own message, own crash, lost process, lost peer."""
+def _failure_rank(cause: BaseException) -> int:
+    """Return an error's distance from the root cause: own error, own crash, lost process, lost peer."""
     if isinstance(cause, IterabreError):
         return 0
     if isinstance(cause, RayActorError):

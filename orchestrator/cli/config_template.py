@@ -39,7 +39,7 @@ class Answers:
 
 
 def campaign_file(answers: Answers, file: str) -> str:
-    """The text of a commented campaign file; `file` is what its commands call it.
+    """Return the text of a commented campaign file; `file` is what its commands call it.
 
     Raises:
         ConfigError: an answer makes no valid campaign.
@@ -50,13 +50,16 @@ def campaign_file(answers: Answers, file: str) -> str:
     )
     model_id = answers.name or short_name(answers.model)
     batch_size, micro_batch_size = batch_for(answers.max_tokens, max(1, answers.gpus))
+    data = WIKITEXT
+    if answers.data is not None:
+        data = f"{{{'builtin' if answers.builtin else 'path'}: {_quoted(answers.data)}}}"
     text = environment.get_template("campaign.yaml.j2").render(
         file=file,
         name=_quoted(model_id),
         model_id=_quoted(model_id),
         model=_quoted(answers.model),
         dtype=answers.dtype,
-        data=_text(answers),
+        data=data,
         sequence_length=SEQUENCE_LENGTH,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
@@ -68,12 +71,13 @@ def campaign_file(answers: Answers, file: str) -> str:
         gpus=min(1, answers.gpus),
         storage=_quoted(answers.storage),
     )
-    parse_config(yaml.safe_load(_as_floats(text)), file)
+    # Plain YAML reads `1e-4` as a word; the project's own reader does not.
+    parse_config(yaml.safe_load(re.sub(r"\b(\d+)e-", r"\1.0e-", text)), file)
     return text
 
 
 def batch_for(max_tokens: int, workers: int) -> tuple[int, int]:
-    """Batch and micro-batch in sequences that `workers` share evenly and a budget in tokens holds.
+    """Return batch and micro-batch in sequences that `workers` share evenly and a budget in tokens holds.
 
     Raises:
         RequestError: it does not hold a sequence for each worker.
@@ -90,23 +94,12 @@ def batch_for(max_tokens: int, workers: int) -> tuple[int, int]:
 
 
 def short_name(model: str) -> str:
-    """`meta-llama/Llama-3.2-1B` → `llama-3.2-1b`: fit for results and paths."""
+    """Shorten `meta-llama/Llama-3.2-1B` to `llama-3.2-1b`, fit for results and paths."""
     last = Path(model.rstrip("/")).name.lower().removesuffix(".gguf")
     name = re.sub(r"[^a-z0-9._-]+", "-", last).strip("-._")[:60]
     return name if NAME.fullmatch(name) else "model"
 
 
-def _text(answers: Answers) -> str:
-    if answers.data is None:
-        return WIKITEXT
-    return f"{{{'builtin' if answers.builtin else 'path'}: {_quoted(answers.data)}}}"
-
-
 def _quoted(value: str) -> str:
-    """As YAML takes it whatever is in it, inside braces, too."""
+    """Quote a value so that YAML takes it whatever is in it, inside braces, too."""
     return yaml.safe_dump([value], default_flow_style=True, width=10_000).strip()[1:-1]
-
-
-def _as_floats(text: str) -> str:
-    """Plain YAML reads `1e-4` as a word; the project's own reader does not."""
-    return re.sub(r"\b(\d+)e-", r"\1.0e-", text)

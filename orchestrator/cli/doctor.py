@@ -42,7 +42,7 @@ class Place:
 
 
 def examine(place: Place) -> Iterator[Finding]:
-    """Every finding, the cheap ones first. Starts nothing and changes nothing."""
+    """Yield every finding, the cheap ones first; start nothing and change nothing."""
     for check in CHECKS:
         yield from check(place)
 
@@ -54,9 +54,13 @@ def check_python(_place: Place) -> Iterator[Finding]:
 
 
 def check_packages(_place: Place) -> Iterator[Finding]:
-    """The packages that this project requires, in versions that it is made for."""
+    """Compare the installed packages with those that the project requires, without its extras."""
+    try:
+        lines = requires("iterabre") or []
+    except PackageNotFoundError:
+        lines = []
     wrong = []
-    for requirement in _requirements():
+    for requirement in (Requirement(line) for line in lines if not re.search(r"\bextra\b", line)):
         try:
             installed = version(requirement.name)
         except PackageNotFoundError:
@@ -88,14 +92,23 @@ def check_gpus(_place: Place) -> Iterator[Finding]:
 
 
 def check_disk(place: Place) -> Iterator[Finding]:
-    """The cache of this machine, and the storage where it is a directory."""
-    places = {"cache": cache_dir(), "storage": local_path(place.storage)}
-    for name, path in places.items():
-        yield _local_disk(name, str(path)) if path else _remote_storage(place.storage)
+    """Measure what is free for the cache and for a local storage; try to write to a remote one."""
+    yield _local_disk("cache", str(cache_dir()))
+    if directory := local_path(place.storage):
+        yield _local_disk("storage", str(directory))
+        return
+    from orchestrator.storage.stage_store import Store
+
+    try:
+        Store(place.storage).check_writable()
+    except RequestError as error:
+        yield Finding("storage", "fail", str(error), "check the credentials and the bucket's name")
+    else:
+        yield Finding("storage", "ok", f"{place.storage} can be written")
 
 
 def check_shared_memory(_place: Place) -> Iterator[Finding]:
-    """Ray keeps its objects in /dev/shm; containers often give 64 MB."""
+    """Measure /dev/shm, where Ray keeps its objects; containers often give 64 MB."""
     if not os.path.isdir("/dev/shm"):
         return
     size_gb = shutil.disk_usage("/dev/shm").total / 1e9
@@ -122,7 +135,7 @@ def check_hub(_place: Place) -> Iterator[Finding]:
 
 
 def check_cluster(place: Place) -> Iterator[Finding]:
-    """What the cluster could give, were it idle."""
+    """Report what the cluster could give, were it idle."""
     try:
         if cluster_address(place.address) == LOCAL:
             remedy = "name one with --address auto or HOST:PORT"
@@ -150,36 +163,13 @@ CHECKS: tuple[Callable[[Place], Iterator[Finding]], ...] = (
 )
 
 
-def _requirements() -> list[Requirement]:
-    """What the project itself requires, without its extras."""
-    try:
-        lines = requires("iterabre") or []
-    except PackageNotFoundError:
-        return []
-    return [Requirement(line) for line in lines if not re.search(r"\bextra\b", line)]
-
-
-def _nearest_existing(path: str) -> str:
-    while not os.path.exists(path):
-        path = os.path.dirname(os.path.abspath(path))
-    return path
-
-
 def _local_disk(name: str, path: str) -> Finding:
-    existing = _nearest_existing(path)
+    existing = path
+    while not os.path.exists(existing):
+        existing = os.path.dirname(os.path.abspath(existing))
     free_gb = shutil.disk_usage(existing).free / 1e9
     if not os.access(existing, os.W_OK):
         return Finding(name, "fail", f"{path} cannot be written", "choose another place or mend its owner")
     low = free_gb < NEEDED_GB
     remedy = "free some, or set another place" if low else ""
     return Finding(name, "note" if low else "ok", f"{path}: {free_gb:.0f} GB free", remedy)
-
-
-def _remote_storage(uri: str) -> Finding:
-    from orchestrator.storage.stage_store import Store
-
-    try:
-        Store(uri).check_writable()
-    except RequestError as error:
-        return Finding("storage", "fail", str(error), "check the credentials and the bucket's name")
-    return Finding("storage", "ok", f"{uri} can be written")

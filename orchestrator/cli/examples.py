@@ -97,7 +97,7 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
 
 
 def epilog(command: str) -> str:
-    """The examples of `command` as typer wants them: an empty line between what shall be lines."""
+    """Return the examples of `command` for typer, which needs an empty line between lines."""
     lines = ["Examples"]
     for why, line in EXAMPLES[command]:
         lines += [f"# {why}", line]

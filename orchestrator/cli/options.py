@@ -1,6 +1,9 @@
 """Options and arguments that several commands have in common."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -11,6 +14,18 @@ from orchestrator.errors import RequestError
 if TYPE_CHECKING:
     from actors.contracts import ModelSpec
 
+Config = Annotated[Path, typer.Argument(help="Campaign file, e.g. configs/demo.yaml.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a field: methods.0.recovery.max_tokens=4096. Repeatable."),
+]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster to join: auto, or HOST:PORT. This machine alone if not given.")
+]
+Granularity = Annotated[
+    str, typer.Option(help="What is removed: block, or attention or mlp of single blocks, left as zeros.")
+]
+Output = Annotated[Path, typer.Option("--output", help="Directory to write; must not exist or be empty.")]
 Run = Annotated[
     str, typer.Argument(help="Where a run lies: runs/smollm2-demo, s3://bucket/runs/x.", show_default=False)
 ]
@@ -68,7 +83,7 @@ def source_model(model: str, dtype: str, revision: str | None, trust_remote_code
 
 
 def parse_layers(text: str, option: str = "--drop") -> list[int]:
-    """`3,4` and `20-24` as layer indices; `option` is where they were given.
+    """Read `3,4` and `20-24` as layer indices; `option` is where they were given.
 
     Raises:
         RequestError: neither numbers nor ranges.
@@ -81,3 +96,23 @@ def parse_layers(text: str, option: str = "--drop") -> list[int]:
             raise RequestError(f"{option} {text!r}: write layers as 3,4 or 20-24")
         layers.extend(span)
     return layers
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Return the names in a list that commas separate."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[None]:
+    """Make a directory for output, and remove it again if nothing was written into it."""
+    from actors.artifacts import without_empty_directories
+
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RequestError(f"--output {str(path)!r} is there already and not empty; choose another directory")
+    with without_empty_directories(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"--output {str(path)!r} cannot be made: {error.strerror}") from error
+        yield

@@ -1,18 +1,15 @@
 """`iterabre plan`: what a campaign would run, and what it would cost."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from orchestrator.cli.output import out, print_json, print_table
 from orchestrator.config import load_config
 from orchestrator.errors import RequestError
 
 DEFAULT_MACHINES = ("8xH100-80G", "8xA100-80G", "8xL40S-48G", "8xA10G-24G")
-out = Console()
 
 
 def plan(
@@ -53,7 +50,7 @@ def plan(
     stages = campaign_stages(built, existing)
     summary = plan_summary(built, loaded, machines, stages, factors) | {"notes": built.notes}
     if as_json:
-        sys.stdout.write(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        print_json(summary)
         return
     _show(summary)
 
@@ -76,8 +73,6 @@ def _factors(run: str, machine: Any) -> dict[str, float]:
 
 
 def _show(summary: dict[str, Any]) -> None:
-    from orchestrator.reporting.tables.terminal import plain_table
-
     rows = summary["trajectories"]
     columns = {
         "trajectory": [row["trajectory"] for row in rows],
@@ -86,7 +81,7 @@ def _show(summary: dict[str, Any]) -> None:
         "stages": [str(row["stages"]) for row in rows],
         "recovery\nFLOPs": [f"{row['recovery_flops']:.1e}" for row in rows],
     }
-    out.print(plain_table(columns, "What would run"))
+    print_table(columns, "What would run")
     count = summary["stages"]
     out.print(
         f"\nStages: {count['distinct']} to compute, where {count['planned']} are asked for "
@@ -100,7 +95,7 @@ def _show(summary: dict[str, Any]) -> None:
         "FLOPs": [f"{row['flops']:.2e}" for row in kinds],
         "GB a worker": [f"{row['memory_bytes'] / 1e9:.2f}" for row in kinds],
     }
-    out.print(plain_table(columns, "Work, and peak memory"))
+    print_table(columns, "Work, and peak memory")
     machines = summary["machines"]
     columns = {
         "devices": [f"{row['count']} x {row['machine']['name']}" for row in machines],
@@ -109,7 +104,7 @@ def _show(summary: dict[str, Any]) -> None:
         "hours at best": [f"{row['hours']:,.2f}" for row in machines],
         "price": [f"{row['price']:,.2f}" for row in machines],
     }
-    out.print(plain_table(columns, "Estimate; docs/campaigns.md says what it assumes"))
+    print_table(columns, "Estimate; docs/campaigns.md says what it assumes")
     for note in summary["notes"]:
         out.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
     if summary["calibration"]:

@@ -1,33 +1,32 @@
-"""The commands that look at a run, `status` and `report`, and what others show of one."""
+"""The commands `status` and `report`, and what other commands show of a run."""
 
-import json
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from orchestrator.cli.options import Json, Run
+from orchestrator.cli.output import err, out, print_json
 
 if TYPE_CHECKING:
     from orchestrator.storage.stage_store import Store
 
-out = Console()
-err = Console(stderr=True)
-
 
 def status(run: Run, as_json: Json = False) -> None:
     """Show the numbers a run has so far, from its ledger, and what became of its trajectories."""
+    from orchestrator.reporting.tables.tables import iteration_table
+    from orchestrator.storage.ledger import Ledger
     from orchestrator.storage.stage_store import Store
+    from orchestrator.storage.trajectory_status import read_statuses
 
-    existing_run(run)
+    store = Store(existing_run(run))
     if as_json:
-        sys.stdout.write(status_json(run) + "\n")
+        lines = iteration_table(Ledger(store.ledger_uri).read())
+        outcomes = {trajectory: asdict(outcome) for trajectory, outcome in read_statuses(store).items()}
+        print_json({"iterations": lines, "outcomes": outcomes})
         return
     show_results(run)
-    show_outcomes(Store(run))
+    show_outcomes(store)
 
 
 def report(run: Run) -> None:
@@ -36,6 +35,11 @@ def report(run: Run) -> None:
 
 
 def existing_run(run: str) -> str:
+    """Return the place of a run.
+
+    Raises:
+        RequestError: no run lies there.
+    """
     from orchestrator.storage import run_manifest
     from orchestrator.storage.stage_store import Store
 
@@ -43,20 +47,8 @@ def existing_run(run: str) -> str:
     return run
 
 
-def status_json(run: str) -> str:
-    """A line of numbers for each iteration, and how each trajectory that has ended did so."""
-    from orchestrator.reporting.tables.tables import iteration_table
-    from orchestrator.storage.ledger import Ledger
-    from orchestrator.storage.stage_store import Store
-    from orchestrator.storage.trajectory_status import read_statuses
-
-    store = Store(run)
-    lines = iteration_table(Ledger(store.ledger_uri).read())
-    outcomes = {trajectory: asdict(outcome) for trajectory, outcome in read_statuses(store).items()}
-    return json.dumps({"iterations": lines, "outcomes": outcomes}, indent=2, ensure_ascii=False)
-
-
 def show_results(run: str) -> None:
+    """Print a table of numbers for each trajectory."""
     from orchestrator.reporting.tables.tables import iteration_table
     from orchestrator.reporting.tables.terminal import results_table
     from orchestrator.storage.ledger import Ledger
@@ -81,6 +73,7 @@ def show_outcomes(store: "Store") -> None:
 
 
 def build_report(run: str) -> str:
+    """Write the HTML report beside the run and return its place."""
     from actors.artifacts import local_path, publish
     from orchestrator.reporting.html import build_report
     from orchestrator.reporting.run_source import read_source

@@ -1,19 +1,17 @@
 """The commands that come before a run: `init`, `doctor`, `schema`."""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from orchestrator.cli.output import out, print_json
 from orchestrator.config import campaign_schema
 from orchestrator.errors import RequestError
 
-out = Console()
 MARKS = {"ok": "[green]✓[/]", "note": "[yellow]–[/]", "fail": "[red]✗[/]"}
 
 
@@ -47,9 +45,13 @@ def init(
         fractions = typer.prompt("Shares of the layers to remove", "0.1,0.25") if asked else "0.1,0.25"
     if gpus is None:
         gpus = typer.prompt("GPUs to use, 0 for CPUs", 1, type=int) if asked else 1
+    try:
+        shares = tuple(float(part) for part in str(fractions).split(","))
+    except ValueError as error:
+        raise RequestError(f"--fractions {fractions!r}: write shares of the layers as 0.1,0.25") from error
     answers = Answers(
         model=str(model),
-        fractions=_fractions(str(fractions)),
+        fractions=shares,
         gpus=int(gpus),
         dtype="bfloat16" if gpus else "float32",
         data=data,
@@ -74,7 +76,7 @@ def doctor(
 
     findings = list(examine(Place(address, storage)))
     if as_json:
-        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
+        print_json([asdict(finding) for finding in findings])
     else:
         table = Table("", "", "found", "what to do", box=None)
         for finding in findings:
@@ -86,11 +88,4 @@ def doctor(
 
 def schema() -> None:
     """Print the JSON Schema of campaign files, for editors that complete and check YAML."""
-    sys.stdout.write(json.dumps(campaign_schema(), indent=2, ensure_ascii=False) + "\n")
-
-
-def _fractions(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise RequestError(f"--fractions {text!r}: write shares of the layers as 0.1,0.25") from error
+    print_json(campaign_schema())

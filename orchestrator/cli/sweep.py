@@ -1,12 +1,9 @@
 """The command `sweep`: what a model loses with each of its layers."""
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from orchestrator.cli.options import (
     AllowCodeExecution,
@@ -18,15 +15,15 @@ from orchestrator.cli.options import (
     Revision,
     TaskSuffix,
     TrustRemoteCode,
+    names_in,
+    parse_layers,
     source_model,
 )
+from orchestrator.cli.output import err, out, print_json, print_table
 from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
     from actors.contracts import EvaluationSpec
-
-out = Console()
-err = Console(stderr=True)
 
 Layers = Annotated[
     str | None, typer.Option(help="Layers to remove, one at a time, e.g. 0-9,29; all if not given.")
@@ -66,8 +63,9 @@ def sweep(
     from actors.contracts import ActorPoolSpec, EvaluationSpec, ModelRef, to_json
     from actors.evaluation import suite_tasks
     from orchestrator.execution.single_layer_sweep import run_sweep, sweep_columns, write_sweep
-    from orchestrator.reporting.tables.terminal import plain_table
 
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
+        raise RequestError(f"--batch-size {batch_size!r}: give a number of at least 1, or auto")
     named = names_in(suites)
     spec = EvaluationSpec(
         model=ModelRef(source_model(model, dtype, revision, trust_remote_code)),
@@ -76,7 +74,7 @@ def sweep(
         task_suffix=task_suffix,
         include_path=include_path,
         limit=limit,
-        batch_size=_batch_size(batch_size),
+        batch_size=None if batch_size == "auto" else int(batch_size),
         probes=names_in(probes),
         max_new_tokens=max_new_tokens,
         allow_code_execution=allow_code_execution,
@@ -87,21 +85,24 @@ def sweep(
         from orchestrator.execution.cluster import evaluate_on_cluster
 
         evaluate_all = evaluate_on_cluster(address, ActorPoolSpec(actors, cpus, gpus))
-    measured = run_sweep(spec, chosen, evaluate_all, _tell)
+
+    def show_progress(done: int, total: int, note: str = "") -> None:
+        err.print(f"{done} of {total} {note}", style="dim", highlight=False)
+
+    measured = run_sweep(spec, chosen, evaluate_all, show_progress)
     files = write_sweep(measured, output)
     if as_json:
-        sys.stdout.write(json.dumps(to_json(measured), indent=2) + "\n")
+        print_json(to_json(measured))
         return
-    out.print(plain_table(sweep_columns(measured), f"{model}, one layer removed"))
+    print_table(sweep_columns(measured), f"{model}, one layer removed")
     out.print("\n".join(map(str, files)), soft_wrap=True)
 
 
 def _checked_layers(spec: "EvaluationSpec", layers: str | None) -> list[int]:
-    """The layers to remove, all if None; everything that `spec` asks for is known to be there."""
+    """Return the layers to remove, all if None; refuse a `spec` that asks for what is not there."""
     from actors.evaluation import check_probes, check_task_data, check_tasks
     from actors.models import describe_model, load_tokenizer
     from actors.models.pruning.surgery import remaining
-    from orchestrator.cli.options import parse_layers
     from orchestrator.planning.checks import check_evaluation
 
     if not spec.probes + spec.tasks:
@@ -116,21 +117,3 @@ def _checked_layers(spec: "EvaluationSpec", layers: str | None) -> list[int]:
         remaining(num_layers, (layer,))
     check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
     return chosen
-
-
-def _batch_size(text: str) -> int | None:
-    """The number in `text`, or None for `auto`."""
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise RequestError(f"--batch-size {text!r}: give a number of at least 1, or auto")
-    return int(text)
-
-
-def names_in(text: str) -> tuple[str, ...]:
-    """The names in a list that commas separate."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _tell(done: int, total: int, note: str = "") -> None:
-    err.print(f"{done} of {total} {note}", style="dim", highlight=False)

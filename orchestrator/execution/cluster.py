@@ -89,7 +89,7 @@ def find_cluster(address: str | None) -> str:
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """A connection to the cluster at `address`, or to one of this process's own.
+    """Connect to the cluster at `address`, or to one of this process's own.
 
     Raises:
         RequestError: as `find_cluster`, or that cluster cannot be joined.
@@ -214,7 +214,7 @@ def with_autoscaling(capacity: Capacity, maximum: ClusterMaximumConfig | None) -
 
 
 def evaluate_on_cluster(address: str | None, pool: ActorPoolSpec) -> EvaluateAll:
-    """Evaluates many models on actors of the cluster at `address`, or of this machine if None."""
+    """Return what evaluates many models on actors of the cluster at `address`, or of this machine if None."""
 
     def evaluate_all(specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
         with cluster(address):
@@ -260,7 +260,7 @@ def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
 def end_helpers_of_dead_drivers() -> None:
     """End the process that Ray Train leaves for ever if its driver is killed while a training starts.
 
-    The helper outlives its training, in order to clean up after it; one that was not yet told what
+    The helper outlives its training, in order to clean up after it; one that did not yet know what
     to watch when all others died waits for that.
     """
     dead = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}

@@ -47,7 +47,7 @@ class PlaceholderResolver:
         self._note("prune", key, iteration, iteration.layers_left, pruned, known)
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
-        """Note an export. Its card tells of this trajectory alone, so it is never shared."""
+        """Note an export. Its card is of this trajectory alone, so it is never shared."""
         plan, store = self._plan, self._store
         key = digest([plan.id, plan.key_inputs(model), iteration.layers_left])
         done = store is not None and store.has_export(plan.id, iteration.layers_left, plan.unit)
@@ -71,7 +71,7 @@ PLACEHOLDERS: Mapping[str, Callable[[str], Any]] = {
 def planned_stages(plan: TrajectoryPlan, store: Store | None = None) -> list[PlannedStage]:
     """Return the stages of a trajectory, in order, each with the key that it will have, or a placeholder's.
 
-    What `store` holds of them is taken from there, so that the walk knows more.
+    What `store` holds of them is taken from there, so that fewer placeholders are needed.
     """
     resolver = PlaceholderResolver(plan, store)
     run_trajectory(plan, StageRunner(plan, resolver))

@@ -74,7 +74,7 @@ class RayBackend:
         return evaluate_on_ray(spec, self._pool(self._execution.evaluation), progress)
 
     def _evaluate_all(self, specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
-        """As many evaluations at a time as scoring may have actors, each with what an evaluation holds."""
+        """Evaluate as many at a time as scoring may have actors, each with what an evaluation holds."""
         pool = replace(self._pool(self._execution.evaluation), actors=self._execution.scoring.actors)
         return evaluate_all_on_ray(specs, pool)
 

@@ -31,7 +31,7 @@ class Sweep:
     units: dict[str, str]
 
     def changes(self, name: str) -> tuple[float, ...]:
-        """The metric without each layer less that of the unpruned model."""
+        """Return the metric without each layer less that of the unpruned model."""
         return tuple(value - self.dense[name] for value in self.metrics[name])
 
 
@@ -72,7 +72,7 @@ def _evaluate_here(specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, Evalu
 
 
 def sweep_columns(sweep: Sweep) -> dict[str, list[str]]:
-    """A column a metric, the unpruned model in the first row; as text for a terminal."""
+    """Return a column a metric, the unpruned model in the first row; as text for a terminal."""
     columns = {"removed": ["none", *map(str, sweep.layers)]}
     for name, values in sweep.metrics.items():
         columns[name.replace("/", " ").replace("_", " ")] = [
@@ -99,7 +99,7 @@ def write_sweep(sweep: Sweep, directory: Path) -> list[Path]:
 
 
 def sweep_figure(sweep: Sweep) -> Figure:
-    """A panel a metric over the removed layer; the dashed line is the unpruned model."""
+    """Draw a panel a metric over the removed layer; the dashed line is the unpruned model."""
     names = list(sweep.dense)
     columns = 1 if len(names) < 3 else 2
     rows = math.ceil(len(names) / columns)

@@ -55,7 +55,7 @@ class StageKind(Generic[ResultT]):
 
 @dataclass(frozen=True)
 class StageRequest(Generic[ResultT]):
-    """A stage whose result a trajectory asks for.
+    """A stage whose result a trajectory needs.
 
     Attributes:
         key: hash of `inputs`, which are all that the result depends on.
@@ -74,7 +74,7 @@ class StageRequest(Generic[ResultT]):
     background: bool = False
 
 
-def _score_numbers(result: ScoreResult) -> Numbers:
+def score_numbers(result: ScoreResult) -> Numbers:
     for layer, score in zip(result.source_layers, result.scores, strict=True):
         yield "score", score, "", {"layer": layer}
     yield "layer_forwards", result.layer_forwards, "", {}
@@ -84,14 +84,14 @@ def _score_numbers(result: ScoreResult) -> Numbers:
     yield "tokens", result.num_tokens, "tokens", {}
 
 
-def _generation_numbers(result: GenerationResult) -> Numbers:
+def generation_numbers(result: GenerationResult) -> Numbers:
     yield "prompts", result.num_prompts, "", {}
     yield "responses", result.num_responses, "", {}
     yield "responses_finished", result.num_finished, "", {}
     yield "tokens", result.num_tokens, "tokens", {}
 
 
-def _recovery_numbers(result: RecoveryResult) -> Numbers:
+def recovery_numbers(result: RecoveryResult) -> Numbers:
     for record in result.steps:
         at = {"step": record.step}
         yield "loss", record.loss, "", at
@@ -107,13 +107,13 @@ def _recovery_numbers(result: RecoveryResult) -> Numbers:
     yield "trainable_parameters", result.trainable_parameters, "", {}
 
 
-def _evaluation_numbers(result: EvaluationResult) -> Numbers:
+def evaluation_numbers(result: EvaluationResult) -> Numbers:
     for metric in result.metrics:
         yield metric.name, metric.value, metric.unit, {"stderr": metric.stderr}
     yield "parameters", result.num_parameters, "", {}
 
 
-def _export_numbers(result: ExportResult) -> Numbers:
+def export_numbers(result: ExportResult) -> Numbers:
     yield "parameters", result.num_parameters, "", {}
     yield "layers", result.num_layers, "", {}
     if emptied := result.num_zeroed_parameters:
@@ -124,26 +124,26 @@ SCORE = StageKind(
     "score",
     ScoreResult,
     lambda backend, stage, progress, _: backend.score(stage.spec, progress),
-    _score_numbers,
+    score_numbers,
 )
 GENERATE = StageKind(
     "generate",
     GenerationResult,
     lambda backend, stage, progress, uri: backend.generate(stage.spec, uri, progress),
-    _generation_numbers,
+    generation_numbers,
 )
 RECOVER = StageKind(
     "recover",
     RecoveryResult,
     lambda backend, stage, progress, uri: backend.recover(stage.spec, uri, stage.key, progress),
-    _recovery_numbers,
+    recovery_numbers,
 )
 EVALUATE = StageKind(
     "evaluate",
     EvaluationResult,
     lambda backend, stage, progress, _: backend.evaluate(stage.spec, progress),
-    _evaluation_numbers,
+    evaluation_numbers,
 )
 EXPORT = StageKind(
-    "export", ExportResult, lambda backend, stage, _, uri: backend.export(stage.spec, uri), _export_numbers
+    "export", ExportResult, lambda backend, stage, _, uri: backend.export(stage.spec, uri), export_numbers
 )

@@ -8,7 +8,7 @@ from orchestrator.planning.pruning_schedule import IterationPlan
 
 
 class Stages(Protocol):
-    """What a trajectory asks for; every call returns when the stage is finished, now or before.
+    """The stages of a trajectory; every call returns when the stage is finished, now or before.
 
     Only an evaluation may go on in the background: nothing that follows depends on its numbers.
     """

@@ -22,6 +22,7 @@ from orchestrator.config import CampaignConfig, ExecutionConfig, SearchConfig
 from orchestrator.errors import IterabreError, UnexpectedError, unexpected, unknown_name
 from orchestrator.execution.cluster import HEAD, QUIET
 from orchestrator.execution.dry_run import planned_stages, unfinished_trajectories
+from orchestrator.execution.gauges import CampaignGauges
 from orchestrator.execution.progress import (
     ProgressBoard,
     RemoteReport,
@@ -41,7 +42,6 @@ from orchestrator.scheduling.limits import Limits, backoff_s, spent_before
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import TrajectoryStatus, write_status
-from orchestrator.tracking.prometheus import CampaignGauges
 
 log = logging.getLogger(__name__)
 

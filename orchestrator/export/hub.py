@@ -10,7 +10,7 @@ from orchestrator.errors import RequestError, WorkError
 
 
 def check_upload(repo: str) -> None:
-    """Whether an upload to `repo` can be tried at all.
+    """Check that an upload to `repo` can be tried at all.
 
     Raises:
         RequestError: no name of a repository, or no token in the environment or the hub's login.

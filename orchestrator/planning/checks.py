@@ -22,7 +22,7 @@ from actors.evaluation.probes.probes import probe_prompts
 from actors.models import load_tokenizer
 from actors.models.loading.load import empty_model, load_config
 from actors.recovery import find_objective
-from actors.recovery.adapters.adapters import target_paths
+from actors.recovery.adapters.lora import target_paths
 from actors.recovery.training.deepspeed_config import (
     accumulation_steps,
     check_user_config,

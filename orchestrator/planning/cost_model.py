@@ -74,28 +74,28 @@ class StageCost:
 
 
 def kept_parameters(info: ModelInfo, layers: int) -> float:
-    """Parameters of the model at so many layers, its blocks counted as alike."""
+    """Return the parameters of the model at so many layers, its blocks counted as alike."""
     return info.num_parameters - sum(info.block_parameters) * (1 - layers / info.num_layers)
 
 
 def block_flops(info: ModelInfo, tokens: float, length: float) -> float:
-    """One block's forward pass over `tokens` in sequences of `length`: 2·P·T, and 4·W·S·T for attention."""
+    """Count a block's forward pass over `tokens` in sequences of `length`: 2·P·T + 4·W·S·T for attention."""
     parameters = sum(info.block_parameters) / info.num_layers
     return tokens * (2 * parameters + 4 * info.attention_width * length)
 
 
 def head_flops(info: ModelInfo, tokens: float) -> float:
-    """The output head's forward pass: 2·D·V·T."""
+    """Count the output head's forward pass: 2·D·V·T."""
     return tokens * 2 * info.hidden_size * info.vocab_size
 
 
 def low_rank_parameters(info: ModelInfo, rank: int) -> float:
-    """Parameters of a low-rank update of all matrices of a block."""
+    """Return the parameters of a low-rank update of all matrices of a block."""
     return rank * info.block_widths
 
 
 def training_block_flops(info: ModelInfo, tokens: float, length: float, rank: int | None) -> float:
-    """One block's forward and backward pass; with `rank`, its own weights are frozen.
+    """Count one block's forward and backward pass; with `rank`, its own weights are frozen.
 
     The backward pass of a frozen matrix costs as much as the forward pass (its input's
     gradient), that of a trained one twice as much, and attention's twice as much.
@@ -108,7 +108,7 @@ def training_block_flops(info: ModelInfo, tokens: float, length: float, rank: in
 
 
 def activation_bytes(info: ModelInfo, tokens: float, length: float, bytes_each: int) -> float:
-    """What one block keeps of `tokens` for its backward pass."""
+    """Return what one block keeps of `tokens` for its backward pass."""
     scale = bytes_each / 2
     return scale * tokens * (ACTIVATION_BYTES * info.hidden_size + ATTENTION_BYTES * info.num_heads * length)
 
@@ -116,7 +116,7 @@ def activation_bytes(info: ModelInfo, tokens: float, length: float, bytes_each: 
 def seconds(
     cost: StageCost, kind: str, machine: Machine, devices: float, dtype: str, utilisation: float
 ) -> float:
-    """How long a stage takes on so many devices."""
+    """Return how long a stage takes on so many devices."""
     peak = machine.fp32_tflops if dtype == "float32" else machine.bf16_tflops
     start = START_S.get(kind, 0.0)
     return (
@@ -127,7 +127,7 @@ def seconds(
 def calibration(
     measured: Mapping[tuple[str, str], float], predicted: Mapping[tuple[str, str], float]
 ) -> dict[str, float]:
-    """Measured time over predicted time of each kind of stage, from the stages (kind, key) that both have."""
+    """Return measured over predicted time by kind of stage, from the stages (kind, key) that both have."""
     both = measured.keys() & predicted.keys()
     kinds = {kind for kind, _ in both}
     totals = {
@@ -138,7 +138,7 @@ def calibration(
 
 
 def machine_of(cost: CostConfig, name: str) -> Machine:
-    """The machine of that name, as the campaign file changes it.
+    """Return the machine of that name, as the campaign file changes it.
 
     Raises:
         RequestError: no such machine, or a new one that is not described in full.
@@ -156,7 +156,7 @@ def machine_of(cost: CostConfig, name: str) -> Machine:
 
 
 def parse_machine(text: str, cost: CostConfig) -> tuple[int, Machine]:
-    """`8xH100-80G` as a number of devices and their type; a bare type is one device.
+    """Parse `8xH100-80G` as a number of devices and their type; a bare type is one device.
 
     Raises:
         RequestError: not written so, or no such machine.

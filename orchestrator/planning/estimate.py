@@ -79,7 +79,7 @@ def stage_cost(
     return model(stage, trajectory, sizes) if model else StageCost()
 
 
-def _score_cost(
+def score_cost(
     stage: PlannedStage, trajectory: TrajectoryPlan, sizes: Mapping[TextSpec, TextSize]
 ) -> StageCost:
     spec: ScoreSpec = stage.spec
@@ -107,12 +107,12 @@ def _score_cost(
     return StageCost(flops, loaded, held + hidden)
 
 
-def _recover_cost(
+def recover_cost(
     stage: PlannedStage, trajectory: TrajectoryPlan, _sizes: Mapping[TextSpec, TextSize]
 ) -> StageCost:
     spec: RecoverySpec = stage.spec
     info, layers, tokens = trajectory.model, stage.layers, float(trajectory.recovery_tokens)
-    if not find_objective(spec.objective).heals:
+    if not find_objective(spec.objective).applies_recovery:
         return StageCost()
     each, length = BYTES[info.spec.dtype], spec.sequence_length
     rank = None if spec.adapter.kind == "full" else spec.adapter.rank
@@ -138,7 +138,7 @@ def _recover_cost(
     return StageCost(flops, info.num_parameters * each, memory)
 
 
-def _evaluate_cost(
+def evaluate_cost(
     stage: PlannedStage, trajectory: TrajectoryPlan, sizes: Mapping[TextSpec, TextSize]
 ) -> StageCost:
     spec: EvaluationSpec = stage.spec
@@ -157,7 +157,7 @@ def _evaluate_cost(
     return StageCost(flops, weights, weights + longest * info.vocab_size * 4)
 
 
-def _generate_cost(
+def generate_cost(
     stage: PlannedStage, trajectory: TrajectoryPlan, sizes: Mapping[TextSpec, TextSize]
 ) -> StageCost:
     """Return the cost of prefilling each prompt for each of its responses, and of each generated token.
@@ -179,7 +179,7 @@ def _generate_cost(
     return StageCost(flops, weights, weights + cache)
 
 
-def _export_cost(
+def export_cost(
     stage: PlannedStage, trajectory: TrajectoryPlan, _sizes: Mapping[TextSpec, TextSize]
 ) -> StageCost:
     weights = kept_parameters(trajectory.model, stage.layers) * BYTES[trajectory.model.spec.dtype]
@@ -187,11 +187,11 @@ def _export_cost(
 
 
 COSTS: dict[str, Callable[[PlannedStage, TrajectoryPlan, Mapping[TextSpec, TextSize]], StageCost]] = {
-    "score": _score_cost,
-    "generate": _generate_cost,
-    "recover": _recover_cost,
-    "evaluate": _evaluate_cost,
-    "export": _export_cost,
+    "score": score_cost,
+    "generate": generate_cost,
+    "recover": recover_cost,
+    "evaluate": evaluate_cost,
+    "export": export_cost,
 }
 """The cost model of each kind of stage; a prune only records."""
 

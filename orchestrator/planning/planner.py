@@ -170,7 +170,7 @@ def _misfit(method: MethodConfig) -> str | None:
 
 def _traits(method: MethodConfig) -> Traits:
     criterion, objective = find_criterion(method.scoring.criterion), find_objective(method.recovery.objective)
-    return Traits(criterion.seeded, criterion.chooses_run, objective.heals, objective.trains_on)
+    return Traits(criterion.seeded, criterion.chooses_run, objective.applies_recovery, objective.trains_on)
 
 
 def _applies_recovery(method: MethodConfig) -> bool:

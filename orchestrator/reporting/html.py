@@ -89,7 +89,7 @@ def build_report(source: Source, out_dir: Path) -> Path:
     grids = [*comparison_grids(ledger, models, source.config), cost_grid(ledger)]
     due = due_models(ledger, models, source.trajectories, [*source.failures, *source.given_up])
     stages = provenance.stages_of(ledger)
-    drawn = Drawn(out_dir / "figures")
+    drawn, sources = Drawn(out_dir / "figures"), dict.fromkeys(model.model for model in models)
     page = _environment(stages).get_template("report.html.j2").render(
         name=source.config.get("name", "campaign"),
         progress=progress(models, source),
@@ -99,7 +99,7 @@ def build_report(source: Source, out_dir: Path) -> Path:
         explorer=explorer.describe(outcomes(models)),
         glossary=glossary(headline_metrics(found)),
         grids=[_with_files(grid, out_dir / "tables") for grid in grids if grid is not None],
-        sources=[_source(name, ledger, found, source, drawn) for name in _distinct(models, "model")],
+        sources=[_source(name, ledger, found, source, drawn) for name in sources],
         sections=_sections(ledger, models, out_dir, drawn),
         sweeps=[drawn.add("", figure) for figure in sweep_figures(source.sweeps)],
         stages=stages,
@@ -123,7 +123,7 @@ class Drawn:
         self.files: list[tuple[Figure, Path]] = []
 
     def add(self, prefix: str, figure: Figure) -> dict[str, Any]:
-        """What the page shows of a figure."""
+        """Add a figure and return what the page shows of it."""
         stem = file_name(f"{prefix}-{figure.name}" if prefix else figure.name)
         self.files.append((figure, self._folder / stem))
         return {
@@ -135,7 +135,7 @@ class Drawn:
 
 
 def in_order_of(config: Mapping[str, Any], models: Sequence[Measured]) -> list[Measured]:
-    """The models with the sources and methods in the order in which the configuration lists them."""
+    """Sort the models by the order in which the configuration lists sources and methods."""
     sources = {model["id"]: rank for rank, model in enumerate(config.get("models") or [])}
     methods = {method["name"]: rank for rank, method in enumerate(config.get("methods") or [])}
     return sorted(
@@ -157,7 +157,7 @@ class Progress:
 
 
 def progress(models: Iterable[Measured], source: Source) -> Progress | None:
-    """How far the run is; None where the plan is not known."""
+    """Return how far the run is; None where the plan is not known."""
     if not source.planned:
         return None
     finished = {(m.trajectory, m.iteration) for m in outcomes(models) if m.iteration > 0}
@@ -166,15 +166,11 @@ def progress(models: Iterable[Measured], source: Source) -> Progress | None:
 
 
 def scope(ledger: pa.Table) -> dict[str, int]:
-    """How many of each the ledger has rows of."""
+    """Count how many of each the ledger has rows of."""
     return {f"{name}s": len(pc.unique(ledger[name])) for name in ("model", "method", "seed")} | {
         "trajectories": len(pc.unique(ledger["trajectory"])),
         "rows": ledger.num_rows,
     }
-
-
-def _distinct(models: Iterable[Measured], name: str) -> list[str]:
-    return list(dict.fromkeys(getattr(model, name) for model in models))
 
 
 def _source(
@@ -194,7 +190,7 @@ def _source(
 def _sections(
     ledger: pa.Table, models: Sequence[Measured], out_dir: Path, drawn: Drawn
 ) -> list[dict[str, Any]]:
-    """A section a source and method, in the order of the models; what is not measured yet comes last."""
+    """Make a section a source and method, in the order of the models; those not measured yet come last."""
     places = dict.fromkeys((m.model, m.method) for m in models)
     begun = ledger.group_by(["model", "method"], use_threads=False).aggregate([]).to_pylist()
     places |= dict.fromkeys((row["model"], row["method"]) for row in begun)
@@ -231,7 +227,7 @@ def _section(
 
 
 def _with_files(grid: Grid, folder: Path) -> Grid:
-    """The grid itself, once it lies in `folder` as Markdown, LaTeX and CSV."""
+    """Write the grid to `folder` as Markdown, LaTeX and CSV, and return it."""
     lines: Sequence[Line] = grid.lines
     for ending, text in (("md", markdown(lines)), ("tex", latex(lines, grid.best)), ("csv", csv(lines))):
         write_bytes(str(folder / f"{file_name(grid.name)}.{ending}"), text.encode())
@@ -239,12 +235,12 @@ def _with_files(grid: Grid, folder: Path) -> Grid:
 
 
 def file_name(name: str) -> str:
-    """`name` with nothing in it that a path could trip over."""
+    """Return `name` with nothing in it that a path could trip over."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
 def _height(panel: Mapping[str, Any], panels: int) -> int:
-    """Of a panel, in pixels: a heat map's rows stay legible."""
+    """Return a panel's height in pixels: a heat map's rows stay legible."""
     rows = len(panel.get("ys", ()))
     return max(240 if panels > 1 else 340, min(18 * rows + 90, 900))
 
@@ -259,7 +255,7 @@ def _environment(stages: Mapping[str, provenance.Stage]) -> Environment:
     )
 
     def cell(value: Any) -> str | Markup:
-        """A number links to the stage that measured it."""
+        """Link a number to the stage that measured it."""
         if not isinstance(value, Number):
             return show(value)
         text, stage = show(value), stages.get(value.key)
@@ -267,7 +263,7 @@ def _environment(stages: Mapping[str, provenance.Stage]) -> Environment:
         if stage is None:
             return Markup('<span title="{}{}">{}</span>').format(show(value.value), error, text)
         return Markup('<a href="#{}" title="{}{} · {}">{}</a>').format(
-            stage.anchor, show(value.value), error, stage.told, text
+            stage.anchor, show(value.value), error, stage.hint, text
         )
 
     environment.filters["cell"] = cell

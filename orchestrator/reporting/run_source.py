@@ -19,7 +19,7 @@ HASHED = ("score", "recover", "evaluate")
 
 
 def read_source(store: Store) -> Source:
-    """All that the run at `store` has so far; of sweeps, those that lie under `sweeps/` in it."""
+    """Read all that the run at `store` has so far; of sweeps, those that lie under `sweeps/` in it."""
     stored = read_run(store) or {}
     ledger = Ledger(store.ledger_uri).read()
     outcomes = read_statuses(store)
@@ -37,7 +37,7 @@ def read_source(store: Store) -> Source:
 
 
 def read_hashes(store: Store, ledger: pa.Table) -> dict[str, str]:
-    """SHA-256 (hex) of every source model and data set, from a manifest a source, method and stage."""
+    """Read SHA-256 (hex) of every source model and data set, from a manifest a source, method and stage."""
     wanted = ledger.filter(pc.is_in(ledger["stage"], pa.array(HASHED)))
     columns = ["model", "method", "stage"]
     rows = wanted.group_by(columns, use_threads=False).aggregate([("key", "first")]).to_pylist()
@@ -49,7 +49,7 @@ def read_hashes(store: Store, ledger: pa.Table) -> dict[str, str]:
 
 
 def hashes_of(inputs: Mapping[str, Any], model: str, method: str) -> Iterator[tuple[str, str]]:
-    """What a stage read, by what it is, from the inputs in its manifest."""
+    """Return the hashes of what a stage read, by what it is, from the inputs in its manifest."""
     yield f"model {model}", inputs["model"]["source"]
     if sha := inputs.get("calibration"):
         yield f"calibration data of {method}", sha
@@ -60,7 +60,7 @@ def hashes_of(inputs: Mapping[str, Any], model: str, method: str) -> Iterator[tu
 
 
 def read_sweeps(store: Store) -> list[Mapping[str, Any]]:
-    """Contents of every `sweeps/NAME/sweep.json`, by name."""
+    """Read the contents of every `sweeps/NAME/sweep.json`, by name."""
     files = list_files(join(store.uri, "sweeps"), recursive=True)
     paths = sorted(file.path for file in files if file.base_name == "sweep.json")
     names = [path.rsplit("/", 2)[-2] for path in paths]

@@ -1,10 +1,10 @@
 """Leases on stages: one object from which all trajectories of a campaign acquire what they will compute.
 
-A stage that two trajectories need is computed by the one that asks first; the other
+A stage that two trajectories need is computed by the one that requests it first; the other
 waits, holding no resources, and then finds it in the store. A stage also waits until the
 cluster has room for it; of those that wait, that of a nearly done trajectory goes first.
 What it gets is a lease: a trajectory whose process dies stops renewing it, and the next one that
-asks takes over. Should two compute the same stage after all, the store keeps the first result.
+requests it takes over. Should two compute the same stage after all, the store keeps the first result.
 """
 
 import threading
@@ -144,7 +144,7 @@ class Coordinator:
         if at_work is None and not self._has_turn(request):
             self._waiting[request] = now
             return LeaseReply(False)
-        # Who waits for another's result is not in the queue.
+        # A request that waits for another's result is not in the queue.
         self._waiting.pop(request, None)
         if at_work is not None and at_work.holder != request.holder:
             return LeaseReply(False)

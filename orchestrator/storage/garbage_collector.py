@@ -1,6 +1,6 @@
 """Removes from a run what interrupted attempts left in it, and what finished stages need no more.
 
-Called with the run locked and no stage at work, so whatever no manifest names belongs to nobody.
+Called with the run locked and no stage at work, so whatever no manifest names is of no use.
 """
 
 import json

@@ -6,7 +6,7 @@
     stages/quarantine/              results that did not match their manifest
     trajectories/<id>.json          how a trajectory ended
     trajectories/<id>.plan.json     what was decided for it
-    driver.lock                     who has the run open
+    driver.lock                     the driver that has the run open
     ledger/  models/  train/  tune/  report/  logs/  tensorboard/
     trackers/<name>.json            what of the ledger was published to a tracker
 """

@@ -103,7 +103,7 @@ def _beat(store: Store, lock: Lock, ended: threading.Event) -> None:
 
 
 def _is_gone(lock: Lock) -> bool:
-    """Whether the driver is known to be dead: it ran on this machine, and its process is no more."""
+    """Return whether the driver is known to have ended: its process ran on this machine and is not there."""
     if lock.host != socket.gethostname():
         return False
     try:

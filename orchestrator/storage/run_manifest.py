@@ -16,7 +16,7 @@ from orchestrator.storage.stage_store import Store, installed_versions
 FORMAT = 1
 
 NOT_COMPARED_ON_RESUME = ("execution", "storage", "cost", "tracking")
-"""Sections that say where and how fast a campaign runs and who is told, not what it computes."""
+"""Sections that say where and how fast a campaign runs and where it publishes, not what it computes."""
 
 
 def open_run(

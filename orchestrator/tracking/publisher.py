@@ -1,8 +1,8 @@
-"""Tells trackers what is new in the ledger, while a campaign runs and at its end.
+"""Publishes what is new in the ledger to trackers, while a campaign runs and at its end.
 
-The ledger stays the truth: trials know nothing of trackers, and a tracker that cannot be
-reached is warned of and told later. Which parts of the ledger a tracker has is kept in the
-run, so a resumed campaign goes on where the last one stopped.
+The ledger stays the truth: trials have no part in tracking, and what a tracker that cannot be
+reached lacks is published later. Which parts of the ledger were published is kept in the run,
+so a resumed campaign goes on where the last one stopped.
 """
 
 import json
@@ -17,6 +17,7 @@ from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from actors.artifacts import read_bytes, write_bytes
+from actors.contracts import digest
 from actors.errors import WorkError
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.storage.ledger import Ledger
@@ -46,13 +47,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a tracker has not been told yet of one trajectory.
+    """What is not published yet of one trajectory.
 
-    `number` is how many parts of the ledger it was told of before: the same batch, should it
+    `run_id` identifies the tracker's run of the trajectory: the same after a resume, another in another
+    directory. `number` is how many parts of the ledger were published before: the same batch, should it
     come twice, has the same number.
     """
 
     trajectory: str
+    run_id: str
     parameters: Parameters
     points: Sequence[Point]
     number: int
@@ -61,8 +64,8 @@ class Batch:
 class Tracker(Protocol):
     """Keeps a run for each trajectory.
 
-    `failures` are what it raises when it cannot be reached, `keeps` says whether what an
-    earlier driver told it is still there and need not be told again.
+    `failures` are what it raises when it cannot be reached; `keeps` is true if what an earlier driver
+    published is still there and need not be published again.
     """
 
     failures: tuple[type[Exception], ...]
@@ -72,11 +75,11 @@ class Tracker(Protocol):
         """Add the points to the trajectory's run, which may be there already."""
 
     def close(self, states: Mapping[str, State]) -> None:
-        """Nothing more comes; `states` says how far each trajectory is."""
+        """End every run; `states` says how far each trajectory is."""
 
 
 def points(rows: Iterable[Mapping[str, Any]]) -> Iterator[Point]:
-    """Curves of rows of the ledger.
+    """Yield the points of curves that rows of the ledger make.
 
     Names are STAGE/METRIC, followed by the iteration where the step is one of training, and by the
     layer where there is one. The unpruned and the recovered models make up one curve; what was measured
@@ -97,7 +100,7 @@ def points(rows: Iterable[Mapping[str, Any]]) -> Iterator[Point]:
 
 
 def parameters(trajectory: TrajectoryPlan) -> Parameters:
-    """What makes the trajectory different from others: model, seed, and every field of its method."""
+    """Return what distinguishes the trajectory: model, seed, and every field of its method."""
     method = trajectory.method.model_dump(mode="json")
     named = {"model": trajectory.model_id, "method": method.pop("name"), "seed": trajectory.seed}
     return {**named, **dict(_flat(method))}
@@ -112,7 +115,7 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 
 class Publisher:
-    """Tells one tracker of each part of the ledger once, or once more after a crash in between."""
+    """Publishes each part of the ledger to one tracker once, or once more after a crash in between."""
 
     def __init__(self, name: str, tracker: Tracker, plan: CampaignPlan, store: Store):
         self._name = name
@@ -120,35 +123,32 @@ class Publisher:
         self._plan = plan
         self._store = store
         self._ledger = Ledger(store.ledger_uri)
-        self._told: list[str] | None = None
+        self._published: list[str] | None = None
         self._warned = False
 
     def publish(self) -> None:
-        """Tell what is new."""
+        """Publish what is new."""
         with self._warned_of_failures():
-            if self._told is None:
-                self._told = self._told_before()
-            new = sorted(set(self._ledger.parts()) - set(self._told))
+            if self._published is None:
+                state = read_bytes(self._store.published_uri(self._name)) if self._tracker.keeps else None
+                self._published = json.loads(state or b"[]")
+            new = sorted(set(self._ledger.parts()) - set(self._published))
             if not new:
                 return
             by_trajectory: defaultdict[str, list[Any]] = defaultdict(list)
             for row in self._ledger.read_parts(new).to_pylist():
                 by_trajectory[row["trajectory"]].append(row)
             for trajectory, rows in by_trajectory.items():
+                run_id = digest([self._store.uri, trajectory])[:16]
                 described = parameters(self._plan.find(trajectory))
-                self._tracker.write(Batch(trajectory, described, list(points(rows)), len(self._told)))
-            self._told = [*self._told, *new]
-            write_bytes(self._store.published_uri(self._name), json.dumps(self._told).encode())
+                number = len(self._published)
+                self._tracker.write(Batch(trajectory, run_id, described, list(points(rows)), number))
+            self._published = [*self._published, *new]
+            write_bytes(self._store.published_uri(self._name), json.dumps(self._published).encode())
             self._warned = False
 
-    def _told_before(self) -> list[str]:
-        if not self._tracker.keeps:
-            return []
-        found: list[str] = json.loads(read_bytes(self._store.published_uri(self._name)) or b"[]")
-        return found
-
     def close(self) -> None:
-        """Tell what is new, and how far each trajectory is."""
+        """Publish what is new, and how far each trajectory is."""
         self.publish()
         with self._warned_of_failures():
             outcomes = {name: outcome.state for name, outcome in read_statuses(self._store).items()}
@@ -177,16 +177,18 @@ def _state(outcome: str | None) -> State:
 def published(
     trackers: Mapping[str, Tracker], plan: CampaignPlan, store: Store, interval_s: float = INTERVAL_S
 ) -> Iterator[None]:
-    """Keep the trackers told while the body runs, each in a thread of its own, and once more at its end."""
+    """Publish to the trackers while the body runs, in a thread for each, and once more at its end."""
     ended = threading.Event()
 
-    def keep_told(publisher: Publisher) -> None:
+    def keep_publishing(publisher: Publisher) -> None:
         while not ended.wait(interval_s):
             publisher.publish()
         publisher.close()
 
     threads = {
-        name: threading.Thread(target=keep_told, args=(Publisher(name, tracker, plan, store),), daemon=True)
+        name: threading.Thread(
+            target=keep_publishing, args=(Publisher(name, tracker, plan, store),), daemon=True
+        )
         for name, tracker in trackers.items()
     }
     for thread in threads.values():

@@ -1,7 +1,7 @@
 """The board's numbers for Prometheus, as Ray's metrics agent gives them."""
 
+from orchestrator.execution.gauges import CampaignGauges
 from orchestrator.execution.progress import TrajectoryProgress
-from orchestrator.tracking.prometheus import CampaignGauges
 from tests.cluster.exported import exported
 
 

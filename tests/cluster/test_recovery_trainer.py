@@ -1,4 +1,4 @@
-"""Recovery as a Ray Train job: the curve of one local process, whatever dies on the way."""
+"""Recovery as a Ray Train job: the curve of one local process, whatever dies meanwhile."""
 
 import os
 import signal

@@ -11,20 +11,20 @@ from torch import multiprocessing
 
 from actors.contracts import Progress, RecoveryResult, RecoverySpec, no_progress
 from actors.recovery.training.checkpoint import CheckpointDirectory
-from actors.recovery.training.train_context import Workplace, Write
+from actors.recovery.training.train_context import TrainContext, WriteShard
 from actors.recovery.training.train_loop import train
 
 Job = tuple[RecoverySpec, Path]
 """A request, and the directory that its checkpoints, its adapter and its result go to."""
 
 
-def group_workplace(
+def group_train_context(
     rank: int, world_size: int, directory: Path, progress: Progress = no_progress
-) -> Workplace:
+) -> TrainContext:
     """Shared checkpoints that worker 0 puts in place once all shares are written."""
     checkpoints = CheckpointDirectory(directory / "checkpoints")
 
-    def save(steps_done: int, write: Write) -> None:
+    def save(steps_done: int, write: WriteShard) -> None:
         scratch = directory / f"scratch-{steps_done}"
         scratch.mkdir(exist_ok=True, parents=True)
         write(scratch)
@@ -33,11 +33,11 @@ def group_workplace(
             checkpoints.save(steps_done, lambda place: [f.rename(place / f.name) for f in scratch.iterdir()])
         dist.barrier()
 
-    return Workplace(
+    return TrainContext(
         rank=rank,
         world_size=world_size,
         adapter_uri=str(directory / "adapter"),
-        note_uri=str(directory / "micro_batch_size"),
+        micro_batch_hint_uri=str(directory / "micro_batch_size"),
         save_checkpoint=save,
         checkpoints=checkpoints.newest_first,
         progress=progress,
@@ -47,7 +47,7 @@ def group_workplace(
 def train_all(rank: int, world_size: int, jobs: list[Job]) -> None:
     """One worker: train all the jobs, one after the other."""
     for spec, directory in jobs:
-        result = train(spec, group_workplace(rank, world_size, directory))
+        result = train(spec, group_train_context(rank, world_size, directory))
         if rank == 0:
             (directory / "result").write_bytes(pickle.dumps(result))
 

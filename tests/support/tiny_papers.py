@@ -9,7 +9,7 @@ import yaml
 
 from actors.contracts import TextSettings
 from actors.evaluation import suite_tasks
-from actors.evaluation.lm_eval.harness import TASKS as OUR_TASKS
+from actors.evaluation.lm_eval.task_loading import TASKS as OUR_TASKS
 from orchestrator.config import CampaignConfig, MethodConfig
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 

@@ -34,7 +34,11 @@ def score_code(
     Raises WorkError if the code is to be run and cannot be shut in.
     """
     completed = list(zip(problems, responses, finished or [True] * len(problems), strict=True))
-    found = Counter(classify(response, _before(problem), ended) for problem, response, ended in completed)
+    found: Counter[str] = Counter()
+    for problem, response, ended in completed:
+        # The code that a response continues is HumanEval's prompt; MBPP's is prose.
+        before = problem["prompt"] if "entry_point" in problem else ""
+        found[classify(response, before, ended)] += 1
     metrics = [Metric(name, found[name] / len(completed)) for name in CLASSES]
     if execute:
         metrics.append(pass_at_1([program_of(*each) for each in completed]))
@@ -56,11 +60,6 @@ def code_task_metrics(samples: Mapping[str, Sequence[Mapping[str, Any]]], execut
             scores = score_code(problems, responses, execute)
             metrics += [Metric(f"{task}/{m.name}", m.value, m.unit, m.stderr) for m in scores]
     return metrics
-
-
-def _before(problem: Problem) -> str:
-    """Return the code that a response continues: HumanEval's prompt; MBPP's is prose."""
-    return problem["prompt"] if "entry_point" in problem else ""
 
 
 def _first(responses: Any) -> str:

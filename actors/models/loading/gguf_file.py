@@ -25,7 +25,17 @@ def converted(gguf: Path) -> Path:
         return target
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
     try:
-        _convert(gguf, scratch)
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        with refusing(
+            f"model {str(gguf)!r} cannot be opened as a causal language model",
+            "Get the file again, or give the model as a directory of safetensors",
+        ):
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+        drop_quantization(model.config)
+        model.hf_quantizer = None
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
         os.rename(scratch, target)
     except OSError as error:
         # Another process may have converted the same file meanwhile: its directory is as good.
@@ -37,20 +47,6 @@ def converted(gguf: Path) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
-
-
-def _convert(gguf: Path, target: Path) -> None:
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with refusing(
-        f"model {str(gguf)!r} cannot be opened as a causal language model",
-        "Get the file again, or give the model as a directory of safetensors",
-    ):
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    drop_quantization(model.config)
-    model.hf_quantizer = None
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
 
 
 def drop_quantization(config: PretrainedConfig) -> None:

@@ -63,7 +63,16 @@ def merge_blocks(model: PreTrainedModel, merges: Iterable[Merge]) -> None:
                 f"the model has layers 0 to {len(blocks) - 1}"
             )
         for index in merge.merged:
-            _check_alike(blocks[merge.base], blocks[index], merge.base, index)
+            base, other = (
+                {name: tuple(p.shape) for name, p in blocks[i].named_parameters()}
+                for i in (merge.base, index)
+            )
+            if unlike := sorted(n for n in base.keys() | other.keys() if base.get(n) != other.get(n)):
+                raise RequestError(
+                    f"layers {merge.base} and {index} are of different kinds and cannot be merged: "
+                    f"{unlike[0]!r} has shape {base.get(unlike[0])} in one and {other.get(unlike[0])} in the "
+                    "other"
+                )
         MERGES[merge.variant](blocks[merge.base], [blocks[i] for i in merge.merged])
 
 
@@ -84,15 +93,3 @@ def merge_layers(
     merged = tuple(range(base + 1, base + count + 1))
     merge_blocks(model, [Merge(base, merged, variant)])
     return remove_layers(model, merged)
-
-
-def _check_alike(base: nn.Module, other: nn.Module, base_index: int, other_index: int) -> None:
-    shapes = [{name: tuple(p.shape) for name, p in block.named_parameters()} for block in (base, other)]
-    if shapes[0] != shapes[1]:
-        name = sorted(n for n in shapes[0].keys() | shapes[1].keys() if shapes[0].get(n) != shapes[1].get(n))[
-            0
-        ]
-        raise RequestError(
-            f"layers {base_index} and {other_index} are of different kinds and cannot be merged: {name!r} "
-            f"has shape {shapes[0].get(name)} in one and {shapes[1].get(name)} in the other"
-        )

@@ -37,7 +37,7 @@ from actors.models import (
     read_deltas,
     read_weights,
 )
-from actors.recovery.distillation.student import way_through
+from actors.recovery.distillation.student import layerwise_pass
 
 RIDGE = 1e-8
 """α over the mean of MᵀM's diagonal."""
@@ -47,7 +47,7 @@ PROBE_TOKENS = 8
 
 @dataclass(frozen=True)
 class Bridge:
-    """Over which blocks it leads: the student's block that it goes into, and the last block removed."""
+    """The student's block that a bridge is folded into, and the last of the removed blocks it replaces."""
 
     student_block: int
     last_removed: int
@@ -74,14 +74,14 @@ class NormalEquations:
         self.moment_DD += rows_ND.T @ wanted_ND
 
     def solve(self, ridge: float = RIDGE) -> Tensor:
-        """T [D, D], drawn towards 1 by `ridge` times the mean of the Gram matrix's diagonal."""
+        """Return T [D, D], regularised towards 1 by `ridge` times the mean of the Gram matrix's diagonal."""
         one_DD = torch.eye(len(self.gram_DD), dtype=torch.float64, device=self.gram_DD.device)
         alpha = (ridge * self.gram_DD.diagonal().mean()).clamp(min=torch.finfo(torch.float64).tiny)
         return torch.linalg.solve(self.gram_DD + alpha * one_DD, self.moment_DD + alpha * one_DD)
 
 
 def find_bridges(kept: tuple[int, ...], num_source_layers: int) -> list[Bridge]:
-    """One for every run of removed blocks, ascending.
+    """Return a bridge for every run of removed blocks, ascending.
 
     Args:
         kept: source indices of the student's blocks.
@@ -115,13 +115,19 @@ def solve_bridges(spec: RecoverySpec, data: TrainingData) -> Solution:
         raise RequestError("objective 'linear_bridge' replaces dropped layers and cannot mend merged ones")
     source, student = (load(spec.model)[0].to(device()) for load in (load_source, build_model))
     kept = spec.model.kept(depth(source.config))
-    chosen = _within(data, spec.max_tokens)
-    changed = lay_bridges(source, student, kept, lambda: _own_batches(spec, data, chosen))
-    return Solution(_under_the_chain(spec, source, kept, changed), data.num_tokens(chosen))
+    chosen = _first_sequences(data, spec.max_tokens)
+
+    def local_batches() -> Iterator[TokenBatch]:
+        rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        for portion in chosen[rank::workers].split(spec.micro_batch_size):
+            yield data.batch(portion)
+
+    changed = insert_bridges(source, student, kept, local_batches)
+    return Solution(_without_adapter_chain(spec, source, kept, changed), data.num_tokens(chosen))
 
 
 @torch.no_grad()
-def lay_bridges(
+def insert_bridges(
     source: PreTrainedModel,
     student: PreTrainedModel,
     kept: tuple[int, ...],
@@ -137,20 +143,22 @@ def lay_bridges(
         The layers changed, by the student's block and their name in it.
     """
     bridges = find_bridges(kept, depth(source.config))
-    last = {bridge: find_last_linear(student, bridge.student_block) for bridge in bridges}
+    last = {bridge: find_output_projection(student, bridge.student_block) for bridge in bridges}
     for bridge, (_, layer) in last.items():
         equations = NormalEquations(student.get_input_embeddings().weight.shape[1], student.device)
         for batch in batches():
-            equations.add(*_rows(source, student, bridge, layer, batch.to(student.device)))
-        _sum_over_workers(equations)
+            equations.add(*_regression_rows(source, student, bridge, layer, batch.to(student.device)))
+        if dist.is_initialized():
+            for sums in (equations.gram_DD, equations.moment_DD):
+                dist.all_reduce(sums)
         fold(layer, equations.solve())
     return {(bridge.student_block, name): layer for bridge, (name, layer) in last.items()}
 
 
-def find_last_linear(model: PreTrainedModel, block: int) -> tuple[str, nn.Module]:
-    """Name and module of the linear layer that a block's MLP ends in.
+def find_output_projection(model: PreTrainedModel, block: int) -> tuple[str, nn.Module]:
+    """Return name and module of the linear layer that a block's MLP ends in.
 
-    Seen on a few tokens: it is the last linear layer that runs, and what it gives
+    Found by running a few tokens: it is the last linear layer that runs, and its output
     is added to the rest. A norm, a gate or a scale behind it fails this.
 
     Raises:
@@ -161,15 +169,15 @@ def find_last_linear(model: PreTrainedModel, block: int) -> tuple[str, nn.Module
     ran: list[str] = []
     hooks = [m.register_forward_hook(lambda *_, name=n: ran.append(name)) for n, m in linear.items()]
     ids_BT = torch.arange(1, 1 + PROBE_TOKENS, device=model.device)[None]
-    way = LayerwisePass(model, ids_BT)
-    hidden_BTD = way.hidden_BTD
+    layerwise = LayerwisePass(model, ids_BT)
+    hidden_BTD = layerwise.hidden_BTD
     for earlier in range(block):
-        hidden_BTD = way.block(earlier, hidden_BTD)
+        hidden_BTD = layerwise.block(earlier, hidden_BTD)
     ran.clear()
-    output_BTD = way.block(block, hidden_BTD)
+    output_BTD = layerwise.block(block, hidden_BTD)
     for hook in hooks:
         hook.remove()
-    if not ran or not _is_added(way, block, hidden_BTD, output_BTD, linear[ran[-1]]):
+    if not ran or not _is_added(layerwise, block, hidden_BTD, output_BTD, linear[ran[-1]]):
         last = ran[-1] if ran else "none"
         raise RequestError(
             f"objective 'linear_bridge' cannot go into layers of model type {model.config.model_type!r}: "
@@ -179,7 +187,7 @@ def find_last_linear(model: PreTrainedModel, block: int) -> tuple[str, nn.Module
 
 
 def fold(layer: nn.Module, transform_DD: Tensor) -> None:
-    """Have a linear layer give y T instead of y, in place."""
+    """Make a linear layer return y T instead of y, in place."""
     transposed = isinstance(layer, Conv1D)
     weight_ID = layer.weight.double() if transposed else layer.weight.double().T
     folded_ID = weight_ID @ transform_DD
@@ -189,9 +197,9 @@ def fold(layer: nn.Module, transform_DD: Tensor) -> None:
 
 
 def _is_added(
-    way: LayerwisePass, block: int, hidden_BTD: Tensor, output_BTD: Tensor, layer: nn.Module
+    layerwise: LayerwisePass, block: int, hidden_BTD: Tensor, output_BTD: Tensor, layer: nn.Module
 ) -> bool:
-    """Whether doubling the layer's output adds exactly that output to the block's."""
+    """Return whether doubling the layer's output adds exactly that output to the block's."""
     seen: list[Tensor] = []
 
     def double(_module: nn.Module, _inputs: object, given: Tensor) -> Tensor:
@@ -199,7 +207,7 @@ def _is_added(
         return 2 * given
 
     hook = layer.register_forward_hook(double)
-    doubled_BTD = way.block(block, hidden_BTD)
+    doubled_BTD = layerwise.block(block, hidden_BTD)
     hook.remove()
     if len(seen) != 1 or seen[0].shape != output_BTD.shape:
         return False
@@ -207,30 +215,30 @@ def _is_added(
     return bool((doubled_BTD.float() - output_BTD.float() - seen[0].float()).abs().max() <= rounding)
 
 
-def _rows(
+def _regression_rows(
     source: PreTrainedModel, student: PreTrainedModel, bridge: Bridge, layer: nn.Module, batch: TokenBatch
 ) -> tuple[Tensor, Tensor]:
-    """M and L − Y [N, D] of a batch, without padding."""
+    """Return M and L − Y [N, D] of a batch, without padding."""
     mlp: list[Tensor] = []
     hook = layer.register_forward_hook(lambda _m, _i, given: mlp.append(given))
     after_BTD = _hidden_after(student, bridge.student_block, batch)
     hook.remove()
     mlp_BTD = mlp[-1].float()
     wanted_BTD = _hidden_after(source, bridge.last_removed, batch).float() - (after_BTD.float() - mlp_BTD)
-    counted = slice(None) if batch.mask_BT is None else batch.mask_BT.flatten().bool()
-    return mlp_BTD.flatten(0, 1)[counted], wanted_BTD.flatten(0, 1)[counted]
+    token_weights = slice(None) if batch.mask_BT is None else batch.mask_BT.flatten().bool()
+    return mlp_BTD.flatten(0, 1)[token_weights], wanted_BTD.flatten(0, 1)[token_weights]
 
 
 def _hidden_after(model: PreTrainedModel, block: int, batch: TokenBatch) -> Tensor:
-    way = way_through(model, batch)
-    hidden_BTD = way.hidden_BTD
+    layerwise = layerwise_pass(model, batch)
+    hidden_BTD = layerwise.hidden_BTD
     for index in range(block + 1):
-        hidden_BTD = way.block(index, hidden_BTD)
+        hidden_BTD = layerwise.block(index, hidden_BTD)
     return hidden_BTD
 
 
-def _within(data: TrainingData, max_tokens: int) -> torch.LongTensor:
-    """The first sequences that together have no more than that many tokens, at least one."""
+def _first_sequences(data: TrainingData, max_tokens: int) -> torch.LongTensor:
+    """Return the first sequences that together have no more than that many tokens, at least one."""
     tokens, count = 0, 0
     while count < len(data):
         tokens += data.num_tokens(torch.tensor([count]))
@@ -240,25 +248,13 @@ def _within(data: TrainingData, max_tokens: int) -> torch.LongTensor:
     return torch.arange(count)
 
 
-def _own_batches(spec: RecoverySpec, data: TrainingData, chosen: Tensor) -> Iterator[TokenBatch]:
-    rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for portion in chosen[rank::workers].split(spec.micro_batch_size):
-        yield data.batch(portion)
-
-
-def _sum_over_workers(equations: NormalEquations) -> None:
-    if dist.is_initialized():
-        for sums in (equations.gram_DD, equations.moment_DD):
-            dist.all_reduce(sums)
-
-
-def _under_the_chain(
+def _without_adapter_chain(
     spec: RecoverySpec,
     source: PreTrainedModel,
     kept: tuple[int, ...],
     changed: dict[tuple[int, str], nn.Module],
 ) -> dict[str, Tensor]:
-    """The student's changed weights by source name, less what the adapter chain will add to them again."""
+    """Return the changed weights by source name, less what the adapter chain will add to them again."""
     path = find_layers(source).path
     added = [read_deltas(adapter, path, kept) for adapter in spec.model.adapters]
     chain = [replace(deltas, scale=-deltas.scale) for deltas in added]

@@ -1,7 +1,7 @@
 """Teacher and student advancing together, so that only one hidden state of the teacher is alive."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -10,14 +10,14 @@ from actors.contracts import LossSpec
 from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.models import LayerwisePass, depth, find_layers, text_config
-from actors.recovery.adapters.adapters import switched_off
-from actors.recovery.distillation.student import Student, run_block, way_through
-from actors.recovery.distillation.teacher_student import Pair
-from actors.recovery.losses.attention import AttentionTap
+from actors.recovery.adapters.lora import adapters_disabled
+from actors.recovery.distillation.student import Student, layerwise_pass, run_block
+from actors.recovery.distillation.teacher_student import TeacherStudent
+from actors.recovery.losses.attention_recorder import AttentionRecorder
 
 
 class Lockstep(Student):
-    """Base of the modules that compare the student with a teacher on the way.
+    """Base of the modules that compare the student with a teacher layer by layer.
 
     If the pair's teacher is its student with adapters off, both pass through the
     same modules, and the frozen weights exist once. A separate teacher's depth
@@ -29,43 +29,40 @@ class Lockstep(Student):
         attention: read the attention matrices of both.
     """
 
-    def __init__(self, pair: Pair, gradient_checkpointing: bool = False, attention: bool = False):
+    def __init__(self, pair: TeacherStudent, gradient_checkpointing: bool = False, attention: bool = False):
         super().__init__(pair, gradient_checkpointing, attention)
         self.teacher = pair.teacher
         self._shared = pair.teacher is None
-        self._teacher_tap = (
-            AttentionTap(pair.teacher) if attention and pair.teacher is not None else self._tap
+        self._teacher_recorder = (
+            AttentionRecorder(pair.teacher) if attention and pair.teacher is not None else self._recorder
         )
         self._teacher_depth = len(find_layers(pair.teacher or pair.student).modules)
 
-    def ways(self, batch: TokenBatch) -> tuple[LayerwisePass, LayerwisePass]:
-        """The batch's ways through student and teacher."""
-        student = way_through(self.model, batch)
+    def layerwise_passes(self, batch: TokenBatch) -> tuple[LayerwisePass, LayerwisePass]:
+        """Return the layerwise passes of a batch through student and teacher."""
+        student = layerwise_pass(self.model, batch)
         if self.teacher is None:
             return student, student
         with torch.no_grad():
-            return student, way_through(self.teacher, batch)
+            return student, layerwise_pass(self.teacher, batch)
 
     @torch.no_grad()
-    def teach(
-        self, way: LayerwisePass, layers: Iterable[int], teacher_BTD: Tensor
+    def advance_teacher(
+        self, layerwise: LayerwisePass, layers: Iterable[int], teacher_BTD: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """The teacher's hidden state after those of its layers, and the last one's attention matrix."""
+        """Return the teacher's hidden state after these layers, and the last one's attention matrix."""
         attention_BHTT = None
         for layer in layers:
-            with self._frozen(layer):
-                teacher_BTD, attention_BHTT = run_block(way, layer, teacher_BTD, self._teacher_tap)
+            with adapters_disabled(self._lora[layer]) if self._shared else nullcontext():
+                teacher_BTD, attention_BHTT = run_block(layerwise, layer, teacher_BTD, self._teacher_recorder)
         return teacher_BTD.detach(), attention_BHTT
 
-    def _frozen(self, layer: int) -> AbstractContextManager[None]:
-        return switched_off(self._lora[layer]) if self._shared else nullcontext()
 
-
-def check_comparable(pair: Pair, loss: LossSpec) -> None:
+def check_comparable(pair: TeacherStudent, loss: LossSpec) -> None:
     """Refuse terms that compare what a separate teacher and the student do not have in common.
 
     Raises:
-        RequestError: it names the term and what differs.
+        RequestError: names the term and what differs.
     """
     if (loss.hidden or loss.attention) and pair.teacher_layers is None:
         raise RequestError(
@@ -79,19 +76,19 @@ def check_comparable(pair: Pair, loss: LossSpec) -> None:
     student, teacher = text_config(pair.student.config), text_config(pair.teacher.config)
     fields = {"hidden": "hidden_size", "attention": "num_attention_heads", "logits": "vocab_size"}
     for term, name in fields.items():
-        ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
-        if getattr(loss, term) and ours != theirs:
+        of_student, of_teacher = getattr(student, name, None), getattr(teacher, name, None)
+        if getattr(loss, term) and of_student != of_teacher:
             raise RequestError(
-                f"recovery.loss.{term} cannot compare student and teacher: {name} is {ours} in the one and "
-                f"{theirs} in the other; set its weight to 0 or choose another teacher"
+                f"recovery.loss.{term} cannot compare student and teacher: {name} is {of_student} in the "
+                f"one and {of_teacher} in the other; set its weight to 0 or choose another teacher"
             )
 
 
-def check_layer_map(pair: Pair) -> None:
+def check_layer_map(pair: TeacherStudent) -> None:
     """Refuse a map(l) that is not one ascending layer of the teacher for each of the student.
 
     Raises:
-        RequestError: it says what the map should be.
+        RequestError: names what the map must be.
     """
     layers = pair.teacher_layers
     if layers is None:

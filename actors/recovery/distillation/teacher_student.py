@@ -7,17 +7,17 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.contracts import ModelSpec, RecoverySpec
+from actors.contracts import RecoverySpec
 from actors.errors import RequestError
 from actors.models import build_model, depth, device, find_layers, load_source, open_model, save_weights
 from actors.models.model_builder import rename_layers
-from actors.recovery.adapters.adapters import attach_adapters, check_adapter, new_adapter, save_adapter
-from actors.recovery.adapters.overrides import is_shareable
+from actors.recovery.adapters.lora import attach_adapters, check_adapter, new_adapter, save_adapter
+from actors.recovery.adapters.weight_deltas import can_share_weights
 
 
 @dataclass(frozen=True)
-class Pair:
-    """What a recovery trains and what it compares that with.
+class TeacherStudent:
+    """The models of a recovery: what is trained, and what it is compared with.
 
     If `teacher` is None, both live in the one model `student`: the teacher is all its
     layers with adapters off, the student its layers `student_layers` with adapters
@@ -29,8 +29,8 @@ class Pair:
         student_layers: indices in `student` of the student's layers, ascending.
         teacher: a separate model, or None.
         teacher_layers: for each student layer, the index in the teacher of the
-            layer that it is compared with: `map(l)` of DESIGN §6; None where
-            nothing says which that is.
+            layer that it is compared with: `map(l)` of IteRABRe App. E; None where
+            that is not given.
         adapted: the PEFT model around `student`, or None with full fine-tuning.
         source_layers: source index of each layer of `student`, for the names in what
             is saved; None if `student` has all layers of the source.
@@ -44,12 +44,14 @@ class Pair:
     source_layers: tuple[int, ...] | None = None
 
 
-def shared_pair(adapted: PeftModel, kept: tuple[int, ...]) -> Pair:
-    """Teacher and student in one adapted source model, the student being its layers `kept`."""
-    return Pair(adapted.get_base_model(), kept, None, kept, adapted)
+def shared_teacher_student(adapted: PeftModel, kept: tuple[int, ...]) -> TeacherStudent:
+    """Return teacher and student in one adapted source model, the student being its layers `kept`."""
+    return TeacherStudent(adapted.get_base_model(), kept, None, kept, adapted)
 
 
-def load_pair(spec: RecoverySpec, has_teacher: bool = True) -> tuple[Pair, PreTrainedTokenizerBase]:
+def load_teacher_student(
+    spec: RecoverySpec, has_teacher: bool = True
+) -> tuple[TeacherStudent, PreTrainedTokenizerBase]:
     """Load what `spec` trains and its teacher, with the tokenizer of both.
 
     With adapters and the source as teacher, one model serves both. In all other
@@ -63,19 +65,27 @@ def load_pair(spec: RecoverySpec, has_teacher: bool = True) -> tuple[Pair, PreTr
     check_adapter(spec)
     check_teacher(spec, has_teacher)
     if not has_teacher:
-        return _own_student(spec, None, None)
+        return _separate_student(spec, None, None)
     if spec.teacher is not None:
-        return _taught_by(spec, spec.teacher)
+        teacher, teacher_tokenizer = open_model(spec.teacher)
+        teacher = teacher.to(device()).requires_grad_(False)
+        pair, tokenizer = _separate_student(spec, teacher, spec.teacher_layers)
+        if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
+            raise RequestError(
+                f"the tokenizer of teacher {spec.teacher.path!r} is not that of {spec.model.source.path!r}: "
+                "their vocabularies differ; a teacher must read the same tokens"
+            )
+        return pair, tokenizer
     source, tokenizer = load_source(spec.model)
     kept = spec.model.kept(depth(source.config))
     source = source.to(device())
-    if spec.adapter.kind != "full" and is_shareable(source, spec.model):
-        return shared_pair(attach_adapters(source, spec, kept), kept), tokenizer
-    return _own_student(spec, source.requires_grad_(False), kept)
+    if spec.adapter.kind != "full" and can_share_weights(source, spec.model):
+        return shared_teacher_student(attach_adapters(source, spec, kept), kept), tokenizer
+    return _separate_student(spec, source.requires_grad_(False), kept)
 
 
 def check_teacher(spec: RecoverySpec, has_teacher: bool) -> None:
-    """Whether a teacher and its layers are given only where they are used.
+    """Check that a teacher and its layers are given only where they are used.
 
     Raises:
         RequestError: they are not.
@@ -90,43 +100,32 @@ def check_teacher(spec: RecoverySpec, has_teacher: bool) -> None:
         )
 
 
-def save_trained(pair: Pair, directory: Path) -> None:
+def save_trained(pair: TeacherStudent, directory: Path) -> None:
     """Write what was trained: the adapter, or with full fine-tuning the weights; named by source layer."""
     if pair.adapted is not None:
         save_adapter(pair.adapted, directory, pair.source_layers)
         return
-    save_weights(source_named(pair.student, pair.source_layers), directory)
+    save_weights(named_by_source(pair.student, pair.source_layers), directory)
 
 
-def source_named(model: PreTrainedModel, source_layers: tuple[int, ...] | None) -> dict[str, Tensor]:
-    """The model's trained tensors under the names that they have in the source, in the source's type."""
+def named_by_source(model: PreTrainedModel, source_layers: tuple[int, ...] | None) -> dict[str, Tensor]:
+    """Return the trained tensors under their names in the source, in the source's dtype."""
     trained = {n: p.detach().to(model.config.dtype) for n, p in model.named_parameters() if p.requires_grad}
     if source_layers is None:
         return trained
     return rename_layers(trained, find_layers(model).path, dict(enumerate(source_layers)))
 
 
-def _taught_by(spec: RecoverySpec, teacher: ModelSpec) -> tuple[Pair, PreTrainedTokenizerBase]:
-    model, theirs = open_model(teacher)
-    pair, ours = _own_student(spec, model.to(device()).requires_grad_(False), spec.teacher_layers)
-    if ours.get_vocab() != theirs.get_vocab():
-        raise RequestError(
-            f"the tokenizer of teacher {teacher.path!r} is not that of {spec.model.source.path!r}: their "
-            "vocabularies differ; a teacher must read the same tokens"
-        )
-    return pair, ours
-
-
-def _own_student(
+def _separate_student(
     spec: RecoverySpec, teacher: PreTrainedModel | None, teacher_layers: tuple[int, ...] | None
-) -> tuple[Pair, PreTrainedTokenizerBase]:
-    """A pruned student beside a teacher, or without one."""
+) -> tuple[TeacherStudent, PreTrainedTokenizerBase]:
+    """Load a pruned student beside a teacher, or without one."""
     student, tokenizer = build_model(spec.model)
     student = student.to(device())
     layers = tuple(range(depth(student.config)))
     source_layers = spec.model.kept(len(layers) + len(spec.model.dropped))
     if spec.adapter.kind == "full":
         student.requires_grad_(True)
-        return Pair(student, layers, teacher, teacher_layers, None, source_layers), tokenizer
+        return TeacherStudent(student, layers, teacher, teacher_layers, None, source_layers), tokenizer
     adapted = new_adapter(student, spec, layers)
-    return Pair(student, layers, teacher, teacher_layers, adapted, source_layers), tokenizer
+    return TeacherStudent(student, layers, teacher, teacher_layers, adapted, source_layers), tokenizer

@@ -1,4 +1,4 @@
-"""How far a student's logits are from a teacher's: one row a variant.
+"""Distances between the logits of student and teacher: one row a variant, and their sums over tokens.
 
 Each function takes logits of student and teacher [N, V] in fp32 and the
 temperature τ, and gives a value per token [N]. The divergences are those of
@@ -10,9 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, logaddexp
 
 from actors.errors import RequestError, unknown_name
+from actors.recovery.losses.chunked_sum import Head, sum_over_chunks
+from actors.recovery.losses.token_weights import ALL_TOKENS, TokenWeights
 
 LogitLoss = Callable[[Tensor, Tensor], Tensor]
 """(student_NV, teacher_NV) → values of the tokens [N]."""
@@ -27,24 +30,24 @@ class LogitVariant:
 
 
 def mse(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-    """Mean over V of the squared difference; the temperature has no part in it."""
+    """Return the mean over V of the squared difference; the temperature has no effect."""
     return (student_NV - teacher_NV).square().mean(-1)
 
 
 def forward_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-    """τ² KL(p_T ‖ p_S), a sum over V."""
+    """Return τ² KL(p_T ‖ p_S), a sum over V."""
     student, teacher = _log_probabilities(student_NV, teacher_NV, temperature)
     return temperature**2 * _kl(teacher, student)
 
 
 def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-    """τ² KL(p_S ‖ p_T), a sum over V."""
+    """Return τ² KL(p_S ‖ p_T), a sum over V."""
     student, teacher = _log_probabilities(student_NV, teacher_NV, temperature)
     return temperature**2 * _kl(student, teacher)
 
 
 def jsd(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-    """τ² [KL(p_T ‖ m) + KL(p_S ‖ m)] / 2 with m = (p_T + p_S) / 2, a sum over V."""
+    """Return τ² [KL(p_T ‖ m) + KL(p_S ‖ m)] / 2 with m = (p_T + p_S) / 2, a sum over V."""
     student, teacher = _log_probabilities(student_NV, teacher_NV, temperature)
     # m is where the sum is least, so no gradient goes through it; taking none also rounds less.
     middle = logaddexp(student.detach(), teacher) - math.log(2)
@@ -52,7 +55,7 @@ def jsd(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
 
 
 def cross_entropy(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-    """−τ² Σ_V p_T log p_S: the forward KL and the teacher's own entropy."""
+    """Return −τ² Σ_V p_T log p_S: the forward KL and the teacher's own entropy."""
     student, teacher = _log_probabilities(student_NV, teacher_NV, temperature)
     return -(temperature**2) * (teacher.exp() * student).sum(-1)
 
@@ -67,7 +70,7 @@ LOGIT_LOSSES: dict[str, LogitVariant] = {
 
 
 def find_logit_loss(name: str, temperature: float) -> LogitLoss:
-    """The row of that name at that temperature.
+    """Return the loss of that name at that temperature.
 
     Raises:
         RequestError: there is none, or the temperature is not above 0.
@@ -80,10 +83,64 @@ def find_logit_loss(name: str, temperature: float) -> LogitLoss:
     return lambda student_NV, teacher_NV: loss(student_NV, teacher_NV, temperature)
 
 
+def gram_matrix(head_VD: Tensor) -> Tensor:
+    """Return G = WᵀW / V [D, D] in fp32, all of the LM head that a logit MSE depends on."""
+    weight_VD = head_VD.detach().float()
+    return weight_VD.T @ weight_VD / weight_VD.shape[0]
+
+
+def logit_mse_from_hidden(
+    student_BTD: Tensor, teacher_BTD: Tensor, gram_DD: Tensor, weights: TokenWeights = ALL_TOKENS
+) -> Tensor:
+    """Return the squared distance of logits z = Wh without forming them; a token's value is the mean over V.
+
+    Equal to MSE(W h_S, W h_T), since |W Δh|² / V = Δhᵀ G Δh: D² products a token
+    instead of V·D. Valid only where the logits are exactly W h, and W is frozen
+    and common to both models. Computed in fp32 whatever the type of the states.
+
+    Args:
+        student_BTD, teacher_BTD: after the final norm.
+        gram_DD: `gram_matrix` of the common head.
+    """
+    difference_BTD = student_BTD.float() - teacher_BTD.float()
+    with torch.autocast(difference_BTD.device.type, enabled=False):
+        squares_BT = ((difference_BTD @ gram_DD) * difference_BTD).sum(-1)
+    return weights.mean(squares_BT)
+
+
+def chunked_logit_loss(
+    student_BTD: Tensor,
+    teacher_BTD: Tensor,
+    heads: tuple[Head, Head],
+    distance: LogitLoss,
+    weights: TokenWeights = ALL_TOKENS,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Return any row of `LOGIT_LOSSES` between the logits of student and teacher, for any head.
+
+    Logits exist for a chunk of tokens at a time, and only for tokens that count.
+
+    Args:
+        student_BTD, teacher_BTD: after the final norm; D may differ.
+        heads: the student's and the teacher's.
+        distance: (student_NV, teacher_NV) → values of the tokens [N].
+    """
+    student_head, teacher_head = heads
+    teacher_ND = weights.rows(teacher_BTD.detach())
+
+    def chunk_sum(student_ND: Tensor, rows: slice) -> Tensor:
+        with torch.no_grad():
+            teacher_NV = teacher_head(teacher_ND[rows]).float()
+        return distance(student_head(student_ND).float(), teacher_NV).sum()
+
+    total = sum_over_chunks(weights.rows(student_BTD), chunk_sum, student_head, chunk_tokens)
+    return weights.divided(total, student_BTD[..., 0].numel())
+
+
 def _log_probabilities(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return (student_NV / temperature).log_softmax(-1), (teacher_NV / temperature).log_softmax(-1)
 
 
 def _kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:
-    """KL(p ‖ q) of log-probabilities, a sum over V."""
+    """Return KL(p ‖ q) of log-probabilities, a sum over V."""
     return (p_NV.exp() * (p_NV - q_NV)).sum(-1)

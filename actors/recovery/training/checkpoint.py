@@ -4,7 +4,7 @@ Worker r of W writes the tensors numbered r, r + W, r + 2W, … of the training
 state, whole, into `part-r-of-W.safetensors`; worker 0 also writes `state.json`.
 Beside every file lies its SHA-256. So a checkpoint neither depends on how
 DeepSpeed shards its state nor on how many workers it is continued with, and
-a damaged one is known before anything of it is used.
+a corrupt one is found before anything of it is used.
 """
 
 import json
@@ -23,16 +23,16 @@ from torch import Tensor
 
 from actors.artifacts import explained, sha256_of
 from actors.errors import WorkError
-from actors.recovery.training.train_context import KEPT_CHECKPOINTS, Write
+from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, WriteShard
 
 STATE = "state.json"
 
 
-class DamagedCheckpointError(WorkError):
+class CorruptCheckpointError(WorkError):
     """A checkpoint's files are not what was written; the one before it may be whole."""
 
 
-def write_share(
+def write_shard(
     directory: Path, rank: int, world_size: int, tensors: dict[str, Tensor], state: dict[str, Any]
 ) -> None:
     """Write this worker's tensors, and `state` if it is worker 0's.
@@ -43,28 +43,35 @@ def write_share(
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     part = directory / f"part-{rank}-of-{world_size}.safetensors"
     with explained(str(directory), f"write a checkpoint of {size_bytes} bytes into"):
-        _write_tensors(part, tensors)
-        _seal(part)
+        try:
+            save_file(tensors, part)
+        except SafetensorError as error:
+            # Its message holds the operating system's own number: "... (os error 28) ...".
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else 0, str(error)) from error
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        _write_checksum(part)
         if rank == 0:
             (directory / STATE).write_text(json.dumps({**state, "parts": world_size}))
-            _seal(directory / STATE)
+            _write_checksum(directory / STATE)
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """The `state` of a checkpoint all of whose files are whole.
+    """Return the `state` of a checkpoint all of whose files are intact.
 
     Raises:
-        DamagedCheckpointError: one is missing or not as it was written.
+        CorruptCheckpointError: one is missing or not as it was written.
     """
-    _check(directory / STATE)
+    _verify_checksum(directory / STATE)
     state = json.loads((directory / STATE).read_text())
     for part in _parts(directory, state["parts"]):
-        _check(part)
+        _verify_checksum(part)
     return state
 
 
 def read_tensors(directory: Path, num_parts: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint that `read_state` found whole, one at a time."""
+    """Yield the tensors of a checkpoint that `read_state` found intact."""
     for part in _parts(directory, num_parts):
         with safe_open(part, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - the file is no mapping
@@ -77,8 +84,8 @@ class CheckpointDirectory:
     def __init__(self, path: Path):
         self.path = path
 
-    def save(self, steps_done: int, write: Write) -> None:
-        """Have `write` fill a directory of its own and, once it is whole, put it in place."""
+    def save(self, steps_done: int, write: WriteShard) -> None:
+        """Fill a temporary directory by `write` and rename it once it is complete."""
         self.path.mkdir(parents=True, exist_ok=True)
         target = self.path / f"step_{steps_done:06d}"
         scratch = Path(tempfile.mkdtemp(dir=self.path, prefix=".writing-"))
@@ -88,11 +95,11 @@ class CheckpointDirectory:
             os.rename(scratch, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        for old in self._all()[:-KEPT_CHECKPOINTS]:
+        for old in self._all()[:-CHECKPOINTS_TO_KEEP]:
             shutil.rmtree(old)
 
     def newest_first(self) -> Iterator[AbstractContextManager[Path]]:
-        """The whole checkpoints' directories."""
+        """Return the directories of the complete checkpoints."""
         return (nullcontext(path) for path in reversed(self._all()))
 
     def remove(self) -> None:
@@ -102,32 +109,21 @@ class CheckpointDirectory:
         return sorted(self.path.glob("step_*"))
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        # Its message holds the operating system's own number: "... (os error 28) ...".
-        code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]) if code else 0, str(error)) from error
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
 def _parts(directory: Path, num_parts: int) -> list[Path]:
     return [directory / f"part-{i}-of-{num_parts}.safetensors" for i in range(num_parts)]
 
 
-def _seal(path: Path) -> None:
+def _write_checksum(path: Path) -> None:
     with path.open("rb") as file:
         sha256, _ = sha256_of(file)
     path.with_name(f"{path.name}.sha256").write_text(sha256)
 
 
-def _check(path: Path) -> None:
+def _verify_checksum(path: Path) -> None:
     seal = path.with_name(f"{path.name}.sha256")
     if not (path.is_file() and seal.is_file()):
-        raise DamagedCheckpointError(f"checkpoint file {path} is missing")
+        raise CorruptCheckpointError(f"checkpoint file {path} is missing")
     with path.open("rb") as file:
         sha256, _ = sha256_of(file)
     if sha256 != seal.read_text():
-        raise DamagedCheckpointError(f"checkpoint file {path} is not what was written (SHA-256 {sha256})")
+        raise CorruptCheckpointError(f"checkpoint file {path} is not what was written (SHA-256 {sha256})")

@@ -1,7 +1,6 @@
 """The DeepSpeed configuration of a recovery: the user's JSON, completed by what the settings imply."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 PRECISION_SECTIONS = {"fp16": "float16", "bf16": "bfloat16"}
 LOSS_SCALE_FIELDS = ("initial_scale_power", "loss_scale_window")
 OPTIMIZER_FIELDS = ("betas", "eps")
-OURS = {
+DERIVED = {
     "train_batch_size": "batch_size",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
     "gradient_accumulation_steps": "batch_size / (micro_batch_size * workers)",
@@ -27,7 +26,7 @@ OURS = {
     "bf16.enabled": "precision",
 }
 """DeepSpeed fields that follow from the recovery settings, and from which."""
-NOT_OURS = {
+UNSUPPORTED = {
     "torch_autocast": "precision",
     "amp": "precision",
     "data_types": "gradients are accumulated in float32",
@@ -49,10 +48,9 @@ NOT_OURS = {
 def deepspeed_config(
     spec: RecoverySpec, world_size: int, micro_batch_size: int | None = None
 ) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given.
+    """Return the configuration for `deepspeed.initialize`.
 
-    The optimizer and the precision are not part of it: `Engine` brings the one and
-    does the other itself.
+    Without optimizer and precision: `Engine` passes its own optimizer and uses autocast.
 
     Args:
         micro_batch_size: another than the one of `spec`, if that did not fit into memory.
@@ -71,16 +69,17 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation_steps(spec, world_size, micro),
         "gradient_clipping": spec.max_grad_norm,
     }
-    for name, value in _ours_among(user):
-        wanted = _implied(spec, name, ours)
-        if value not in (None, AUTO, wanted):
+    for name in DERIVED:
+        given_by_user, value = _find(user, name)
+        wanted = _derived_value(spec, name, ours)
+        if given_by_user and value not in (None, AUTO, wanted):
             given = "" if wanted is None else f", which give {wanted!r}"
             raise RequestError(
                 f"DeepSpeed field {name!r} is {value!r}, but it follows from the recovery settings "
-                f"({OURS[name]}{given}); leave it out or give 'auto'"
+                f"({DERIVED[name]}{given}); leave it out or give 'auto'"
             )
-    apart = {"optimizer", "scheduler", *PRECISION_SECTIONS}
-    free = {name: value for name, value in without_auto(user).items() if name not in apart}
+    not_passed = {"optimizer", "scheduler", *PRECISION_SECTIONS}
+    free = {name: value for name, value in without_auto(user).items() if name not in not_passed}
     # Offloading is meant for DeepSpeed's own Adam, which is compiled on first use; torch's serves as well.
     quiet = {"steps_per_print": None, "wall_clock_breakdown": False, "zero_force_ds_cpu_optimizer": False}
     return {**quiet, **free, **ours}
@@ -92,19 +91,19 @@ def check_user_config(user: dict[str, Any]) -> None:
     Raises:
         RequestError: names the field that is wrong or has no place in recovery.
     """
-    for name, why in NOT_OURS.items():
+    for name, why in UNSUPPORTED.items():
         if _find(user, name)[0]:
             raise RequestError(f"DeepSpeed field {name!r} does not go with recovery ({why}); leave it out")
-    # What the schedule is, the recovery settings say; any scheduler is told so below.
+    # The schedule follows from the recovery settings; any scheduler is refused below.
     check_fields({name: value for name, value in user.items() if name != "scheduler"})
     if user.get("scheduler") not in (None, AUTO):
         raise RequestError(
-            f"DeepSpeed field 'scheduler' does not go with recovery ({OURS['scheduler']}); leave it out"
+            f"DeepSpeed field 'scheduler' does not go with recovery ({DERIVED['scheduler']}); leave it out"
         )
 
 
 def accumulation_steps(spec: RecoverySpec, world_size: int, micro_batch_size: int | None = None) -> int:
-    """Micro-batches of one worker in one optimizer step.
+    """Return the number of micro-batches of one worker in one optimizer step.
 
     Raises:
         RequestError: the batch does not divide evenly.
@@ -119,13 +118,15 @@ def accumulation_steps(spec: RecoverySpec, world_size: int, micro_batch_size: in
     return spec.batch_size // at_once
 
 
-def fitting_micro_batch(share: int, at_most: int) -> int:
-    """The largest micro-batch of no more than `at_most` sequences that cuts a worker's share evenly."""
-    return next(size for size in range(max(1, min(share, at_most)), 0, -1) if share % size == 0)
+def largest_micro_batch(local_batch_size: int, at_most: int) -> int:
+    """Return the largest micro-batch of at most `at_most` sequences that divides `local_batch_size`."""
+    return next(
+        size for size in range(max(1, min(local_batch_size, at_most)), 0, -1) if local_batch_size % size == 0
+    )
 
 
 def precision_of(spec: RecoverySpec) -> Dtype:
-    """Name of the type that recovery computes in: that of the source's weights if none is asked for.
+    """Return the name of the dtype that recovery computes in: by default that of the source's weights.
 
     Raises:
         RequestError: not a type that a model is trained in.
@@ -137,25 +138,25 @@ def precision_of(spec: RecoverySpec) -> Dtype:
 
 
 def zero_stage(spec: RecoverySpec) -> int:
-    """DeepSpeed's ZeRO stage: which of optimizer state (1), gradients (2), weights (3) are sharded."""
+    """Return DeepSpeed's ZeRO stage: from 1 on optimizer state is sharded, from 2 gradients, at 3 weights."""
     stage: int = _section(parse(spec.deepspeed), "zero_optimization").get("stage", 0)
     return stage
 
 
 def optimizer_settings(spec: RecoverySpec) -> dict[str, Any]:
-    """What the user's JSON says of AdamW beyond the recovery settings."""
+    """Return the user's settings of AdamW beyond those of recovery."""
     params = _section(_section(parse(spec.deepspeed), "optimizer"), "params")
     return {name: params[name] for name in OPTIMIZER_FIELDS if params.get(name, AUTO) not in (None, AUTO)}
 
 
 def loss_scale_settings(spec: RecoverySpec) -> dict[str, int]:
-    """What the user's JSON says of the loss scale of float16."""
+    """Return the user's settings of the loss scale of float16."""
     section = _section(parse(spec.deepspeed), "fp16")
     return {name: section[name] for name in LOSS_SCALE_FIELDS if section.get(name, AUTO) not in (None, AUTO)}
 
 
 def settings_fingerprint(spec: RecoverySpec) -> str:
-    """Hash of the settings that must stay in a run: not where things are or how the work is cut."""
+    """Hash the settings that must stay in a run: not where things are or how the work is cut."""
     same = replace(
         spec,
         model=replace(spec.model, source=ModelSpec(path=""), adapters=(), weights=None),
@@ -174,13 +175,13 @@ def settings_fingerprint(spec: RecoverySpec) -> str:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The user's DeepSpeed JSON.
+    """Parse the user's DeepSpeed JSON.
 
     Raises:
         RequestError: it is not a JSON object, or has a field twice; names the line.
     """
     try:
-        config = json.loads(text or "{}", object_pairs_hook=_without_repetition, parse_constant=_no_number)
+        config = json.loads(text or "{}", object_pairs_hook=_unique_fields, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the DeepSpeed configuration is not JSON: {error}") from error
     if not isinstance(config, dict):
@@ -188,7 +189,7 @@ def parse(text: str) -> dict[str, Any]:
     return config
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of those pairs; DeepSpeed refuses a name that stands there twice, and so do we."""
     names = [name for name, _ in pairs]
     if repeated := [name for name in names if names.count(name) > 1]:
@@ -196,20 +197,12 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _no_number(constant: str) -> float:
+def _reject_constant(constant: str) -> float:
     raise ValueError(f"{constant} is no number of JSON")
 
 
-def _ours_among(user: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Fields of ours that the user gives, with their values."""
-    for name in OURS:
-        found, value = _find(user, name)
-        if found:
-            yield name, value
-
-
 def _find(config: dict[str, Any], name: str) -> tuple[bool, Any]:
-    """Whether there is a field of that dotted name, and its value."""
+    """Return whether there is a field of that dotted name, and its value."""
     first, _, rest = name.partition(".")
     if first not in config:
         return False, None
@@ -217,7 +210,7 @@ def _find(config: dict[str, Any], name: str) -> tuple[bool, Any]:
     return _find(value, rest) if rest and isinstance(value, dict) else (not rest, value)
 
 
-def _implied(spec: RecoverySpec, name: str, ours: dict[str, Any]) -> Any:
+def _derived_value(spec: RecoverySpec, name: str, ours: dict[str, Any]) -> Any:
     section = name.partition(".")[0]
     if section in PRECISION_SECTIONS:
         return precision_of(spec) == PRECISION_SECTIONS[section]

@@ -1,4 +1,4 @@
-"""The fields that a DeepSpeed JSON may hold for a recovery, and what stands in them."""
+"""The fields that a DeepSpeed JSON may hold for a recovery, and their types."""
 
 import math
 from collections.abc import Mapping
@@ -106,7 +106,7 @@ def _is(kind: str, value: Any) -> bool:
 
 
 def without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the section, and the sections in it, with only the fields that say something."""
+    """Return the section, and the sections in it, with only the fields that have a value."""
     return {
         name: without_auto(value) if isinstance(value, dict) else value
         for name, value in section.items()

@@ -1,4 +1,4 @@
-"""DeepSpeed: the one place that knows how the optimizer is run and its state is kept.
+"""The DeepSpeed engine: the one place that runs the optimizer and keeps its state.
 
 What is trained is kept in float32, with AdamW's two moments, whatever type the
 computation has; the frozen weights have the type of the computation. So there
@@ -28,7 +28,7 @@ from torch import distributed as dist
 
 from actors.contracts import RecoverySpec
 from actors.data import TokenBatch
-from actors.recovery.training.checkpoint import read_state, read_tensors, write_share
+from actors.recovery.training.checkpoint import read_state, read_tensors, write_shard
 from actors.recovery.training.deepspeed_config import (
     deepspeed_config,
     loss_scale_settings,
@@ -60,7 +60,9 @@ class Engine:
     """
 
     def __init__(self, module: nn.Module, spec: RecoverySpec, world_size: int, micro_batch_size: int):
-        _keep_to_torch_collectives()
+        # Its own record of what it may build: the shared-memory collectives are compiled on first use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._spec, self._world_size = spec, world_size
         self._dtype = getattr(torch, precision_of(spec))
         self._module = module
@@ -71,25 +73,25 @@ class Engine:
         self.updates = 0
         self.loss_scale = LossScale()
         if self._dtype == torch.float16:
-            self.loss_scale = LossScale.of_float16(**loss_scale_settings(spec))
-        self._start(micro_batch_size)
+            self.loss_scale = LossScale.for_float16(**loss_scale_settings(spec))
+        self._initialize(micro_batch_size)
 
     @property
     def num_trainable(self) -> int:
-        """How many numbers are trained, on all workers together."""
+        """The number of trained values, on all workers together."""
         return sum(getattr(p, "ds_numel", p.numel()) for _, p in self._named)
 
     @property
-    def alone_in_backward(self) -> bool:
-        """Whether no worker waits for another before the whole gradient is there.
+    def backward_is_local(self) -> bool:
+        """True if no worker waits for another before the whole gradient is there.
 
-        Stage 2 and 3 exchange gradients on the way, stage 3 weights as well: a
-        worker that fails there cannot tell the others.
+        Stage 2 and 3 exchange gradients during it, stage 3 weights as well: a
+        worker that fails there leaves the others waiting.
         """
         return self.stage < 2 or (self.stage == 2 and self._world_size == 1)
 
     def accumulate(self, batch: TokenBatch, last: bool) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; the detached terms.
+        """Run forward and backward of one micro-batch and return the detached terms.
 
         Args:
             last: whether this is the step's last micro-batch.
@@ -103,7 +105,7 @@ class Engine:
             self._engine.backward(terms["loss"] * self.loss_scale.value)
         return {name: value.detach() for name, value in terms.items()}
 
-    def apply(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> float:
         """Change the weights by the gradient accumulated over one whole batch.
 
         Returns the L2 norm of that gradient before clipping. If it is not finite,
@@ -114,13 +116,24 @@ class Engine:
         if self.stage < 2:
             self._engine.set_gradient_accumulation_boundary(True)
             self._engine.allreduce_gradients()
-        norm = self._step_sharded() if self.stage else self._step_whole()
+        if self.stage:
+            # DeepSpeed unscales and clips; a gradient that is not finite it drops by itself.
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+        else:
+            gradients = [p.grad for _, p in self._named if p.grad is not None]
+            torch._foreach_mul_(gradients, 1.0 / self.loss_scale.value)
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if math.isfinite(norm):
+                self._engine.step()
+            else:
+                self._engine.zero_grad()
         if math.isfinite(norm):
             self.updates += 1
-            self.loss_scale.succeeded(dynamic=self._dtype == torch.float16)
+            self.loss_scale.record_step(dynamic=self._dtype == torch.float16)
         return norm
 
-    def restart(self, micro_batch_size: int) -> None:
+    def reinitialize(self, micro_batch_size: int) -> None:
         """Go on with smaller micro-batches from the weights as they are, without any gradient.
 
         Building DeepSpeed's engine anew is the one sure way to leave nothing of a
@@ -133,17 +146,17 @@ class Engine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._start(micro_batch_size)
+        self._initialize(micro_batch_size)
         self._adam.load_state_dict(adam)
         self._link_moments()
 
     def mean_over_workers(self, values: Tensor) -> list[float]:
-        """Element-wise mean of a few numbers; every worker calls this and gets the same."""
+        """Return the element-wise mean over the workers, the same on all of them."""
         dist.all_reduce(values)
         return (values / dist.get_world_size()).tolist()
 
-    def greatest_over_workers(self, value: int) -> int:
-        """The largest of the workers' numbers, for all of them."""
+    def max_over_workers(self, value: int) -> int:
+        """Return the largest of the workers' numbers, the same on all of them."""
         greatest = torch.tensor([value], dtype=torch.int64, device=self._engine.device)
         dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
         return int(greatest)
@@ -157,7 +170,7 @@ class Engine:
         tensors: dict[str, Tensor] = {}
         for number, (name, parameter) in enumerate(self._named):
             for kind in (WEIGHT, *MOMENTS):
-                whole = self._whole(parameter, kind)
+                whole = self._full_tensor(parameter, kind)
                 if number % self._world_size == dist.get_rank():
                     tensors[f"{name}|{kind}"] = whole.detach().cpu().contiguous()
         ours = {
@@ -165,13 +178,13 @@ class Engine:
             "loss_scale": self.loss_scale.value,
             "steps_since_overflow": self.loss_scale.steps_since_overflow,
         }
-        write_share(directory, dist.get_rank(), self._world_size, tensors, {**state, "engine": ours})
+        write_shard(directory, dist.get_rank(), self._world_size, tensors, {**state, "engine": ours})
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Read back what `save` wrote, with however many workers, and return its `state`.
 
         Raises:
-            DamagedCheckpointError: it is not whole; nothing was changed.
+            CorruptCheckpointError: it is not whole; nothing was changed.
         """
         state = read_state(directory)
         by_name = dict(self._named)
@@ -179,7 +192,13 @@ class Engine:
         with self.gathered():
             for key, value in read_tensors(directory, state["parts"]):
                 name, _, kind = key.rpartition("|")
-                self._set_whole(by_name[name], kind, value.to(self._engine.device))
+                parameter, value = by_name[name], value.to(self._engine.device)
+                if kind == WEIGHT:
+                    parameter.data.copy_(value)
+                elif self.stage:
+                    safe_set_full_optimizer_state(parameter, value, kind)
+                else:
+                    self._adam.state[parameter][kind].copy_(value)
         if self.stage:
             self._engine.optimizer.refresh_fp32_params()
         self.updates = state["engine"]["updates"]
@@ -189,7 +208,7 @@ class Engine:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """What is trained is whole on every worker; changes made alike on all of them stay."""
+        """Gather what is trained on every worker; equal changes on all of them are kept."""
         parameters = [parameter for _, parameter in self._named]
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3):
             yield
@@ -197,7 +216,7 @@ class Engine:
     def close(self) -> None:
         self._engine.destroy()
 
-    def _start(self, micro_batch_size: int) -> None:
+    def _initialize(self, micro_batch_size: int) -> None:
         parameters = [parameter for _, parameter in self._named]
         config = deepspeed_config(self._spec, self._world_size, micro_batch_size)
         offloaded = "offload_optimizer" in config.get("zero_optimization", {})
@@ -210,7 +229,7 @@ class Engine:
         )
         self._engine, *_ = deepspeed.initialize(
             # Wrapped anew each time: DeepSpeed never takes its hooks off the outermost module.
-            model=_InPrecision(self._module, self._dtype),
+            model=_Autocast(self._module, self._dtype),
             model_parameters=parameters,
             optimizer=optimizer,
             config=config,
@@ -222,39 +241,16 @@ class Engine:
         """torch's own optimizer, with ZeRO over this worker's shards."""
         return self._engine.optimizer.optimizer if self.stage else self._engine.optimizer
 
-    def _step_sharded(self) -> float:
-        """DeepSpeed unscales and clips; a gradient that is not finite it drops by itself."""
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm())
-
-    def _step_whole(self) -> float:
-        gradients = [p.grad for _, p in self._named if p.grad is not None]
-        torch._foreach_mul_(gradients, 1.0 / self.loss_scale.value)
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if math.isfinite(norm):
-            self._engine.step()
-        else:
-            self._engine.zero_grad()
-        return norm
-
-    def _whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """One parameter, or one of its moments, from all shards; every worker calls this."""
+    def _full_tensor(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """Gather one parameter, or one of its moments, from all shards; every worker must call this."""
         if self.stage == 0:
             return parameter.data if kind == WEIGHT else self._adam.state[parameter][kind]
         if kind == WEIGHT:
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, kind)
 
-    def _set_whole(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        if kind == WEIGHT:
-            parameter.data.copy_(value)
-        elif self.stage:
-            safe_set_full_optimizer_state(parameter, value, kind)
-        else:
-            self._adam.state[parameter][kind].copy_(value)
-
     def _create_moments(self, updates: int) -> None:
-        """AdamW's state as if that many steps had been made; torch makes it in the first step only."""
+        """Create AdamW's state after that many steps; torch creates it in the first step only."""
         if self.stage == 3:
             shards = self._engine.optimizer.fp32_partitioned_groups_flat
         else:
@@ -266,12 +262,12 @@ class Engine:
         self._link_moments()
 
     def _link_moments(self) -> None:
-        """Have DeepSpeed know the moments by parameter; it does so itself in the first step only."""
+        """Link the moments to their parameters in DeepSpeed, which does so in the first step only."""
         if self.stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-class _InPrecision(nn.Module):
+class _Autocast(nn.Module):
     """A module that computes in a type other than that of what it trains."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
@@ -286,7 +282,7 @@ class _InPrecision(nn.Module):
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held so far: on its GPU if it has one."""
+    """Return the most memory that this process has held so far: on its GPU if it has one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
@@ -294,7 +290,7 @@ def peak_memory_bytes() -> int:
 
 @contextmanager
 def single_process_group() -> Iterator[None]:
-    """A process group of this process alone, as DeepSpeed needs one; gone afterwards."""
+    """Create a process group of this process alone, which DeepSpeed needs, and destroy it afterwards."""
     launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     before = {name: os.environ.get(name) for name in launcher}
     os.environ.update(launcher)
@@ -308,24 +304,11 @@ def single_process_group() -> Iterator[None]:
     try:
         yield
     finally:
-        _end_process_group()
+        # DeepSpeed's record of the group must go too, so that the next recovery can start its own.
+        if deepspeed.comm.comm.cdb is None:
+            dist.destroy_process_group()
+        else:
+            deepspeed.comm.destroy_process_group()
+            deepspeed.comm.comm.cdb = None
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def _end_process_group() -> None:
-    """End the group and have DeepSpeed forget it, so that the next recovery can start its own."""
-    if deepspeed.comm.comm.cdb is None:
-        dist.destroy_process_group()
-        return
-    deepspeed.comm.destroy_process_group()
-    deepspeed.comm.comm.cdb = None
-
-
-def _keep_to_torch_collectives() -> None:
-    """Keep DeepSpeed from compiling its shared-memory collectives and from chatting.
-
-    `__compatible_ops__` is DeepSpeed's own record of what it may build.
-    """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -8,7 +8,7 @@ from actors.contracts import Progress, RecoveryResult, RecoverySpec, digest, no_
 from actors.recovery.training.checkpoint import CheckpointDirectory
 from actors.recovery.training.deepspeed_config import settings_fingerprint
 from actors.recovery.training.engine import single_process_group
-from actors.recovery.training.train_context import Workplace
+from actors.recovery.training.train_context import TrainContext
 from actors.recovery.training.train_loop import MicroBatchError, train
 
 
@@ -20,38 +20,31 @@ def recover_locally(
     Args:
         spec: what to train.
         adapter_uri: where the trained adapter is published.
-        work_dir: a local directory for checkpoints; they are told apart by `spec`
-            and removed once recovery has ended well.
+        work_dir: a local directory for checkpoints; their names depend on `spec`;
+            removed once recovery has ended well.
 
     Raises:
         RequestError, WorkError: as `train_loop.train`.
     """
-    checkpoints = CheckpointDirectory(Path(work_dir) / f"recovery-{_fingerprint(spec)[:16]}")
-    workplace = Workplace(
+    # Neither how often a checkpoint is written nor how the work is cut changes its content.
+    same = replace(spec, micro_batch_size=1, checkpoint_steps=1, deepspeed="")
+    fingerprint = digest([settings_fingerprint(spec), to_json(same)])
+    checkpoints = CheckpointDirectory(Path(work_dir) / f"recovery-{fingerprint[:16]}")
+    context = TrainContext(
         rank=0,
         world_size=1,
         adapter_uri=adapter_uri,
-        note_uri=str(checkpoints.path / "micro_batch_size"),
+        micro_batch_hint_uri=str(checkpoints.path / "micro_batch_size"),
         save_checkpoint=checkpoints.save,
         checkpoints=checkpoints.newest_first,
         progress=progress,
     )
+    result = None
     with single_process_group():
-        result = _train(spec, workplace)
+        while result is None:
+            try:
+                result = train(spec, context)
+            except MicroBatchError as error:
+                logging.getLogger(__name__).warning("%s", error)
     checkpoints.remove()
     return result
-
-
-def _fingerprint(spec: RecoverySpec) -> str:
-    """Hash of what a checkpoint's content depends on: not how often it is written or how the work is cut."""
-    sources = to_json(replace(spec, micro_batch_size=1, checkpoint_steps=1, deepspeed=""))
-    return digest([settings_fingerprint(spec), sources])
-
-
-def _train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
-    """Train from the last checkpoint for as long as a smaller micro-batch may still fit."""
-    while True:
-        try:
-            return train(spec, workplace)
-        except MicroBatchError as error:
-            logging.getLogger(__name__).warning("%s", error)

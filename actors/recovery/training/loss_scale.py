@@ -20,20 +20,20 @@ class LossScale:
     steps_since_overflow: int = 0
 
     @classmethod
-    def of_float16(cls, initial_scale_power: int = 16, loss_scale_window: int = 1000) -> "LossScale":
-        """The start of a float16 run; the names are DeepSpeed's."""
+    def for_float16(cls, initial_scale_power: int = 16, loss_scale_window: int = 1000) -> "LossScale":
+        """Return the scale at the start of a float16 run; the names are DeepSpeed's."""
         return cls(2.0**initial_scale_power, loss_scale_window)
 
     @property
-    def can_fall(self) -> bool:
-        """Whether a gradient that is no number may be an overflow rather than a divergence."""
+    def can_decrease(self) -> bool:
+        """True if a gradient that is no number may be an overflow rather than a divergence."""
         return self.value > 1.0
 
-    def overflowed(self) -> None:
+    def decrease(self) -> None:
         self.value, self.steps_since_overflow = max(1.0, self.value / 2), 0
 
-    def succeeded(self, dynamic: bool) -> None:
-        """One step was made; `dynamic` is whether the factor follows the gradients at all."""
+    def record_step(self, dynamic: bool) -> None:
+        """Count a step without overflow; `dynamic` if the factor follows the gradients at all."""
         self.steps_since_overflow += 1
         if dynamic and self.steps_since_overflow >= self.window:
             self.value, self.steps_since_overflow = self.value * 2, 0

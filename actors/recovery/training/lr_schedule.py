@@ -14,7 +14,7 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def lr_at(step: int, num_steps: int, peak: float, schedule: str, warmup_steps: int = 0) -> float:
-    """Learning rate of step `step` (from 0) of `num_steps`.
+    """Return the learning rate of step `step` (from 0) of `num_steps`.
 
     It rises linearly over the warm-up, reaching `peak` at its end, then follows
     the schedule; a decay would reach 0 one step after the last.

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 from torch import distributed as dist
 
 from actors.artifacts import publish
@@ -26,16 +26,16 @@ from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, StepReco
 from actors.data import TrainingData
 from actors.errors import IterabreError, RequestError, WorkError
 from actors.models import LayerwisePass, load_tokenizer, save_weights
-from actors.recovery.adapters.adapters import stage_seed
+from actors.recovery.adapters.lora import stage_seed
 from actors.recovery.check import check_recovery
 from actors.recovery.distillation.linear_bridge import Solution
-from actors.recovery.distillation.teacher_student import Pair, load_pair, save_trained
+from actors.recovery.distillation.teacher_student import TeacherStudent, load_teacher_student, save_trained
 from actors.recovery.objectives import BuildModule, Solve, find_objective
-from actors.recovery.training.checkpoint import DamagedCheckpointError, read_state
-from actors.recovery.training.deepspeed_config import fitting_micro_batch, precision_of, settings_fingerprint
+from actors.recovery.training.checkpoint import CorruptCheckpointError, read_state
+from actors.recovery.training.deepspeed_config import largest_micro_batch, precision_of, settings_fingerprint
 from actors.recovery.training.engine import Engine, peak_memory_bytes
 from actors.recovery.training.lr_schedule import lr_at
-from actors.recovery.training.train_context import Workplace
+from actors.recovery.training.train_context import TrainContext
 from actors.recovery.training.training_data import check_vocabulary, training_data, training_order
 
 T = TypeVar("T")
@@ -51,15 +51,15 @@ class MicroBatchError(WorkError):
 
 
 @dataclass
-class Run:
-    """What the loop works on. `order_SB[s]` lists the sequences of step s.
+class TrainingRun:
+    """The state of a training run. `order_SB[s]` lists the sequences of step s.
 
     `micro_batch_size` falls when memory does not suffice; nothing else changes.
     """
 
     spec: RecoverySpec
-    workplace: Workplace
-    pair: Pair
+    context: TrainContext
+    pair: TeacherStudent
     engine: Engine
     data: TrainingData
     order_SB: Tensor
@@ -71,15 +71,15 @@ class Run:
         return len(self.order_SB)
 
     @property
-    def share(self) -> int:
+    def local_batch_size(self) -> int:
         """Sequences of a step that one worker takes."""
-        return self.spec.batch_size // self.workplace.world_size
+        return self.spec.batch_size // self.context.world_size
 
 
-def train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
-    """Train what `spec` asks for; every worker of the group calls this.
+def train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
+    """Train as `spec` requests; every worker of the group must call this.
 
-    Continues from the workplace's last whole checkpoint if there is one. The result
+    Continues from the last intact checkpoint if there is one. The result
     is complete on every worker; `artifact` is None except on rank 0.
 
     Raises:
@@ -90,13 +90,14 @@ def train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
     """
     objective = find_objective(spec.objective)
     if objective.solve is not None:
-        return _solve(spec, workplace, objective.solve)
+        return _solve(spec, context, objective.solve)
     if objective.build is None:
         return RecoveryResult(artifact=None, steps=(), tokens=0, trainable_parameters=0)
-    run = _prepare(spec, workplace, objective.build)
+    run = _prepare(spec, context, objective.build)
     try:
         records = _run_steps(run, _resume(run))
-        artifact = _publish_trained(run)
+        with run.engine.gathered():
+            artifact = _publish_from_rank_0(context, partial(save_trained, run.pair))
     finally:
         run.engine.close()
     return RecoveryResult(
@@ -107,57 +108,53 @@ def train(spec: RecoverySpec, workplace: Workplace) -> RecoveryResult:
     )
 
 
-def _solve(spec: RecoverySpec, workplace: Workplace, solve: Solve) -> RecoveryResult:
-    """Recovery in closed form; nothing is trained."""
+def _solve(spec: RecoverySpec, context: TrainContext, solve: Solve) -> RecoveryResult:
+    """Recover in closed form; nothing is trained."""
 
     def work() -> Solution:
-        check_recovery(spec, workplace.world_size)
+        check_recovery(spec, context.world_size)
         return solve(spec, training_data(spec, load_tokenizer(spec.model.source)))
 
-    solution = _all_or_none(work)
-    artifact = None
-    if workplace.rank == 0:
-        with TemporaryDirectory(prefix="iterabre-weights-") as scratch:
-            save_weights(solution.tensors, Path(scratch))
-            artifact = publish(Path(scratch), workplace.adapter_uri)
+    solution = _run_on_all_workers(work)
+    artifact = _publish_from_rank_0(context, partial(save_weights, solution.tensors))
     return RecoveryResult(artifact, steps=(), tokens=solution.tokens, trainable_parameters=0)
 
 
-def _prepare(spec: RecoverySpec, workplace: Workplace, build: BuildModule) -> Run:
-    loaded = _all_or_none(lambda: _load(spec, workplace, build))
-    smallest = min(_gathered(loaded.micro_batch_size))
-    engine = Engine(loaded.module, spec, workplace.world_size, smallest)
-    return Run(spec, workplace, loaded.pair, engine, loaded.data, loaded.order_SB, smallest)
+def _publish_from_rank_0(context: TrainContext, save: Callable[[Path], None]) -> ArtifactRef | None:
+    """Publish the directory that `save` writes, on rank 0."""
+    if context.rank != 0:
+        return None
+    with TemporaryDirectory(prefix="iterabre-trained-") as scratch:
+        save(Path(scratch))
+        return publish(Path(scratch), context.adapter_uri)
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    pair: Pair
-    module: nn.Module
-    data: TrainingData
-    order_SB: Tensor
-    micro_batch_size: int
+def _prepare(spec: RecoverySpec, context: TrainContext, build: BuildModule) -> TrainingRun:
+    """Load data and models; all that can be wrong with the request is found here, cheapest first."""
+
+    def load() -> tuple[TeacherStudent, nn.Module, TrainingData, LongTensor, int]:
+        check_recovery(spec, context.world_size)
+        data = training_data(spec, load_tokenizer(spec.model.source))
+        order_SB = training_order(spec, data, stage_seed(spec))
+        has_teacher = find_objective(spec.objective).has_teacher
+        pair, _ = load_teacher_student(_with_compute_dtype(spec), has_teacher)
+        check_vocabulary(data, pair.student)
+        module = build(pair, spec)
+        # The first pass records what this family's blocks return and is aborted, which must not
+        # happen with sharded weights.
+        for model in filter(None, (pair.student, pair.teacher)):
+            LayerwisePass(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
+        hint = context.micro_batch_hint() or spec.micro_batch_size
+        return pair, module, data, order_SB, largest_micro_batch(spec.batch_size // context.world_size, hint)
+
+    pair, module, data, order_SB, micro_batch_size = _run_on_all_workers(load)
+    micro_batch_size = min(_all_gather(micro_batch_size))
+    engine = Engine(module, spec, context.world_size, micro_batch_size)
+    return TrainingRun(spec, context, pair, engine, data, order_SB, micro_batch_size)
 
 
-def _load(spec: RecoverySpec, workplace: Workplace, build: BuildModule) -> _Loaded:
-    """Everything that can be wrong with the request is found here, cheapest first."""
-    check_recovery(spec, workplace.world_size)
-    data = training_data(spec, load_tokenizer(spec.model.source))
-    order_SB = training_order(spec, data, stage_seed(spec))
-    pair, _ = load_pair(_in_precision(spec), find_objective(spec.objective).has_teacher)
-    check_vocabulary(data, pair.student)
-    module = build(pair, spec)
-    # The first pass finds out what this family's blocks return and is broken off; sharded weights
-    # do not bear that.
-    for model in filter(None, (pair.student, pair.teacher)):
-        LayerwisePass(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    noted = workplace.noted_micro_batch() or spec.micro_batch_size
-    micro_batch_size = fitting_micro_batch(spec.batch_size // workplace.world_size, noted)
-    return _Loaded(pair, module, data, order_SB, micro_batch_size)
-
-
-def _in_precision(spec: RecoverySpec) -> RecoverySpec:
-    """`spec` with its models loaded in the type of the computation.
+def _with_compute_dtype(spec: RecoverySpec) -> RecoverySpec:
+    """Return `spec` with its models loaded in the dtype of the computation.
 
     Weights that are trained are kept in float32 by the engine, so full fine-tuning
     starts from them as they are.
@@ -169,72 +166,75 @@ def _in_precision(spec: RecoverySpec) -> RecoverySpec:
     return replace(spec, model=replace(spec.model, source=source), teacher=teacher)
 
 
-def _all_or_none(work: Callable[[], T]) -> T:
-    """The worker's own result of `work`, unless it failed on any worker: then all raise that error.
+def _run_on_all_workers(work: Callable[[], T]) -> T:
+    """Return this worker's result of `work`, unless it failed on any worker: then all raise that error.
 
-    Otherwise the others would wait in their next collective for one that is gone.
+    Otherwise the others would wait in their next collective for one that has ended.
     """
     done, failed = None, None
     try:
         done = work()
     except IterabreError as error:
         failed = error
-    for failure in _gathered(failed):
+    for failure in _all_gather(failed):
         if failure is not None:
             raise failure
     return cast(T, done)
 
 
-def _gathered(value: T) -> list[T]:
-    """Every worker's value, in the order of ranks."""
+def _all_gather(value: T) -> list[T]:
+    """Return every worker's value, in the order of ranks."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def _resume(run: Run) -> list[StepRecord]:
-    """The steps already done; weights and optimizer are brought to that point.
+def _resume(run: TrainingRun) -> list[StepRecord]:
+    """Restore weights and optimizer from the last intact checkpoint, and return the steps done.
 
     A damaged checkpoint is passed over, by all workers together, for the one before it.
     """
-    for checkpoint in run.workplace.checkpoints():
+    for checkpoint in run.context.checkpoints():
         with checkpoint as directory:
             try:
-                _all_or_none(lambda: read_state(directory))
-            except DamagedCheckpointError as error:
+                _run_on_all_workers(lambda: read_state(directory))
+            except CorruptCheckpointError as error:
                 log.warning("%s; going back to the checkpoint before it", error)
                 continue
             state = run.engine.load(directory)
         if state["settings"] != settings_fingerprint(run.spec):
             raise RequestError(
-                f"the checkpoints of {run.workplace.adapter_uri!r} are those of a recovery with other "
+                f"the checkpoints of {run.context.adapter_uri!r} are those of a recovery with other "
                 "settings; give this one a name or storage path of its own, or remove them"
             )
         run.checkpoints.append(len(state["steps"]))
-        return [_record_from_json(record) for record in state["steps"]]
+        return [
+            StepRecord(**{**record, "terms": tuple((name, value) for name, value in record["terms"])})
+            for record in state["steps"]
+        ]
     return []
 
 
-def _run_steps(run: Run, records: list[StepRecord]) -> list[StepRecord]:
+def _run_steps(run: TrainingRun, records: list[StepRecord]) -> list[StepRecord]:
     every, left = max(1, run.spec.checkpoint_steps), False
     for step in range(len(records), run.num_steps):
         records.append(_run_step(run, step))
-        if run.workplace.rank == 0:
-            run.workplace.progress(step + 1, run.num_steps, f"loss {records[-1].loss:.4g}")
-        leaving = run.workplace.leaving()
-        if (step + 1) % every == 0 or step + 1 == run.num_steps or (leaving and not left):
+        if run.context.rank == 0:
+            run.context.progress(step + 1, run.num_steps, f"loss {records[-1].loss:.4g}")
+        preemption_requested = run.context.preemption_requested()
+        if (step + 1) % every == 0 or step + 1 == run.num_steps or (preemption_requested and not left):
             state = {
                 "settings": settings_fingerprint(run.spec),
                 "steps": [asdict(record) for record in records],
             }
-            run.workplace.save_checkpoint(step + 1, partial(run.engine.save, state=state))
+            run.context.save_checkpoint(step + 1, partial(run.engine.save, state=state))
             run.checkpoints.append(step + 1)
-        left = leaving
+        left = preemption_requested
     return records
 
 
-def _run_step(run: Run, step: int) -> StepRecord:
-    """One optimizer step; nothing is changed if the loss or its gradient is not finite.
+def _run_step(run: TrainingRun, step: int) -> StepRecord:
+    """Run one optimizer step; nothing is changed if the loss or its gradient is not finite.
 
     A gradient that overflows float16 is computed again with a smaller loss scale.
     """
@@ -244,10 +244,10 @@ def _run_step(run: Run, step: int) -> StepRecord:
         terms = _accumulate(run, step)
         _check_finite(run, step, "loss", sum(terms.values()))
         scale = run.engine.loss_scale.value
-        grad_norm = run.engine.apply(learning_rate)
-        if math.isfinite(grad_norm) or not run.engine.loss_scale.can_fall:
+        grad_norm = run.engine.step(learning_rate)
+        if math.isfinite(grad_norm) or not run.engine.loss_scale.can_decrease:
             break
-        run.engine.loss_scale.overflowed()
+        run.engine.loss_scale.decrease()
         overflows += 1
         log.warning("step %d: the gradient overflowed at loss scale %g; computed again", step + 1, scale)
     _check_finite(run, step, "gradient", grad_norm)
@@ -259,14 +259,14 @@ def _run_step(run: Run, step: int) -> StepRecord:
         learning_rate=learning_rate,
         grad_norm=grad_norm,
         seconds=time.perf_counter() - started,
-        peak_memory_bytes=run.engine.greatest_over_workers(peak_memory_bytes()),
+        peak_memory_bytes=run.engine.max_over_workers(peak_memory_bytes()),
         loss_scale=scale,
         overflows=overflows,
     )
 
 
-def _accumulate(run: Run, step: int) -> dict[str, float]:
-    """The loss terms of one batch, its gradient being left in the engine.
+def _accumulate(run: TrainingRun, step: int) -> dict[str, float]:
+    """Return the loss terms of one batch, whose gradient is left in the engine.
 
     If memory does not suffice on any worker, all begin the step again with
     micro-batches of half the size.
@@ -274,22 +274,22 @@ def _accumulate(run: Run, step: int) -> dict[str, float]:
     while True:
         sums, fits = None, True
         try:
-            sums = _sum_micro_batches(run, step)
+            sums = _accumulate_micro_batches(run, step)
         except torch.OutOfMemoryError as error:
             fits, said = False, str(error)
-        if not fits and not run.engine.alone_in_backward:
+        if not fits and not run.engine.backward_is_local:
             # The others wait for this worker inside the backward pass: only a restart of all can follow.
-            raise MicroBatchError(f"{_shrink(run, step)}: {said}")
-        if run.engine.greatest_over_workers(not fits) == 0 and sums is not None:
+            raise MicroBatchError(f"{_halve_micro_batch(run, step)}: {said}")
+        if run.engine.max_over_workers(not fits) == 0 and sums is not None:
             means = run.engine.mean_over_workers(torch.stack(list(sums.values())).double())
             return dict(zip(sums, means, strict=True))
         sums = None
-        log.warning("%s; the step begins again", _shrink(run, step))
-        run.engine.restart(run.micro_batch_size)
+        log.warning("%s; the step begins again", _halve_micro_batch(run, step))
+        run.engine.reinitialize(run.micro_batch_size)
 
 
-def _shrink(run: Run, step: int) -> str:
-    """Halve the micro-batch, for now and for later tries; what to say about it.
+def _halve_micro_batch(run: TrainingRun, step: int) -> str:
+    """Halve the micro-batch, for this run and for later tries, and return the message for the log.
 
     Raises:
         WorkError: there is nothing left to halve.
@@ -303,23 +303,24 @@ def _shrink(run: Run, step: int) -> str:
             "(configs/deepspeed/zero3_offload.json), or use a device with more memory. "
             f"{_last_checkpoint(run)}; --resume continues"
         )
-    run.micro_batch_size = fitting_micro_batch(run.share, before // 2)
-    run.workplace.note_micro_batch(run.micro_batch_size)
+    run.micro_batch_size = largest_micro_batch(run.local_batch_size, before // 2)
+    run.context.save_micro_batch_hint(run.micro_batch_size)
     return (
         f"step {step + 1}: out of memory with micro-batches of {before}; going on with "
-        f"{run.micro_batch_size} x {run.share // run.micro_batch_size} accumulated, the batch stays "
-        f"{run.spec.batch_size}"
+        f"{run.micro_batch_size} x {run.local_batch_size // run.micro_batch_size} accumulated, the batch "
+        f"stays {run.spec.batch_size}"
     )
 
 
-def _sum_micro_batches(run: Run, step: int) -> dict[str, Tensor]:
-    """Mean of each loss term over this worker's micro-batches."""
-    size, first = run.micro_batch_size, run.workplace.rank * run.share
-    positions = range(first, first + run.share, size)
-    denominator = run.data.num_tokens(run.order_SB[step]) / (len(positions) * run.workplace.world_size)
+def _accumulate_micro_batches(run: TrainingRun, step: int) -> dict[str, Tensor]:
+    """Return the mean of each loss term over this worker's micro-batches."""
+    size, first = run.micro_batch_size, run.context.rank * run.local_batch_size
+    positions = range(first, first + run.local_batch_size, size)
+    denominator = run.data.num_tokens(run.order_SB[step]) / (len(positions) * run.context.world_size)
     sums: dict[str, Tensor] = {}
     for position in positions:
-        torch.manual_seed(_draw_seed(stage_seed(run.spec), step, position))
+        # Dropout is drawn anew for each micro-batch, whatever was drawn before it.
+        torch.manual_seed(int(digest([stage_seed(run.spec), step, position])[:15], 16))
         chosen_B = run.order_SB[step, position : position + size]
         batch = replace(run.data.batch(chosen_B), denominator=denominator)
         for name, value in run.engine.accumulate(batch, last=position == positions[-1]).items():
@@ -327,11 +328,7 @@ def _sum_micro_batches(run: Run, step: int) -> dict[str, Tensor]:
     return sums
 
 
-def _draw_seed(seed: int, step: int, position: int) -> int:
-    return int(digest([seed, step, position])[:15], 16)
-
-
-def _check_finite(run: Run, step: int, what: str, value: float) -> None:
+def _check_finite(run: TrainingRun, step: int, what: str, value: float) -> None:
     if math.isfinite(value):
         return
     raise DivergenceError(
@@ -342,20 +339,6 @@ def _check_finite(run: Run, step: int, what: str, value: float) -> None:
     )
 
 
-def _last_checkpoint(run: Run) -> str:
+def _last_checkpoint(run: TrainingRun) -> str:
     good = run.checkpoints[-1] if run.checkpoints else 0
     return f"the last good checkpoint is after step {good}" if good else "there was no checkpoint yet"
-
-
-def _publish_trained(run: Run) -> ArtifactRef | None:
-    """Publish what was trained, on rank 0; the others help to gather it."""
-    with run.engine.gathered():
-        if run.workplace.rank != 0:
-            return None
-        with TemporaryDirectory(prefix="iterabre-trained-") as scratch:
-            save_trained(run.pair, Path(scratch))
-            return publish(Path(scratch), run.workplace.adapter_uri)
-
-
-def _record_from_json(record: dict[str, Any]) -> StepRecord:
-    return StepRecord(**{**record, "terms": tuple((name, value) for name, value in record["terms"])})

@@ -1,4 +1,4 @@
-"""What a recovery is fed: its text or conversations as sequences, and the order in which steps take them.
+"""Training data of a recovery: its text or conversations as sequences, and their order in the steps.
 
 Shape letters: S sequences of a data set, B sequences of one optimizer step.
 """
@@ -13,23 +13,23 @@ from actors.artifacts import cache_entry
 from actors.contracts import RecoverySpec, TextSpec, digest
 from actors.data import (
     BlockData,
-    Sequence,
+    TokenSequence,
     TrainingData,
     batch_order,
-    collect,
     conversation_sequences,
     cut_into_blocks,
     describe_text,
-    documents,
+    in_memory,
     load_texts,
+    memory_mapped,
     open_records,
     pack_blocks,
-    pack_whole,
+    pack_sequences,
     shuffled,
-    spool,
+    split_documents,
+    take_tokens,
     tokenize_documents,
     tokenizer_fingerprint,
-    up_to,
 )
 from actors.errors import RequestError
 from actors.recovery.objectives import find_objective
@@ -39,13 +39,13 @@ SHUFFLE_BUFFER = 1000
 
 
 def training_data(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
-    """The sequences of `spec.data`, the same on every worker.
+    """Return the sequences of `spec.data`, the same on every worker.
 
     Running text fills blocks of `sequence_length` tokens; a conversation is a
     sequence by itself or, with `packing: documents`, shares one with others.
     With `streaming`, the first `max_tokens` tokens of the stream, shuffled by
-    `spec.seed`, are kept tokenised on this node's disk, so that any step can be
-    fed, in the first run and after it was resumed, without reading the stream again.
+    `spec.seed`, are kept tokenised on this node's disk, so that any step has its
+    batch, in the first run and in a resumed one, without reading the stream again.
 
     Raises:
         RequestError: data that cannot be read, too little of it, or no chat template.
@@ -61,19 +61,23 @@ def training_data(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Tra
                 *(spec.packing, spec.sequence_length, spec.max_tokens, spec.seed),
             ]
         )
-        data = spool(lambda: _first_tokens(spec, tokenizer), cache_entry("tokens", key))
+        data = memory_mapped(lambda: _stream_tokens(spec, tokenizer), cache_entry("tokens", key))
     elif text.conversations or spec.packing == "documents":
-        data = collect(_sequences(spec, tokenizer))
+        data = in_memory(_sequences(spec, tokenizer))
     else:
         data = BlockData(
             pack_blocks(load_texts(text), tokenizer, spec.sequence_length, source=repr(text.name))
         )
-    _check_amount(spec, data)
+    if len(data) < spec.batch_size:
+        raise RequestError(
+            f"the recovery data gives {len(data)} sequences of {spec.sequence_length} tokens, fewer than "
+            f"one batch of {spec.batch_size}; give more text or make batch_size or sequence_length smaller"
+        )
     return data
 
 
 def training_order(spec: RecoverySpec, data: TrainingData, seed: int) -> LongTensor:
-    """Which sequences each step takes: LongTensor [steps, B].
+    """Return the sequences of each step: LongTensor [steps, B].
 
     As many whole steps as `max_tokens` holds, counting every token that the model
     reads, in every epoch. What step s takes depends on s and `seed` alone.
@@ -95,7 +99,7 @@ def training_order(spec: RecoverySpec, data: TrainingData, seed: int) -> LongTen
 
 
 def check_vocabulary(data: TrainingData, model: PreTrainedModel) -> None:
-    """Whether the model has an embedding for every token id of the data.
+    """Check that the model has an embedding for every token id of the data.
 
     Raises:
         RequestError: it has not.
@@ -109,7 +113,7 @@ def check_vocabulary(data: TrainingData, model: PreTrainedModel) -> None:
 
 
 def check_data(objective: str, text: TextSpec) -> None:
-    """Whether the data has what the objective trains on.
+    """Check that the data has what the objective trains on.
 
     Raises:
         RequestError: columns that are missing or have no use; names them.
@@ -125,29 +129,21 @@ def check_data(objective: str, text: TextSpec) -> None:
         raise RequestError(f"{where} needs the prompts to respond to: prompt_column or messages_column")
 
 
-def _first_tokens(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence]:
-    """The first `max_tokens` tokens of a stream, which is found to be the same afterwards."""
+def _stream_tokens(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenSequence]:
+    """Yield the first `max_tokens` tokens of a stream, and check afterwards that it did not change."""
     before = describe_text(spec.data).spec
-    yield from up_to(_sequences(spec, tokenizer), spec.max_tokens)
+    yield from take_tokens(_sequences(spec, tokenizer), spec.max_tokens)
     describe_text(before)
 
 
-def _sequences(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence]:
-    text, length, apart = spec.data, spec.sequence_length, spec.packing == "documents"
+def _sequences(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenSequence]:
+    text, length, isolated = spec.data, spec.sequence_length, spec.packing == "documents"
     if text.conversations:
         conversations = conversation_sequences(text, tokenizer, length, spec.seed)
         if text.streaming:
             conversations = shuffled(conversations, spec.seed, SHUFFLE_BUFFER)
-        return pack_whole(conversations, length) if apart else conversations
-    texts = documents(record[text.text_column] for record in open_records(text, spec.seed))
+        return pack_sequences(conversations, length) if isolated else conversations
+    texts = split_documents(record[text.text_column] for record in open_records(text, spec.seed))
     if text.streaming:
         texts = shuffled(texts, spec.seed, SHUFFLE_BUFFER)
-    return cut_into_blocks(tokenize_documents(texts, tokenizer, repr(text.name)), length, apart)
-
-
-def _check_amount(spec: RecoverySpec, data: TrainingData) -> None:
-    if len(data) < spec.batch_size:
-        raise RequestError(
-            f"the recovery data gives {len(data)} sequences of {spec.sequence_length} tokens, fewer than "
-            f"one batch of {spec.batch_size}; give more text or make batch_size or sequence_length smaller"
-        )
+    return cut_into_blocks(tokenize_documents(texts, tokenizer, repr(text.name)), length, isolated)

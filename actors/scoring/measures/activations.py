@@ -1,7 +1,5 @@
 """Measures of what a layer, or its attention or MLP alone, does to the activations and the output."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -20,7 +18,16 @@ def hidden_cosine(model: PreTrainedModel, calibration: Calibration) -> Tensor:
     pool, own = POOLING[calibration.pooling], calibration.reference is None
     rows = calibration.no_rows(model)
     for wave in calibration.waves(model):
-        references = _reference_hidden(calibration, wave.positions)
+        references: dict[int, Tensor] = {}  # the last hidden state [T, D] to keep, by sequence
+        if calibration.reference is not None:
+            sequences = [calibration.sequences[i] for i in wave.positions]
+            hidden = last_hiddens(
+                calibration.reference,
+                sequences,
+                budget=calibration.memory_budget,
+                counter=calibration.counter,
+            )
+            references |= zip(wave.positions, (h.float() for h in hidden), strict=True)
         for states in calibration.final_states(model, wave, keep_unpruned=own):
             hidden_CGTD = states.last_hidden().float()
             if states.streams[0] == UNPRUNED:
@@ -30,17 +37,6 @@ def hidden_cosine(model: PreTrainedModel, calibration: Calibration) -> Tensor:
             for g, position in enumerate(states.positions):
                 rows[position, layers] = pool(references[position], hidden_CGTD[first:, g]).double().cpu()
     return rows
-
-
-def _reference_hidden(calibration: Calibration, positions: Sequence[int]) -> dict[int, Tensor]:
-    """Return the last hidden state [T, D] of another reference for each sequence; empty if there is none."""
-    if calibration.reference is None:
-        return {}
-    sequences = [calibration.sequences[i] for i in positions]
-    hidden = last_hiddens(
-        calibration.reference, sequences, budget=calibration.memory_budget, counter=calibration.counter
-    )
-    return {position: h.float() for position, h in zip(positions, hidden, strict=True)}
 
 
 @torch.no_grad()

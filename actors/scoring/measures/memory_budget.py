@@ -106,10 +106,15 @@ def plan_waves(lengths: Sequence[int], candidates: Sequence[int], costs: Costs, 
             f"a memory budget of {budget / GIB:.3g} GiB is too small for {longest} tokens; "
             f"it needs {needed:.3g}. Raise scoring.memory_budget_gb or lower scoring.sequence_length"
         )
-    groups = [
-        Group(tuple(positions), _rows(lengths[positions[0]], costs, room))
-        for positions in _equal_lengths(lengths, costs, room)
-    ]
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for position, length in enumerate(lengths):
+        by_length[length].append(position)
+    groups = []
+    for length in sorted(by_length, reverse=True):
+        # As many sequences as enter a block at one time.
+        rows = max(1, min(costs.chunk_tokens // length, room // costs.row(length)))
+        alike = by_length[length]
+        groups += [Group(tuple(alike[at : at + rows]), rows) for at in range(0, len(alike), rows)]
     # One portion also where there are no candidates: the unpruned stream alone.
     portions = [tuple(candidates[at : at + fits]) for at in range(0, len(candidates), max(1, fits))] or [()]
     return [
@@ -117,20 +122,6 @@ def plan_waves(lengths: Sequence[int], candidates: Sequence[int], costs: Costs, 
         for portion in portions
         for part in _packed(groups, lengths, (1 + len(portion)) * costs.stream, room)
     ]
-
-
-def _rows(num_tokens: int, costs: Costs, room: int) -> int:
-    return max(1, min(costs.chunk_tokens // num_tokens, room // costs.row(num_tokens)))
-
-
-def _equal_lengths(lengths: Sequence[int], costs: Costs, room: int) -> Iterator[list[int]]:
-    """Yield positions of sequences of one length, as many as enter a block at one time, longest first."""
-    alike: dict[int, list[int]] = defaultdict(list)
-    for position, length in enumerate(lengths):
-        alike[length].append(position)
-    for length in sorted(alike, reverse=True):
-        size = _rows(length, costs, room)
-        yield from (alike[length][start : start + size] for start in range(0, len(alike[length]), size))
 
 
 def _packed(

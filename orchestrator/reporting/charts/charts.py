@@ -31,7 +31,7 @@ class Curve:
 
     @property
     def legend(self) -> str:
-        """What stands for it in the legend."""
+        """Name in the legend."""
         return self.group or self.name
 
 
@@ -48,7 +48,7 @@ class Chart:
 
     @property
     def places(self) -> Sequence[float | str]:
-        """Where bars stand: numbers in order, names as they come."""
+        """Positions of bars: numbers in order, names as they come."""
         found = list(dict.fromkeys(x for curve in self.curves for x in curve.x))
         numbers = [x for x in found if not isinstance(x, str)]
         return sorted(numbers) if len(numbers) == len(found) else found
@@ -97,7 +97,7 @@ class Figure:
 
 
 def curves_of(panel: Panel) -> tuple[Curve, ...]:
-    """The curves of a chart; a heat map has none."""
+    """Return the curves of a chart; a heat map has none."""
     return panel.curves if isinstance(panel, Chart) else ()
 
 
@@ -109,7 +109,7 @@ def figure(
     palette: Sequence[str] = (),
     sequential: bool = False,
 ) -> Figure | None:
-    """A figure of the panels that there are, None if there is none."""
+    """Return a figure of the panels that there are, None if there is none."""
     drawn = tuple(panel for panel in panels if panel is not None)
     return Figure(name, title, note, drawn, tuple(palette), sequential) if drawn else None
 
@@ -121,7 +121,7 @@ def chart(
     curves: Iterable[Curve | None],
     kind: Kind = "lines",
 ) -> Chart | None:
-    """A chart of the curves that have points, None if none has; a wide range gets a logarithmic axis."""
+    """Return a chart of the curves that have points, None if none has; a wide range gets a log axis."""
     drawn = tuple(thinned(curve) for curve in curves if curve is not None and curve.x)
     if not drawn:
         return None
@@ -133,7 +133,7 @@ def chart(
 
 
 def thinned(curve: Curve) -> Curve:
-    """At most `MOST_POINTS` points, each the mean of those that it stands for."""
+    """Thin a curve to at most `MOST_POINTS` points, each the mean of those that it stands for."""
     step = -(-len(curve.x) // MOST_POINTS)
     if step <= 1 or curve.stderr is not None:
         return curve
@@ -148,7 +148,7 @@ def thinned(curve: Curve) -> Curve:
 
 
 def described(drawn: Figure, colours: Sequence[str]) -> dict[str, Any]:
-    """JSON-able data of a figure, for the page's script: short names, numbers of few digits."""
+    """Return a figure as JSON-able data for the page's script: short names, numbers of few digits."""
     legend = drawn.legend
     return {
         "legend": [[name, colour] for name, colour in zip(legend, colours, strict=True)],
@@ -195,5 +195,5 @@ def _all_short(values: Iterable[float | None]) -> list[float | None]:
 
 
 def short(value: float) -> float | None:
-    """A number as a page shows it; what is not finite cannot stand in JSON."""
+    """Round a number as a page shows it; what is not finite cannot stand in JSON."""
     return None if value - value != 0 else float(f"{value:.{DIGITS}g}")

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
-from orchestrator.reporting.charts.charts import Chart, Curve, Figure, HeatMap, Panel
+from orchestrator.reporting.charts.charts import Chart, Figure, HeatMap, Panel
 
 # Mid-tones that can be told apart on white and on near-black.
 COLOURS = ("#4c8bc9", "#e08a3c", "#4aa96c", "#c25fb0", "#d9534f", "#b59a2b", "#3fa9b5", "#8f76d6", "#8c8c8c")
@@ -29,7 +29,7 @@ FEW = 24
 
 
 def colours_of(figure: Figure) -> list[str]:
-    """One colour a legend entry."""
+    """Return one colour for each entry of the legend."""
     count = len(figure.legend)
     if not figure.sequential:
         return [COLOURS[i % len(COLOURS)] for i in range(count)]
@@ -47,14 +47,8 @@ def write_all(figures: Sequence[tuple[Figure, Path]], processes: int | None = No
         for figure, stem in figures:
             write_files(figure, stem)
         return
-    portions = [figures[start::count] for start in range(count)]
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        list(pool.map(_write_portion, portions))
-
-
-def _write_portion(figures: Sequence[tuple[Figure, Path]]) -> None:
-    for figure, stem in figures:
-        write_files(figure, stem)
+        list(pool.map(write_files, *zip(*figures, strict=True), chunksize=4))
 
 
 def write_files(figure: Figure, stem: Path) -> None:
@@ -103,15 +97,11 @@ def _legend(figure: Figure, canvas: Canvas, colours: dict[str, str]) -> None:
     if len(shown) < 2:
         return
     lines = [
-        Line2D([], [], color=colours[name], linestyle=_style(shown[name]), linewidth=2, label=name)
+        Line2D([], [], color=colours[name], linestyle=style, linewidth=2, label=name)
         for name in figure.legend
-        if name in shown
+        if (curve := shown.get(name)) and (style := "--" if curve.dashed and not curve.group else "-")
     ]
     canvas.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 4), fontsize=8)
-
-
-def _style(curve: Curve) -> str:
-    return "--" if curve.dashed and not curve.group else "-"
 
 
 def _draw_lines(chart: Chart, axes: Axes, colours: dict[str, str]) -> None:
@@ -158,7 +148,7 @@ def _draw_map(heat_map: HeatMap, axes: Axes) -> None:
 
 
 def _name_ticks(axes: Axes, names: Sequence[Any], which: str) -> None:
-    """Names along an axis of places 0, 1, ...; of many numbers only some."""
+    """Label places 0, 1, ... along an axis with names; of many numbers only some."""
     texts = [str(name) for name in names]
     numbered = all(isinstance(name, int) for name in names)
     places = range(0, len(texts), -(-len(texts) // MOST_TICKS) if numbered else 1)

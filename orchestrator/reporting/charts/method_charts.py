@@ -36,7 +36,7 @@ REMOVED = "layers removed"
 
 
 def method_figures(ledger: pa.Table, models: Sequence[Measured]) -> list[Figure]:
-    """All figures of one method on one source for which there are numbers.
+    """Return all figures of one method on one source for which there are numbers.
 
     Args:
         ledger: rows of this source's and method's trajectories.
@@ -55,7 +55,7 @@ def method_figures(ledger: pa.Table, models: Sequence[Measured]) -> list[Figure]
 
 
 def removed_layers(ledger: pa.Table) -> dict[tuple[str, int], int]:
-    """Layers removed in all, after each iteration of each trajectory."""
+    """Return the number of layers removed after each iteration of each trajectory."""
     removed: dict[tuple[str, int], int] = {}
     sums: dict[str, int] = {}
     for (trajectory, iteration), layers in sorted(dropped_layers(ledger).items()):
@@ -65,7 +65,7 @@ def removed_layers(ledger: pa.Table) -> dict[tuple[str, int], int]:
 
 
 def dropped_layers(ledger: pa.Table) -> dict[tuple[str, int], list[int]]:
-    """Source layers dropped in each iteration of each trajectory."""
+    """Return the source layers dropped in each iteration of each trajectory."""
     rows = ledger.filter((pc.field("stage") == "prune") & (pc.field("metric") == "dropped"))
     found: dict[tuple[str, int], list[int]] = {}
     for row in rows.select(["trajectory", "iteration", "layer"]).to_pylist():
@@ -84,7 +84,7 @@ def _performance(found: Sequence[Entry]) -> Figure | None:
 
 
 def _phases(metric: str, found: Sequence[Entry]) -> Chart | None:
-    """A metric before and after each recovery (IteRABRe, Figures 2 and 3)."""
+    """Plot a metric before and after each recovery (IteRABRe, Figures 2 and 3)."""
     dense = dense_of(found[0].model, found) if found else None
     pruned = [entry for entry in found if entry.phase != DENSE and metric in entry.numbers]
     if not pruned:
@@ -101,7 +101,7 @@ def _phases(metric: str, found: Sequence[Entry]) -> Chart | None:
 
 
 def titled(metric: str) -> str:
-    """The metric's name, with an arrow in the direction that is better."""
+    """Return the metric's name, with an arrow in the direction that is better."""
     return metric + {"lower": " ↓", "higher": " ↑", None: ""}[direction(metric)]
 
 
@@ -142,7 +142,7 @@ def _member_map(group: str, members: Sequence[str], found: Sequence[Entry]) -> H
         x_title=REMOVED,
         y_title="",
         x=tuple(dense.layers - entry.layers for entry in recovered),
-        y=tuple(_short(metric, group) for metric in members),
+        y=tuple(name.removesuffix("/acc").removeprefix(f"{group}_").replace("_", " ") for name in members),
         values=tuple(tuple(change(entry, metric) for entry in recovered) for metric in members),
         value_title="change of accuracy",
         around_zero=True,
@@ -150,7 +150,7 @@ def _member_map(group: str, members: Sequence[str], found: Sequence[Entry]) -> H
 
 
 def _groups(found: Sequence[Entry]) -> Mapping[str, list[str]]:
-    """Metrics inside each group whose members are not too many to be told apart; `GROUPS` stand for more."""
+    """Return the metrics inside each group whose members can be told apart; `GROUPS` stand for more."""
     names = [name for name in metrics_of(found) if name.endswith("/acc")]
     headlines = [name for name in headline_metrics(found) if name.endswith("/acc")]
     groups = {}
@@ -164,10 +164,6 @@ def _groups(found: Sequence[Entry]) -> Mapping[str, list[str]]:
     return groups
 
 
-def _short(metric: str, group: str) -> str:
-    return metric.removesuffix("/acc").removeprefix(f"{group}_").replace("_", " ")
-
-
 Place = tuple[str, int]
 """Trajectory and iteration."""
 
@@ -175,7 +171,7 @@ Place = tuple[str, int]
 def _changes(
     models: Sequence[Measured], removed: Mapping[Place, int], dropped: Mapping[Place, Sequence[int]]
 ) -> Figure | None:
-    """What each drop cost and what each recovery won back (IteRABRe, Figure 8), in the first seed."""
+    """Plot what each drop cost and what each recovery won back (IteRABRe, Figure 8), in the first seed."""
     first = min((model.seed for model in models), default=0)
     own = [model for model in models if model.seed == first]
     metrics = headline_metrics(own)
@@ -222,7 +218,7 @@ def _change(
 
 
 def spans(layers: Sequence[int]) -> str:
-    """Ascending indices as text, runs of them as `3–7`."""
+    """Write ascending indices as text, runs of them as `3–7`."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
@@ -258,7 +254,7 @@ def _losses(ledger: pa.Table, removed: Mapping[Place, int]) -> Figure | None:
 
 
 def _score_maps(ledger: pa.Table, removed: Mapping[Place, int]) -> Figure | None:
-    """Scores of all layers over the iterations, a panel a seed; seeds that agree have one."""
+    """Map the scores of all layers over the iterations, a panel a seed; seeds that agree have one."""
     panels: list[HeatMap] = []
     for seed in pc.unique(ledger["seed"]).to_pylist():
         panel = _score_map(ledger.filter(pc.field("seed") == seed), removed, f"seed {seed}")
@@ -299,17 +295,18 @@ def _score_map(ledger: pa.Table, removed: Mapping[Place, int], title: str) -> He
 
 
 def _cost(ledger: pa.Table, removed: Mapping[Place, int]) -> Figure | None:
-    """Seconds of each kind of stage by depth: the mean over trajectories."""
+    """Plot the seconds of each kind of stage by depth: the mean over trajectories."""
     rows = ledger.filter(pc.field("metric") == "seconds")
     seconds: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows.select(["trajectory", "iteration", "stage", "value"]).to_pylist():
         depth = removed.get((row["trajectory"], row["iteration"]), 0)
         sums = seconds.setdefault((row["stage"], depth), {})
         sums[row["trajectory"]] = sums.get(row["trajectory"], 0.0) + row["value"]
-    curves = [
-        _bars(stage, {depth: mean(sums.values()) for (kind, depth), sums in seconds.items() if kind == stage})
-        for stage in STAGES
-    ]
+    curves = []
+    for stage in STAGES:
+        depths = sorted(depth for kind, depth in seconds if kind == stage)
+        heights = tuple(mean(seconds[stage, depth].values()) for depth in depths)
+        curves.append(Curve(stage, tuple(depths), heights) if depths else None)
     return figure(
         "cost",
         "Cost by stage",
@@ -317,8 +314,3 @@ def _cost(ledger: pa.Table, removed: Mapping[Place, int]) -> Figure | None:
         "store cost nothing again.",
         [chart("cost", REMOVED, "seconds", curves, "stacked")],
     )
-
-
-def _bars(name: str, heights: Mapping[int, float]) -> Curve | None:
-    places = sorted(heights)
-    return Curve(name, tuple(places), tuple(heights[place] for place in places)) if heights else None

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.reporting.charts.charts import Chart, Curve, Figure, HeatMap, Panel, chart, figure
+from orchestrator.reporting.charts.charts import Curve, Figure, HeatMap, Panel, chart, figure
 from orchestrator.reporting.charts.method_charts import dropped_layers, removed_layers, titled
 from orchestrator.reporting.data.comparisons import Entry, dense_of
 from orchestrator.reporting.data.measured import DENSE, PRUNED, RECOVERED, headline_metrics
@@ -20,7 +20,7 @@ FIRST_SCORE = (pc.field("stage") == "score") & (pc.field("metric") == "score") &
 def source_figures(
     source: str, ledger: pa.Table, found: Sequence[Entry], methods: Sequence[str], criteria: Mapping[str, str]
 ) -> list[Figure]:
-    """All figures of one source model for which there are numbers.
+    """Return all figures of one source model for which there are numbers.
 
     Args:
         ledger: rows of this source alone.
@@ -38,30 +38,29 @@ def source_figures(
 
 
 def _over_share(source: str, found: Sequence[Entry], methods: Sequence[str]) -> Figure | None:
-    """Every headline metric over the share of layers removed, a curve a method.
+    """Plot every headline metric over the share of layers removed, a curve a method.
 
     As the accuracy curves of *The Unreasonable Ineffectiveness of the Deeper Layers* (Figure 1).
     """
     dense = dense_of(source, found)
     if dense is None:
         return None
+    panels = []
+    for metric in headline_metrics(found)[:MOST_PANELS]:
+        curves = [
+            _method_curve(method, metric, found, dense, phase)
+            for method in methods
+            for phase in (RECOVERED, PRUNED)
+        ]
+        panels.append(chart(titled(metric), "layers removed, %", metric.rsplit("/", 1)[-1], curves))
     return figure(
         f"compare-{source}",
         f"{source}: methods over the share removed",
         "As Figure 1 of The Unreasonable Ineffectiveness of the Deeper Layers. Dashed: the same models "
         "before recovery, where that differs. Arrows say which way is better; bars are one standard error.",
-        [_share_panel(metric, found, dense, methods) for metric in headline_metrics(found)[:MOST_PANELS]],
+        panels,
         palette=methods,
     )
-
-
-def _share_panel(metric: str, found: Sequence[Entry], dense: Entry, methods: Sequence[str]) -> Chart | None:
-    curves = [
-        _method_curve(method, metric, found, dense, phase)
-        for method in methods
-        for phase in (RECOVERED, PRUNED)
-    ]
-    return chart(titled(metric), "layers removed, %", metric.rsplit("/", 1)[-1], curves)
 
 
 def _method_curve(method: str, metric: str, found: Sequence[Entry], dense: Entry, phase: str) -> Curve | None:
@@ -86,7 +85,7 @@ def _method_curve(method: str, metric: str, found: Sequence[Entry], dense: Entry
 
 
 def _heals(method: str, metric: str, found: Sequence[Entry]) -> bool:
-    """Whether recovery changed the metric at all; without recovery, both curves would be one."""
+    """Return true if recovery changed the metric at all; without recovery, both curves would be one."""
     values = {
         phase: {
             e.layers: e.numbers[metric].value
@@ -101,7 +100,7 @@ def _heals(method: str, metric: str, found: Sequence[Entry]) -> bool:
 def _dropped_map(
     source: str, ledger: pa.Table, found: Sequence[Entry], methods: Sequence[str]
 ) -> Figure | None:
-    """A row a method (and seed, where they differ): when each layer went."""
+    """Map when each layer was dropped: a row a method (and seed, where they differ)."""
     dropped, removed = dropped_layers(ledger), removed_layers(ledger)
     if not dropped:
         return None
@@ -138,7 +137,7 @@ def _dropped_map(
 
 
 def _first_scores(source: str, ledger: pa.Table, criteria: Mapping[str, str]) -> Figure | None:
-    """The scores of all layers of the unpruned model, a panel a criterion."""
+    """Plot the scores of all layers of the unpruned model, a panel a criterion."""
     scored: dict[str, dict[int, float]] = {}
     methods: dict[str, str] = {}
     for row in ledger.filter(FIRST_SCORE).select(["method", "key", "layer", "value"]).to_pylist():
@@ -162,7 +161,7 @@ def _first_scores(source: str, ledger: pa.Table, criteria: Mapping[str, str]) ->
 
 
 def _run_distances(source: str, ledger: pa.Table, criteria: Mapping[str, str]) -> Figure | None:
-    """Angular distances over runs of as many layers as were taken at once (Gromov et al., Figure 4)."""
+    """Map angular distances over runs of as many layers as were taken at once (Gromov et al., Figure 4)."""
     angular = {method for method, criterion in criteria.items() if criterion == RUN_CRITERION}
     sizes_of = {place[0]: len(layers) for place, layers in dropped_layers(ledger).items() if place[1] == 1}
     found: dict[int, dict[int, float]] = {}
@@ -206,7 +205,7 @@ def _rescaled(distances: Mapping[int, float], starts: Sequence[int]) -> tuple[fl
 
 
 def sweep_figures(sweeps: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """A figure a single-layer sweep (`iterabre sweep`): a panel a metric (*Limits of Layer Pruning*, §3).
+    """Return a figure a single-layer sweep (`iterabre sweep`): a panel a metric (*Limits*, §3).
 
     Args:
         sweeps: contents of `sweep.json`.

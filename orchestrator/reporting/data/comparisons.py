@@ -52,7 +52,7 @@ class Grid:
     even: frozenset[Cell] = frozenset()
 
     def shown(self, lines: Sequence[tuple[int, Line]]) -> list[str]:
-        """The columns of a part on the page, which names its source model above: those that hold anything."""
+        """Return the columns that hold anything, without the source model, which a part on the page names."""
         names = [name for name in (self.lines[0] if self.lines else ()) if name != "model"]
         return [name for name in names if any(line[name] is not None for _, line in lines)]
 
@@ -79,18 +79,18 @@ class Entry:
 
 
 def dense_of(model: str, found: Iterable[Entry]) -> Entry | None:
-    """The unpruned model of that source, if it has been measured."""
+    """Return the unpruned model of that source, if it has been measured."""
     return next((entry for entry in found if (entry.model, entry.phase) == (model, DENSE)), None)
 
 
 def targets(ledger: pa.Table) -> set[tuple[str, int]]:
-    """(trajectory, iteration) of every exported model."""
+    """Return (trajectory, iteration) of every exported model."""
     rows = ledger.filter(pc.field("stage") == "export").select(["trajectory", "iteration"]).to_pylist()
     return {(row["trajectory"], row["iteration"]) for row in rows}
 
 
 def entries(models: Iterable[Measured]) -> list[Entry]:
-    """Seeds of one method at one depth and in one state become one entry.
+    """Join the seeds of one method at one depth and in one state into one entry.
 
     Its numbers are means over seeds, with the deviation between seeds and a standard
     error. That of one seed is of the questions asked; the mean's has the spread over seeds added:
@@ -124,7 +124,7 @@ def _over_seeds(numbers: Sequence[Number]) -> Number:
 
 
 def comparison_grids(ledger: pa.Table, models: Sequence[Measured], config: Mapping[str, Any]) -> list[Grid]:
-    """All tables for which the campaign has numbers."""
+    """Return all tables for which the campaign has numbers."""
     reached = targets(ledger)
     at_targets = [m for m in models if m.phase == DENSE or (m.trajectory, m.iteration) in reached]
     found = entries(at_targets)
@@ -139,7 +139,7 @@ def comparison_grids(ledger: pa.Table, models: Sequence[Measured], config: Mappi
 
 
 def method_grid(found: Sequence[Entry]) -> Grid | None:
-    """Method × task at each target (IteRABRe, Table 1)."""
+    """Tabulate method × task at each target (IteRABRe, Table 1)."""
     rows = [entry for entry in found if entry.phase in (DENSE, RECOVERED)]
     metrics = headline_metrics(rows)
     if not metrics or all(entry.phase == DENSE for entry in rows):
@@ -158,7 +158,7 @@ def method_grid(found: Sequence[Entry]) -> Grid | None:
 
 
 def retention_grid(found: Sequence[Entry]) -> Grid | None:
-    """Share of the unpruned score that is left, in per cent (*Limits*, Table 2)."""
+    """Tabulate the share of the unpruned score that is left, in per cent (*Limits*, Table 2)."""
     lines = []
     for entry in _sorted([e for e in found if e.phase == RECOVERED]):
         kept = _retained(entry, found)
@@ -201,7 +201,7 @@ def _retained(entry: Entry, found: Sequence[Entry]) -> dict[str, Number]:
 
 
 def ratio_grid(found: Sequence[Entry]) -> Grid | None:
-    """Average retention by method and share of layers removed (*Limits*, the table of moderate ratios)."""
+    """Average the retention by method and share of layers removed (*Limits*, table of moderate ratios)."""
     cells: dict[tuple[str, str], dict[str, Number]] = {}
     for entry in _sorted([e for e in found if e.phase == RECOVERED]):
         kept, dense = _retained(entry, found), dense_of(entry.model, found)
@@ -228,7 +228,7 @@ def ratio_grid(found: Sequence[Entry]) -> Grid | None:
 
 
 def schedule_grid(found: Sequence[Entry], methods: Sequence[Mapping[str, Any]]) -> Grid | None:
-    """Direct against iterative where two methods differ in nothing else (IteRABRe, Table 2)."""
+    """Compare direct with iterative where two methods differ in nothing else (IteRABRe, Table 2)."""
     lines: list[Line] = []
     for direct, iterative in schedule_pairs(methods):
         for one in _sorted([e for e in found if (e.method, e.phase) == (direct, RECOVERED)]):
@@ -257,7 +257,7 @@ def schedule_grid(found: Sequence[Entry], methods: Sequence[Mapping[str, Any]]) 
 
 
 def schedule_pairs(methods: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Names of (direct, iterative) methods that have all settings but the schedule in common."""
+    """Return names of (direct, iterative) methods that have all settings but the schedule in common."""
 
     def settings(method: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in method.items() if name not in ("name", "schedule")}
@@ -279,26 +279,19 @@ def _pair_lines(direct: Entry, iterative: Entry) -> list[Line]:
         for name in headline_metrics([direct, iterative])
         if name in direct.numbers.keys() & iterative.numbers
     ]
-    gain = {
-        name: Number(
-            _gain(direct.numbers[name].value, iterative.numbers[name].value, name),
-            stderr_of_difference(direct.numbers[name], iterative.numbers[name]),
-            "",
-        )
-        for name in metrics
-    }
+    gain = {}
+    for name in metrics:
+        one, other = direct.numbers[name], iterative.numbers[name]
+        better = one.value - other.value if direction(name) == "lower" else other.value - one.value
+        gain[name] = Number(better, stderr_of_difference(one, other), "")
     return [
         *(_labels(entry) | {name: entry.numbers[name] for name in metrics} for entry in (direct, iterative)),
         _labels(iterative) | {"method": DIFFERENCE} | gain,
     ]
 
 
-def _gain(before: float, after: float, metric: str) -> float:
-    return before - after if direction(metric) == "lower" else after - before
-
-
 def language_grid(found: Sequence[Entry]) -> Grid | None:
-    """Multilingual tasks, pruned (P) and recovered (P+R) (IteRABRe, Table 3)."""
+    """Tabulate multilingual tasks, pruned (P) and recovered (P+R) (IteRABRe, Table 3)."""
     metrics = [
         name
         for name in headline_metrics(found)
@@ -331,7 +324,7 @@ def _labels(entry: Entry) -> Line:
 
 
 def _sorted(found: Iterable[Entry]) -> list[Entry]:
-    """From the deepest to the shallowest of each model; models and methods in their own order."""
+    """Sort from the deepest to the shallowest of each model; models and methods keep their own order."""
     found = list(found)
     rank = {model: place for place, model in enumerate(dict.fromkeys(entry.model for entry in found))}
     return sorted(found, key=lambda entry: (rank[entry.model], -entry.layers))
@@ -346,7 +339,7 @@ def _same_columns(lines: Sequence[Line]) -> list[Line]:
 def _best(
     lines: Sequence[Line], metrics: Sequence[str], group: Sequence[str], lower: bool | None = None
 ) -> tuple[frozenset[Cell], frozenset[Cell]]:
-    """Cells that no other of their group beats, and those within noise of them; a group of one has none."""
+    """Return cells that no other of their group beats, and those within noise; a group of one has none."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, line in enumerate(lines):
         if line.get("method") != NOT_PRUNED:

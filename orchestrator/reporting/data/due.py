@@ -31,7 +31,7 @@ def due_models(
     planned: Sequence[Mapping[str, Any]] = (),
     ended: Iterable[str] = (),
 ) -> list[Due]:
-    """Every model that is still to be measured.
+    """Return every model that is still to be measured.
 
     Args:
         planned: `trajectory`, `model`, `method` and `depths` of each trajectory, as the run's file has

@@ -57,7 +57,7 @@ class Number:
 
 
 def stderr_of_difference(one: Number, other: Number) -> float | None:
-    """Of two independent numbers; None if either has no standard error.
+    """Return the standard error between two independent numbers; None if either has none.
 
     Two models that answer the same questions are not independent: their difference is known better than this.
     """
@@ -67,7 +67,7 @@ def stderr_of_difference(one: Number, other: Number) -> float | None:
 
 
 def within_noise(one: Number, other: Number) -> bool:
-    """Whether the two differ by so little that another draw of questions and seeds could turn them round."""
+    """Return true if another draw of questions and seeds could reverse the order of the two."""
     error = stderr_of_difference(one, other)
     return error is not None and abs(one.value - other.value) <= NOISE * error
 
@@ -92,7 +92,7 @@ class Measured:
 
 
 def measured_models(ledger: pa.Table) -> list[Measured]:
-    """All measured models, in the order of trajectory, iteration and phase."""
+    """Return all measured models, in the order of trajectory, iteration and phase."""
     depths = _depths(ledger)
     rows = ledger.filter((pc.field("stage") == "evaluate") & pc.is_valid(pc.field("phase"))).to_pylist()
     found: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
@@ -116,7 +116,7 @@ def _measured(rows: Sequence[Mapping[str, Any]], layers: int | None) -> Measured
 
 
 def _depths(ledger: pa.Table) -> dict[tuple[str, int], int]:
-    """Layers of each trajectory's model after each iteration; the unpruned depth at iteration 0."""
+    """Return the layers of each trajectory's model after each iteration, unpruned at iteration 0."""
     rows = ledger.filter(pc.field("stage") == "prune").to_pylist()
     depths = {(r["trajectory"], r["iteration"]): int(r["value"]) for r in rows if r["metric"] == "layers"}
     dropped: dict[str, int] = {}
@@ -130,7 +130,7 @@ def _depths(ledger: pa.Table) -> dict[tuple[str, int], int]:
 
 
 def direction(metric: str) -> Direction | None:
-    """Which way a metric is better, None where nothing says so."""
+    """Return the direction in which a metric is better, None where nothing says so."""
     if is_suite_mean(metric):
         return "higher"
     measure = metric.rsplit("/", 1)[-1].split(",")[0].removesuffix("_4")
@@ -144,17 +144,17 @@ def direction(metric: str) -> Direction | None:
 
 
 def is_suite_mean(metric: str) -> bool:
-    """Whether the metric is the average of a category of tasks, such as `reasoning/mean`."""
+    """Return true if the metric is the average of a category of tasks, such as `reasoning/mean`."""
     return metric.endswith("/mean")
 
 
 def is_speed(metric: str) -> bool:
-    """Whether the metric says how fast or how large a model is, not how good."""
+    """Return true if the metric measures how fast or how large a model is, not how good."""
     return metric.startswith("throughput/") or metric.endswith("bytes")
 
 
 def metrics_of(models: Iterable[Any]) -> list[str]:
-    """All metrics with a direction: perplexities, means of suites, scores by name, speeds."""
+    """Return all metrics with a direction: perplexities, means of suites, scores by name, speeds."""
     names = {name for model in models for name in model.numbers if direction(name)}
     return sorted(
         names,
@@ -163,12 +163,12 @@ def metrics_of(models: Iterable[Any]) -> list[str]:
 
 
 def outcomes(models: Iterable[Measured]) -> list[Measured]:
-    """The unpruned models and what each iteration left: all that one could take away and use."""
+    """Return the models that one could take away and use: the unpruned, and those that iterations left."""
     return [model for model in models if model.phase in (DENSE, RECOVERED)]
 
 
 def retention(value: float, dense: float, metric: str) -> float:
-    """Share of the unpruned model's quality that is left, 1 for all of it.
+    """Return the share of the unpruned model's quality that is left, 1 for all of it.
 
     Score / unpruned score (*Limits*, Table 2); for what is better when lower, its inverse.
     """
@@ -178,22 +178,20 @@ def retention(value: float, dense: float, metric: str) -> float:
 
 
 def headline_metrics(models: Iterable[Any]) -> list[str]:
-    """The metrics with a direction, without those of a group's members and without what only repeats others.
+    """Return the metrics with a direction, without those of a group's members and repetitions.
 
     `blimp_wh_island/acc` is a member's where there is `blimp/acc`; a loss repeats its perplexity, and
     `acc_norm` repeats `acc` where no suite counts it.
     """
     names = metrics_of(models)
     subjects = {name.rpartition("/")[0] for name in names}
+
+    def is_member(subject: str) -> bool:
+        return any(subject != group and subject.startswith(f"{group}_") for group in subjects if group)
+
     return [
-        name
-        for name in names
-        if not _is_member(name.rpartition("/")[0], subjects) and not _is_repetition(name, names)
+        name for name in names if not is_member(name.rpartition("/")[0]) and not _is_repetition(name, names)
     ]
-
-
-def _is_member(subject: str, subjects: Iterable[str]) -> bool:
-    return any(subject != group and subject.startswith(f"{group}_") for group in subjects if group)
 
 
 def _is_repetition(metric: str, names: Sequence[str]) -> bool:

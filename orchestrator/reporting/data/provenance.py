@@ -28,8 +28,8 @@ class Stage:
         return anchor_of(self.key)
 
     @property
-    def told(self) -> str:
-        """One line for a hint."""
+    def hint(self) -> str:
+        """Kind and short key, for a tooltip."""
         return f"{self.kind} {self.key[:8]}"
 
     @property
@@ -45,15 +45,16 @@ class Stage:
 
 
 def anchor_of(key: str) -> str:
-    """Where in the page a stage is told of."""
+    """Return the anchor of the place on the page that describes a stage."""
     return f"stage-{key[:16]}"
 
 
 def stages_of(ledger: pa.Table) -> Mapping[str, Stage]:
-    """Every stage by its key, in the order of the ledger."""
+    """Return every stage by its key, in the order of the ledger."""
     columns = ["key", "stage", "trajectory", "iteration", "phase", "when", "where"]
     rows = ledger.group_by(columns, use_threads=False).aggregate([]).to_pylist()
-    seconds = _seconds(ledger)
+    timed = ledger.filter(pa.compute.field("metric") == "seconds")
+    seconds = dict(zip(timed["key"].to_pylist(), timed["value"].to_pylist(), strict=True))
     first: dict[str, dict[str, Any]] = {}
     uses: dict[str, dict[str, None]] = {}
     for row in rows:
@@ -65,8 +66,3 @@ def stages_of(ledger: pa.Table) -> Mapping[str, Stage]:
         key: Stage(key, row["stage"], row["when"], row["where"], seconds.get(key), tuple(uses[key]))
         for key, row in first.items()
     }
-
-
-def _seconds(ledger: pa.Table) -> dict[str, float]:
-    timed = ledger.filter(pa.compute.field("metric") == "seconds")
-    return dict(zip(timed["key"].to_pylist(), timed["value"].to_pylist(), strict=True))

@@ -9,7 +9,7 @@ from orchestrator.reporting.tables.tables import STAGES, Line
 
 
 def cost_grid(ledger: pa.Table) -> Grid | None:
-    """A line a method, as if it had run alone; the last line has every stage once."""
+    """Tabulate the cost of each method as if it had run alone; the last line has every stage once."""
     timed = (
         ledger.filter(pc.field("metric") == "seconds").select(["method", "stage", "key", "value"]).to_pylist()
     )

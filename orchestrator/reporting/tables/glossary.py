@@ -65,7 +65,7 @@ BETTER = {"lower": "lower is better", "higher": "higher is better", None: ""}
 
 
 def glossary(metrics: Iterable[str]) -> list[tuple[str, str]]:
-    """(metrics, meaning) of those that are explained; metrics of one meaning come together."""
+    """Return (metrics, meaning) of those that are explained; metrics of one meaning come together."""
     found: dict[str, list[str]] = {}
     for metric in metrics:
         meaning = next((text for pattern, text in MEANINGS if re.fullmatch(pattern, metric)), None)

@@ -23,10 +23,11 @@ MOST_METRICS = 3
 class Choice:
     """The method to take at one size, in parts of a sentence.
 
-    `metric` is the one that decides. `even` are the other methods that cannot be told from the best, with
-    their numbers; where there are none, `rival` is the next best, empty if there is no other. `error` says
-    what stands behind ±, or why nothing does. While there are methods `due`, which are not measured yet,
-    none is to be taken: `measured` has those that are, with their numbers. `ended` never will be measured.
+    `metric` is the one that decides. `even` are the other methods that cannot be distinguished from the
+    best, with their numbers; where there are none, `rival` is the next best, empty if there is no other.
+    `error` says what stands behind ±, or why nothing does. While there are methods `due`, which are not
+    measured yet, none is to be taken: `measured` has those that are, with their numbers. `ended` never
+    will be measured.
     """
 
     model: str
@@ -43,10 +44,10 @@ class Choice:
 
 
 def best_at_each_size(found: Sequence[Entry], due: Sequence[Due] = ()) -> list[Choice]:
-    """For each source and depth, the method that keeps the most and how it compares.
+    """Choose for each source and depth the method that keeps the most, and compare it with the others.
 
     The first headline metric decides: a perplexity, if one was measured. Depths that a method has reached
-    are told of even while nothing is measured there; as long as a method is due, none is chosen.
+    are named even while nothing is measured there; as long as a method is due, none is chosen.
     """
     choices = []
     for model in dict.fromkeys(entry.model for entry in found):
@@ -104,7 +105,7 @@ def _named(entry: Entry, metric: str) -> str:
 
 
 def _kind_of_error(entry: Entry, shown: Sequence[str]) -> str:
-    """Which standard error the numbers of a sentence have; the first of them decides."""
+    """Name the standard error that the numbers of a sentence have; the first of them decides."""
     if entry.seeds > 1:
         of_tasks = any(not is_perplexity(name) for name in shown)
         own = ", with that of a task's questions" if of_tasks else ""
@@ -117,7 +118,7 @@ def _kind_of_error(entry: Entry, shown: Sequence[str]) -> str:
 
 
 def with_error(number: Number) -> str:
-    """The value ± its standard error, where it has one."""
+    """Write the value ± its standard error, where it has one."""
     return show(number.value) + ("" if number.stderr is None else f" ± {show_error(number.stderr)}")
 
 
@@ -134,25 +135,27 @@ def _size(entry: Entry, dense: Entry | None) -> str:
 
 
 def counted(parameters: int) -> str:
-    """A number of parameters, of many with its unit: 84,192, 134.5 M, 8.03 B."""
+    """Write a number of parameters, of many with its unit: 84,192, 134.5 M, 8.03 B."""
     if parameters < 1e6:
         return f"{parameters:,}"
     return f"{parameters / 1e9:,.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.4g} M"
 
 
 def _against(entry: Entry, dense: Entry | None, metric: str) -> str:
-    """`metric 32.5 ± 0.4 (unpruned 23.24, ×1.40)`, or the share that is left of a score."""
-    value, told = entry.numbers[metric].value, f"{metric} {with_error(entry.numbers[metric])}"
+    """Write `metric 32.5 ± 0.4 (unpruned 23.24, ×1.40)`, or the share that is left of a score."""
+    value, measured = entry.numbers[metric].value, f"{metric} {with_error(entry.numbers[metric])}"
     if dense is None or metric not in dense.numbers:
-        return told
+        return measured
     before = dense.numbers[metric].value
+    if not before:  # a share of nothing means nothing
+        return f"{measured} (unpruned {show(before)})"
     if direction(metric) == "lower":
-        return f"{told} (unpruned {show(before)}, ×{value / before:.2f})"
-    return f"{told} (unpruned {show(before)}, {retention(value, before, metric):.0%} kept)"
+        return f"{measured} (unpruned {show(before)}, ×{value / before:.2f})"
+    return f"{measured} (unpruned {show(before)}, {retention(value, before, metric):.0%} kept)"
 
 
 def of_method(found: Sequence[Entry]) -> str:
-    """One method on one source in a sentence, from the unpruned to the smallest measured model."""
+    """Describe one method on one source in a sentence, from the unpruned to the smallest measured model."""
     done = sorted([e for e in found if e.phase in (DENSE, RECOVERED)], key=lambda entry: -entry.layers)
     last = done[-1] if done else None
     if last is None or last.phase == DENSE:

@@ -31,17 +31,17 @@ LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 
 def is_perplexity(metric: str) -> bool:
-    """Whether lower is better and the number is worth showing before recovery as well."""
+    """Return true if lower is better and the number is worth showing before recovery as well."""
     return metric.removesuffix(BEFORE_RECOVERY).endswith("perplexity")
 
 
 def before(metric: str) -> str:
-    """Column of a metric measured after pruning and before recovery."""
+    """Return the column of a metric measured after pruning and before recovery."""
     return metric + BEFORE_RECOVERY
 
 
 def iteration_table(ledger: pa.Table) -> list[Line]:
-    """`iteration_numbers` as plain values."""
+    """Return `iteration_numbers` as plain values."""
     return [
         {name: value.value if isinstance(value, Number) else value for name, value in line.items()}
         for line in iteration_numbers(ledger)
@@ -49,7 +49,7 @@ def iteration_table(ledger: pa.Table) -> list[Line]:
 
 
 def iteration_numbers(ledger: pa.Table) -> list[Line]:
-    """One dict per trajectory and iteration, all with the same keys in the same order.
+    """Return one dict per trajectory and iteration, all with the same keys in the same order.
 
     Keys: `trajectory`, `iteration` (0 is the unpruned model), `phase` (the last one measured:
     dense, pruned or recovered), `layers` left, `dropped` (source layer indices), `dropped score`
@@ -64,7 +64,11 @@ def iteration_numbers(ledger: pa.Table) -> list[Line]:
         place = (row["trajectory"], row["iteration"])
         line = lines.setdefault(place, {"trajectory": row["trajectory"], "iteration": row["iteration"]})
         _enter(line, row)
-    _count_source_layers(lines)
+    for (trajectory, iteration), line in lines.items():
+        first = lines.get((trajectory, 1))
+        if iteration == 0 and first and "layers" in first:
+            # The depth of the unpruned model: what the first iteration dropped plus what it left.
+            line["layers"] = first["layers"] + len(first.get("dropped", ()))
     columns = _columns(lines.values())
     order = {name: rank for rank, name in enumerate(pc.unique(ledger["trajectory"]).to_pylist())}
     return [
@@ -74,13 +78,13 @@ def iteration_numbers(ledger: pa.Table) -> list[Line]:
 
 
 def metric_columns(lines: Sequence[Line]) -> list[str]:
-    """The columns of `iteration_table` that come from evaluation."""
+    """Return the columns of `iteration_table` that come from evaluation."""
     times = {f"{stage} s" for stage in STAGES}
     return [name for name in (lines[0] if lines else ()) if name not in LEADING and name not in times]
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """The table in GitHub's Markdown."""
+    """Write the table in GitHub's Markdown."""
     if not lines:
         return ""
 
@@ -94,7 +98,7 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def csv(lines: Sequence[Line]) -> str:
-    """The table with commas, numbers in full; standard errors and deviations have columns of their own."""
+    """Write the table as CSV, numbers in full; standard errors and deviations have columns of their own."""
     columns: dict[str, list[Any]] = {}
     for name in lines[0] if lines else ():
         values = [line[name] for line in lines]
@@ -117,13 +121,14 @@ def _plain(value: Any) -> Any:
 
 
 def latex(lines: Sequence[Line], best: Collection[tuple[int, str]] = ()) -> str:
-    """The table as a LaTeX `tabular` with booktabs rules; the cells (row, column) of `best` are bold."""
+    """Write the table as LaTeX `tabular` with booktabs rules; the cells (row, column) of `best` are bold."""
     if not lines:
         return ""
-    body = [
-        " & ".join(_latex_cell(value, (row, name) in best) for name, value in line.items()) + r" \\"
-        for row, line in enumerate(lines)
-    ]
+    body = []
+    for row, line in enumerate(lines):
+        cells = {name: _latex_text(show(value)) for name, value in line.items()}
+        bold = (rf"\textbf{{{cell}}}" if (row, name) in best else cell for name, cell in cells.items())
+        body.append(" & ".join(bold) + r" \\")
     head = " & ".join(map(_latex_text, lines[0])) + r" \\"
     columns = "l" + "r" * (len(lines[0]) - 1)
     start, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
@@ -131,7 +136,7 @@ def latex(lines: Sequence[Line], best: Collection[tuple[int, str]] = ()) -> str:
 
 
 def show(value: Any) -> str:
-    """A cell as text: four significant digits, thousands set apart, a dash for what is missing.
+    """Write a cell as text: four significant digits, thousands set apart, a dash for what is missing.
 
     A mean over seeds has their standard deviation behind it.
     """
@@ -148,7 +153,7 @@ def show(value: Any) -> str:
 
 
 def show_error(value: float) -> str:
-    """An error or deviation as text: two significant digits."""
+    """Write an error or deviation as text: two significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}"
 
 
@@ -174,32 +179,21 @@ def _enter(line: Line, row: Mapping[str, Any]) -> None:
         line[metric] = number
 
 
-def _count_source_layers(lines: Mapping[tuple[str, int], Line]) -> None:
-    """The depth of the unpruned model: what the first iteration dropped plus what it left."""
-    for (trajectory, iteration), line in lines.items():
-        first = lines.get((trajectory, 1))
-        if iteration == 0 and first and "layers" in first:
-            line["layers"] = first["layers"] + len(first.get("dropped", ()))
-
-
 def _columns(lines: Any) -> list[str]:
     present = {name for line in lines for name in line}
     times = [f"{stage} s" for stage in STAGES]
     metrics = present.difference(LEADING, times)
     metrics |= {name.removesuffix(BEFORE_RECOVERY) for name in metrics}
     # Perplexities first, each preceded by its value before recovery.
-    ordered = sorted(metrics, key=lambda metric: (not is_perplexity(metric), _pair(metric)))
+    ordered = sorted(
+        metrics,
+        key=lambda m: (
+            not is_perplexity(m),
+            m.removesuffix(BEFORE_RECOVERY),
+            not m.endswith(BEFORE_RECOVERY),
+        ),
+    )
     return [*LEADING, *ordered, *(name for name in times if name in present)]
-
-
-def _pair(column: str) -> tuple[str, bool]:
-    metric = column.removesuffix(BEFORE_RECOVERY)
-    return metric, metric == column
-
-
-def _latex_cell(value: Any, bold: bool) -> str:
-    text = _latex_text(show(value))
-    return rf"\textbf{{{text}}}" if bold else text
 
 
 def _latex_text(text: str) -> str:

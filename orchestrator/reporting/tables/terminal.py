@@ -30,7 +30,7 @@ GAP = 2
 
 
 def results_table(lines: Sequence[Line], width: int) -> Table:
-    """One trajectory of `iteration_table`, in at most `width` characters.
+    """Lay out one trajectory of `iteration_table` in at most `width` characters.
 
     Metrics that do not fit are named below the table; nothing of it is cut off.
     """
@@ -45,7 +45,7 @@ def results_table(lines: Sequence[Line], width: int) -> Table:
 
 
 def plain_table(columns: Mapping[str, Sequence[str]], title: str, caption: str | None = None) -> Table:
-    """Columns of text under their headings, numbers to the right."""
+    """Lay out columns of text under their headings, numbers to the right."""
     table = Table(
         title=title,
         caption=caption,
@@ -69,7 +69,7 @@ def plain_table(columns: Mapping[str, Sequence[str]], title: str, caption: str |
 def _fitting(
     cells: Mapping[str, Sequence[str]], leading: list[str], metrics: list[str], width: int
 ) -> tuple[list[str], list[str]]:
-    """The columns that fit into `width`, and the metrics that do not."""
+    """Return the columns that fit into `width`, and the metrics that do not."""
     free = width - sum(_width(name, cells[name]) for name in (*leading, SECONDS))
     shown: list[str] = []
     for name in metrics:
@@ -85,7 +85,7 @@ def _width(name: str, cells: Sequence[str]) -> int:
 
 
 def _heading(name: str) -> str:
-    """A column's heading, of several short lines."""
+    """Break a column's heading into several short lines."""
     metric = name.replace("token_perplexity", "ppl").replace(BEFORE_RECOVERY, "/pruned")
     return HEADINGS.get(name) or metric.replace("/", "\n").replace(",", "\n").replace("_", "\n")
 
@@ -99,7 +99,7 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _is_shown(name: str, line: Line) -> bool:
-    """Whether the metric is neither the logarithm of a perplexity, nor a score before recovery."""
+    """Return true unless the metric is the logarithm of a perplexity, or a score before recovery."""
     subject, _, measure = name.partition("/")
     if measure.startswith("loss") and f"{subject}/token_perplexity" in line:
         return False

@@ -13,7 +13,7 @@ import torch
 
 from orchestrator.config import ExecutionConfig, parse_config
 from orchestrator.errors import ClusterTooSmallError
-from orchestrator.execution.cluster import Capacity, check_resources, grown
+from orchestrator.execution.cluster import Capacity, check_resources, with_autoscaling
 from orchestrator.storage.run_manifest import open_run
 from orchestrator.storage.stage_store import Store
 from tests.support.tiny_campaign import NUM_LAYERS, tiny_campaign, write_campaign
@@ -520,7 +520,7 @@ def test_what_an_autoscaler_can_still_start_is_not_refused() -> None:
     )
     with pytest.raises(ClusterTooSmallError, match=r"execution\.cluster_maximum"):
         check_resources(execution, NO_WORKERS)
-    check_resources(execution, grown(NO_WORKERS, execution.cluster_maximum))
+    check_resources(execution, with_autoscaling(NO_WORKERS, execution.cluster_maximum))
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_what_an_autoscaler_can_never_start_is_refused(training: dict[str, Any])
         {"training": training, "cluster_maximum": {"nodes": 8, "cpus": 48, "gpus": 4}}
     )
     with pytest.raises(ClusterTooSmallError, match=r"execution\.training needs"):
-        check_resources(execution, grown(NO_WORKERS, execution.cluster_maximum))
+        check_resources(execution, with_autoscaling(NO_WORKERS, execution.cluster_maximum))
 
 
 @pytest.mark.parametrize(

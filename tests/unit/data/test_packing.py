@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from actors.data import PackedData, Sequence, collect, cut_into_blocks, pack_whole, shuffled, spool, up_to
+from actors.data import (
+    PackedData,
+    TokenSequence,
+    cut_into_blocks,
+    in_memory,
+    memory_mapped,
+    pack_sequences,
+    shuffled,
+    take_tokens,
+)
 from tests.support.tiny_models import tiny_model
 
 DOCUMENTS = [list(range(10, 15)), [20], [], list(range(30, 43)), [50, 51], [60], list(range(70, 77))]
@@ -30,7 +39,7 @@ def plain_blocks(length: int) -> list[list[tuple[int, int, bool]]]:
 
 @pytest.mark.parametrize("length", [2, 4, 7, 29])
 def test_blocks_of_documents_are_those_of_a_plain_loop(length: int) -> None:
-    data = collect(cut_into_blocks(DOCUMENTS, length, apart=True))
+    data = in_memory(cut_into_blocks(DOCUMENTS, length, isolated=True))
     batch = data.batch(torch.arange(len(data)))
     got = torch.stack([batch.input_ids_BT, batch.position_ids_BT, batch.targets_BT], dim=-1)
     assert [[(i, p, bool(t)) for i, p, t in row] for row in got.tolist()] == plain_blocks(length)
@@ -39,7 +48,7 @@ def test_blocks_of_documents_are_those_of_a_plain_loop(length: int) -> None:
 
 
 def test_concatenated_blocks_say_nothing_of_documents() -> None:
-    data = collect(cut_into_blocks(DOCUMENTS, 4, apart=False))
+    data = in_memory(cut_into_blocks(DOCUMENTS, 4, isolated=False))
     batch = data.batch(torch.tensor([2, 0]))
     flat = [token for document in DOCUMENTS for token in document]
     assert batch.input_ids_BT.tolist() == [flat[8:12], flat[:4]]
@@ -50,7 +59,7 @@ def test_concatenated_blocks_say_nothing_of_documents() -> None:
 def test_no_token_sees_another_document(family: str) -> None:
     """The model's output on packed documents is that on each by itself."""
     documents = [list(range(10, 15)), [20, 21], list(range(30, 35))]
-    batch = collect(cut_into_blocks(documents, 12, apart=True)).batch(torch.tensor([0]))
+    batch = in_memory(cut_into_blocks(documents, 12, isolated=True)).batch(torch.tensor([0]))
     model = tiny_model(family)
     with torch.no_grad():
         packed = model(batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).logits[0]
@@ -60,16 +69,16 @@ def test_no_token_sees_another_document(family: str) -> None:
     assert not torch.allclose(packed, together, atol=1e-2)
 
 
-def answers(*lengths: int) -> list[Sequence]:
+def answers(*lengths: int) -> list[TokenSequence]:
     """Sequences whose second half is to be learnt."""
     return [
-        Sequence(np.arange(n) + 50 * i, targets=(np.arange(n) >= n // 2).astype(np.uint8))
+        TokenSequence(np.arange(n) + 50 * i, targets=(np.arange(n) >= n // 2).astype(np.uint8))
         for i, n in enumerate(lengths, start=1)
     ]
 
 
 def test_sequences_of_unequal_length_are_padded_to_the_longest_of_the_batch() -> None:
-    data = collect(answers(4, 2, 6))
+    data = in_memory(answers(4, 2, 6))
     batch = data.batch(torch.tensor([1, 0]))
     assert batch.input_ids_BT.tolist() == [[100, 101, 0, 0], [50, 51, 52, 53]]
     assert batch.mask_BT is not None
@@ -82,7 +91,7 @@ def test_sequences_of_unequal_length_are_padded_to_the_longest_of_the_batch() ->
 
 
 def test_whole_sequences_share_one_where_they_fit() -> None:
-    data = collect(pack_whole(answers(3, 4, 2, 7, 1), 7))
+    data = in_memory(pack_sequences(answers(3, 4, 2, 7, 1), 7))
     assert data.lengths_S.tolist() == [7, 2, 7, 1]
     batch = data.batch(torch.tensor([0, 1]))
     assert batch.position_ids_BT.tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 0, 0, 0, 0]]
@@ -92,7 +101,7 @@ def test_whole_sequences_share_one_where_they_fit() -> None:
 
 
 def test_padding_changes_nothing_for_the_tokens_before_it() -> None:
-    data = collect(pack_whole(answers(3, 4, 2), 7))
+    data = in_memory(pack_sequences(answers(3, 4, 2), 7))
     model = tiny_model("llama")
     with torch.no_grad():
         wide = data.batch(torch.tensor([0, 1]))
@@ -104,17 +113,17 @@ def test_padding_changes_nothing_for_the_tokens_before_it() -> None:
 
 @pytest.mark.parametrize("max_tokens", [0, 3, 4, 9, 12, 100])
 def test_the_ceiling_of_tokens_is_kept(max_tokens: int) -> None:
-    taken = [len(s.ids) for s in up_to(answers(4, 2, 6), max_tokens)]
+    taken = [len(s.ids) for s in take_tokens(answers(4, 2, 6), max_tokens)]
     assert sum(taken) <= max_tokens
     assert taken == [4, 2, 6][: len(taken)]
     assert len(taken) == 3 or sum(taken) + [4, 2, 6][len(taken)] > max_tokens
 
 
-@pytest.mark.parametrize("apart", [True, False])
-def test_mapped_files_give_what_memory_gives(tmp_path: Path, apart: bool) -> None:
-    held = collect(cut_into_blocks(DOCUMENTS, 4, apart))
-    mapped = spool(lambda: cut_into_blocks(DOCUMENTS, 4, apart), tmp_path / "tokens")
-    again = spool(list, tmp_path / "tokens")  # found: not written anew
+@pytest.mark.parametrize("isolated", [True, False])
+def test_mapped_files_give_what_memory_gives(tmp_path: Path, isolated: bool) -> None:
+    held = in_memory(cut_into_blocks(DOCUMENTS, 4, isolated))
+    mapped = memory_mapped(lambda: cut_into_blocks(DOCUMENTS, 4, isolated), tmp_path / "tokens")
+    again = memory_mapped(list, tmp_path / "tokens")  # found: not written anew
     chosen = torch.tensor([3, 1, 0])
     for data in (mapped, again):
         assert_same_batch(data, held, chosen)
@@ -129,12 +138,12 @@ def assert_same_batch(got: PackedData, want: PackedData, chosen: torch.LongTenso
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    def broken() -> Iterator[Sequence]:
+    def broken() -> Iterator[TokenSequence]:
         yield from answers(3)
         raise ValueError("the stream broke")
 
     with pytest.raises(ValueError, match="broke"):
-        spool(broken, tmp_path / "tokens")
+        memory_mapped(broken, tmp_path / "tokens")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,9 +17,9 @@ from actors.data import (
     builtin_file,
     chat_template_text,
     describe_text,
-    documents,
     load_texts,
     open_records,
+    split_documents,
 )
 from actors.errors import ChangedError, RequestError
 
@@ -210,12 +210,17 @@ def test_a_data_set_is_streamed_shard_by_shard_in_an_order_of_the_seed(shards: P
 
 def test_documents_are_rows_or_begin_at_headings() -> None:
     rows = ["before\n", " = One = \n", " text \n", "", " = = Part = = \n", " more \n", " = Two = \n", "end\n"]
-    assert list(documents(rows)) == ["before\n", "".join(rows[1:6]), "".join(rows[6:])]
-    assert list(documents(["a", " ", "b\nc", "line\n", "line\n", "d"])) == ["a", "b\nc", "line\nline\n", "d"]
-    assert len(list(documents(load_texts(TextSpec(builtin="wikitext-2-raw-validation"))))) == 60
+    assert list(split_documents(rows)) == ["before\n", "".join(rows[1:6]), "".join(rows[6:])]
+    assert list(split_documents(["a", " ", "b\nc", "line\n", "line\n", "d"])) == [
+        "a",
+        "b\nc",
+        "line\nline\n",
+        "d",
+    ]
+    assert len(list(split_documents(load_texts(TextSpec(builtin="wikitext-2-raw-validation"))))) == 60
     lines = ["x" * 1023 + "\n"] * 4096
-    assert "".join(documents(lines)) == "".join(lines)
-    assert max(map(len, documents(lines))) < 1.01 * 2**20
+    assert "".join(split_documents(lines)) == "".join(lines)
+    assert max(map(len, split_documents(lines))) < 1.01 * 2**20
 
 
 CONVERSATION_CASES = [

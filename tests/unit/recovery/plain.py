@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from actors.contracts import AdapterSpec, LossSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
 from actors.models import find_layers, remove_layers
-from actors.recovery.adapters.adapters import attach_adapters
-from actors.recovery.distillation.teacher_student import Pair, shared_pair
+from actors.recovery.adapters.lora import attach_adapters
+from actors.recovery.distillation.teacher_student import TeacherStudent, shared_teacher_student
 
 
-def adapted_pair(model: PreTrainedModel, kept: Sequence[int], **adapter: Any) -> Pair:
+def adapted_teacher_student(model: PreTrainedModel, kept: Sequence[int], **adapter: Any) -> TeacherStudent:
     """A shared pair whose adapters are no longer at zero, as after some training."""
     depth = len(find_layers(model).modules)
     dropped = tuple(i for i in range(depth) if i not in kept)
@@ -29,10 +29,10 @@ def adapted_pair(model: PreTrainedModel, kept: Sequence[int], **adapter: Any) ->
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.1)
-    return shared_pair(adapted, tuple(kept))
+    return shared_teacher_student(adapted, tuple(kept))
 
 
-def separate_student(model: PreTrainedModel, pair: Pair, **adapter: Any) -> PreTrainedModel:
+def separate_student(model: PreTrainedModel, pair: TeacherStudent, **adapter: Any) -> PreTrainedModel:
     """A pruned copy of `model` with the adapters of the pair's student, and PEFT's own forward.
 
     Raises:
@@ -40,7 +40,9 @@ def separate_student(model: PreTrainedModel, pair: Pair, **adapter: Any) -> PreT
     """
     kept = pair.student_layers
     dropped = [i for i in range(len(find_layers(model).modules)) if i not in kept]
-    student = adapted_pair(remove_layers(copy.deepcopy(model), dropped), range(len(kept)), **adapter).student
+    student = adapted_teacher_student(
+        remove_layers(copy.deepcopy(model), dropped), range(len(kept)), **adapter
+    ).student
     for layer, block in zip(kept, find_layers(student).modules, strict=True):
         block.load_state_dict(find_layers(pair.student).modules[layer].state_dict())
     return student
@@ -98,7 +100,7 @@ def distillation(
     return terms
 
 
-def assert_same_gradients(pair: Pair, student: PreTrainedModel, tolerance: float = 1e-5) -> None:
+def assert_same_gradients(pair: TeacherStudent, student: PreTrainedModel, tolerance: float = 1e-5) -> None:
     """Every trained parameter of the student's blocks: |g − g'| ≤ tolerance |g'|."""
     blocks, compared = find_layers(pair.student).modules, 0
     for layer, block in zip(pair.student_layers, find_layers(student).modules, strict=True):

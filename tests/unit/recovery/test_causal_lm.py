@@ -11,25 +11,25 @@ from transformers import PreTrainedModel
 from actors.contracts import LossSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
 from actors.data import TokenBatch
 from actors.errors import RequestError
-from actors.recovery.distillation.teacher_student import Pair
+from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.objectives import find_objective
 from tests.support.tiny_models import tiny_ids, tiny_model
-from tests.unit.recovery.plain import adapted_pair, assert_same_gradients, run, separate_student
+from tests.unit.recovery.plain import adapted_teacher_student, assert_same_gradients, run, separate_student
 
 SPEC = RecoverySpec(model=ModelRef(ModelSpec("source")), data=TextSpec(), loss=LossSpec(auxiliary=0.3))
 IGNORED = -100
 
 
-def _module(objective: str, pair: Pair, spec: RecoverySpec = SPEC) -> torch.nn.Module:
+def _module(objective: str, pair: TeacherStudent, spec: RecoverySpec = SPEC) -> torch.nn.Module:
     build = find_objective(objective).build
     assert build
     return build(pair, spec)
 
 
-def _models(family: str, kept: tuple[int, ...]) -> tuple[PreTrainedModel, Pair, PreTrainedModel]:
+def _models(family: str, kept: tuple[int, ...]) -> tuple[PreTrainedModel, TeacherStudent, PreTrainedModel]:
     """The unpruned model, a shared pair, and the pair's student as a model of its own."""
     model = tiny_model(family)
-    pair = adapted_pair(copy.deepcopy(model), kept)
+    pair = adapted_teacher_student(copy.deepcopy(model), kept)
     return model, pair, separate_student(model, pair)
 
 
@@ -110,4 +110,4 @@ def test_without_its_weight_the_auxiliary_loss_is_not_computed() -> None:
 def test_the_auxiliary_loss_needs_to_know_the_cuts() -> None:
     model = tiny_model("llama")
     with pytest.raises(RequestError, match="teacher_layers"):
-        _module("healing_aux", Pair(model, tuple(range(6)), tiny_model("llama"), None, None))
+        _module("healing_aux", TeacherStudent(model, tuple(range(6)), tiny_model("llama"), None, None))

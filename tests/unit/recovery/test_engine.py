@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from actors.artifacts import fetch
 from actors.contracts import RecoveryResult, RecoverySpec
-from actors.recovery.training.deepspeed_config import fitting_micro_batch
+from actors.recovery.training.deepspeed_config import largest_micro_batch
 from actors.recovery.training.engine import single_process_group
 from actors.recovery.training.local import recover_locally
 from actors.recovery.training.loss_scale import LossScale
@@ -163,14 +163,14 @@ def test_an_overflow_is_computed_again_at_a_smaller_loss_scale(
 
 
 def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_a_window_without() -> None:
-    scale = LossScale.of_float16(initial_scale_power=1, loss_scale_window=2)
-    scale.succeeded(dynamic=True)
-    assert scale.can_fall
-    scale.overflowed()
-    assert (scale.value, scale.can_fall) == (1.0, False)
+    scale = LossScale.for_float16(initial_scale_power=1, loss_scale_window=2)
+    scale.record_step(dynamic=True)
+    assert scale.can_decrease
+    scale.decrease()
+    assert (scale.value, scale.can_decrease) == (1.0, False)
     seen = []
     for _ in range(4):
-        scale.succeeded(dynamic=True)
+        scale.record_step(dynamic=True)
         seen.append(scale.value)
     assert seen == [1.0, 2.0, 2.0, 4.0]
 
@@ -179,4 +179,4 @@ def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_a_window_without
     ("share", "at_most", "expected"), [(8, 4, 4), (8, 3, 2), (6, 3, 3), (6, 1, 1), (5, 4, 1), (2, 9, 2)]
 )
 def test_a_micro_batch_cuts_a_workers_share_evenly(share: int, at_most: int, expected: int) -> None:
-    assert fitting_micro_batch(share, at_most) == expected
+    assert largest_micro_batch(share, at_most) == expected

@@ -17,13 +17,13 @@ from actors.contracts import RecoveryResult, RecoverySpec
 from actors.data import TokenBatch
 from actors.errors import RequestError, WorkError
 from actors.recovery import objectives
-from actors.recovery.distillation.teacher_student import Pair
+from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.objectives import OBJECTIVES, Objective, build_lockstep
-from actors.recovery.training.checkpoint import CheckpointDirectory, DamagedCheckpointError, read_state
+from actors.recovery.training.checkpoint import CheckpointDirectory, CorruptCheckpointError, read_state
 from actors.recovery.training.engine import single_process_group
 from actors.recovery.training.local import recover_locally
 from actors.recovery.training.train_loop import MicroBatchError, train
-from tests.support.gloo_group import group_workplace, result_of, run_group, train_all
+from tests.support.gloo_group import group_train_context, result_of, run_group, train_all
 from tests.unit.recovery.test_engine import CONFIGS, assert_same_curve
 
 
@@ -46,7 +46,7 @@ def _killed_at(
     rank: int, world: int, step: int, during_checkpoint: bool, spec: RecoverySpec, out: Path
 ) -> None:
     """Train as worker `rank`; worker 1 kills itself after that step, or with its share half written."""
-    workplace = group_workplace(rank, world, out)
+    context = group_train_context(rank, world, out)
 
     def die() -> None:
         if rank == 1:
@@ -59,17 +59,17 @@ def _killed_at(
                 next(directory.glob("part-1-*")).write_bytes(b"half")
                 die()
 
-        workplace.save_checkpoint(steps_done, write_and_die)
+        context.save_checkpoint(steps_done, write_and_die)
 
     seen: list[int] = []
 
-    def leaving() -> bool:
+    def preemption_requested() -> bool:
         seen.append(1)
         if not during_checkpoint and len(seen) == step:
             die()
         return False
 
-    train(spec, replace(workplace, save_checkpoint=save, leaving=leaving))
+    train(spec, replace(context, save_checkpoint=save, preemption_requested=preemption_requested))
 
 
 @pytest.mark.parametrize("during_checkpoint", [False, True], ids=["at a step", "during a checkpoint"])
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
         recover_locally(spec, str(tmp_path / "a"), tmp_path / "work", _interrupt_at(5))
     (newest,) = tmp_path.glob("work/*/step_000004")
     damage(newest / file)
-    with pytest.raises(DamagedCheckpointError, match=file):
+    with pytest.raises(CorruptCheckpointError, match=file):
         read_state(newest)
     seen: list[int] = []
     resumed = recover_locally(
@@ -162,11 +162,11 @@ def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(
 
 def test_checkpoints_of_other_settings_are_not_continued(spec: RecoverySpec, tmp_path: Path) -> None:
     with single_process_group():
-        train(spec, group_workplace(0, 1, tmp_path))
+        train(spec, group_train_context(0, 1, tmp_path))
         with pytest.raises(RequestError, match=r"other settings.*name or storage path"):
-            train(replace(spec, learning_rate=1.0), group_workplace(0, 1, tmp_path))
+            train(replace(spec, learning_rate=1.0), group_train_context(0, 1, tmp_path))
         # A run that had already ended is not made again: its last checkpoint is what it ended with.
-        again = train(replace(spec, micro_batch_size=1), group_workplace(0, 1, tmp_path))
+        again = train(replace(spec, micro_batch_size=1), group_train_context(0, 1, tmp_path))
     assert len(again.steps) == 6
 
 
@@ -185,13 +185,15 @@ def test_only_the_last_checkpoints_are_kept_and_a_broken_write_leaves_none(tmp_p
 
 
 def test_a_machine_that_is_about_to_go_leaves_a_checkpoint_once(spec: RecoverySpec, tmp_path: Path) -> None:
-    workplace, told = group_workplace(0, 1, tmp_path), iter([False, False, True, True, True, True])
+    context, told = group_train_context(0, 1, tmp_path), iter([False, False, True, True, True, True])
     saved: list[int] = []
-    workplace = replace(
-        workplace, save_checkpoint=lambda done, write: saved.append(done), leaving=lambda: next(told)
+    context = replace(
+        context,
+        save_checkpoint=lambda done, write: saved.append(done),
+        preemption_requested=lambda: next(told),
     )
     with single_process_group():
-        train(replace(spec, checkpoint_steps=100), workplace)
+        train(replace(spec, checkpoint_steps=100), context)
     assert saved == [3, 6]
 
 
@@ -223,7 +225,7 @@ class _Tight(nn.Module):
 
 
 def _make_tight(monkeypatch: pytest.MonkeyPatch, room: int, in_backward: bool = False) -> None:
-    def build(pair: Pair, spec: RecoverySpec) -> nn.Module:
+    def build(pair: TeacherStudent, spec: RecoverySpec) -> nn.Module:
         return _Tight(build_lockstep(pair, spec), room, in_backward)
 
     monkeypatch.setitem(

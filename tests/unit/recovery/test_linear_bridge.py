@@ -15,8 +15,8 @@ from actors.recovery.distillation.linear_bridge import (
     Bridge,
     NormalEquations,
     find_bridges,
-    find_last_linear,
-    lay_bridges,
+    find_output_projection,
+    insert_bridges,
     solve_bridges,
 )
 from actors.recovery.training.local import recover_locally
@@ -106,7 +106,7 @@ def test_a_removed_block_that_is_linear_is_replaced_exactly() -> None:
     transform_DD = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) / 4
     source.model.layers[2] = _LinearInTheMLP(source.model.layers[1].mlp.down_proj, transform_DD)
     remove_layers(student, [2])
-    lay_bridges(source, student, (0, 1, 3), lambda: [TokenBatch(tiny_ids(24, 16))])
+    insert_bridges(source, student, (0, 1, 3), lambda: [TokenBatch(tiny_ids(24, 16))])
     with torch.no_grad():
         unseen_BT = tiny_ids(2, 16, seed=1)
         got, want = (model(unseen_BT, use_cache=False).logits for model in (student, source))
@@ -124,13 +124,13 @@ def test_a_removed_block_that_is_linear_is_replaced_exactly() -> None:
 )
 def test_the_mlps_last_layer_is_found_in_every_plain_family(family: str, name: str) -> None:
     with torch.no_grad():
-        assert find_last_linear(tiny_model(family), 1)[0] == name
+        assert find_output_projection(tiny_model(family), 1)[0] == name
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mixtral"])
 def test_a_norm_or_a_gate_behind_the_last_layer_is_refused(family: str) -> None:
     with torch.no_grad(), pytest.raises(RequestError, match=family):
-        find_last_linear(tiny_model(family), 1)
+        find_output_projection(tiny_model(family), 1)
 
 
 def test_recovery_by_bridge_then_by_distillation(tmp_path: Path) -> None:

@@ -9,17 +9,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from actors.errors import RequestError
-from actors.recovery.losses.distillation import (
-    EVERY_TOKEN,
-    Counted,
-    attention_mse,
-    causal_lm,
+from actors.recovery.losses.cross_entropy import next_token_cross_entropy
+from actors.recovery.losses.layer_losses import attention_mse, hidden_mse
+from actors.recovery.losses.logit_losses import (
+    LOGIT_LOSSES,
+    chunked_logit_loss,
+    find_logit_loss,
     gram_matrix,
-    hidden_mse,
-    logit_distance,
     logit_mse_from_hidden,
 )
-from actors.recovery.losses.logit_losses import LOGIT_LOSSES, find_logit_loss
+from actors.recovery.losses.token_weights import ALL_TOKENS, TokenWeights
 
 B, T, D, H, V = 4, 5, 8, 3, 37
 LENGTHS = (5, 3, 1, 4)
@@ -50,28 +49,30 @@ class Tensors:
         self.next_BT = torch.randint(0, V, (B, T), generator=generator)
 
 
-Term = Callable[[Tensors, slice, Counted], Tensor]
+Term = Callable[[Tensors, slice, TokenWeights], Tensor]
 
 
 def _logits(name: str, temperature: float = 1.0) -> Term:
-    def term(t: Tensors, rows: slice, counted: Counted) -> Tensor:
+    def term(t: Tensors, rows: slice, weights: TokenWeights) -> Tensor:
         head = LinearHead(t.head_VD)
         distance = find_logit_loss(name, temperature)
-        return logit_distance(t.student_BTD[rows], t.teacher_BTD[rows], (head, head), distance, counted, 3)
+        return chunked_logit_loss(
+            t.student_BTD[rows], t.teacher_BTD[rows], (head, head), distance, weights, 3
+        )
 
     return term
 
 
 TERMS: dict[str, Term] = {
-    "hidden": lambda t, rows, counted: hidden_mse(t.student_BTD[rows], t.teacher_BTD[rows], counted),
-    "attention": lambda t, rows, counted: attention_mse(
-        t.student_BHTT[rows], t.teacher_BHTT[rows], counted, mask()[rows]
+    "hidden": lambda t, rows, weights: hidden_mse(t.student_BTD[rows], t.teacher_BTD[rows], weights),
+    "attention": lambda t, rows, weights: attention_mse(
+        t.student_BHTT[rows], t.teacher_BHTT[rows], weights, mask()[rows]
     ),
-    "gram": lambda t, rows, counted: logit_mse_from_hidden(
-        t.student_BTD[rows], t.teacher_BTD[rows], gram_matrix(t.head_VD), counted
+    "gram": lambda t, rows, weights: logit_mse_from_hidden(
+        t.student_BTD[rows], t.teacher_BTD[rows], gram_matrix(t.head_VD), weights
     ),
-    "causal_lm": lambda t, rows, counted: causal_lm(
-        t.student_BTD[rows], t.next_BT[rows], LinearHead(t.head_VD), counted, chunk_tokens=3
+    "causal_lm": lambda t, rows, weights: next_token_cross_entropy(
+        t.student_BTD[rows], t.next_BT[rows], LinearHead(t.head_VD), weights, chunk_tokens=3
     ),
     **{name: _logits(name, temperature=2.0) for name in LOGIT_LOSSES},
 }
@@ -86,14 +87,14 @@ def mask() -> Tensor:
 @pytest.mark.parametrize("size", [1, 2])
 def test_micro_batches_add_up_to_the_batch(name: str, size: int) -> None:
     whole, cut = Tensors(), Tensors()
-    want = TERMS[name](whole, slice(None), Counted(mask()))
+    want = TERMS[name](whole, slice(None), TokenWeights(mask()))
     want.backward()
     micro = B // size
     share = float(mask().sum()) / micro
     got = torch.zeros(())
     for start in range(0, B, size):
         rows = slice(start, start + size)
-        loss = TERMS[name](cut, rows, Counted(mask()[rows], share)) / micro
+        loss = TERMS[name](cut, rows, TokenWeights(mask()[rows], share)) / micro
         loss.backward()
         got = got + loss.detach()
     torch.testing.assert_close(got, want.detach(), rtol=1e-6, atol=0)
@@ -112,8 +113,8 @@ def test_padding_neither_counts_nor_gets_a_gradient(name: str) -> None:
         other.teacher_BTD[padding] -= 100
         for matrices in (other.student_BHTT, other.teacher_BHTT):
             matrices += 100 * torch.rand(B, H, T, T) * (padding[:, None, None] | padding[:, None, :, None])
-    value = TERMS[name](t, slice(None), Counted(mask()))
-    torch.testing.assert_close(TERMS[name](other, slice(None), Counted(mask())), value)
+    value = TERMS[name](t, slice(None), TokenWeights(mask()))
+    torch.testing.assert_close(TERMS[name](other, slice(None), TokenWeights(mask())), value)
     value.backward()
     if t.student_BTD.grad is not None:
         assert not t.student_BTD.grad[padding].any()
@@ -123,7 +124,7 @@ def test_padding_neither_counts_nor_gets_a_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", TERMS)
 def test_no_token_at_all_is_a_loss_of_zero(name: str) -> None:
     t = Tensors()
-    value = TERMS[name](t, slice(None), Counted(torch.zeros(B, T)))
+    value = TERMS[name](t, slice(None), TokenWeights(torch.zeros(B, T)))
     value.backward()
     assert float(value.detach()) == 0.0
 
@@ -135,7 +136,7 @@ def test_hidden_mse_is_the_mean_over_tokens_and_features() -> None:
     )
     real = mask().bool()
     want = mse_loss(t.student_BTD[real], t.teacher_BTD[real])
-    torch.testing.assert_close(hidden_mse(t.student_BTD, t.teacher_BTD, Counted(mask())), want)
+    torch.testing.assert_close(hidden_mse(t.student_BTD, t.teacher_BTD, TokenWeights(mask())), want)
 
 
 def test_attention_mse_is_the_mean_over_queries_of_the_mean_over_heads_and_real_keys() -> None:
@@ -143,7 +144,7 @@ def test_attention_mse_is_the_mean_over_queries_of_the_mean_over_heads_and_real_
     squares = (t.student_BHTT - t.teacher_BHTT).detach() ** 2
     torch.testing.assert_close(attention_mse(t.student_BHTT, t.teacher_BHTT).detach(), squares.mean())
     of_queries = [squares[b, :, q, : LENGTHS[b]].mean() for b in range(B) for q in range(LENGTHS[b])]
-    got = attention_mse(t.student_BHTT, t.teacher_BHTT, Counted(mask()), mask())
+    got = attention_mse(t.student_BHTT, t.teacher_BHTT, TokenWeights(mask()), mask())
     torch.testing.assert_close(got.detach(), torch.stack(of_queries).mean())
 
 
@@ -172,19 +173,21 @@ def test_logit_losses_and_their_gradients(name: str, temperature: float, chunk_t
     want = torch.stack([_plain_logit_loss(name, z_s[i], z_t[i], temperature) for i in tokens]).mean()
     (want_gradient,) = torch.autograd.grad(want, t.student_BTD)
     head, distance = LinearHead(t.head_VD), find_logit_loss(name, temperature)
-    got = logit_distance(t.student_BTD, t.teacher_BTD, (head, head), distance, Counted(mask()), chunk_tokens)
+    got = chunked_logit_loss(
+        t.student_BTD, t.teacher_BTD, (head, head), distance, TokenWeights(mask()), chunk_tokens
+    )
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     (gradient,) = torch.autograd.grad(3 * got, t.student_BTD)
     torch.testing.assert_close(gradient, 3 * want_gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("counted", [EVERY_TOKEN, Counted(mask()), Counted(mask(), 7.0)])
-def test_the_gram_matrix_gives_the_logit_mse(counted: Counted) -> None:
+@pytest.mark.parametrize("weights", [ALL_TOKENS, TokenWeights(mask()), TokenWeights(mask(), 7.0)])
+def test_the_gram_matrix_gives_the_logit_mse(weights: TokenWeights) -> None:
     t, head = Tensors(), LinearHead(Tensors().head_VD)
-    through_logits = logit_distance(
-        t.student_BTD, t.teacher_BTD, (head, head), find_logit_loss("mse", 1.0), counted
+    through_logits = chunked_logit_loss(
+        t.student_BTD, t.teacher_BTD, (head, head), find_logit_loss("mse", 1.0), weights
     )
-    through_gram = logit_mse_from_hidden(t.student_BTD, t.teacher_BTD, gram_matrix(t.head_VD), counted)
+    through_gram = logit_mse_from_hidden(t.student_BTD, t.teacher_BTD, gram_matrix(t.head_VD), weights)
     torch.testing.assert_close(through_gram, through_logits, rtol=1e-5, atol=0)
     want, got = (torch.autograd.grad(loss, t.student_BTD)[0] for loss in (through_logits, through_gram))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
@@ -197,7 +200,9 @@ def test_causal_lm_is_the_mean_cross_entropy_with_a_frozen_and_a_trained_head(tr
     inputs = [t.student_BTD, weight_VD] if trained else [t.student_BTD]
     real = mask().bool()
     want = cross_entropy(t.student_BTD[real] @ weight_VD.T, t.next_BT[real])
-    got = causal_lm(t.student_BTD, t.next_BT, LinearHead(weight_VD), Counted(mask()), chunk_tokens=3)
+    got = next_token_cross_entropy(
+        t.student_BTD, t.next_BT, LinearHead(weight_VD), TokenWeights(mask()), chunk_tokens=3
+    )
     torch.testing.assert_close(got, want)
     pairs = zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True)
     for gradient, want_gradient in pairs:

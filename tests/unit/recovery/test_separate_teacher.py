@@ -12,11 +12,11 @@ from actors.contracts import LossSpec
 from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.models import remove_layers
-from actors.recovery.distillation.distillation import LockstepDistiller
-from actors.recovery.distillation.teacher_student import Pair
+from actors.recovery.distillation.lockstep_distiller import LockstepDistiller
+from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.logit_losses import LOGIT_LOSSES
 from tests.support.tiny_models import tiny_ids, tiny_llama
-from tests.unit.recovery.plain import adapted_pair, distillation
+from tests.unit.recovery.plain import adapted_teacher_student, distillation
 
 MAP = (0, 1, 4, 5)
 LOSS = LossSpec(hidden=0.5, attention=3.0, logits=2.0)
@@ -30,7 +30,9 @@ def _gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _assert_as_plain(student: PreTrainedModel, teacher: PreTrainedModel, pair: Pair, loss: LossSpec) -> None:
+def _assert_as_plain(
+    student: PreTrainedModel, teacher: PreTrainedModel, pair: TeacherStudent, loss: LossSpec
+) -> None:
     """`student` is a copy of the pair's, with PEFT's own forward."""
     plain_teacher = copy.deepcopy(teacher)
     for model in (student, plain_teacher) if loss.attention else ():
@@ -56,14 +58,14 @@ def test_a_student_trained_whole_learns_from_the_unpruned_model(variant: str, ti
     with torch.no_grad():
         for parameter in student.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
-    pair = Pair(student, (0, 1, 2, 3), teacher, MAP, None)
+    pair = TeacherStudent(student, (0, 1, 2, 3), teacher, MAP, None)
     _assert_as_plain(copy.deepcopy(student), teacher, pair, replace(LOSS, logit_loss=variant))
 
 
 def test_adapters_learn_from_a_teacher_of_another_depth_and_width_by_its_logits() -> None:
     teacher = _teacher(5, hidden_size=48)
-    adapted = adapted_pair(tiny_llama(3)[0], (0, 1, 2))
-    pair = Pair(adapted.student, (0, 1, 2), teacher, None, adapted.adapted)
+    adapted = adapted_teacher_student(tiny_llama(3)[0], (0, 1, 2))
+    pair = TeacherStudent(adapted.student, (0, 1, 2), teacher, None, adapted.adapted)
     _assert_as_plain(copy.deepcopy(pair.student), teacher, pair, LossSpec(0, 0, 1, "forward_kl"))
 
 
@@ -72,8 +74,8 @@ def test_the_gram_matrix_is_used_only_if_both_heads_are_one_matrix(same_head: bo
     teacher, (student, _) = _teacher(), tiny_llama(4)
     if same_head:
         student.lm_head.weight.data.copy_(teacher.lm_head.weight)
-    adapted = adapted_pair(student, (0, 1, 2, 3))
-    pair = Pair(adapted.student, (0, 1, 2, 3), teacher, MAP, adapted.adapted)
+    adapted = adapted_teacher_student(student, (0, 1, 2, 3))
+    pair = TeacherStudent(adapted.student, (0, 1, 2, 3), teacher, MAP, adapted.adapted)
     assert (LockstepDistiller(pair, LOSS)._gram_DD is not None) == same_head
     _assert_as_plain(copy.deepcopy(student), teacher, pair, LOSS) if not same_head else None
 
@@ -93,6 +95,6 @@ def test_the_gram_matrix_is_used_only_if_both_heads_are_one_matrix(same_head: bo
 def test_what_cannot_be_compared_is_refused(
     teacher: dict[str, int], teacher_layers: tuple[int, ...] | None, loss: LossSpec, message: str
 ) -> None:
-    pair = Pair(tiny_llama(4)[0], (0, 1, 2, 3), _teacher(**teacher), teacher_layers, None)
+    pair = TeacherStudent(tiny_llama(4)[0], (0, 1, 2, 3), _teacher(**teacher), teacher_layers, None)
     with pytest.raises(RequestError, match=message):
         LockstepDistiller(pair, loss)

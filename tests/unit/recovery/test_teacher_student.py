@@ -21,9 +21,9 @@ from actors.models import (
     resident,
     save_weights,
 )
-from actors.recovery.adapters.adapters import lora_layers, stage_seed, switched_off, trainable_parameters
+from actors.recovery.adapters.lora import adapters_disabled, lora_layers, stage_seed, trainable_parameters
 from actors.recovery.check import check_recovery
-from actors.recovery.distillation.teacher_student import Pair, load_pair, save_trained
+from actors.recovery.distillation.teacher_student import TeacherStudent, load_teacher_student, save_trained
 from tests.support.tiny_models import save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
 IDS_BT = tiny_ids(2, 16)
@@ -36,7 +36,7 @@ def _spec(path: str, dropped: tuple[int, ...] = (2,), kind: str = "lora", **sett
     )
 
 
-def _move(pair: Pair, seed: int = 0, size: float = 0.05) -> None:
+def _move(pair: TeacherStudent, seed: int = 0, size: float = 0.05) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trainable_parameters(pair.student):
@@ -44,12 +44,12 @@ def _move(pair: Pair, seed: int = 0, size: float = 0.05) -> None:
 
 
 @torch.no_grad()
-def _student_logits(pair: Pair) -> Tensor:
-    way = LayerwisePass(pair.student, IDS_BT)
-    hidden_BTD = way.hidden_BTD
+def _student_logits(pair: TeacherStudent) -> Tensor:
+    layerwise = LayerwisePass(pair.student, IDS_BT)
+    hidden_BTD = layerwise.hidden_BTD
     for layer in pair.student_layers:
-        hidden_BTD = way.block(layer, hidden_BTD)
-    return pair.student.get_output_embeddings()(way.finish(hidden_BTD))
+        hidden_BTD = layerwise.block(layer, hidden_BTD)
+    return pair.student.get_output_embeddings()(layerwise.finish(hidden_BTD))
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def _logits(model: torch.nn.Module) -> Tensor:
     return model(IDS_BT, use_cache=False).logits
 
 
-def _saved(pair: Pair, directory: Path) -> ArtifactRef:
+def _saved(pair: TeacherStudent, directory: Path) -> ArtifactRef:
     save_trained(pair, directory / "new")
     return publish(directory / "new", str(directory / "published"))
 
@@ -81,7 +81,7 @@ def test_a_chain_of_three_is_the_same_unmerged_and_merged(
     spec = replace(spec, model=replace(spec.model, source=replace(spec.model.source, dtype=dtype)))
     for number, dropped in enumerate([(), (4,), (0,)]):
         spec = replace(spec, model=spec.model.without(dropped))
-        pair, _ = load_pair(spec)
+        pair, _ = load_teacher_student(spec)
         _move(pair, seed=number)
         last = _student_logits(pair)
         spec = replace(spec, model=spec.with_recovery(_saved(pair, tmp_path / str(number))))
@@ -91,7 +91,7 @@ def test_a_chain_of_three_is_the_same_unmerged_and_merged(
 
 
 def test_an_objective_without_teacher_loads_neither_teacher_nor_dropped_layers(path: str) -> None:
-    pair, _ = load_pair(_spec(path, dropped=(1, 2)), has_teacher=False)
+    pair, _ = load_teacher_student(_spec(path, dropped=(1, 2)), has_teacher=False)
     assert pair.teacher is None
     assert pair.student_layers == (0, 1, 2, 3)
     assert pair.source_layers == (0, 3, 4, 5)
@@ -100,7 +100,7 @@ def test_an_objective_without_teacher_loads_neither_teacher_nor_dropped_layers(p
 
 def test_full_fine_tuning_trains_all_weights_beside_the_unpruned_teacher(path: str, tmp_path: Path) -> None:
     spec = _spec(path, kind="full")
-    pair, _ = load_pair(spec)
+    pair, _ = load_teacher_student(spec)
     assert all(parameter.requires_grad for parameter in pair.student.parameters())
     assert not any(parameter.requires_grad for parameter in pair.teacher.parameters())
     assert pair.teacher_layers == (0, 1, 3, 4, 5)
@@ -114,7 +114,7 @@ def test_full_fine_tuning_trains_all_weights_beside_the_unpruned_teacher(path: s
 
 def test_trained_weights_follow_their_source_layers(path: str, tmp_path: Path) -> None:
     spec = _spec(path, kind="full", objective="healing")
-    pair, _ = load_pair(spec)
+    pair, _ = load_teacher_student(spec)
     _move(pair)
     later = spec.with_recovery(_saved(pair, tmp_path)).without((0,))
     with torch.no_grad():
@@ -123,22 +123,22 @@ def test_trained_weights_follow_their_source_layers(path: str, tmp_path: Path) -
     _assert_same(_logits(build_model(later)[0]), want)
 
     streamed = load_streamed(later, torch.device("cpu"))
-    way = LayerwisePass(streamed, IDS_BT)
-    hidden_BTD = way.hidden_BTD
+    layerwise = LayerwisePass(streamed, IDS_BT)
+    hidden_BTD = layerwise.hidden_BTD
     with torch.no_grad():
         for layer in range(4):
             with resident(streamed, layer):
-                hidden_BTD = way.block(layer, hidden_BTD)
-        _assert_same(streamed.get_output_embeddings()(way.finish(hidden_BTD)), want)
+                hidden_BTD = layerwise.block(layer, hidden_BTD)
+        _assert_same(streamed.get_output_embeddings()(layerwise.finish(hidden_BTD)), want)
 
 
 def test_full_fine_tuning_takes_in_the_chain(path: str, tmp_path: Path) -> None:
     spec = _spec(path)
-    pair, _ = load_pair(spec)
+    pair, _ = load_teacher_student(spec)
     _move(pair)
     chained = spec.with_recovery(_saved(pair, tmp_path / "lora"))
     full = replace(_spec(path, kind="full"), model=chained)
-    pair, _ = load_pair(full)
+    pair, _ = load_teacher_student(full)
     _move(pair, seed=1)
     _assert_same(
         _logits(build_model(full.with_recovery(_saved(pair, tmp_path / "full")))[0]), _student_logits(pair)
@@ -159,19 +159,21 @@ def test_a_few_replaced_weights_are_switched_off_for_the_teacher(path: str, tmp_
     weights = publish(tmp_path / "new", str(tmp_path / "published"))
     spec = _spec(path)
     spec = replace(spec, model=spec.model.bridged(weights))
-    pair, _ = load_pair(spec)
+    pair, _ = load_teacher_student(spec)
     assert pair.teacher is None
     _assert_same(_student_logits(pair), _logits(build_model(spec.model)[0]))
-    with switched_off([layer for block in find_layers(pair.student).modules for layer in lora_layers(block)]):
+    with adapters_disabled(
+        [layer for block in find_layers(pair.student).modules for layer in lora_layers(block)]
+    ):
         _assert_same(_logits(pair.student), _logits(load_model(path)[0]))
 
 
 def test_weights_that_are_all_new_make_two_models(path: str, tmp_path: Path) -> None:
     full = _spec(path, kind="full", objective="healing")
-    pair, _ = load_pair(full)
+    pair, _ = load_teacher_student(full)
     _move(pair)
     spec = replace(_spec(path), model=full.with_recovery(_saved(pair, tmp_path)))
-    again, _ = load_pair(spec)
+    again, _ = load_teacher_student(spec)
     assert again.teacher is not None
     _assert_same(_student_logits(again), _student_logits(pair))
     _assert_same(_logits(again.teacher), _logits(load_model(path)[0]))
@@ -180,7 +182,7 @@ def test_weights_that_are_all_new_make_two_models(path: str, tmp_path: Path) -> 
 def test_a_teacher_of_any_depth(path: str, tmp_path: Path) -> None:
     teacher = save_tiny(tmp_path / "teacher", num_layers=3, seed=5)
     spec = _spec(path, teacher=ModelSpec(teacher), teacher_layers=(0, 0, 1, 1, 2))
-    pair, _ = load_pair(spec)
+    pair, _ = load_teacher_student(spec)
     assert depth(pair.teacher.config) == 3
     assert pair.teacher_layers == (0, 0, 1, 1, 2)
     assert len(pair.student_layers) == 5
@@ -192,7 +194,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(path: str, tmp_path: Path) 
     other.add_tokens(["<another>"])
     other.save_pretrained(teacher)
     with pytest.raises(RequestError, match="vocabularies differ"):
-        load_pair(_spec(path, teacher=ModelSpec(teacher)))
+        load_teacher_student(_spec(path, teacher=ModelSpec(teacher)))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(path: str, tmp_path: Path) 
 def test_settings_that_contradict_are_refused(settings: dict[str, object], message: str) -> None:
     spec = RecoverySpec(**({"model": ModelRef(ModelSpec("x")), "data": TextSpec()} | settings))
     with pytest.raises(RequestError, match=message):
-        load_pair(spec)
+        load_teacher_student(spec)
 
 
 def test_a_teacher_for_an_objective_that_has_none_is_refused() -> None:
@@ -236,7 +238,7 @@ def test_qlora_quantises_the_blocks_linear_layers_only(path: str, tmp_path: Path
     bitsandbytes = pytest.importorskip("bitsandbytes")
     spec = _spec(path, kind="qlora")
     spec = replace(spec, adapter=replace(spec.adapter, double_quantization=double))
-    pair, _ = load_pair(spec)
+    pair, _ = load_teacher_student(spec)
     quantised = {n for n, m in pair.student.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
     plain = {n for n, m in load_model(path)[0].named_modules() if isinstance(m, torch.nn.Linear)}
     assert {name.removesuffix(".base_layer") for name in quantised} == plain - {"lm_head"}
@@ -253,8 +255,8 @@ def test_qlora_quantises_the_blocks_linear_layers_only(path: str, tmp_path: Path
 def test_qlora_trains_through_the_weights_that_it_dequantises(path: str) -> None:
     """Logits and gradients are those of a LoRA on the dequantised weights."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    quantised, _ = load_pair(_spec(path, kind="qlora"))
-    plain, _ = load_pair(_spec(path))
+    quantised, _ = load_teacher_student(_spec(path, kind="qlora"))
+    plain, _ = load_teacher_student(_spec(path))
     for name, module in quantised.student.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
@@ -264,10 +266,10 @@ def test_qlora_trains_through_the_weights_that_it_dequantises(path: str) -> None
         _move(pair)
         with torch.no_grad():
             _logits(pair.student)
-        way = LayerwisePass(pair.student, IDS_BT)
-        hidden_BTD = way.hidden_BTD
+        layerwise = LayerwisePass(pair.student, IDS_BT)
+        hidden_BTD = layerwise.hidden_BTD
         for layer in pair.student_layers:
-            hidden_BTD = way.block(layer, hidden_BTD)
+            hidden_BTD = layerwise.block(layer, hidden_BTD)
         hidden_BTD.square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in trainable_parameters(pair.student)]))
     _assert_same(gradients[1], gradients[0], 1e-4)
@@ -279,4 +281,4 @@ def test_qlora_names_the_layers_that_it_cannot_hold(tmp_path: Path) -> None:
     tiny_model("gpt2").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(RequestError, match=r"'gpt2'.*c_attn.*lora"):
-        load_pair(_spec(str(tmp_path), kind="qlora"))
+        load_teacher_student(_spec(str(tmp_path), kind="qlora"))

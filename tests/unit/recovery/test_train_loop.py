@@ -23,7 +23,7 @@ from actors.recovery import check_recovery
 from actors.recovery.training.deepspeed_config import deepspeed_config, optimizer_settings, zero_stage
 from actors.recovery.training.local import recover_locally
 from actors.recovery.training.train_loop import DivergenceError, train
-from tests.support.gloo_group import group_workplace, run_group
+from tests.support.gloo_group import group_train_context, run_group
 
 ZERO2 = json.dumps({"zero_optimization": {"stage": 2}})
 
@@ -83,7 +83,7 @@ def test_zero_2_trains_the_same(tiny_spec: RecoverySpec, undisturbed: RecoveryRe
 def _one_is_wrong(rank: int, world_size: int, spec: RecoverySpec, directory: Path) -> None:
     wrong = replace(spec, data=TextSpec(path="nowhere.txt")) if rank == 1 else spec
     with pytest.raises(RequestError, match=r"nowhere\.txt"):
-        train(wrong, group_workplace(rank, world_size, directory))
+        train(wrong, group_train_context(rank, world_size, directory))
 
 
 def test_an_error_of_one_worker_is_raised_by_all(tiny_spec: RecoverySpec, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from actors.contracts import AdapterSpec, ModelRef, ModelSpec, RecoverySpec, Tex
 from actors.data import PackedData, TrainingData, describe_text, load_texts
 from actors.errors import ChangedError, RequestError
 from actors.recovery.objectives import OBJECTIVES
-from actors.recovery.training import training_data as feed
+from actors.recovery.training import training_data as data_module
 from actors.recovery.training.local import recover_locally
 from actors.recovery.training.training_data import check_data, check_vocabulary, training_data, training_order
 from tests.support.tiny_models import save_tiny, tiny_llama, tiny_tokenizer
@@ -103,11 +103,11 @@ def test_a_stream_is_read_once_a_node_and_only_as_far_as_needed(
 ) -> None:
     spec = request(tmp_path, "streamed", max_tokens=300)
     (tmp_path / "data.jsonl").open("a").write("{not json}\n")
-    monkeypatch.setattr(feed, "SHUFFLE_BUFFER", 5)
-    monkeypatch.setattr("actors.data.tokens.DOCUMENTS_AT_A_TIME", 4)
+    monkeypatch.setattr(data_module, "SHUFFLE_BUFFER", 5)
+    monkeypatch.setattr("actors.data.tokens.DOCUMENTS_PER_BATCH", 4)
     first = training_data(spec, TOKENIZER)
     assert int(first.lengths_S.sum()) == 300 // 64 * 64
-    monkeypatch.setattr(feed, "_sequences", lambda *_: pytest.fail("the stream is read again"))
+    monkeypatch.setattr(data_module, "_sequences", lambda *_: pytest.fail("the stream is read again"))
     again = training_data(spec, TOKENIZER)
     assert read(again, torch.arange(4)) == read(first, torch.arange(4))
     assert isinstance(again, PackedData)
@@ -224,13 +224,17 @@ def test_data_exchanged_since_they_were_described_are_refused(tmp_path: Path, ki
 def test_a_stream_that_changes_before_it_is_kept_is_not_kept(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec, file, sequences = request(tmp_path, "streamed"), tmp_path / "data.jsonl", feed._sequences
+    spec, file, sequences = (
+        request(tmp_path, "streamed"),
+        tmp_path / "data.jsonl",
+        data_module._sequences,
+    )
 
     def changed_meanwhile(*arguments: Any) -> Iterator[Any]:
         yield from sequences(*arguments)
         file.write_text(file.read_text().replace("lazy dog", "calm cat"))
 
-    monkeypatch.setattr(feed, "_sequences", changed_meanwhile)
+    monkeypatch.setattr(data_module, "_sequences", changed_meanwhile)
     with pytest.raises(ChangedError, match=r"data\.jsonl"):
         training_data(replace(spec, max_tokens=10**6), TOKENIZER)
     assert list((cache / "tokens").iterdir()) == []

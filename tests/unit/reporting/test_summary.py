@@ -54,6 +54,15 @@ def test_a_perplexity_of_one_seed_is_said_to_have_none() -> None:
     assert both.error.startswith("± is the standard error of a task's questions; one seed does not tell")
 
 
+@pytest.mark.parametrize("metric", ["degeneration/repetition", "arithmetic/accuracy"])
+def test_a_number_that_is_0_on_the_unpruned_model_has_no_factor(metric: str) -> None:
+    dense, recovered = (
+        Measured("a-0", "smol", "a", 0, iteration, phase, layers, 1000, {metric: Number(value, None, "key")})
+        for iteration, phase, layers, value in ((0, "dense", 10, 0.0), (1, "recovered", 9, 0.25))
+    )
+    assert _choice(dense, recovered).numbers == (f"{metric} 0.25 (unpruned 0)",)
+
+
 @pytest.mark.parametrize(
     ("theirs", "apart"),
     [

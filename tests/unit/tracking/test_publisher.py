@@ -279,17 +279,19 @@ def test_a_server_that_is_away_is_warned_of_once_and_told_later(
     assert _mlflow_run(mlflow_uri, "tiny")[1] == CURVES
 
 
-def test_trackers_are_told_while_the_campaign_runs(place: Path, plan: CampaignPlan, tmp_path: Path) -> None:
+def test_numbers_are_published_while_the_campaign_runs(
+    place: Path, plan: CampaignPlan, tmp_path: Path
+) -> None:
     config, store = _config(place), Store(str(tmp_path / "run"))
-    told = Path(store.published_uri("tensorboard"))
+    state = Path(store.published_uri("tensorboard"))
     with published(make_trackers(config, store), plan, store, interval_s=0.02):
         _measure(store, "a-dense")
         deadline = time.monotonic() + 10
-        while not told.exists():
+        while not state.exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         _measure(store)
-    assert sorted(json.loads(told.read_text())) == sorted(PARTS)
+    assert sorted(json.loads(state.read_text())) == sorted(PARTS)
     assert _events(store.tensorboard_uri(TRAJECTORY))[0] == CURVES
 
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from actors.contracts import AdapterSpec, RecoverySpec
+from actors.contracts import RecoverySpec
 from actors.errors import RequestError, unknown_name
 from actors.models import Deltas, find_layers, join_deltas, read_deltas
 from actors.models.model_builder import ADAPTER_WEIGHTS, rename_layers
-from actors.recovery.adapters.overrides import replaced_weights
-from actors.recovery.adapters.quantized import quantize_blocks
+from actors.recovery.adapters.nf4 import quantize_blocks
+from actors.recovery.adapters.weight_deltas import weight_deltas
 
 CURRENT = "current"
 LORA_SETTINGS = frozenset({"rank", "alpha", "dropout", "targets"})
@@ -54,7 +54,7 @@ def check_adapter(spec: RecoverySpec) -> None:
 
 
 def attach_adapters(model: PreTrainedModel, spec: RecoverySpec, kept: tuple[int, ...]) -> PeftModel:
-    """Put all that tells the student from the source, and a new adapter, on the source model.
+    """Put all differences between student and source, and a new adapter, on the source model.
 
     The chain of adapters becomes one frozen LoRA of their summed rank, weights in the
     place of the source's a frozen LoRA of full rank; only the new adapter trains.
@@ -69,7 +69,7 @@ def attach_adapters(model: PreTrainedModel, spec: RecoverySpec, kept: tuple[int,
         RequestError: an unknown adapter kind, or targets that name no linear layer.
     """
     path = find_layers(model).path
-    frozen = {"weights": replaced_weights(model, spec.model.weights, kept)} if spec.model.weights else {}
+    frozen = {"weights": weight_deltas(model, spec.model.weights, kept)} if spec.model.weights else {}
     if spec.model.adapters:
         chain = [read_deltas(ref, path, kept) for ref in spec.model.adapters]
         frozen["earlier"] = join_deltas(chain)
@@ -89,12 +89,26 @@ def new_adapter(model: PreTrainedModel, spec: RecoverySpec, layers: tuple[int, .
     It is drawn from `stage_seed` alone: every worker draws the same.
     """
     check_adapter(spec)
-    config = _new_config(model, spec.adapter, layers)
-    if spec.adapter.kind == "qlora":
-        quantize_blocks(model, spec.adapter.double_quantization)
+    adapter = spec.adapter
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.rank if adapter.alpha is None else adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=target_paths(model, adapter.targets),
+        layers_to_transform=list(layers),
+        layers_pattern=find_layers(model).attribute,
+        task_type="CAUSAL_LM",
+    )
+    if adapter.kind == "qlora":
+        quantize_blocks(model, adapter.double_quantization)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stage_seed(spec))
-        adapted = _with_adapter(model, config)
+        try:
+            adapted = get_peft_model(model, config, adapter_name=CURRENT)
+        except ValueError as error:
+            raise RequestError(
+                f"adapter targets do not suit model type {model.config.model_type!r}: {error}"
+            ) from error
     adapted.peft_config[CURRENT].base_model_name_or_path = spec.model.source.path
     return adapted
 
@@ -121,27 +135,27 @@ def save_adapter(adapted: PeftModel, directory: Path, source_layers: tuple[int, 
 
 
 def stage_seed(spec: RecoverySpec) -> int:
-    """Seed of one recovery: each of a trajectory draws other batches and another start.
+    """Return the seed of one recovery: each of a trajectory has other batches and another initialisation.
 
     With the same start, every adapter of a chain would see the same few directions.
-    Full fine-tuning leaves no chain, so there the layers dropped so far are counted.
+    Full fine-tuning leaves no chain, so there the layers dropped so far are token_weights.
     """
     stages = spec.model.dropped if spec.adapter.kind == "full" else spec.model.adapters
     return spec.seed + len(stages)
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that training may change, in a fixed order."""
+    """Return the parameters that training may change, in a fixed order."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def lora_layers(block: nn.Module) -> list[LoraLayer]:
-    """The adapted layers inside one block."""
+    """Return the adapted layers inside one block."""
     return [module for module in block.modules() if isinstance(module, LoraLayer)]
 
 
 @contextmanager
-def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
+def adapters_disabled(layers: list[LoraLayer]) -> Iterator[None]:
     """Compute with the frozen base weights alone.
 
     PEFT's own switch walks the whole model and turns gradients off and on again,
@@ -157,7 +171,7 @@ def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
 
 
 def target_paths(model: PreTrainedModel, targets: str | tuple[str, ...]) -> list[str]:
-    """Paths of the linear layers to adapt, relative to their block.
+    """Return the paths of the linear layers to adapt, relative to their block.
 
     Args:
         targets: `all-linear`, `attention`, `ffn`, or names of layers such as
@@ -184,7 +198,7 @@ def target_paths(model: PreTrainedModel, targets: str | tuple[str, ...]) -> list
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    """Whether the module gives x Wᵀ + b, to which a low-rank product can be added."""
+    """Return whether the module computes x Wᵀ + b, to which a low-rank product can be added."""
     if type(module) in (nn.Linear, Conv1D):
         return True
     if not isinstance(module, nn.Linear):
@@ -200,27 +214,6 @@ def _is_target(path: str, name: str) -> bool:
     in_attention = "attn" in path or "attention" in path
     groups = {"all-linear": True, "attention": in_attention, "ffn": not in_attention}
     return groups.get(name, path == name or path.endswith(f".{name}"))
-
-
-def _new_config(model: PreTrainedModel, spec: AdapterSpec, layers: tuple[int, ...]) -> LoraConfig:
-    return LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.rank if spec.alpha is None else spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules=target_paths(model, spec.targets),
-        layers_to_transform=list(layers),
-        layers_pattern=find_layers(model).attribute,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    try:
-        return get_peft_model(model, config, adapter_name=CURRENT)
-    except ValueError as error:
-        raise RequestError(
-            f"adapter targets do not suit model type {model.config.model_type!r}: {error}"
-        ) from error
 
 
 def _add_frozen(adapted: PeftModel, name: str, deltas: Deltas, blocks: list[str]) -> None:

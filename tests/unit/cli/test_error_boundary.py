@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from actors.scoring.criteria import CRITERIA
-from orchestrator.cli.fence import fenced
+from orchestrator.cli.error_boundary import error_boundary
 from orchestrator.errors import WorkError
 from tests.support.tiny_campaign import tiny_campaign, write_campaign
 from tests.unit.cli.command import iterabre
@@ -93,14 +93,14 @@ def test_ctrl_c_is_one_line(
 
 def test_the_traceback_goes_into_the_run_that_there_is(tmp_path: Path) -> None:
     by_system = pytest.raises(Exception, match="OSError: disk: the operating system refused it")
-    with by_system as told, fenced(lambda: tmp_path / "logs"):
+    with by_system as told, error_boundary(lambda: tmp_path / "logs"):
         raise OSError("disk")
     assert _named_file(str(told.value)).parent == tmp_path / "logs"
 
     def unreadable() -> Path:
         raise PermissionError("the run")
 
-    with pytest.raises(Exception, match="ValueError: x") as told, fenced(unreadable):
+    with pytest.raises(Exception, match="ValueError: x") as told, error_boundary(unreadable):
         raise ValueError("x")
     _named_file(str(told.value)).unlink()
 
@@ -110,10 +110,10 @@ class Panic(BaseException):
 
 
 def test_a_panic_is_no_way_out() -> None:
-    with pytest.raises(Exception, match="Panic: index out of bounds") as told, fenced():
+    with pytest.raises(Exception, match="Panic: index out of bounds") as told, error_boundary():
         raise Panic("index out of bounds")
     _named_file(str(told.value)).unlink()
-    with pytest.raises(WorkError, match="stopped"), fenced():
+    with pytest.raises(WorkError, match="stopped"), error_boundary():
         raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""Whether a model keeps the documents that share a row apart (recovery.packing: documents)."""
+"""A check that tokens of a row see their own document only (recovery.packing: documents)."""
 
 from inspect import signature
 
@@ -14,10 +14,10 @@ REMEDY = "set recovery.packing to concatenated"
 
 
 @torch.no_grad()
-def check_documents_apart(model: PreTrainedModel) -> None:
+def check_document_isolation(model: PreTrainedModel) -> None:
     """Run two rows of two short documents that differ in the first one only, and look at the second.
 
-    Recurrent families, and kernels that know no documents, carry the first into it.
+    Recurrent families, and kernels without support for documents, carry the first into it.
 
     Raises:
         RequestError: the model does not go by positions, or a token saw another document.
@@ -27,10 +27,10 @@ def check_documents_apart(model: PreTrainedModel) -> None:
     ids_BT = torch.arange(3, 3 + 2 * PROBE_TOKENS, device=model.device).repeat(2, 1)
     ids_BT[1, :PROBE_TOKENS] = ids_BT[1, :PROBE_TOKENS].flip(0)
     positions_BT = torch.arange(PROBE_TOKENS, device=model.device).repeat(2, 2)
-    way = LayerwisePass(model, ids_BT, position_ids_BT=positions_BT)
-    hidden_BTD = way.hidden_BTD
+    layerwise = LayerwisePass(model, ids_BT, position_ids_BT=positions_BT)
+    hidden_BTD = layerwise.hidden_BTD
     for layer in range(len(find_layers(model).modules)):
-        hidden_BTD = way.block(layer, hidden_BTD)
+        hidden_BTD = layerwise.block(layer, hidden_BTD)
     first, second = hidden_BTD[:, PROBE_TOKENS:].float()
     if (first - second).norm() > TOLERANCE * first.norm():
         raise RequestError(

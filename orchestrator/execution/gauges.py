@@ -33,7 +33,7 @@ class CampaignGauges:
         )
 
     def show(self, activities: Sequence[TrajectoryProgress]) -> None:
-        """Set the gauges to what the board says."""
+        """Set the gauges to the newest progress of every trajectory."""
         states = Counter({"running": 0, "ended": 0, "failed": 0})
         for activity in activities:
             states[_state(activity)] += 1

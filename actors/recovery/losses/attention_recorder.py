@@ -12,11 +12,11 @@ from actors.models import find_layers
 
 REMEDY = "set the weight of the loss term 'attention' to 0 (recovery.loss.attention)"
 DEFAULT_IMPLEMENTATIONS = (None, "eager", "sdpa")
-"""What transformers chooses by itself; anything else was asked for."""
+"""What transformers chooses by itself; anything else is the user's choice."""
 
 
-class AttentionTap:
-    """Catches the attention matrix of one block at a time.
+class AttentionRecorder:
+    """Records the attention matrix of one block at a time.
 
     Fused kernels never form the matrix, so the model is switched to eager attention.
 
@@ -30,16 +30,26 @@ class AttentionTap:
 
     def __init__(self, model: PreTrainedModel):
         self._model_type = model.config.model_type
-        recorder = _recorder(model)
+        recorder = _output_recorder(model)
         _switch_to_eager(model)
         self._index = recorder.index
-        self._modules = [
-            _attention_of(block, recorder, layer, self._model_type)
-            for layer, block in enumerate(find_layers(model).modules)
-        ]
+        wanted = (recorder.layer_name or "").strip(".")
+        self._modules = []
+        for layer, block in enumerate(find_layers(model).modules):
+            found = (
+                module
+                for name, module in block.named_modules()
+                if isinstance(module, recorder.target_class) and wanted in name
+            )
+            attention = next(found, None)
+            if attention is None:
+                raise RequestError(
+                    f"layer {layer} of model type {self._model_type!r} has no attention matrix; {REMEDY}"
+                )
+            self._modules.append(attention)
 
     def read(self, layer: int, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """What `run` gives, and the attention matrix [B, H, T, T] that block `layer` forms meanwhile.
+        """Return the result of `run`, and the attention matrix [B, H, T, T] that block `layer` then forms.
 
         Raises:
             RequestError: it formed none.
@@ -61,7 +71,7 @@ class AttentionTap:
 
 
 def _switch_to_eager(model: PreTrainedModel) -> None:
-    """Have attention matrices formed, unless someone asked for a kernel that forms none."""
+    """Switch to eager attention, unless a kernel that forms no matrix was asked for."""
     chosen = model.config._attn_implementation
     if chosen not in DEFAULT_IMPLEMENTATIONS:
         raise RequestError(
@@ -73,8 +83,8 @@ def _switch_to_eager(model: PreTrainedModel) -> None:
         raise RequestError(f"model type {model.config.model_type!r} has no eager attention; {REMEDY}")
 
 
-def _recorder(model: PreTrainedModel) -> OutputRecorder:
-    """How transformers itself would record this family's attention matrices."""
+def _output_recorder(model: PreTrainedModel) -> OutputRecorder:
+    """Return how transformers itself would record this family's attention matrices."""
     recorded = (model.base_model._can_record_outputs or {}).get("attentions")
     first = recorded[0] if isinstance(recorded, list) and recorded else recorded
     if isinstance(first, OutputRecorder):
@@ -82,11 +92,3 @@ def _recorder(model: PreTrainedModel) -> OutputRecorder:
     if isinstance(first, type):
         return OutputRecorder(first, index=1)
     raise RequestError(f"model type {model.config.model_type!r} has no attention matrices; {REMEDY}")
-
-
-def _attention_of(block: nn.Module, recorder: OutputRecorder, layer: int, model_type: str) -> nn.Module:
-    wanted = (recorder.layer_name or "").strip(".")
-    for name, module in block.named_modules():
-        if isinstance(module, recorder.target_class) and wanted in name:
-            return module
-    raise RequestError(f"layer {layer} of model type {model_type!r} has no attention matrix; {REMEDY}")

@@ -23,17 +23,17 @@ class Head(Protocol):
     frozen: bool
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Hidden states after the final norm [.., D] → logits [.., V]."""
+        """Return the logits [.., V] of hidden states after the final norm [.., D]."""
 
 
 def sum_over_chunks(
     hidden_ND: Tensor, chunk_sum: ChunkSum, head: Head, chunk_tokens: int | None = None
 ) -> Tensor:
-    """`chunk_sum` of all rows, added up, with gradients; what it forms lives for one chunk only.
+    """Sum `chunk_sum` over all rows, with gradients; what it forms lives for one chunk only.
 
     With a frozen head, a chunk's gradient is taken at once, while its logits are
-    there. A trained head needs its own gradient too, scaled as autograd knows
-    only later, so each chunk is computed again in the backward pass.
+    there. A trained head needs its own gradient too, scaled by a factor
+    that autograd has only later, so each chunk is computed again in the backward pass.
     """
     size = chunk_tokens or CHUNK_TOKENS
     if head.frozen:

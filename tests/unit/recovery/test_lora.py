@@ -12,14 +12,14 @@ from actors.contracts import AdapterSpec, ArtifactRef, LossSpec, ModelRef, Model
 from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.models import build_model, load_source
-from actors.recovery.adapters.adapters import (
+from actors.recovery.adapters.lora import (
     attach_adapters,
     save_adapter,
     target_paths,
     trainable_parameters,
 )
-from actors.recovery.distillation.distillation import LockstepDistiller
-from actors.recovery.distillation.teacher_student import shared_pair
+from actors.recovery.distillation.lockstep_distiller import LockstepDistiller
+from actors.recovery.distillation.teacher_student import shared_teacher_student
 from tests.support.tiny_models import save_tiny, tiny_llama
 
 ATTENTION = ["self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj"]
@@ -59,7 +59,7 @@ def _trained_like(path: str, ref: ModelRef, kept: tuple[int, ...], seed: int) ->
     with torch.no_grad():
         for parameter in trainable_parameters(adapted):
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return LockstepDistiller(shared_pair(adapted, kept), LossSpec(1, 0, 1))
+    return LockstepDistiller(shared_teacher_student(adapted, kept), LossSpec(1, 0, 1))
 
 
 def _saved(distiller: LockstepDistiller, directory: Path, uri: str) -> ArtifactRef:

@@ -1,6 +1,6 @@
-"""Whether a family's logits are its head's matrix times the hidden state, and nothing more.
+"""The LM head: from hidden states to logits, and whether those are one frozen matrix product.
 
-One probe through the family's own head tells whether the shortcut through WᵀW is exact.
+One probe through the family's own head shows whether the shortcut through WᵀW is exact.
 """
 
 import torch
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.models.head import LogitHead
-from actors.recovery.losses.distillation import gram_matrix
+from actors.recovery.losses.logit_losses import gram_matrix
 
 PROBE_LOGIT = 1000.0
 PROBE_TOLERANCE = 0.02
 
 
-class OutputHead(LogitHead):
+class LMHead(LogitHead):
     """The head of a causal language model.
 
     Attributes:
@@ -28,7 +28,7 @@ class OutputHead(LogitHead):
         self.frozen = not any(p.requires_grad for p in (*above, *model.get_output_embeddings().parameters()))
 
     def matrix(self) -> Tensor | None:
-        """W [V, D] where the logits are exactly W h with W frozen, else None."""
+        """Return W [V, D] where the logits are exactly W h with W frozen, else None."""
         layer = self._model.get_output_embeddings()
         if not self.frozen or not is_plain_head(layer) or not self._is_product(layer.weight):
             return None
@@ -36,7 +36,7 @@ class OutputHead(LogitHead):
 
     @torch.no_grad()
     def _is_product(self, weight_VD: Tensor) -> bool:
-        """Whether logits equal W h, seen on one hidden vector that makes a logit large.
+        """Return whether logits equal W h on one hidden vector that makes a logit large.
 
         Scales show at once, soft caps because the logit is far above any of them.
         """
@@ -46,8 +46,8 @@ class OutputHead(LogitHead):
         return bool((logits - product).abs().max() < PROBE_TOLERANCE * PROBE_LOGIT)
 
 
-def common_gram(student: OutputHead, teacher: OutputHead) -> Tensor | None:
-    """G of DESIGN §6 where both heads are the same frozen matrix and nothing else, else None."""
+def common_gram(student: LMHead, teacher: LMHead) -> Tensor | None:
+    """Return `gram_matrix` where both heads are the same frozen matrix and nothing else, else None."""
     ours, theirs = student.matrix(), teacher.matrix()
     if ours is None or theirs is None or ours.shape != theirs.shape or not torch.equal(ours, theirs):
         return None
@@ -55,5 +55,5 @@ def common_gram(student: OutputHead, teacher: OutputHead) -> Tensor | None:
 
 
 def is_plain_head(layer: nn.Module | None) -> bool:
-    """Whether the head is one frozen matrix: linear, without bias, not trained."""
+    """Return whether the head is one frozen matrix: linear, without bias, not trained."""
     return isinstance(layer, nn.Linear) and layer.bias is None and not layer.weight.requires_grad

@@ -12,11 +12,16 @@ from actors.contracts import LossSpec
 from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.models import find_layers, load_model, remove_layers
-from actors.recovery.distillation.distillation import LockstepDistiller
+from actors.recovery.distillation.lockstep_distiller import LockstepDistiller
 from actors.recovery.losses.logit_losses import LOGIT_LOSSES
 from tests.support.decoder_zoo import NOT_TINY, decoder_types, tiny_decoder
 from tests.support.tiny_models import tiny_ids, tiny_llama, tiny_model
-from tests.unit.recovery.plain import adapted_pair, assert_same_gradients, distillation, separate_student
+from tests.unit.recovery.plain import (
+    adapted_teacher_student,
+    assert_same_gradients,
+    distillation,
+    separate_student,
+)
 
 KEPT = (0, 1, 3, 5)
 LOSS = LossSpec(hidden=0.5, attention=3.0, logits=2.0, temperature=2.0)
@@ -41,7 +46,7 @@ def _model(family: str = "llama", **overrides: object) -> PreTrainedModel:
 def _distiller(
     model: PreTrainedModel, loss: LossSpec = LOSS, checkpointing: bool = False, **adapter: object
 ) -> LockstepDistiller:
-    return LockstepDistiller(adapted_pair(model, KEPT, **adapter), loss, checkpointing)
+    return LockstepDistiller(adapted_teacher_student(model, KEPT, **adapter), loss, checkpointing)
 
 
 def _gradients(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -57,7 +62,7 @@ def _assert_as_two_models(
     ids_BT: Tensor,
     gradient_tolerance: float = 1e-5,
 ) -> LockstepDistiller:
-    pair = adapted_pair(copy.deepcopy(teacher), kept)
+    pair = adapted_teacher_student(copy.deepcopy(teacher), kept)
     if loss.attention:
         teacher.set_attn_implementation("eager")
     student = separate_student(teacher, pair)
@@ -118,7 +123,7 @@ def test_a_family_agrees(model_type: str) -> None:
 
 
 def test_an_untrained_adapter_leaves_the_student_to_the_frozen_weights() -> None:
-    pair = adapted_pair(tiny_llama(4)[0], (0, 1, 2, 3))
+    pair = adapted_teacher_student(tiny_llama(4)[0], (0, 1, 2, 3))
     for name, parameter in pair.adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)

@@ -5,17 +5,16 @@ model against what enters that same layer after pruning.
 """
 
 import torch
-from torch import Tensor
 
 from actors.data import TokenBatch
 from actors.errors import RequestError
-from actors.models import LayerwisePass
 from actors.recovery.distillation.lockstep import Lockstep, check_layer_map
 from actors.recovery.distillation.student import Terms
-from actors.recovery.distillation.teacher_student import Pair
-from actors.recovery.losses.distillation import Counted, causal_lm, hidden_mse
-from actors.recovery.losses.head import OutputHead
-from actors.recovery.losses.token_weights import distilled, next_ids, predicting
+from actors.recovery.distillation.teacher_student import TeacherStudent
+from actors.recovery.losses.cross_entropy import next_token_cross_entropy
+from actors.recovery.losses.layer_losses import hidden_mse
+from actors.recovery.losses.lm_head import LMHead
+from actors.recovery.losses.token_weights import distillation_weights, next_ids, prediction_weights
 
 
 class AuxiliaryHealing(Lockstep):
@@ -28,10 +27,10 @@ class AuxiliaryHealing(Lockstep):
         gradient_checkpointing: see `Student`.
 
     Raises:
-        RequestError: nothing says where layers were cut out.
+        RequestError: the places where layers were cut out are not given.
     """
 
-    def __init__(self, pair: Pair, auxiliary: float, gradient_checkpointing: bool = False):
+    def __init__(self, pair: TeacherStudent, auxiliary: float, gradient_checkpointing: bool = False):
         if pair.teacher_layers is None:
             raise RequestError(
                 "objective 'healing_aux' compares both sides of each cut: give recovery.teacher_layers, the "
@@ -40,39 +39,32 @@ class AuxiliaryHealing(Lockstep):
         check_layer_map(pair)
         super().__init__(pair, gradient_checkpointing)
         self._auxiliary = auxiliary
-        self._head = OutputHead(pair.student)
+        self._head = LMHead(pair.student)
         # The end stands for the final norm, which a cut may lie before as well.
         self._entered = (*pair.teacher_layers, self._teacher_depth)
 
     def forward(self, batch: TokenBatch) -> Terms:
-        """`causal_lm`, `auxiliary`, and their weighted sum as `loss`."""
-        student_way, teacher_way = self.ways(batch)
-        student_BTD, mismatch = self._advance(student_way, teacher_way, distilled(batch))
-        hidden_BTD = student_way.finish(student_BTD)
-        likelihood = causal_lm(hidden_BTD, next_ids(batch), self._head, predicting(batch))
+        """Return `causal_lm`, `auxiliary`, and their weighted sum as `loss`."""
+        student_pass, teacher_pass = self.layerwise_passes(batch)
+        student_BTD, teacher_BTD = student_pass.hidden_BTD, teacher_pass.hidden_BTD.detach()
+        token_weights, mismatch = distillation_weights(batch), torch.zeros((), device=student_BTD.device)
+        # The teacher goes no further than to the last cut.
+        done = expected = 0
+        for position, entered in enumerate(self._entered):
+            if entered != expected:
+                teacher_BTD, _ = self.advance_teacher(teacher_pass, range(done, entered), teacher_BTD)
+                mismatch = mismatch + hidden_mse(student_BTD, teacher_BTD, token_weights)
+                done = entered
+            if position < len(self.pair.student_layers):
+                layer = self.pair.student_layers[position]
+                student_BTD, _ = self.block(student_pass, layer, student_BTD)
+            expected = entered + 1
+        hidden_BTD = student_pass.finish(student_BTD)
+        likelihood = next_token_cross_entropy(
+            hidden_BTD, next_ids(batch), self._head, prediction_weights(batch)
+        )
         return {
             "causal_lm": likelihood,
             "auxiliary": mismatch,
             "loss": likelihood + self._auxiliary * mismatch,
         }
-
-    def _advance(
-        self, student_way: LayerwisePass, teacher_way: LayerwisePass, counted: Counted
-    ) -> tuple[Tensor, Tensor]:
-        """The student's last hidden state, and the mismatch summed over the cuts.
-
-        The teacher goes no further than to the last cut.
-        """
-        student_BTD, teacher_BTD = student_way.hidden_BTD, teacher_way.hidden_BTD.detach()
-        mismatch = torch.zeros((), device=student_BTD.device)
-        done = expected = 0
-        for position, entered in enumerate(self._entered):
-            if entered != expected:
-                teacher_BTD, _ = self.teach(teacher_way, range(done, entered), teacher_BTD)
-                mismatch = mismatch + hidden_mse(student_BTD, teacher_BTD, counted)
-                done = entered
-            if position < len(self.pair.student_layers):
-                layer = self.pair.student_layers[position]
-                student_BTD, _ = self.block(student_way, layer, student_BTD)
-            expected = entered + 1
-        return student_BTD, mismatch

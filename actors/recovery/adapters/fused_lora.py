@@ -18,23 +18,19 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 
-def speed_up(layers: Iterable[LoraLayer]) -> None:
+def use_fused_forward(layers: Iterable[LoraLayer]) -> None:
     """Give plain LoRA layers without dropout the forward of this module; others keep PEFT's."""
     for layer in layers:
-        if _is_plain(layer):
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        if (
+            type(layer) is Linear
+            and type(layer.base_layer) is nn.Linear
+            and not layer.base_layer.weight.requires_grad
+            and not any(layer.lora_bias.values())
+            and not layer.lora_variant
+            and all(isinstance(layer.lora_dropout[name], nn.Identity) for name in names)
+        ):
             layer.forward = MethodType(_forward, layer)
-
-
-def _is_plain(layer: LoraLayer) -> bool:
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    return (
-        type(layer) is Linear
-        and type(layer.base_layer) is nn.Linear
-        and not layer.base_layer.weight.requires_grad
-        and not any(layer.lora_bias.values())
-        and not layer.lora_variant
-        and all(isinstance(layer.lora_dropout[name], nn.Identity) for name in names)
-    )
 
 
 def _forward(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from actors.recovery.adapters.adapters import lora_layers, switched_off
-from actors.recovery.adapters.low_rank import speed_up
+from actors.recovery.adapters.fused_lora import use_fused_forward
+from actors.recovery.adapters.lora import adapters_disabled, lora_layers
 
 
 def _adapted(dtype: torch.dtype = torch.float32, bias: bool = True, dropout: float = 0.0) -> nn.Module:
@@ -26,7 +26,7 @@ def _adapted(dtype: torch.dtype = torch.float32, bias: bool = True, dropout: flo
 
 def _short(adapted: nn.Module) -> nn.Module:
     short = copy.deepcopy(adapted)
-    speed_up(lora_layers(short))
+    use_fused_forward(lora_layers(short))
     return short
 
 
@@ -50,7 +50,7 @@ def test_outputs_and_gradients_are_those_of_peft(bias: bool, dtype: torch.dtype,
 
 def test_the_switch_leaves_the_frozen_weights_alone() -> None:
     short, x = _short(_adapted()), torch.randn(5, 24)
-    with switched_off(lora_layers(short)):
+    with adapters_disabled(lora_layers(short)):
         off = short(x)
     layers = lora_layers(short)
     torch.testing.assert_close(off, layers[1].base_layer(torch.tanh(layers[0].base_layer(x))))

@@ -1,4 +1,4 @@
-"""The outermost fence: what no code expects ends in one line, and its traceback in a file."""
+"""The outermost error boundary: what no code expects ends in one line, and its traceback in a file."""
 
 import os
 import select
@@ -20,7 +20,7 @@ MEANT = (IterabreError, TyperException, Exit, Abort)
 
 
 @contextmanager
-def fenced(logs: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
+def error_boundary(logs: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
     """Turn whatever the body raises by mistake into an error for the user.
 
     Args:
@@ -37,17 +37,17 @@ def fenced(logs: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         raise WorkError("stopped") from interrupt
     except BaseException as error:  # a panic of a Rust library is no Exception
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
             raise
         file = _written(error, logs)
         raise UnexpectedError(f"{unexpected(error)}; the traceback is in {file}, --debug shows it") from error
 
 
-class FencedGroup(TyperGroup):
-    """The commands of a program, with the fence around whichever is run."""
+class BoundedGroup(TyperGroup):
+    """The commands of a program, each run inside the error boundary."""
 
     def invoke(self, ctx):  # type: ignore[no-untyped-def]
-        with fenced():
+        with error_boundary():
             return super().invoke(ctx)
 
 
@@ -60,8 +60,8 @@ def close_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _nobody_reads() -> bool:
-    """Whether the standard output is a pipe whose reader, such as `head`, has gone."""
+def _output_is_closed() -> bool:
+    """Return true if the standard output is a pipe whose reader, such as `head`, has ended."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in output.poll(0))

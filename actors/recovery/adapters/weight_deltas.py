@@ -15,15 +15,15 @@ LARGEST_SHARE = 0.25
 """Of a model's parameters: from there on, a second model is cheaper than changes to the first."""
 
 
-def is_shareable(source: PreTrainedModel, ref: ModelRef) -> bool:
-    """Whether the student that `ref` describes is best computed by the source and a few changes to it."""
+def can_share_weights(source: PreTrainedModel, ref: ModelRef) -> bool:
+    """Return whether the student of `ref` is best computed by the source and a few changes to it."""
     if ref.merges:
         return False
     if ref.weights is None:
         return True
     changed = 0
     for name, shape in weight_shapes(ref.weights).items():
-        place = _place(source, name)
+        place = _linear_weight_of(source, name)
         if place is None:
             return False
         changed += 0 if place[0] in ref.dropped else math.prod(shape)
@@ -31,12 +31,12 @@ def is_shareable(source: PreTrainedModel, ref: ModelRef) -> bool:
 
 
 @torch.no_grad()
-def replaced_weights(source: PreTrainedModel, weights: ArtifactRef, kept: tuple[int, ...]) -> Deltas:
-    """W' − W of every linear weight of the kept layers, as LoRA factors A = W' − W and B = 1."""
+def weight_deltas(source: PreTrainedModel, weights: ArtifactRef, kept: tuple[int, ...]) -> Deltas:
+    """Return W' − W of every linear weight of the kept layers, as LoRA factors A = W' − W and B = 1."""
     factors: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
     transposed = False
     for name, tensor in read_weights(weights).items():
-        place = _place(source, name)
+        place = _linear_weight_of(source, name)
         if place is None or place[0] not in kept:
             continue
         module_path = name.removesuffix(".weight")
@@ -47,8 +47,8 @@ def replaced_weights(source: PreTrainedModel, weights: ArtifactRef, kept: tuple[
     return Deltas(factors, 1.0, transposed)
 
 
-def _place(source: PreTrainedModel, name: str) -> tuple[int, str] | None:
-    """(source layer, weight's name in the block) of a linear layer's weight; None for anything else."""
+def _linear_weight_of(source: PreTrainedModel, name: str) -> tuple[int, str] | None:
+    """Return (source layer, name in the block) of a linear layer's weight; None for anything else."""
     match = re.fullmatch(rf"{re.escape(find_layers(source).path)}\.(\d+)\.(.+\.weight)", name)
     if match is None or int(match[1]) >= depth(source.config):
         return None

@@ -1,9 +1,9 @@
-"""Which models keep documents apart that share a row."""
+"""Isolation of documents that share a row: which models keep it."""
 
 import pytest
 
 from actors.errors import RequestError
-from actors.recovery.training.documents import check_documents_apart
+from actors.recovery.training.document_isolation import check_document_isolation
 from tests.support.decoder_zoo import tiny_decoder
 from tests.support.tiny_models import tiny_model
 
@@ -13,10 +13,10 @@ from tests.support.tiny_models import tiny_model
 def test_attention_goes_by_positions(family: str, implementation: str) -> None:
     model = tiny_model(family)
     model.set_attn_implementation(implementation)
-    check_documents_apart(model)
+    check_document_isolation(model)
 
 
 @pytest.mark.parametrize("family", ["bloom", "mamba", "rwkv"])
 def test_a_family_that_would_carry_one_document_into_the_next_is_refused(family: str) -> None:
     with pytest.raises(RequestError, match=rf"'{family}'.*recovery\.packing"):
-        check_documents_apart(tiny_decoder(family))
+        check_document_isolation(tiny_decoder(family))

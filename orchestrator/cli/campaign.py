@@ -1,0 +1,64 @@
+"""The commands `compress` and `campaign`: run a campaign file."""
+
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.error_boundary import error_boundary
+from orchestrator.cli.options import Address, Config, Set
+from orchestrator.cli.output import err, out
+from orchestrator.cli.runs import build_report, show_outcomes, show_results
+from orchestrator.config import CampaignConfig, load_config
+from orchestrator.errors import RequestError, WorkError
+
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run that is there; start one if there is none.")
+]
+
+
+def compress(config: Config, resume: Resume = False, address: Address = None, set_: Set = None) -> None:
+    """Compress one model with one method: a campaign file with one of each."""
+    loaded = load_config(config, set_)
+    if len(loaded.models) != 1 or len(loaded.methods) != 1:
+        raise RequestError(
+            f"{config} has {len(loaded.models)} models and {len(loaded.methods)} methods; "
+            "`compress` takes one of each, `iterabre campaign` takes many"
+        )
+    _run(loaded, resume, address)
+
+
+def campaign(config: Config, resume: Resume = False, address: Address = None, set_: Set = None) -> None:
+    """Run a campaign file: models × methods × seeds, with stops at the targets."""
+    _run(load_config(config, set_), resume, address)
+
+
+def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
+    from orchestrator.execution.campaign import run_campaign
+    from orchestrator.execution.cluster import find_cluster
+    from orchestrator.planning.planner import build_plan
+    from orchestrator.storage.run_manifest import read_run
+    from orchestrator.storage.stage_store import Store
+
+    store = Store.of_campaign(config.storage.path, config.name)
+    err.print(f"Checking the request: {config.name}", style="dim")
+    if config.execution.backend == "ray":
+        find_cluster(address)
+    with error_boundary(lambda: store.logs_dir if read_run(store) is not None else None):
+        try:
+            plan = build_plan(config)
+            for note in plan.notes:
+                err.print(f"Note: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+            outcome = run_campaign(config, plan, store, resume=resume, address=address)
+        except KeyboardInterrupt as stopped:
+            raise WorkError("stopped; finished stages are kept, --resume continues") from stopped
+    show_results(store.uri)
+    report_file = build_report(store.uri)
+    out.print(
+        f"\nModels   {store.uri}/models\nReport   {report_file}\nLedger   {store.ledger_uri}", soft_wrap=True
+    )
+    show_outcomes(store)
+    if outcome.limit:
+        raise WorkError(f"ended early: {outcome.limit}; finished stages are kept, --resume continues")
+    if outcome.failures:
+        err.print(f"Logs     {store.logs_dir}", style="dim", soft_wrap=True)
+        raise typer.Exit(1)

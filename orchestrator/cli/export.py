@@ -1,0 +1,38 @@
+"""The command `export`: write the model of an iteration."""
+
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.options import Output, Run, new_directory
+from orchestrator.cli.output import out, print_model
+from orchestrator.cli.runs import existing_run
+
+
+def export(
+    run: Run,
+    trajectory: Annotated[str, typer.Option(help="Id of a trajectory, as `iterabre status` shows it.")],
+    iteration: Annotated[int, typer.Option(help="Iteration whose recovered model is wanted.", min=1)],
+    output: Output,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload it, too: to USER/NAME on the hub, private.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see what is uploaded.")] = False,
+) -> None:
+    """Write the model of any finished iteration of a run, and upload it if asked to."""
+    from orchestrator.execution.resolvers import finished_model
+    from orchestrator.export.exporter import export_iteration
+    from orchestrator.export.hub import check_upload, upload
+    from orchestrator.planning.recorded import recorded_trajectory
+    from orchestrator.storage.stage_store import Store
+
+    store = Store(existing_run(run))
+    if push_to_hub:
+        check_upload(push_to_hub)
+    with new_directory(output):
+        plan = recorded_trajectory(store, trajectory)
+        model = finished_model(plan, store, iteration)
+        result = export_iteration(store, plan, iteration, model, output)
+    print_model(output, result.num_layers, result.num_parameters)
+    if push_to_hub:
+        out.print(upload(output, push_to_hub, public=public), soft_wrap=True)
