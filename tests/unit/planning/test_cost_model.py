@@ -173,7 +173,12 @@ def test_a_campaign_is_the_sum_of_its_distinct_stages(tmp_path: Path) -> None:
 def test_generation_by_hand(info: ModelInfo) -> None:
     prompts = TextSpec(path="prompts.jsonl")
     spec = GenerationSpec(
-        model=info.spec, prompts=prompts, max_prompts=10, responses_per_prompt=2, max_new_tokens=50
+        model=info.spec,
+        prompts=prompts,
+        max_prompts=10,
+        responses_per_prompt=2,
+        max_new_tokens=50,
+        temperature=1.0,
     )
     stage = PlannedStage("generate", "key", 1, info.num_layers, spec, False)
     # 100 prompts of 20 tokens (80 bytes) each; two responses of 50 tokens to each of the first ten.
