@@ -3,7 +3,7 @@ languages, and what is retained of the unpruned model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import hypot
+from math import hypot, isnan
 from statistics import mean, stdev
 from typing import Any
 
@@ -183,21 +183,18 @@ def _retained(entry: Entry, found: Sequence[Entry]) -> dict[str, Number]:
     dense = dense_of(entry.model, found)
     if dense is None:
         return {}
-    shared = [
-        name
-        for name in headline_metrics([entry, dense])
-        if name in entry.numbers.keys() & dense.numbers
-        and not is_speed(name)
-        and dense.numbers[name].value > 0
-    ]
-    return {
-        name: Number(
-            100 * retention(entry.numbers[name].value, dense.numbers[name].value, name),
-            None,
-            entry.numbers[name].key,
-        )
-        for name in shared
-    }
+    kept = {}
+    for name in headline_metrics([entry, dense]):
+        if (
+            name in entry.numbers.keys() & dense.numbers
+            and not is_speed(name)
+            and dense.numbers[name].value > 0
+        ):
+            number = entry.numbers[name]
+            share = 100 * retention(number.value, dense.numbers[name].value, name)
+            if not isnan(share):  # what is better when lower, and 0
+                kept[name] = Number(share, None, number.key)
+    return kept
 
 
 def ratio_grid(found: Sequence[Entry]) -> Grid | None:

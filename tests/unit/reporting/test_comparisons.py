@@ -12,6 +12,7 @@ from orchestrator.reporting.data.comparisons import (
     comparison_grids,
     entries,
     language_grid,
+    retention_grid,
     schedule_pairs,
 )
 from orchestrator.reporting.data.measured import (
@@ -60,6 +61,24 @@ def test_retention_is_the_share_of_the_unpruned_score(grids: dict[str, Grid]) ->
     assert line["average"].value == pytest.approx(average)
     (ratio,) = _rows(grids["ratios"], method="iterative")
     assert ratio["30% removed"].value == pytest.approx(average)
+
+
+def test_what_reaches_the_best_value_0_has_no_share_and_leaves_the_average_a_number() -> None:
+    names = ("degeneration/repetition", "arithmetic/accuracy")
+    models = [
+        Measured(
+            "a-0", "smol", "a", 0, iteration, phase, layers, 1000,
+            {name: Number(value, None, "key") for name, value in zip(names, values, strict=True)},
+        )
+        for iteration, phase, layers, values in (
+            (0, "dense", 10, (0.2, 0.5)), (1, "recovered", 9, (0.0, 0.4)),
+        )
+    ]  # fmt: skip
+    grid = retention_grid(entries(models))
+    assert grid is not None
+    (line,) = _rows(grid, method="a")
+    assert line["average"].value == pytest.approx(80)
+    assert line.get("degeneration/repetition") is None
 
 
 def test_direct_and_iterative_are_paired(grids: dict[str, Grid]) -> None:
