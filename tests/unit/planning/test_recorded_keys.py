@@ -67,7 +67,9 @@ def _plan(config: CampaignConfig, method_name: str, seed: int) -> TrajectoryPlan
         also_before_recovery=True,
         deepspeed='{"bf16":{"enabled":true},"steps_per_print":5}' if config.name == "more" else "{}",
         fingerprints=fingerprints,
-        traits=Traits(criterion.seeded, criterion.chooses_run, objective.heals, objective.trains_on),
+        traits=Traits(
+            criterion.seeded, criterion.chooses_run, objective.applies_recovery, objective.trains_on
+        ),
         any_layers=True,
         origin=Origin(),
     )
