@@ -88,7 +88,7 @@ def test_tasks_exchanged_after_planning_are_refused(tmp_path: Path) -> None:
     (folder / "mine.yaml").write_text(yaml.safe_dump(changed))
     (failure,) = run_campaign(config, plan, store, resume=False).failures.values()
     assert str(folder) in failure
-    assert str(plan.trajectories[0].tasks_fingerprint)[:12] in failure
+    assert str(plan.trajectories[0].evaluation.tasks_fingerprint)[:12] in failure
 
 
 def test_what_a_plan_found_is_in_keys_by_its_content_alone(tmp_path: Path) -> None:
