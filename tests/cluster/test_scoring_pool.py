@@ -99,7 +99,7 @@ def test_an_actor_killed_in_mid_score_costs_its_shard_alone(
 
 
 @LONG
-def test_all_actors_lost_for_good_is_told(
+def test_all_actors_lost_for_good_is_reported(
     spec: ScoreSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
@@ -119,9 +119,7 @@ def test_a_lost_node_costs_its_shard_alone(spec: ScoreSpec) -> None:
     assert done.returncode == 0, done.stderr
     # Ray's own processes may write to the same output, before and after.
     lines = done.stdout.splitlines()
-    outcome, forwards = (
-        next(x for x in lines if x.startswith(start)) for start in ("nodes lost", "forwards")
-    )
-    assert outcome.startswith("nodes lost: 1 same order: True apart: ")
-    assert float(outcome.rpartition(" ")[2]) < 1e-5
+    found, forwards = (next(x for x in lines if x.startswith(start)) for start in ("nodes lost", "forwards"))
+    assert found.startswith("nodes lost: 1 same order: True apart: ")
+    assert float(found.rpartition(" ")[2]) < 1e-5
     assert len(set(forwards.split()[1:])) == 1
