@@ -50,7 +50,7 @@ def on_ray(
 
 
 def recorder(log: Path, die: Callable[[Shard, int], bool]) -> type[ScoreActor]:
-    """A score actor that writes down each share it begins, and kills its own process where `die` says so."""
+    """A score actor that writes down each shard it begins, and kills its own process where `die` says so."""
 
     class Recorder(ScoreActor):
         def work(self, shard: Shard) -> ShardScores:
@@ -93,9 +93,9 @@ def test_an_actor_killed_in_mid_score_costs_its_shard_alone(
     monkeypatch.setattr(actor, "ScoreActor", recorder(log, lambda _shard, begun: begun == 3))
     assert_same(on_ray(spec, actors), local)
     begun = log.read_text().splitlines()
-    shares = min(9, actors * actor.SHARDS_PER_ACTOR)
-    assert len(begun) == shares + 1
-    assert len(set(begun)) == shares
+    shards = min(9, actors * actor.SHARDS_PER_ACTOR)
+    assert len(begun) == shards + 1
+    assert len(set(begun)) == shards
 
 
 @LONG

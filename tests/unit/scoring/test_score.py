@@ -84,7 +84,7 @@ def test_an_unpruned_model(spec: ScoreSpec) -> None:
     assert heard == [(7, 7, "sequences")]
 
 
-def test_progress_is_reported_between_shares(spec: ScoreSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_reported_between_shards(spec: ScoreSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score, "SEQUENCES_PER_LOCAL_SHARD", 3)
     heard: list[int] = []
     score_locally(spec, lambda done, _total, _note: heard.append(done))
@@ -137,7 +137,7 @@ def test_a_memory_budget_changes_no_score(spec: ScoreSpec, criterion: str) -> No
 
 
 def test_a_streamed_model_has_the_same_scores(spec: ScoreSpec, adapter: ArtifactRef) -> None:
-    """Unpruned, and pruned and recovered against the unpruned source; two shares, too."""
+    """Unpruned, and pruned and recovered against the unpruned source; two shards, too."""
     for model in (spec.model, spec.model.adapted(adapter).without(DROPPED)):
         loaded = replace(spec, model=model)
         streamed = replace(loaded, stream_weights=True)
