@@ -55,7 +55,7 @@ def one_line(error: BaseException) -> str:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> RequestError:
-    """Error for a name that is in no table, with the nearest names that are."""
+    """Return an error for a name that is in no table, with the nearest names that are."""
     choices = sorted(known)
     near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(choices[:20])}"

@@ -86,10 +86,10 @@ class ActorPool:
         submit: Callable[[ActorHandle, ShardT], ray.ObjectRef] | None = None,
         busy: ray.ObjectRef | None = None,
     ) -> Iterator[tuple[ShardT, Any]]:
-        """Yield each shard with its result; every actor is given the next shard as soon as it is free.
+        """Yield each shard with its result; every actor gets the next shard as soon as it is idle.
 
-        Only a lost shard is run again: an actor that may come back is called until
-        it has, a dead one is dropped.
+        Only a lost shard is run again: an actor that Ray may restart is called until
+        it answers, one that has ended is dropped.
 
         Args:
             shards: what to compute; all of one pass.
@@ -139,17 +139,17 @@ class ActorPool:
 def run_in_task(
     work: Callable[..., ResultT], *arguments: Any, cpus: float = 0, gpus: float = 0, **named: Any
 ) -> ResultT:
-    """Return `work(*arguments, **named)`, run in a process of its own; again elsewhere if that is lost.
+    """Return `work(*arguments, **named)`, run in a process of its own; again on another node if that is lost.
 
-    A trial lives as long as its trajectory and so only waits: it would else hold the
-    libraries of every stage.
+    A trial exists as long as its trajectory and so only waits: it would else keep the
+    libraries of every stage loaded.
     """
     task = ray.remote(work).options(**_resources(cpus, gpus), max_retries=3)
     result: ResultT = result_of(task.remote(*arguments, **named))
     return result
 
 
-def result_of(reference: ray.ObjectRef) -> Any:
+def result_of(object_ref: ray.ObjectRef) -> Any:
     """Return the value, or raise an error meant for the user as itself rather than wrapped by Ray.
 
     Raises:
@@ -157,7 +157,7 @@ def result_of(reference: ray.ObjectRef) -> Any:
             error of Ray's, whose errors are left as they are.
     """
     try:
-        return ray.get(reference)
+        return ray.get(object_ref)
     except RayTaskError as error:
         if isinstance(error.cause, IterabreError):
             raise error.cause from None

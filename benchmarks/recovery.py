@@ -2,7 +2,7 @@
 
     python benchmarks/recovery.py [--steps 30] [--batch 4] [--tokens 128] [--only kd,healing] [--json FILE]
 
-Layers are dropped from SmolLM2; the pruned model is healed on WikiText-2's validation
+Layers are dropped from SmolLM2; the pruned model is recovered on WikiText-2's validation
 part and measured on the first tokens of its test part. For `sft`, prompt and answer are
 two halves of a paragraph; for `sgr`, the unpruned model answers the same prompts.
 """

@@ -31,7 +31,7 @@ METHODS = {
     "shortgpt": ("block_influence", "direct", 0.0), "angular-healed": ("angular_block", "iterative", 0.4),
     "shortened-llama-ppl": ("perplexity", "iterative", 0.35), "random": ("random", "iterative", 0.3),
 }  # fmt: skip
-"""Criterion, schedule, and the share of a damage that recovery heals."""
+"""Criterion, schedule, and the share of a damage that recovery makes good."""
 DAMAGE = {
     "hidden_cosine": 1.0,
     "block_influence": 1.2,
@@ -161,8 +161,8 @@ def _evaluation(
     place: dict[str, Any], iteration: int, phase: str, removed: int, draw: random.Random
 ) -> tuple[str, list[Row]]:
     layers, parameters = MODELS[place["model"]]
-    criterion, _, healed = METHODS[place["method"]]
-    share = removed / layers * DAMAGE[criterion] * (1 - healed * (phase == "recovered"))
+    criterion, _, recovered = METHODS[place["method"]]
+    share = removed / layers * DAMAGE[criterion] * (1 - recovered * (phase == "recovered"))
 
     def accuracy(full: float, chance: float = 0.25) -> float:
         return chance + (full - chance) * math.exp(-2 * share) + draw.gauss(0, 0.004) * (removed > 0)

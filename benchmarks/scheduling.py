@@ -59,7 +59,7 @@ DEVICE = "made_up_gpu"
 DEVICES = {"score": 2, "recover": 4, "evaluate": 1, "export": 1}
 SPREAD = 0.2
 FEW = 8
-"""Trajectories that tell the time between stages: no more than find their places and processors free."""
+"""Trajectories that tell the time between stages: no more than find their resources free."""
 
 OWN = {("recover", "evaluate"), ("evaluate", "export")}
 LLAMA_7B = ModelInfo(

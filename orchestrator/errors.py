@@ -16,7 +16,7 @@ class RunInUseError(RequestError):
 
 
 class ClusterTooSmallError(RequestError):
-    """The cluster can never give what the configuration asks for."""
+    """The cluster can never give what the configuration requests."""
 
 
 class CorruptStageError(WorkError):

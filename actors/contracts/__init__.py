@@ -1,7 +1,7 @@
 """Frozen settings, specs and results that cross between packages, processes and machines.
 
 Standard library and annotated_types only, so that every process can import it in no time.
-`*Settings` and the specs without a model are what a campaign file says (`settings.py` tells how).
+`*Settings` and the specs without a model are what a campaign file says (see `settings.py`).
 `*Spec` is requested, `*Result` is measured, `*Ref` points at an artifact.
 Weights never travel inside these objects; they are referred to by URI and hash.
 """

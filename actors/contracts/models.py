@@ -127,7 +127,7 @@ class ModelRef:
         return replace(self, adapters=(*self.adapters, adapter))
 
     def retrained(self, weights: ArtifactRef) -> "ModelRef":
-        """Return the same layers with these full weights, into which the adapter chain has gone."""
+        """Return the same layers with these full weights, into which the adapter chain is merged."""
         return replace(self, adapters=(), weights=weights)
 
     def bridged(self, weights: ArtifactRef) -> "ModelRef":

@@ -14,7 +14,7 @@ SHARDS_PER_ACTOR = 8
 """More shards than actors, so that a fast actor takes over from a slow or lost one."""
 
 RETRIES = 3
-"""Retries by Ray of a whole evaluation, on the actor restarted elsewhere, when its machine is lost."""
+"""Retries by Ray of a whole evaluation, on the actor restarted on another node, when its machine is lost."""
 
 
 class EvalActor:
@@ -54,7 +54,7 @@ def evaluate_on_ray(
 
     The requests of all tasks are divided among them; lm-eval's own aggregation runs once,
     over all responses. Texts, probes and throughput are measured by one of the
-    actors meanwhile. What is lost with a machine alone is done again elsewhere.
+    actors meanwhile. What is lost with a machine alone is done again on another.
 
     Raises:
         WorkError: no actor got a place in time, or all were lost.

@@ -67,12 +67,17 @@ def generate_responses(
             text = render(list(prompt), tokenizer, template, add_generation_prompt=True)
             ids.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     context = getattr(text_config(model.config), "max_position_embeddings", None) or 2**31
-    room = context - spec.max_new_tokens
+    max_prompt_tokens = context - spec.max_new_tokens
     jobs = [
-        (i, k) for i in range(len(prompts)) for k in range(spec.responses_per_prompt) if len(ids[i]) <= room
+        (i, k)
+        for i in range(len(prompts))
+        for k in range(spec.responses_per_prompt)
+        if len(ids[i]) <= max_prompt_tokens
     ]
-    if left_out := sum(len(prompt_ids) > room for prompt_ids in ids):
-        log.warning("%d of %d prompts left out: longer than %d tokens", left_out, len(prompts), room)
+    if left_out := sum(len(prompt_ids) > max_prompt_tokens for prompt_ids in ids):
+        log.warning(
+            "%d of %d prompts left out: longer than %d tokens", left_out, len(prompts), max_prompt_tokens
+        )
     # Prompts of like length share a batch, so that little of it is padding.
     by_length = sorted(jobs, key=lambda job: (-len(ids[job[0]]), job))
     ends = end_tokens(model, tokenizer)

@@ -1,7 +1,7 @@
 """Full weights that recovery left: safetensors, each tensor under the name that it has in the source model.
 
 Only tensors that differ from the source's are stored, so that layers dropped
-later shift nothing, and a change of a few weights takes little room.
+later shift nothing, and a change of a few weights takes little space.
 """
 
 from collections.abc import Mapping

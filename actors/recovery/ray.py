@@ -97,7 +97,7 @@ def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryRe
         _train_worker, train_loop_config={"job": job}, scaling_config=scaling, run_config=run_config
     )
     try:
-        outcome = trainer.fit().return_value
+        returned = trainer.fit().return_value
     except ray_train.WorkerGroupError as error:
         raise _worker_failure(run_config.name, error) from error
     except ray_train.TrainingFailedError as error:
@@ -105,9 +105,9 @@ def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryRe
             f"recovery {run_config.name!r} could not run on {scaling.num_workers} workers of "
             f"{scaling.resources_per_worker}: {last_line(error)}"
         ) from error
-    if isinstance(outcome, IterabreError):
-        raise outcome
-    return outcome
+    if isinstance(returned, IterabreError):
+        raise returned
+    return returned
 
 
 def _train_worker(config: dict[str, _Job]) -> RecoveryResult | IterabreError:

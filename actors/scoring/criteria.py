@@ -27,7 +27,7 @@ class Criterion:
         equation: what is computed, in plain text.
         highest_first: remove the layer of the highest score first, else the lowest.
         uses_sequences: the scores depend on calibration text.
-        forwards: layer-forwards spent by a model of N layers on S sequences, where they can be foreseen.
+        forwards: layer-forwards spent by a model of N layers on S sequences, where known beforehand.
         chooses_run: the layers to go are chosen together, `num_remove` of them: the score at a layer
             is that of the run from it on.
         blocks_only: has no meaning for attention or MLP alone.

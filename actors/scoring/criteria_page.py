@@ -54,7 +54,7 @@ and Mamba, remove blocks. Recovery would fill the zeros again, so it has to be `
 
 `laco` (Algorithm 1) goes from the top down: a layer takes in the `group` − 1 layers after it, and the merge
 stays if the mean cosine to the unmerged model's last hidden states is above `threshold`. It ends when the
-target's layers are gone, and is an error if they do not go. The settings are those of `scoring.merge`. As
+target's layers are removed, and is an error if they cannot be. The settings are those of `scoring.merge`. As
 the merges make one pass and change the source's own weights, `laco` goes with `mode: direct` and
 `recovery.objective: none` only. In Python it is `laco_compress` of `actors.scoring.laco`, and
 `merge_layers` of `actors.models.pruning.merging` is a single merge, in two variants:

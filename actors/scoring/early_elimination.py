@@ -1,6 +1,6 @@
 """Elimination of candidates that cannot win any more, before all calibration text is read.
 
-A race as of Maron & Moore (Hoeffding Races, NIPS 1993), with bounds on paired
+The elimination of Maron & Moore (Hoeffding Races, NIPS 1993), with bounds on paired
 differences (Student's t) in place of Hoeffding's, which do not use the
 scores' spread.
 """

@@ -7,7 +7,7 @@ import typer
 from orchestrator.cli.error_boundary import error_boundary
 from orchestrator.cli.options import Address, Config, Set
 from orchestrator.cli.output import err, out
-from orchestrator.cli.runs import build_report, show_outcomes, show_results
+from orchestrator.cli.runs import build_report, show_results, show_statuses
 from orchestrator.config import CampaignConfig, load_config
 from orchestrator.errors import RequestError, WorkError
 
@@ -56,7 +56,7 @@ def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
     out.print(
         f"\nModels   {store.uri}/models\nReport   {report_file}\nLedger   {store.ledger_uri}", soft_wrap=True
     )
-    show_outcomes(store)
+    show_statuses(store)
     if outcome.limit:
         raise WorkError(f"ended early: {outcome.limit}; finished stages are kept, --resume continues")
     if outcome.failures:

@@ -19,7 +19,7 @@ def export(
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Let everybody see what is uploaded.")] = False,
 ) -> None:
-    """Write the model of any finished iteration of a run, and upload it if asked to."""
+    """Write the model of any finished iteration of a run, and upload it if requested."""
     from orchestrator.execution.resolvers import finished_model
     from orchestrator.export.exporter import export_iteration
     from orchestrator.export.hub import check_upload, upload

@@ -22,11 +22,11 @@ def status(run: Run, as_json: Json = False) -> None:
     store = Store(existing_run(run))
     if as_json:
         lines = iteration_table(Ledger(store.ledger_uri).read())
-        outcomes = {trajectory: asdict(outcome) for trajectory, outcome in read_statuses(store).items()}
-        print_json({"iterations": lines, "outcomes": outcomes})
+        statuses = {trajectory: asdict(ended) for trajectory, ended in read_statuses(store).items()}
+        print_json({"iterations": lines, "outcomes": statuses})
         return
     show_results(run)
-    show_outcomes(store)
+    show_statuses(store)
 
 
 def report(run: Run) -> None:
@@ -62,13 +62,13 @@ def show_results(run: str) -> None:
         err.print("No stage is finished yet.")
 
 
-def show_outcomes(store: "Store") -> None:
+def show_statuses(store: "Store") -> None:
     """Name the trajectories that failed or were given up, with the reason."""
     from orchestrator.storage.trajectory_status import read_statuses
 
-    for trajectory, outcome in read_statuses(store).items():
-        if outcome.state != "done":
-            line = f"{outcome.state}: {trajectory}: {outcome.reason}"
+    for trajectory, ended in read_statuses(store).items():
+        if ended.state != "done":
+            line = f"{ended.state}: {trajectory}: {ended.reason}"
             err.print(line, style="red", markup=False, soft_wrap=True)
 
 

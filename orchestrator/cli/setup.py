@@ -31,7 +31,7 @@ def init(
         str | None, typer.Option(help="What paths call campaign and model; made from --model if absent.")
     ] = None,
 ) -> None:
-    """Write a commented campaign file; asks for what no option says, if there is somebody to ask."""
+    """Write a commented campaign file; prompts for what no option says, in a terminal."""
     from actors.data import BUILTIN_TEXTS
     from orchestrator.cli.config_template import Answers, campaign_file
 

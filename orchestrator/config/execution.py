@@ -37,7 +37,7 @@ class TrainingConfig(Section):
 
 
 class ClusterMaximumConfig(Section):
-    """What an autoscaling cluster can grow to: Ray does not tell, while no worker is up."""
+    """What an autoscaling cluster can grow to: Ray does not report it, while no worker is up."""
 
     nodes: int = Field(ge=1, description="Workers at most, of all types.")
     cpus: float = Field(gt=0, description="CPUs of the largest worker.")
@@ -63,7 +63,7 @@ class ExecutionConfig(Section):
         None, description="What the autoscaler may grow the cluster to; else what is up now must suffice."
     )
     start_timeout_s: float = Field(
-        600.0, gt=0, description="Longest wait for the cluster to give what a stage asks for."
+        600.0, gt=0, description="Longest wait for the cluster to give what a stage requests."
     )
     max_failures: int | None = Field(
         None, ge=1, description="Failed trajectories after which no further stage starts."
@@ -104,7 +104,7 @@ class WandbConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Who is told the numbers of the ledger; each trajectory is a run. Nothing here changes a result."""
+    """Trackers for the numbers of the ledger; each trajectory is a run. Nothing here changes a result."""
 
     tensorboard: bool = Field(True, description="Write event files into the run's directory `tensorboard`.")
     mlflow: MlflowConfig | None = Field(None, description="An MLflow server, if given.")

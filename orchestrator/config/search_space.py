@@ -15,7 +15,7 @@ from orchestrator.errors import ConfigError
 
 Path = tuple[str, ...]
 SIGNIFICANT_DIGITS = 3
-"""Drawn numbers are rounded to so many, so that a method's name tells its whole value."""
+"""Drawn numbers are rounded to so many, so that a method's name has its whole value."""
 
 
 def _loguniform(draw: random.Random, low: float, high: float) -> float:

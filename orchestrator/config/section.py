@@ -12,7 +12,7 @@ from actors.contracts import Settings
 
 
 class Section(BaseModel):
-    """Every section refuses keys it does not know and never coerces strings to numbers."""
+    """Every section refuses unknown keys and never coerces strings to numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

@@ -57,7 +57,7 @@ def run_campaign(
     Raises:
         RequestError: `store` cannot be written, holds another run, or is in use; data of a task or what
             a tracker needs is missing.
-        ClusterTooSmallError: the cluster can never give what `config.execution` asks for.
+        ClusterTooSmallError: the cluster can never give what `config.execution` requests.
     """
     execution = config.execution
     check_run(store, config.model_dump(mode="json"), resume, config.directories)

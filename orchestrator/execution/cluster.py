@@ -197,7 +197,7 @@ def cluster_capacity() -> Capacity:
 
 
 def with_autoscaling(capacity: Capacity, maximum: ClusterMaximumConfig | None) -> Capacity:
-    """Return the capacity of the cluster once it has grown to `maximum`, or as it is if that is None.
+    """Return the capacity of the cluster once it is scaled up to `maximum`, or as it is if that is None.
 
     Ray's own autoscaler does not report what it may start, so a cluster whose workers start
     from zero has nothing to show before the first request.
@@ -260,8 +260,8 @@ def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
 def end_helpers_of_dead_drivers() -> None:
     """End the process that Ray Train leaves for ever if its driver is killed while a training starts.
 
-    The helper outlives its training, in order to clean up after it; one that did not yet know what
-    to watch when all others died waits for that.
+    The helper outlives its training, in order to clean up after it; one that had not yet received what
+    to watch when all others ended waits for that.
     """
     dead = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
     for actor in ray._private.state.actors().values():

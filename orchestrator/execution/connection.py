@@ -1,6 +1,6 @@
 """Which Ray cluster is meant, whether anything answers there, and what Ray of this machine's own needs.
 
-Ray itself tries a dead address for minutes; all that can be known sooner is checked before it starts.
+Ray itself tries an address without answer for minutes; all that can be found sooner is checked first.
 """
 
 import os

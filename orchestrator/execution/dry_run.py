@@ -1,7 +1,7 @@
 """The stages of a trajectory, and which of them are the same: found before anything runs.
 
-The trajectory is walked as `orchestrator.execution.trajectory` walks it, with a resolver that
-computes nothing. Which layers a scoring will choose and what a recovery will leave is not known,
+`run_trajectory` of `orchestrator.execution.trajectory` runs with a resolver that computes
+nothing. Which layers a scoring will choose and what a recovery will leave is unknown,
 so a placeholder takes their place in the model, named by the key of the stage that will decide.
 Stages of two trajectories get the same key exactly if the same settings have led to them; they may
 turn out to be the same more often than that (when two criteria choose the same layer), never less often.
@@ -24,7 +24,7 @@ from orchestrator.storage.trajectory_status import read_statuses
 
 
 class PlaceholderResolver:
-    """Notes every stage with its key; takes from the store what is there, else a placeholder.
+    """Records every stage with its key; takes from the store what is there, else a placeholder.
 
     Computes and changes nothing.
     """
@@ -42,12 +42,12 @@ class PlaceholderResolver:
         return PLACEHOLDERS[kind](key) if result is None else result
 
     def prune(self, iteration: IterationPlan, pruned: ModelRef, removal: Removal) -> None:
-        """Note a choice, which is recorded and not computed: known as soon as the scores are."""
+        """Record a choice, which is not computed: it is known as soon as the scores are."""
         key, known = stage_key("prune", self._plan.key_inputs(pruned)), removal.placeholder is None
         self._note("prune", key, iteration, iteration.layers_left, pruned, known)
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
-        """Note an export. Its card is of this trajectory alone, so it is never shared."""
+        """Record an export. Its card is of this trajectory alone, so it is never shared."""
         plan, store = self._plan, self._store
         key = digest([plan.id, plan.key_inputs(model), iteration.layers_left])
         done = store is not None and store.has_export(plan.id, iteration.layers_left, plan.unit)

@@ -32,21 +32,21 @@ class CampaignGauges:
             tag_keys=(*TRAJECTORY, "text"),
         )
 
-    def show(self, activities: Sequence[TrajectoryProgress]) -> None:
+    def show(self, trajectories: Sequence[TrajectoryProgress]) -> None:
         """Set the gauges to the newest progress of every trajectory."""
         states = Counter({"running": 0, "ended": 0, "failed": 0})
-        for activity in activities:
-            states[_state(activity)] += 1
-            tags = {"campaign": self._campaign, "trajectory": activity.trajectory}
+        for progress in trajectories:
+            states[_state(progress)] += 1
+            tags = {"campaign": self._campaign, "trajectory": progress.trajectory}
             for name, gauge in self._stages.items():
-                gauge.set(getattr(activity, name), tags)
-            for text, value in activity.perplexities.items():
+                gauge.set(getattr(progress, name), tags)
+            for text, value in progress.perplexities.items():
                 self._perplexity.set(value, {**tags, "text": text})
         for state, count in states.items():
             self._trajectories.set(count, {"campaign": self._campaign, "state": state})
 
 
-def _state(activity: TrajectoryProgress) -> str:
-    if not activity.finished:
+def _state(progress: TrajectoryProgress) -> str:
+    if not progress.finished:
         return "running"
-    return "failed" if activity.stage == "failed" else "ended"
+    return "failed" if progress.stage == "failed" else "ended"

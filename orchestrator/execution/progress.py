@@ -1,4 +1,4 @@
-"""How far a campaign is: a board that stages report to, and the live view of it in a terminal."""
+"""How far a campaign is: a `ProgressBoard` that stages report to, and the live view of it in a terminal."""
 
 import sys
 import threading
@@ -47,7 +47,7 @@ class ProgressBoard:
         self._newest: dict[str, TrajectoryProgress] = {}
 
     def post(self, progress: TrajectoryProgress) -> None:
-        """Note where a trajectory is now."""
+        """Record where a trajectory is now."""
         self._newest[progress.trajectory] = progress
 
     def snapshot(self) -> list[TrajectoryProgress]:
@@ -56,7 +56,7 @@ class ProgressBoard:
 
 
 class RemoteReport:
-    """Posts to a board that lives in a Ray actor; picklable, and never waits."""
+    """Posts to a `ProgressBoard` held by a Ray actor; picklable, and never waits."""
 
     def __init__(self, board: Any):
         self._board = board
@@ -86,7 +86,7 @@ class StageProgress:
 def live_view(
     snapshot: Callable[[], list[TrajectoryProgress]], stream: TextIO | None = None
 ) -> Iterator[None]:
-    """Show the board while the body runs: live in a terminal, plain lines elsewhere."""
+    """Show the progress while the body runs: live in a terminal, plain lines otherwise."""
     console = Console(file=stream or sys.stderr)
     stop = threading.Event()
     show = _show_live if console.is_terminal else _show_lines
@@ -134,7 +134,7 @@ def line(progress: TrajectoryProgress) -> str:
 
 
 def render(trajectories: list[TrajectoryProgress]) -> Group:
-    """Render the board for rich: a line a trajectory."""
+    """Render the progress for rich: a line a trajectory."""
     table = Table(box=None, pad_edge=False)
     for heading in ("trajectory", "iteration", "stages", "now", "", "", "since"):
         table.add_column(heading, style="bold" if heading == "trajectory" else "")

@@ -58,7 +58,7 @@ class ComputeResolver:
     def resolve(self, stage: StageRequest[ResultT]) -> ResultT:
         """Return the result of a stage from the store, or computed now; write its numbers to the ledger."""
         kind, progress = stage.kind.name, no_progress
-        if not stage.background:  # the board shows what the trajectory waits for
+        if not stage.background:  # the progress shows what the trajectory waits for
             with self._counting:
                 self.progress = replace(self.progress, iteration=stage.iteration.index, stage=kind)
             progress = StageProgress(self._report, self.progress)

@@ -41,7 +41,7 @@ def run_sweep(
     evaluate_all: EvaluateAll | None = None,
     progress: Progress = no_progress,
 ) -> Sweep:
-    """Measure `spec.model` as it is, and without each of `layers`, on what `spec` asks for.
+    """Measure `spec.model` as it is, and without each of `layers`, on what `spec` requests.
 
     Args:
         spec: of an unpruned model.

@@ -116,8 +116,8 @@ def evaluation_numbers(result: EvaluationResult) -> Numbers:
 def export_numbers(result: ExportResult) -> Numbers:
     yield "parameters", result.num_parameters, "", {}
     yield "layers", result.num_layers, "", {}
-    if emptied := result.num_zeroed_parameters:
-        yield "parameters_in_use", result.num_parameters - emptied, "", {}
+    if zeroed := result.num_zeroed_parameters:
+        yield "parameters_in_use", result.num_parameters - zeroed, "", {}
 
 
 SCORE = StageKind(

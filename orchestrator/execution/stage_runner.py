@@ -1,7 +1,7 @@
 """The stages of a trajectory: their specs and keys, and what follows from their results.
 
 A resolver gives the result of each stage. Running a trajectory, counting its stages and looking a
-finished model up are the same walk with different resolvers: `ComputeResolver`, `LookUpResolver`
+finished model up are the same loop with different resolvers: `ComputeResolver`, `LookUpResolver`
 (`orchestrator.execution.resolvers`) and `PlaceholderResolver` (`orchestrator.execution.dry_run`).
 """
 
@@ -57,7 +57,7 @@ class Resolver(Protocol):
         """Take note of what was removed; nothing is computed for it."""
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
-        """Write `model` as a Hugging Face directory, if this walk does."""
+        """Write `model` as a Hugging Face directory, if this resolver does."""
 
 
 class StageRunner:
@@ -150,7 +150,7 @@ class StageRunner:
     def wait(self) -> None:
         """Return when all evaluations are finished.
 
-        One that failed in the background, for want of room perhaps, is tried once more by itself.
+        One that failed in the background, for want of memory perhaps, is tried once more by itself.
         """
         while self._evaluations:
             finished, measure = self._evaluations.popleft()

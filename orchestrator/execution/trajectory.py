@@ -23,7 +23,7 @@ class Stages(Protocol):
         """Return `model` without what `removal` names."""
 
     def recover(self, iteration: IterationPlan, model: ModelRef) -> ModelRef:
-        """Return `model`, healed."""
+        """Return `model`, recovered."""
 
     def evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
         """Measure `model`; the numbers go to the ledger."""

@@ -45,8 +45,8 @@ from orchestrator.storage.trajectory_status import TrajectoryStatus, write_statu
 
 log = logging.getLogger(__name__)
 
-TRIAL_PLACE = tune.PlacementGroupFactory([{HEAD: 0.001}])
-"""A trial only waits for its stages: it takes no CPU, and lives on the head, never a spot machine."""
+TRIAL_RESOURCES = tune.PlacementGroupFactory([{HEAD: 0.001}])
+"""A trial only waits for its stages: it takes no CPU, and runs on the head, never a spot machine."""
 
 LOST_TRIAL_RETRIES = 3
 """How often a lost trial, or a trajectory that lost the machine of a stage, is tried again."""
@@ -103,7 +103,7 @@ def run_trials(
         metric=None if config.search.scheduler == "none" else config.search.metric,
     )
     tuner = tune.Tuner(
-        tune.with_resources(trainable, TRIAL_PLACE),
+        tune.with_resources(trainable, TRIAL_RESOURCES),
         param_space={"trajectory": tune.grid_search(list(trajectories))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=at_a_time,
@@ -126,10 +126,10 @@ def run_trials(
 
     with live_view(snapshot):
         results = tuner.fit()
-    return _outcome(results, store, coordinator.ended_by())
+    return _campaign_outcome(results, store, coordinator.ended_by())
 
 
-def _outcome(results: tune.ResultGrid, store: Store, limit: str | None) -> CampaignOutcome:
+def _campaign_outcome(results: tune.ResultGrid, store: Store, limit: str | None) -> CampaignOutcome:
     """Collect how the trials ended; those that reported no end of their own were given up or lost."""
     failures: dict[str, str] = {}
     stopped: list[str] = []

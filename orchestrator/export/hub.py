@@ -1,4 +1,4 @@
-"""Uploading an exported model to the Hugging Face hub, and only when asked to."""
+"""Uploading an exported model to the Hugging Face hub, and only on request."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def upload(directory: Path, repo: str, *, public: bool = False) -> str:
     """Upload `directory` as the model `repo`, which is made if it is not there, and return its address.
 
     Raises:
-        RequestError: `repo` is there and public, and `public` was not asked for.
+        RequestError: `repo` is there and public, and `public` was not requested.
         WorkError: the hub cannot be reached, or refuses.
     """
     hub = HfApi()

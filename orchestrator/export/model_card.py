@@ -13,10 +13,10 @@ from orchestrator.planning.pruning_schedule import IterationPlan
 from orchestrator.reporting.tables.tables import show
 
 EMPTIED = (
-    "An emptied sub-block is stored as zeros and adds nothing: the model computes what one without it would, "
+    "A zeroed sub-block is stored as zeros and adds nothing: the model computes what one without it would, "
     "but in plain transformers it takes as much memory and time as before."
 )
-"""What a user of a model with emptied sub-blocks must know."""
+"""What a user of a model with zeroed sub-blocks needs to take into account."""
 
 
 def model_card(
@@ -71,7 +71,7 @@ def _metadata(
     text = plan.recovery_text
     return ModelCardData(
         base_model=base_model,
-        # The hub knows adapter, merge, quantized and finetune; a pruned model is nearest to the last.
+        # The hub has adapter, merge, quantized and finetune; a pruned model is nearest to the last.
         base_model_relation="finetune" if base_model else None,
         datasets=[text.path] if tokens and text.path and _is_hub_id(text.path) else None,
         eval_results=_eval_results(scores) or None,

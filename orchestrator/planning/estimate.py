@@ -47,7 +47,7 @@ WITHOUT_TEACHER = frozenset({"healing", "sft", "sgr"})
 
 @dataclass(frozen=True)
 class Costed:
-    """A distinct stage of a campaign with what it costs, and the trajectory that asked first."""
+    """A distinct stage of a campaign with what it costs, and the trajectory that requests it first."""
 
     stage: PlannedStage
     trajectory: TrajectoryPlan
@@ -63,7 +63,7 @@ Planned = Mapping[str, Sequence[PlannedStage]]
 
 
 def costed_stages(plan: CampaignPlan, planned: Planned) -> list[Costed]:
-    """Return every distinct stage of the campaign, in the order in which it is first asked for."""
+    """Return every distinct stage of the campaign, in the order in which it is first requested."""
     first: dict[tuple[str, str], tuple[PlannedStage, TrajectoryPlan]] = {}
     for trajectory in plan.trajectories:
         for name, stage in distinct_stages(planned[trajectory.id]).items():
@@ -213,7 +213,7 @@ def stage_seconds(
     kind = costed.stage.kind
     if kind not in COSTS or costed.cost == StageCost():
         return 0.0
-    # What holds no GPU where others do is counted as fast as one, for want of better knowledge.
+    # What holds no GPU where others do is counted as fast as one, for want of a better estimate.
     held, dtype = costed.devices(devices) or 1.0, costed.trajectory.model.spec.dtype
     expected = seconds(costed.cost, kind, machine, held, dtype, config.cost.utilisation)
     return expected * factors.get(kind, 1.0)

@@ -47,7 +47,7 @@ def key_inputs(spec: Any, fingerprints: Mapping[TextSpec | ModelSpec, str]) -> A
     if isinstance(spec, ModelSpec):
         return fingerprints[spec]
     if isinstance(spec, TextSpec):
-        # A plan cannot know responses: they are generated while it runs.
+        # Responses are unknown in a plan: they are generated while it runs.
         return data.describe_text(spec).fingerprint if spec.generated else fingerprints[spec]
     if isinstance(spec, ArtifactRef):
         return spec.sha256

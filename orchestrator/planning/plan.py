@@ -1,4 +1,4 @@
-"""What a campaign will do: trajectories, and the specs that their stages ask for."""
+"""What a campaign will do: trajectories, and the specs of their stages."""
 
 import json
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from orchestrator.planning.pruning_schedule import IterationPlan
 
 @dataclass(frozen=True)
 class Traits:
-    """What a plan has to know of a method's criterion and objective.
+    """The properties of a method's criterion and objective that a plan needs.
 
     Their rows hold functions, and so all that these import; a plan goes to every trial.
 
@@ -105,7 +105,7 @@ class TrajectoryPlan:
         return self.texts.get(spec, spec)
 
     def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
-        """Return what to ask of scoring for `model`, from which so many layers are to go."""
+        """Return the request for scoring `model`, from which so many layers are to go."""
         scoring, evaluation = self.method.scoring, self.evaluation
         task = scoring.task and extend(
             TaskSpec,
@@ -157,10 +157,10 @@ class TrajectoryPlan:
         )
 
     def recovery_spec(self, model: ModelRef, data: TextSpec | None = None) -> RecoverySpec:
-        """Return what to ask of recovery for the pruned `model`, on `data` if not the configured text."""
+        """Return the request for recovering the pruned `model`, on `data` if not the configured text."""
         recovery = self.method.recovery
         teacher = recovery.teacher and extend(ModelSpec, recovery.teacher)
-        # The described one is equal, and knows the hash of its files.
+        # The described one is equal, and has the hash of its files.
         teacher = next((described for described in self.fingerprints if described == teacher), teacher)
         return extend(
             RecoverySpec,
@@ -173,7 +173,7 @@ class TrajectoryPlan:
         )
 
     def evaluation_spec(self, model: ModelRef) -> EvaluationSpec:
-        """Return what to ask of evaluation for `model`."""
+        """Return the request for evaluating `model`."""
         return replace(self.evaluation, model=model)
 
     def key_inputs(self, spec: Any) -> Any:

@@ -106,16 +106,16 @@ def evaluation_spec(evaluation: EvaluationConfig, model: ModelSpec, seed: int) -
 def _check(config: CampaignConfig, trajectories: Sequence[TrajectoryPlan]) -> None:
     """Check that there is something to run, and that every model can be pruned and recovered as planned.
 
-    How much a model can lose is told from its config alone. A scheduler's metric has to be of what
+    How much a model can lose is read from its config alone. A scheduler's metric has to be of what
     every evaluation measures.
     """
     check_exclusions(config)
     if not trajectories:
         raise RequestError("`exclude` leaves nothing to run; take an entry out")
-    asked = {
+    removals = {
         (t.model.spec, t.granularity, t.model.num_layers - t.iterations[-1].layers_left) for t in trajectories
     }
-    for spec, granularity, count in asked:
+    for spec, granularity, count in removals:
         check_prunable(spec, granularity, count)
     training = config.execution.training
     check_deepspeed(trajectories, training)

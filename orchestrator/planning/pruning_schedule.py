@@ -69,7 +69,7 @@ def target_depth(target: TargetConfig, info: ModelInfo) -> int:
 def _depth_within(parameters: float, info: ModelInfo) -> int:
     """Return the most layers that, whichever they are, make a model of so many parameters; 0 if none do.
 
-    Blocks may differ in size, and which ones go is not known yet: the smallest are counted as gone.
+    Blocks may differ in size, and which ones are removed is open yet: the smallest are counted as removed.
     """
     left = info.num_parameters
     for removed, size in enumerate([0, *sorted(info.block_parameters)]):

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage as a trajectory will ask for it; `layers` is the depth of the model it works on."""
+    """A stage as a trajectory will request it; `layers` is the depth of the model it works on."""
 
     kind: str
     key: str
@@ -19,7 +19,7 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class StageCounts:
-    """How often a campaign's stages are asked for.
+    """How often a campaign's stages are requested.
 
     `planned`: by the trajectories, each with its targets as stops.
     `distinct`: of those, the ones that differ; the others are shared.
@@ -40,7 +40,7 @@ class StageCounts:
 
 
 def distinct_stages(stages: Iterable[PlannedStage]) -> dict[tuple[str, str], PlannedStage]:
-    """Return every stage once, by kind and key; the first that asks for it stands for all."""
+    """Return every stage once, by kind and key; the first request stands for all."""
     found: dict[tuple[str, str], PlannedStage] = {}
     for stage in stages:
         found.setdefault((stage.kind, stage.key), stage)

@@ -29,7 +29,7 @@ from orchestrator.reporting.data.measured import (
     direction,
     headline_metrics,
     measured_models,
-    outcomes,
+    usable_models,
 )
 from orchestrator.reporting.tables.costs import cost_grid
 from orchestrator.reporting.tables.glossary import glossary
@@ -96,7 +96,7 @@ def build_report(source: Source, out_dir: Path) -> Path:
         scope=scope(ledger),
         failures=source.failures,
         best=best_at_each_size(found, due),
-        explorer=explorer.describe(outcomes(models)),
+        explorer=explorer.describe(usable_models(models)),
         glossary=glossary(headline_metrics(found)),
         grids=[_with_files(grid, out_dir / "tables") for grid in grids if grid is not None],
         sources=[_source(name, ledger, found, source, drawn) for name in sources],
@@ -160,7 +160,7 @@ def progress(models: Iterable[Measured], source: Source) -> Progress | None:
     """Return how far the run is; None where the plan is not known."""
     if not source.planned:
         return None
-    finished = {(m.trajectory, m.iteration) for m in outcomes(models) if m.iteration > 0}
+    finished = {(m.trajectory, m.iteration) for m in usable_models(models) if m.iteration > 0}
     begun = {trajectory for trajectory, _ in finished}
     return Progress(len(finished), sum(source.planned.values()), len(source.planned.keys() - begun))
 

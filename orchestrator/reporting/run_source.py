@@ -22,15 +22,15 @@ def read_source(store: Store) -> Source:
     """Read all that the run at `store` has so far; of sweeps, those that lie under `sweeps/` in it."""
     stored = read_run(store) or {}
     ledger = Ledger(store.ledger_uri).read()
-    outcomes = read_statuses(store)
+    statuses = read_statuses(store)
     return Source(
         ledger,
         stored.get("config", {}),
         stored.get("versions", {}),
         stored.get("planned", {}),
         stored.get("trajectories", ()),
-        {name: end.reason for name, end in outcomes.items() if end.state == "failed"},
-        [name for name, end in outcomes.items() if end.state == "stopped"],
+        {name: status.reason for name, status in statuses.items() if status.state == "failed"},
+        [name for name, status in statuses.items() if status.state == "stopped"],
         read_hashes(store, ledger),
         read_sweeps(store),
     )

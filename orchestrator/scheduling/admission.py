@@ -1,7 +1,7 @@
 """Admission: how many stages the cluster takes at a time.
 
-A stage that the cluster has no room for waits here rather than in Ray, where a request would run into its
-time-out and could not be overtaken.
+A stage that the cluster has no resources for waits here rather than in Ray, where a request would run
+into its time-out and could not be overtaken.
 """
 
 from collections.abc import Callable, Iterable, Mapping

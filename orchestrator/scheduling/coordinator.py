@@ -2,8 +2,8 @@
 
 A stage that two trajectories need is computed by the one that requests it first; the other
 waits, holding no resources, and then finds it in the store. A stage also waits until the
-cluster has room for it; of those that wait, that of a nearly done trajectory goes first.
-What it gets is a lease: a trajectory whose process dies stops renewing it, and the next one that
+cluster has resources for it; of those that wait, that of a nearly done trajectory goes first.
+What it gets is a lease: a trajectory whose process ends stops renewing it, and the next one that
 requests it takes over. Should two compute the same stage after all, the store keeps the first result.
 """
 
@@ -33,7 +33,7 @@ class LimitReachedError(WorkError):
 
 @dataclass(frozen=True)
 class LeaseRequest:
-    """A stage that a trajectory, `holder`, wants to compute; after it, so many are left to it.
+    """A stage that a trajectory, `holder`, is to compute; after it, so many are left to it.
 
     `kind` is as in `scheduling.resources`.
     """
@@ -166,8 +166,8 @@ class Coordinator:
         for key, request in list(self._granted.items()):
             if now - self._renewed[request.holder] >= LEASE_S:
                 del self._granted[key]
-        for request, asked in list(self._waiting.items()):
-            if now - asked >= LEASE_S:
+        for request, repeated in list(self._waiting.items()):
+            if now - repeated >= LEASE_S:
                 del self._waiting[request]
 
 
@@ -196,7 +196,7 @@ class Leases:
         threading.Thread(target=self._renew, args=(released,), daemon=True).start()
 
     def release(self, key: str, seconds: float) -> None:
-        """Give the stage free, after `seconds` of computing."""
+        """End the lease on the stage, after `seconds` of computing."""
         request, released = self._held.pop(key)
         released.set()
         self._coordinator.release(request, seconds)

@@ -32,24 +32,24 @@ def collect(store: Store) -> None:
     try:
         with explained(store.uri, "remove leftovers from"):
             infos = fs.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
-            committed = _committed(store, _places(infos, root))
+            committed = _committed(store, _paths_in(infos, root))
             for info in infos:
                 if info.type == FileType.File and is_temporary(info.base_name):
                     fs.delete_file(info.path)
-            _remove(fs, root, leftovers(_places(infos, root), committed))
+            _remove(fs, root, leftovers(_paths_in(infos, root), committed))
     except (FileNotFoundError, WorkError) as error:
         log.warning("leftovers of earlier attempts remain: %s", error)
 
 
-def leftovers(places: Iterable[Parts], committed: Mapping[Parts, str | None]) -> list[Parts]:
+def leftovers(paths: Iterable[Parts], committed: Mapping[Parts, str | None]) -> list[Parts]:
     """Return the directories that can go.
 
     Args:
-        places: every directory and file of the run.
+        paths: every directory and file of the run.
         committed: the payload directory's name of each stage `(kind, key)` that has a manifest.
     """
     found: set[Parts] = set()
-    for parts in places:
+    for parts in paths:
         match parts:
             case ("stages", kind, key, *below) if kind not in QUARANTINES:
                 if (kind, key) not in committed:
@@ -61,13 +61,13 @@ def leftovers(places: Iterable[Parts], committed: Mapping[Parts, str | None]) ->
     return sorted(found)
 
 
-def _places(infos: Iterable[FileInfo], root: str) -> set[Parts]:
+def _paths_in(infos: Iterable[FileInfo], root: str) -> set[Parts]:
     return {tuple(info.path.removeprefix(root).strip("/").split("/")) for info in infos}
 
 
-def _committed(store: Store, places: Iterable[Parts]) -> dict[Parts, str | None]:
+def _committed(store: Store, paths: Iterable[Parts]) -> dict[Parts, str | None]:
     found: dict[Parts, str | None] = {}
-    for parts in places:
+    for parts in paths:
         match parts:
             case ("stages", kind, key, "manifest.json") if kind not in QUARANTINES:
                 found[kind, key] = _payload_of(store, kind, key)

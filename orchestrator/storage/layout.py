@@ -72,7 +72,7 @@ class RunLayout:
         return cls(join(storage_path, safe_name(name)))
 
     @property
-    def run_file_uri(self) -> str:
+    def run_manifest_uri(self) -> str:
         """The configuration and versions the run was started with, as JSON."""
         return join(self.uri, "campaign.json")
 

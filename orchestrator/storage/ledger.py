@@ -83,7 +83,7 @@ class Ledger:
     def append(self, part_name: str, rows: Sequence[Row]) -> None:
         """Write the rows of one finished stage; the same `part_name` replaces, never repeats.
 
-        Ask `has` first: a reader such as polars takes a file's size before it opens it, and fails on
+        Call `has` first: a reader such as polars takes a file's size before it opens it, and fails on
         one that is exchanged in between.
         """
         columns = [pa.array([getattr(row, f.name) for row in rows], type=f.type) for f in SCHEMA]

@@ -2,7 +2,7 @@
 
 The lock says who holds it and counts that driver's heart-beats. No clocks are
 compared: a lock is stale when its count stands still for a whole lease, or when its
-process is known to be gone from this machine. Object stores cannot create a file only
+process no longer runs on this machine. Object stores cannot create a file only
 if there is none, so whoever writes the lock looks again a moment later; of two that
 write at once, the last one has it.
 """
@@ -43,13 +43,13 @@ class Lock:
 
 
 def check_unlocked(store: Store) -> None:
-    """Refuse a run that another driver has open; waits up to a lease for one that may be dead.
+    """Refuse a run that another driver has open; waits up to a lease for one that may have ended.
 
     Raises:
-        RunInUseError: its driver is alive; names it.
+        RunInUseError: its driver runs; names it.
     """
     first = _read(store)
-    if first is None or _is_gone(first):
+    if first is None or _has_ended(first):
         return
     deadline = time.monotonic() + LOCK_LEASE_S
     while time.monotonic() < deadline:
@@ -102,7 +102,7 @@ def _beat(store: Store, lock: Lock, ended: threading.Event) -> None:
             log.warning("the lock of %s could not be renewed: %s", store.uri, error)
 
 
-def _is_gone(lock: Lock) -> bool:
+def _has_ended(lock: Lock) -> bool:
     """Return whether the driver is known to have ended: its process ran on this machine and is not there."""
     if lock.host != socket.gethostname():
         return False

@@ -34,7 +34,7 @@ def open_run(
 
     Args:
         config: as it is written, with relative paths.
-        planned: iterations of each trajectory, for those who want to know how far the run is.
+        planned: iterations of each trajectory, to tell how far the run is.
         directories: where relative paths of `config` are looked for.
         trajectories: `trajectory` (its id), `model`, `method` and the `depths` at which it is measured.
 
@@ -49,7 +49,7 @@ def open_run(
     header["directories"] = list(directories)
     header["local_paths"] = sorted(_local_paths(config, directories))
     header["created_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-    write_bytes(store.run_file_uri, json.dumps(header, indent=2).encode())
+    write_bytes(store.run_manifest_uri, json.dumps(header, indent=2).encode())
 
 
 def check_run(store: Store, config: dict[str, Any], resume: bool, directories: Sequence[str] = ()) -> None:
@@ -95,7 +95,7 @@ def read_run(store: Store) -> dict[str, Any] | None:
 
     It holds `config`, `versions`, `planned`, `trajectories`, `created_at`, ….
     """
-    text = read_bytes(store.run_file_uri)
+    text = read_bytes(store.run_manifest_uri)
     return None if text is None else json.loads(text)
 
 
@@ -120,7 +120,7 @@ def recorded_config(store: Store, named: str | None = None) -> CampaignConfig:
         RequestError: as `existing_run`.
     """
     stored = existing_run(store, named)
-    config = parse_config(stored["config"], store.run_file_uri)
+    config = parse_config(stored["config"], store.run_manifest_uri)
     return config.read_in((*stored.get("directories", ()), os.getcwd()))
 
 

@@ -61,7 +61,7 @@ class StoredStage(Generic[ResultT]):
 
 @cache
 def installed_versions() -> Mapping[str, str]:
-    """Return the versions of the packages that decide the numbers, of those installed when first asked."""
+    """Return the versions of the packages that decide the numbers, of those installed at the first call."""
     found = {}
     for package in ("iterabre", "torch", "transformers", "peft", "deepspeed", "lm-eval", "ray", "pyarrow"):
         try:

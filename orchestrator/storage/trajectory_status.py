@@ -21,7 +21,7 @@ class TrajectoryStatus:
 
 
 def write_status(store: Store, trajectory: str, status: TrajectoryStatus) -> None:
-    """Note how a trajectory ended; what stood there of an earlier run is replaced."""
+    """Write how a trajectory ended, in place of what an earlier run wrote."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     content = json.dumps(asdict(status) | {"when": now}, indent=1)
     write_bytes(store.trajectory_status_uri(trajectory), content.encode())

@@ -29,7 +29,7 @@ class Mlflow:
         from mlflow.exceptions import MlflowException
 
         section = config.tracking.mlflow
-        assert section is not None, "asked for only with its section"
+        assert section is not None, "used only with its section"
         self.failures: tuple[type[Exception], ...] = (MlflowException,)
         try:
             self._client = MlflowClient(section.tracking_uri)

@@ -151,9 +151,9 @@ class Publisher:
         """Publish what is new, and how far each trajectory is."""
         self.publish()
         with self._warned_of_failures():
-            outcomes = {name: outcome.state for name, outcome in read_statuses(self._store).items()}
+            statuses = {name: status.state for name, status in read_statuses(self._store).items()}
             states: dict[str, State] = {
-                trajectory.id: _state(outcomes.get(trajectory.id)) for trajectory in self._plan.trajectories
+                trajectory.id: _state(statuses.get(trajectory.id)) for trajectory in self._plan.trajectories
             }
             self._tracker.close(states)
 
@@ -169,8 +169,8 @@ class Publisher:
             self._warned = True
 
 
-def _state(outcome: str | None) -> State:
-    return "done" if outcome == "done" else "failed" if outcome == "failed" else "unfinished"
+def _state(status: str | None) -> State:
+    return "done" if status == "done" else "failed" if status == "failed" else "unfinished"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ class Wandb:
         import wandb
 
         section = config.tracking.wandb
-        assert section is not None, "asked for only with its section"
+        assert section is not None, "used only with its section"
         if section.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise RequestError(
                 "tracking.wandb.mode online needs a key: set WANDB_API_KEY, log in once with `wandb login`, "

@@ -24,7 +24,7 @@ def _helpers() -> list[str]:
     return [a["State"] for a in actors if a["ActorClassName"] == "PlacementGroupCleaner"]
 
 
-def test_a_helper_of_ray_train_that_was_never_told_what_to_watch_is_ended(ray_two_cpus: None) -> None:
+def test_a_helper_of_ray_train_that_was_never_reported_what_to_watch_is_ended(ray_two_cpus: None) -> None:
     address = ray.get_runtime_context().gcs_address
     subprocess.run([sys.executable, "-c", DRIVER, address], check=True, timeout=120)
     deadline = time.monotonic() + 60

@@ -37,9 +37,9 @@ def test_a_notice_leads_to_a_checkpoint_and_the_campaign_goes_on_elsewhere(tmp_p
     surroundings.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", "tests.cluster.drain_nodes", str(file), str(run)]
     done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=900)
-    told = done.stdout + done.stderr
-    assert "exit code 0" in done.stdout, told
+    reported = done.stdout + done.stderr
+    assert "exit code 0" in done.stdout, reported
     found = re.search(r"checkpoints ([\d ]+)", done.stdout)
-    assert found, told
-    assert [steps for steps in map(int, found[1].split()) if steps % CHECKPOINT_STEPS], told
+    assert found, reported
+    assert [steps for steps in map(int, found[1].split()) if steps % CHECKPOINT_STEPS], reported
     assert_same(run, tmp_path / "runs/undisturbed")

@@ -93,7 +93,7 @@ def test_actors_killed_in_mid_task_change_no_number(
     assert len(log.read_text().splitlines()) > 2 * actor.SHARDS_PER_ACTOR
 
 
-def test_an_unreadable_task_is_told_as_it_is(specs: list[EvaluationSpec]) -> None:
+def test_an_unreadable_task_is_reported_as_it_is(specs: list[EvaluationSpec]) -> None:
     with pytest.raises(RequestError, match="'blimp_smaple'"):
         _on_pool(replace(specs[0], tasks=("blimp_smaple",)), 2)
 

@@ -55,7 +55,7 @@ def test_a_pool_that_loses_an_actor_gives_what_one_process_does(
     assert set(begun) == {"0", "3", "6", "9"}
 
 
-def test_what_is_wrong_is_told_not_that_an_actor_died(spec: GenerationSpec, tmp_path: Path) -> None:
+def test_what_is_wrong_is_reported_not_that_an_actor_died(spec: GenerationSpec, tmp_path: Path) -> None:
     bare = replace(spec, prompts=replace(spec.prompts, chat_template=None))
     with pytest.raises(RequestError, match="has no chat template"):
         generate_on_ray(bare, str(tmp_path / "out"), ActorPoolSpec(1, cpus=0.4, gpus=0))

@@ -131,8 +131,8 @@ def test_a_stopped_job_ends_in_good_order_and_goes_on_as_another(jobs: Jobs, tmp
     assert done.returncode == 0, done.stdout
     after = _manifests(run)
     assert {name: after[name] for name in before} == before
-    outcomes = [json.loads(file.read_text())["state"] for file in run.glob("trajectories/*.json")]
-    assert outcomes == ["done"]
+    states = [json.loads(file.read_text())["state"] for file in run.glob("trajectories/*.json")]
+    assert states == ["done"]
     assert list(run.glob("models/*/3-layers/config.json"))
 
 

@@ -39,7 +39,7 @@ def test_actors_and_train_workers_find_the_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_node_with_another_version_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_with_another_version_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path / "site")
     install(tmp_path / "node", version="1.1")
     file = campaign(tmp_path)
@@ -55,7 +55,7 @@ def test_a_node_with_another_version_is_told(tmp_path: Path, monkeypatch: pytest
     finally:
         cluster.stop()
         cluster.forget()
-    told = " ".join(done.stderr.split())
-    assert done.returncode == 1, told
-    assert "is that of my_pruning 1.0 where the campaign was started" in told
-    assert "has my_pruning 1.1; install my_pruning 1.0 on every node, then --resume" in told
+    reported = " ".join(done.stderr.split())
+    assert done.returncode == 1, reported
+    assert "is that of my_pruning 1.0 where the campaign was started" in reported
+    assert "has my_pruning 1.1; install my_pruning 1.0 on every node, then --resume" in reported

@@ -50,7 +50,7 @@ def on_ray(
 
 
 def recorder(log: Path, die: Callable[[Shard, int], bool]) -> type[ScoreActor]:
-    """A score actor that writes down each share it begins, and kills its own process where `die` says so."""
+    """A score actor that writes down each shard it begins, and kills its own process where `die` says so."""
 
     class Recorder(ScoreActor):
         def work(self, shard: Shard) -> ShardScores:
@@ -93,13 +93,13 @@ def test_an_actor_killed_in_mid_score_costs_its_shard_alone(
     monkeypatch.setattr(actor, "ScoreActor", recorder(log, lambda _shard, begun: begun == 3))
     assert_same(on_ray(spec, actors), local)
     begun = log.read_text().splitlines()
-    shares = min(9, actors * actor.SHARDS_PER_ACTOR)
-    assert len(begun) == shares + 1
-    assert len(set(begun)) == shares
+    shards = min(9, actors * actor.SHARDS_PER_ACTOR)
+    assert len(begun) == shards + 1
+    assert len(set(begun)) == shards
 
 
 @LONG
-def test_all_actors_lost_for_good_is_told(
+def test_all_actors_lost_for_good_is_reported(
     spec: ScoreSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
@@ -119,9 +119,7 @@ def test_a_lost_node_costs_its_shard_alone(spec: ScoreSpec) -> None:
     assert done.returncode == 0, done.stderr
     # Ray's own processes may write to the same output, before and after.
     lines = done.stdout.splitlines()
-    outcome, forwards = (
-        next(x for x in lines if x.startswith(start)) for start in ("nodes lost", "forwards")
-    )
-    assert outcome.startswith("nodes lost: 1 same order: True apart: ")
-    assert float(outcome.rpartition(" ")[2]) < 1e-5
+    found, forwards = (next(x for x in lines if x.startswith(start)) for start in ("nodes lost", "forwards"))
+    assert found.startswith("nodes lost: 1 same order: True apart: ")
+    assert float(found.rpartition(" ")[2]) < 1e-5
     assert len(set(forwards.split()[1:])) == 1

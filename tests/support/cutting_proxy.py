@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 PIECE = 2**12
 AT_ONCE = struct.pack("ii", 1, 0)
-"""SO_LINGER of no time: the peer is told that the connection broke, not that it ended."""
+"""SO_LINGER of no time: the peer sees a broken connection, not an ended one."""
 
 
 @dataclass

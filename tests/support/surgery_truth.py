@@ -32,8 +32,8 @@ NO_CACHE = {
 }
 """Families whose cached forward cannot be compared token by token, and why."""
 
-EMPTIED = {"attention": (0, 3), "mlp": (2, 5)}
-"""Layers whose sub-block of each kind is emptied."""
+ZEROED = {"attention": (0, 3), "mlp": (2, 5)}
+"""Layers whose sub-block of each kind is zeroed."""
 
 BRANCHES = {
     "attention": (
@@ -71,7 +71,7 @@ and the end, and several at once ({drops} of {layers}), and all layers of one ki
 - **not built**: no tiny model of it could be built or run, so that nothing is known.
 
 Under *sub-blocks* is what of a block can go alone (`granularity: attention` or `mlp`): its parameters are
-stored as zeros, so that it adds nothing. What is listed was tried ({emptied}) and gives, loaded by plain
+stored as zeros, so that it adds nothing. What is listed was tried ({zeroed}) and gives, loaded by plain
 transformers, the logits and tokens of the source model with that branch's output set to zero. No file becomes
 smaller. Where a block is a single sub-block (`nemotron_h`, Mamba), removing blocks is the way.
 
@@ -81,7 +81,7 @@ smaller. Where a block is a single sub-block (`nemotron_h`, Mamba), removing blo
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Judgement:
     """What the truth test found for a family: one row of the table."""
 
     model_type: str
@@ -179,19 +179,19 @@ def _drops_of_kinds(model: PreTrainedModel) -> list[tuple[int, ...]]:
     ]
 
 
-def judge(model_type: str) -> Outcome:
+def judge(model_type: str) -> Judgement:
     """Put one family to the truth test.
 
     Raises:
         AssertionError: a pruned model is silently wrong.
     """
     if model_type in NOT_TINY:
-        return Outcome(model_type, "not built", NOT_TINY[model_type])
+        return Judgement(model_type, "not built", NOT_TINY[model_type])
     try:
         source = tiny_decoder(model_type)
         behaviour(copy.deepcopy(source), model_type)
     except Exception as error:  # whatever hinders a tiny model is what the table tells
-        return Outcome(model_type, "not built", _one_line(f"{type(error).__name__}: {error}"))
+        return Judgement(model_type, "not built", _one_line(f"{type(error).__name__}: {error}"))
     drops = [*DROPS, *_drops_of_kinds(source)] if _listed(source) else DROPS
     refusals = {drop: refusal for drop in drops if (refusal := _judge_drop(source, model_type, drop))}
     refused = [drop for drop in DROPS if drop in refusals]
@@ -201,7 +201,7 @@ def judge(model_type: str) -> Outcome:
     shown = notes[:1] if verdict == "refused" else notes
     if model_type in NO_CACHE:
         shown.append(f"without cache: {NO_CACHE[model_type]}")
-    return Outcome(model_type, verdict, "; ".join(shown), _judge_sub_blocks(source, model_type))
+    return Judgement(model_type, verdict, "; ".join(shown), _judge_sub_blocks(source, model_type))
 
 
 def _listed(model: PreTrainedModel) -> bool:
@@ -257,19 +257,19 @@ def branch_off(block: nn.Module, kind: str, model_type: str) -> Iterator[None]:
 
 
 def _judge_sub_blocks(source: PreTrainedModel, model_type: str) -> str:
-    """The kinds of sub-block that can be emptied, or why none can."""
-    refusals = {kind: _judge_emptied(source, model_type, kind) for kind in EMPTIED}
+    """The kinds of sub-block that can be zeroed, or why none can."""
+    refusals = {kind: _judge_zeroed(source, model_type, kind) for kind in ZEROED}
     possible = ", ".join(kind for kind, refusal in refusals.items() if refusal is None)
     own_name = f"model type {model_type!r}: "
     reason = next((refusal for refusal in refusals.values() if refusal), "").removeprefix(own_name)
     return possible or f"none: {_one_line(reason.partition(', so that')[0].partition('; remove')[0])}"
 
 
-def _judge_emptied(source: PreTrainedModel, model_type: str, kind: str) -> str | None:
-    """Why the sub-blocks cannot be emptied; None if emptying them is right."""
-    emptied, layers = copy.deepcopy(source), EMPTIED[kind]
+def _judge_zeroed(source: PreTrainedModel, model_type: str, kind: str) -> str | None:
+    """Why the sub-blocks cannot be zeroed; None if zeroing them is right."""
+    zeroed, layers = copy.deepcopy(source), ZEROED[kind]
     try:
-        zero_sub_blocks(emptied, kind, layers)
+        zero_sub_blocks(zeroed, kind, layers)
     except RequestError as refusal:
         return str(refusal)
     hooked = copy.deepcopy(source)
@@ -278,7 +278,7 @@ def _judge_emptied(source: PreTrainedModel, model_type: str, kind: str) -> str |
             hooks.enter_context(branch_off(blocks_of(hooked)[layer], kind, model_type))
         want = behaviour(hooked, model_type)
     assert (want.logits - behaviour(source, model_type).logits).abs().max() > 1e-3, (model_type, kind)
-    _check_saved(emptied, want, model_type, f"with {kind} of {layers} empty")
+    _check_saved(zeroed, want, model_type, f"with {kind} of {layers} empty")
     return None
 
 
@@ -287,18 +287,18 @@ def _one_line(text: str) -> str:
     return shortened if len(shortened) <= 240 else f"{shortened[:239]}…"
 
 
-def table(outcomes: Iterable[Outcome]) -> str:
+def table(judgements: Iterable[Judgement]) -> str:
     """The whole of docs/families.md."""
     from transformers import __version__
 
-    rows = list(outcomes)
-    tally = Counter(row.verdict for row in rows)
+    rows = list(judgements)
+    totals = Counter(row.verdict for row in rows)
     drops = ", ".join(str(list(drop)) for drop in DROPS)
-    emptied = ", ".join(f"{kind} of {list(layers)}" for kind, layers in EMPTIED.items())
+    zeroed = ", ".join(f"{kind} of {list(layers)}" for kind, layers in ZEROED.items())
     header = HEADER.format(
-        count=len(rows), version=__version__, drops=drops, layers=NUM_LAYERS, emptied=emptied
+        count=len(rows), version=__version__, drops=drops, layers=NUM_LAYERS, zeroed=zeroed
     )
-    total = ", ".join(f"{number} {verdict}" for verdict, number in tally.most_common())
+    total = ", ".join(f"{number} {verdict}" for verdict, number in totals.most_common())
     lines = "\n".join(map(str, rows))
     return f"{header}{lines}\n\n{total}.\n"
 

@@ -166,7 +166,7 @@ def name_of_ours(site: Path) -> None:
         (name_of_ours, "hidden_cosine", ["this project and my_pruning 1.0"]),
     ],
 )
-def test_what_cannot_be_used_is_told(
+def test_what_cannot_be_used_is_reported(
     prepare: Callable[[Path], None],
     criterion: str,
     messages: list[str],
@@ -179,6 +179,6 @@ def test_what_cannot_be_used_is_told(
     settings = [f"methods.0.scoring.criterion={criterion}", *alone]
     answer = iterabre("plan", file, *(part for setting in settings for part in ("--set", setting)))
     assert answer.exit_code == 2, answer.out + answer.err
-    told = " ".join(answer.err.split())
+    reported = " ".join(answer.err.split())
     for message in messages:
-        assert message in told
+        assert message in reported

@@ -33,7 +33,7 @@ def tie_metrics(
 
 
 def _is_tied(task: Any, sample: Mapping[str, Any]) -> bool:
-    # Where likelihoods without context are asked for as well, they follow those of the choices.
+    # Where likelihoods without context are requested as well, they follow those of the choices.
     num_choices = len(task.doc_to_choice(sample["doc"]))
     likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"][:num_choices]]
     return likelihoods.count(max(likelihoods)) > 1

@@ -47,8 +47,8 @@ def classify(response: str, before: str = "", finished: bool = True) -> str:
     """Return the one of `CLASSES` that a response belongs to: the first that applies, in their order.
 
     A response that the limit of tokens ended, so that it is not `finished`, is
-    `CUT_OFF` unless its code was closed by a fence before: how it would have gone on is
-    not known. `before` is code that the response continues (a signature with its
+    `CUT_OFF` unless its code was closed by a fence before: how it would continue is
+    unknown. `before` is code that the response continues (a signature with its
     docstring), parsed together with it. Other syntax errors come before undefined
     names where code does not parse, as names are only looked up where it does.
     """

@@ -115,7 +115,7 @@ def code_failures(
 ) -> list[Metric]:
     """Classify the failures of the code that a model writes for small problems.
 
-    Models with a chat template are asked to complete a function, others continue
+    Models with a chat template get the request to complete a function, others continue
     its signature and docstring.
     """
     problems = _code_problems()[: spec.limit]

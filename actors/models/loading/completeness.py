@@ -99,7 +99,7 @@ def _refuse_missing(checkpoint: Checkpoint, names: Collection[str]) -> None:
 def _check_nothing_besides(checkpoint: Checkpoint, model: PreTrainedModel, unexpected: Iterable[str]) -> None:
     """Refuse layers and parts of modules that the model would silently be without.
 
-    What lies elsewhere, such as a vision tower or buffers of older versions, has no part in it.
+    What lies outside it, such as a vision tower or buffers of older versions, has no part in it.
     """
     modules = dict(model.named_modules())
     num_layers, config = depth(model.config), text_config(model.config)

@@ -50,6 +50,6 @@ def converted(gguf: Path) -> Path:
 
 
 def drop_quantization(config: PretrainedConfig) -> None:
-    """Forget that the weights once were quantised: transformers refuses to save them otherwise."""
+    """Delete the quantisation of the GGUF file from `config`: transformers refuses to save it otherwise."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config

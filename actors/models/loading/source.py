@@ -34,7 +34,7 @@ def snapshot(spec: ModelSpec, *, weights: bool = True) -> Path:
 
 @lru_cache(maxsize=32)
 def _download(path: str, revision: str | None, weights: bool) -> Path:
-    """Download a hub model, of one commit: the same one as long as this process lives."""
+    """Download a hub model, of one commit: the same one until this process ends."""
     if not weights:
         described = [f"*{ending}" for ending in sorted(MODEL_FILES - {".safetensors"})]
         return Path(snapshot_download(path, revision=revision, allow_patterns=described))

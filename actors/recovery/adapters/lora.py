@@ -158,8 +158,8 @@ def lora_layers(block: nn.Module) -> list[LoraLayer]:
 def adapters_disabled(layers: list[LoraLayer]) -> Iterator[None]:
     """Compute with the frozen base weights alone.
 
-    PEFT's own switch walks the whole model and turns gradients off and on again,
-    far too slow to be thrown twice a block; this throws it for one block only.
+    PEFT's own switch visits the whole model and turns gradients off and on again,
+    far too slow for two calls a block; this switches one block only.
     """
     for layer in layers:
         layer._disable_adapters = True

@@ -13,7 +13,7 @@ def quantize_blocks(model: PreTrainedModel, double_quantization: bool) -> None:
 
     Embeddings, norms and head stay as they are. The adapter is trained on these
     weights but later merged into the unquantised ones, as QLoRA does; the
-    quantisation error is then gone from the base and not made up for.
+    quantisation error is then absent from the base and not compensated.
 
     Args:
         double_quantization: quantise the blocks' scales, too (0.37 bits a weight less).

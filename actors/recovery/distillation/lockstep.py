@@ -1,4 +1,4 @@
-"""Teacher and student advancing together, so that only one hidden state of the teacher is alive."""
+"""Teacher and student advancing together, so that only one hidden state of the teacher is in memory."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext

@@ -19,7 +19,7 @@ from actors.recovery.adapters.weight_deltas import can_share_weights
 class TeacherStudent:
     """The models of a recovery: what is trained, and what it is compared with.
 
-    If `teacher` is None, both live in the one model `student`: the teacher is all its
+    If `teacher` is None, both are in the one model `student`: the teacher is all its
     layers with adapters off, the student its layers `student_layers` with adapters
     on. Otherwise the student is the whole of `student`. For an objective that has no
     teacher, the student is the whole of `student`, too, and `teacher` is None.

@@ -71,7 +71,7 @@ class AttentionRecorder:
 
 
 def _switch_to_eager(model: PreTrainedModel) -> None:
-    """Switch to eager attention, unless a kernel that forms no matrix was asked for."""
+    """Switch to eager attention, unless a kernel that forms no matrix was requested."""
     chosen = model.config._attn_implementation
     if chosen not in DEFAULT_IMPLEMENTATIONS:
         raise RequestError(

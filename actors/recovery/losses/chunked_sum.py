@@ -29,7 +29,7 @@ class Head(Protocol):
 def sum_over_chunks(
     hidden_ND: Tensor, chunk_sum: ChunkSum, head: Head, chunk_tokens: int | None = None
 ) -> Tensor:
-    """Sum `chunk_sum` over all rows, with gradients; what it forms lives for one chunk only.
+    """Sum `chunk_sum` over all rows, with gradients; what it forms is kept for one chunk only.
 
     With a frozen head, a chunk's gradient is taken at once, while its logits are
     there. A trained head needs its own gradient too, scaled by a factor

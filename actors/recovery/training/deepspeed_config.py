@@ -169,7 +169,7 @@ def settings_fingerprint(spec: RecoverySpec) -> str:
         deepspeed=json.dumps([optimizer_settings(spec), loss_scale_settings(spec)]),
     )
     settings = to_json(same)
-    # Not there when checkpoints were written that may still be gone on from.
+    # Absent when checkpoints were written from which training may still resume.
     del settings["data"]["fingerprint"], settings["data"]["template"]
     return digest(settings)
 

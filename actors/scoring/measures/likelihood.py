@@ -23,9 +23,9 @@ def negative_log_likelihoods(
     ids_GT = torch.stack([sequences[i] for i in states.positions])
     targets_BT = ids_GT.repeat(len(states.streams), 1).to(states.hidden_BTD.device)
     num_rows, num_tokens = targets_BT.shape
-    room = min(LOGITS_BYTES, memory_budget // 4) if memory_budget else LOGITS_BYTES
+    logits_budget = min(LOGITS_BYTES, memory_budget // 4) if memory_budget else LOGITS_BYTES
     vocabulary = text_config(states.layerwise.config).vocab_size
-    at_once = max(1, room // (num_rows * vocabulary * BYTES_PER_LOGIT))
+    at_once = max(1, logits_budget // (num_rows * vocabulary * BYTES_PER_LOGIT))
     nats_B = torch.zeros(num_rows, dtype=torch.float64, device=targets_BT.device)
     for tokens_K in torch.arange(num_tokens - 1, device=targets_BT.device).split(at_once):
         logits_BKV = states.layerwise.logits(states.hidden_BTD, tokens_K).to(targets_BT.device).float()

@@ -98,9 +98,9 @@ def plan_waves(lengths: Sequence[int], candidates: Sequence[int], costs: Costs, 
     Raises:
         RequestError: the budget cannot hold the longest sequence and one candidate.
     """
-    room, longest = budget // 2, max(lengths)
-    fits = room // (longest * costs.stream) - 1
-    if fits < min(1, len(candidates)) or costs.row(longest) > room:
+    available, longest = budget // 2, max(lengths)
+    fits = available // (longest * costs.stream) - 1
+    if fits < min(1, len(candidates)) or costs.row(longest) > available:
         needed = 2 * max(2 * longest * costs.stream, costs.row(longest)) / GIB
         raise RequestError(
             f"a memory budget of {budget / GIB:.3g} GiB is too small for {longest} tokens; "
@@ -112,7 +112,7 @@ def plan_waves(lengths: Sequence[int], candidates: Sequence[int], costs: Costs, 
     groups = []
     for length in sorted(by_length, reverse=True):
         # As many sequences as enter a block at one time.
-        rows = max(1, min(costs.chunk_tokens // length, room // costs.row(length)))
+        rows = max(1, min(costs.chunk_tokens // length, available // costs.row(length)))
         alike = by_length[length]
         groups += [Group(tuple(alike[at : at + rows]), rows) for at in range(0, len(alike), rows)]
     # One portion also where there are no candidates: the unpruned stream alone.
@@ -120,22 +120,22 @@ def plan_waves(lengths: Sequence[int], candidates: Sequence[int], costs: Costs, 
     return [
         Wave(tuple(part), portion)
         for portion in portions
-        for part in _packed(groups, lengths, (1 + len(portion)) * costs.stream, room)
+        for part in _packed(groups, lengths, (1 + len(portion)) * costs.stream, available)
     ]
 
 
 def _packed(
-    groups: Sequence[Group], lengths: Sequence[int], bytes_per_token: int, room: int
+    groups: Sequence[Group], lengths: Sequence[int], bytes_per_token: int, available: int
 ) -> Iterator[list[Group]]:
     """Yield groups in order, as many together as fit; divide one that is too large."""
     part: list[Group] = []
     taken = 0
     for group in groups:
         each = lengths[group.positions[0]] * bytes_per_token
-        size = max(1, min(len(group.positions), room // each))
+        size = max(1, min(len(group.positions), available // each))
         for start in range(0, len(group.positions), size):
             positions = group.positions[start : start + size]
-            if part and taken + len(positions) * each > room:
+            if part and taken + len(positions) * each > available:
                 yield part
                 part, taken = [], 0
             part.append(Group(positions, group.rows))

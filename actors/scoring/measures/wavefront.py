@@ -58,7 +58,7 @@ class FinalStates:
 
 
 class _Streams:
-    """The streams of one group of sequences; they live in one buffer and advance in place."""
+    """The streams of one group of sequences; they are stored in one buffer and advance in place."""
 
     def __init__(
         self,

@@ -77,7 +77,7 @@ Panel = Chart | HeatMap
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels side by side with one legend. `name` is used for the file, `note` tells how to read it.
+    """Panels side by side with one legend. `name` is used for the file, `note` says how to read it.
 
     `sequential` says that the legend's entries are stages of one development, as iterations are.
     """

@@ -69,7 +69,7 @@ def _method_curve(method: str, metric: str, found: Sequence[Entry], dense: Entry
         for entry in (dense, *found)
         if (entry is dense or (entry.method, entry.phase) == (method, phase)) and metric in entry.numbers
     }
-    if len(points) < 2 or (phase == PRUNED and not _heals(method, metric, found)):
+    if len(points) < 2 or (phase == PRUNED and not _applies_recovery(method, metric, found)):
         return None
     xs = tuple(sorted(points))
     errors = tuple(points[x].stderr or 0.0 for x in xs)
@@ -84,7 +84,7 @@ def _method_curve(method: str, metric: str, found: Sequence[Entry], dense: Entry
     )
 
 
-def _heals(method: str, metric: str, found: Sequence[Entry]) -> bool:
+def _applies_recovery(method: str, metric: str, found: Sequence[Entry]) -> bool:
     """Return true if recovery changed the metric at all; without recovery, both curves would be one."""
     values = {
         phase: {

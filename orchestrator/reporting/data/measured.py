@@ -162,7 +162,7 @@ def metrics_of(models: Iterable[Any]) -> list[str]:
     )
 
 
-def outcomes(models: Iterable[Measured]) -> list[Measured]:
+def usable_models(models: Iterable[Measured]) -> list[Measured]:
     """Return the models that one could take away and use: the unpruned, and those that iterations left."""
     return [model for model in models if model.phase in (DENSE, RECOVERED)]
 

@@ -1,4 +1,4 @@
-"""Every kind of metric in one sentence, for readers who do not know it."""
+"""Every kind of metric in one sentence, for readers new to it."""
 
 import re
 from collections.abc import Iterable
@@ -59,7 +59,7 @@ MEANINGS: tuple[tuple[str, str], ...] = (
         "Speed over that of the unpruned model, the two measured in turns on the same machine.",
     ),
 )
-"""A pattern of metrics' names and what they tell; the first that fits counts."""
+"""A pattern of metrics' names and their meaning; the first that fits counts."""
 
 BETTER = {"lower": "lower is better", "higher": "higher is better", None: ""}
 

@@ -130,11 +130,11 @@ def _size(entry: Entry, dense: Entry | None) -> str:
     size = _depth(entry.layers, dense)
     if dense and entry.parameters and dense.parameters:
         fewer = 1 - entry.parameters / dense.parameters
-        size += f" ({counted(entry.parameters)} parameters, {fewer:.0%} fewer)"
+        size += f" ({format_count(entry.parameters)} parameters, {fewer:.0%} fewer)"
     return size
 
 
-def counted(parameters: int) -> str:
+def format_count(parameters: int) -> str:
     """Write a number of parameters, of many with its unit: 84,192, 134.5 M, 8.03 B."""
     if parameters < 1e6:
         return f"{parameters:,}"
@@ -165,7 +165,7 @@ def of_method(found: Sequence[Entry]) -> str:
     if first.layers and last.layers:
         parts.append(f"{first.layers} → {last.layers} layers ({1 - last.layers / first.layers:.0%} removed)")
     if first.parameters and last.parameters:
-        parts.append(f"{counted(first.parameters)} → {counted(last.parameters)} parameters")
+        parts.append(f"{format_count(first.parameters)} → {format_count(last.parameters)} parameters")
     for metric in headline_metrics([first, last])[:MOST_METRICS]:
         if metric in first.numbers.keys() & last.numbers:
             parts.append(f"{metric} {show(first.numbers[metric].value)} → {with_error(last.numbers[metric])}")

@@ -330,7 +330,7 @@ def test_credentials_in_a_campaign_are_refused_and_not_repeated(
     assert not (place / "runs").exists()
 
 
-def test_a_credential_that_an_older_run_recorded_is_not_told(place: Path, tmp_path: Path) -> None:
+def test_a_credential_that_an_older_run_recorded_is_not_reported(place: Path, tmp_path: Path) -> None:
     campaign = tiny_campaign(place) | {"storage": {"path": str(tmp_path / "runs")}}
     recorded = {**campaign, "models": [{"id": "llama", "path": "https://user:plantedsecret@example.org/m"}]}
     run = tmp_path / "runs" / "tiny"
@@ -391,7 +391,7 @@ def test_missing_file_and_wrong_override_are_refused(place: Path, tmp_path: Path
         (("--calibrate", "nowhere", "--machine", "CPU-core"), "--calibrate 'nowhere' holds no run"),
     ],
 )
-def test_wrong_options_of_plan_are_told(
+def test_wrong_options_of_plan_are_reported(
     place: Path, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
     file = write_campaign(tiny_campaign(place), tmp_path / "c.yaml")
@@ -464,7 +464,7 @@ def small_disk() -> Iterator[Path]:
         directory.rmdir()
 
 
-def test_a_disk_without_space_is_told(place: Path, tmp_path: Path, small_disk: Path) -> None:
+def test_a_disk_without_space_is_reported(place: Path, tmp_path: Path, small_disk: Path) -> None:
     campaign = tiny_campaign(place) | {"storage": {"path": str(small_disk)}}
     file = write_campaign(campaign, tmp_path / "c.yaml")
     _refused(iterabre("campaign", file), "bytes free, but about", "choose another storage.path")
@@ -490,7 +490,7 @@ TWO_NODES = Capacity(cpus=16, gpus=2, node_cpus=8, node_gpus=1)
         ({"training": {"workers": 3, "gpus": 1.0}}, TWO_NODES, r"needs 3 GPU \(3 x 1\).* has 2 GPU"),
     ],
 )
-def test_a_cluster_that_is_too_small_is_told(
+def test_a_cluster_that_is_too_small_is_reported(
     execution: dict[str, Any], capacity: Capacity, message: str
 ) -> None:
     with pytest.raises(ClusterTooSmallError, match=message) as refused:
@@ -547,7 +547,7 @@ def test_what_an_autoscaler_can_never_start_is_refused(training: dict[str, Any])
         ("0-3", "dropping all 4 layers leaves no model"),
     ],
 )
-def test_wrong_layers_to_prune_are_told(place: Path, tmp_path: Path, drop: str, message: str) -> None:
+def test_wrong_layers_to_prune_are_reported(place: Path, tmp_path: Path, drop: str, message: str) -> None:
     output = tmp_path / "new/out"
     _refused(iterabre("prune", "--model", place / "model", "--drop", drop, "--output", output), message)
     assert not (tmp_path / "new").exists()
@@ -562,7 +562,7 @@ def test_wrong_layers_to_prune_are_told(place: Path, tmp_path: Path, drop: str, 
         ("/proc/x/out", "cannot be made: No such file or directory"),
     ],
 )
-def test_wrong_outputs_are_told(place: Path, output: str, message: str) -> None:
+def test_wrong_outputs_are_reported(place: Path, output: str, message: str) -> None:
     before = _tree(place)
     answer = iterabre("prune", "--model", place / "model", "--drop", "1", "--output", place / output)
     _refused(answer, f"--output '{place / output}'", message)
@@ -581,14 +581,14 @@ def test_wrong_outputs_are_told(place: Path, output: str, message: str) -> None:
         (("prune", "--drop", "1", "--dtype", "int8", "--output", "never-made"), "unknown dtype 'int8'"),
     ],
 )
-def test_wrong_single_commands_are_told(place: Path, command: tuple[str, ...], message: str) -> None:
+def test_wrong_single_commands_are_reported(place: Path, command: tuple[str, ...], message: str) -> None:
     _refused(iterabre(*command, "--model", place / "model"), message)
     assert not Path("never-made").exists()
 
 
 @pytest.mark.parametrize("command", ["status", "report", "export"])
 @pytest.mark.parametrize("run", ["no-model", "nowhere", "a-file"])
-def test_what_is_no_run_is_told(place: Path, tmp_path: Path, command: str, run: str) -> None:
+def test_what_is_no_run_is_reported(place: Path, tmp_path: Path, command: str, run: str) -> None:
     what = ("--trajectory", "t", "--iteration", 1, "--output", tmp_path / "out")
     more = what if command == "export" else ()
     before = _tree(place)

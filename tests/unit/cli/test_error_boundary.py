@@ -50,8 +50,10 @@ def test_a_fault_in_a_command_is_one_line_with_a_file(
     arguments = ("score", "--model", campaign["models"][0]["path"], "--criterion", "reverse")
     answer = iterabre(*arguments)
     assert (answer.exit_code, answer.out) == (1, "")
-    told = answer.err.splitlines()[-1]
-    assert told.startswith(r"iterabre: KeyError: 'two\nlines': this is a fault of iterabre or of a plug-in")
+    reported = answer.err.splitlines()[-1]
+    assert reported.startswith(
+        r"iterabre: KeyError: 'two\nlines': this is a fault of iterabre or of a plug-in"
+    )
     assert "Traceback" not in answer.err
     file = _named_file(answer.err)
     assert "in measure" in file.read_text()
@@ -93,16 +95,16 @@ def test_ctrl_c_is_one_line(
 
 def test_the_traceback_goes_into_the_run_that_there_is(tmp_path: Path) -> None:
     by_system = pytest.raises(Exception, match="OSError: disk: the operating system refused it")
-    with by_system as told, error_boundary(lambda: tmp_path / "logs"):
+    with by_system as reported, error_boundary(lambda: tmp_path / "logs"):
         raise OSError("disk")
-    assert _named_file(str(told.value)).parent == tmp_path / "logs"
+    assert _named_file(str(reported.value)).parent == tmp_path / "logs"
 
     def unreadable() -> Path:
         raise PermissionError("the run")
 
-    with pytest.raises(Exception, match="ValueError: x") as told, error_boundary(unreadable):
+    with pytest.raises(Exception, match="ValueError: x") as reported, error_boundary(unreadable):
         raise ValueError("x")
-    _named_file(str(told.value)).unlink()
+    _named_file(str(reported.value)).unlink()
 
 
 class Panic(BaseException):
@@ -110,9 +112,9 @@ class Panic(BaseException):
 
 
 def test_a_panic_is_no_way_out() -> None:
-    with pytest.raises(Exception, match="Panic: index out of bounds") as told, error_boundary():
+    with pytest.raises(Exception, match="Panic: index out of bounds") as reported, error_boundary():
         raise Panic("index out of bounds")
-    _named_file(str(told.value)).unlink()
+    _named_file(str(reported.value)).unlink()
     with pytest.raises(WorkError, match="stopped"), error_boundary():
         raise KeyboardInterrupt
 

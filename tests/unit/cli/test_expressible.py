@@ -67,7 +67,7 @@ def test_a_sub_block_that_cannot_go_is_refused_by_the_plan(
         build_plan(parse_config(campaign, "campaign.yaml"))
 
 
-def test_recovery_of_emptied_sub_blocks_is_refused_by_the_plan(tmp_path: Path) -> None:
+def test_recovery_of_zeroed_sub_blocks_is_refused_by_the_plan(tmp_path: Path) -> None:
     campaign = _campaign(tmp_path, granularity="mlp")
     campaign["methods"][0]["recovery"]["objective"] = "kd"
     with pytest.raises(
@@ -106,9 +106,9 @@ def test_a_campaign_by_attention(tmp_path: Path) -> None:
     answer = iterabre("campaign", write_campaign(campaign, tmp_path / "c.yaml"))
     assert answer.exit_code == 0, answer.err
     exported = tmp_path / "runs/tiny/models/llama--iterabre--seed0/2-attentions"
-    told = json.loads((exported / "iterabre.json").read_text())
-    assert (told["granularity"], told["dropped_source_layers"]) == ("attention", [])
-    layers = [layer for layer, kind in told["emptied_sub_blocks"] if kind == "attention"]
+    reported = json.loads((exported / "iterabre.json").read_text())
+    assert (reported["granularity"], reported["dropped_source_layers"]) == ("attention", [])
+    layers = [layer for layer, kind in reported["emptied_sub_blocks"] if kind == "attention"]
     assert len(layers) == 2
 
     source = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

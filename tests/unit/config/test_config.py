@@ -143,7 +143,7 @@ def test_the_last_override_wins(file: Path) -> None:
         ("methods.0.recovery.batch_size=many", r"methods\.0\.recovery\.batch_size: .*\(got 'many'\)"),
     ],
 )
-def test_wrong_overrides_are_told(file: Path, override: str, message: str) -> None:
+def test_wrong_overrides_are_reported(file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(file, [override])
 
@@ -153,7 +153,7 @@ def test_override_into_a_list_of_values(file: Path) -> None:
         load_config(file, ["seeds=[0]", "seeds.0.x=1"])
 
 
-def test_a_key_that_stands_twice_is_told(file: Path) -> None:
+def test_a_key_that_stands_twice_is_reported(file: Path) -> None:
     file.write_text(file.read_text() + "name: other\n")
     with pytest.raises(ConfigError, match=r"the key 'name' stands there twice .*line 9"):
         load_config(file)

@@ -95,7 +95,7 @@ def test_a_campaign_holds_the_concrete_methods_and_reads_back_as_itself() -> Non
         ("learning_rate", {"normal": [0, 1]}, r"methods\.1\.recovery\.learning_rate: .*number"),
     ],
 )
-def test_wrong_spaces_are_told_with_their_place_in_the_file(field: str, value: Any, message: str) -> None:
+def test_wrong_spaces_are_reported_with_their_place_in_the_file(field: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _campaign({"name": "m", "recovery": {field: value}})
 

@@ -1,4 +1,4 @@
-"""Conversations: what is learnt, told by the text of the tokens; what is refused and what is skipped."""
+"""Conversations: what is learnt, reported by the text of the tokens; what is refused and what is skipped."""
 
 import json
 import logging
@@ -171,7 +171,7 @@ def test_a_model_without_chat_format_needs_a_template(tmp_path: Path) -> None:
         (CHAT, TURNS[:1], "none of the 1 conversations"),
     ],
 )
-def test_conversations_that_cannot_be_written_are_told(
+def test_conversations_that_cannot_be_written_are_reported(
     tmp_path: Path, template: str, messages: Any, message: str
 ) -> None:
     spec = TextSpec(path=write(tmp_path / "a.jsonl", {"m": messages}), messages_column="m")

@@ -93,14 +93,14 @@ def test_damage_is_refused_or_read_as_it_stands(tmp_path: Path, suffix: str) -> 
         file = tmp_path / f"{number}{suffix}"
         file.write_bytes(damaged(whole, draw))
         answers: list[list[str] | None] = []
-        told: list[bool] = []
+        reported: list[bool] = []
         for streaming in (False, True) if suffix != ".json" else (False,):
             try:
                 answers.append(load_texts(TextSpec(path=str(file), streaming=streaming)))
             except RequestError as error:
                 answers.append(None)
-                told.append(str(error).count(str(file)) == 1 and "\n" not in str(error))
-        assert all(told)
+                reported.append(str(error).count(str(file)) == 1 and "\n" not in str(error))
+        assert all(reported)
         assert all(answer == answers[0] for answer in answers)
         refused += answers[0] is None
         if answers[0] is not None and suffix != ".parquet":

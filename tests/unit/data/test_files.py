@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_read_is_told_with_its_place(tmp_path: Path, name: str) -> None:
+def test_what_cannot_be_read_is_reported_with_its_place(tmp_path: Path, name: str) -> None:
     content, message = REFUSED[name]
     (tmp_path / name).write_bytes(content)
     for said in refusals(tmp_path / name):
@@ -175,7 +175,7 @@ ODD_TABLES: dict[str, tuple[Callable[[], pa.Table], str]] = {
 
 
 @pytest.mark.parametrize("name", ODD_TABLES)
-def test_odd_parquet_is_told_with_its_row(tmp_path: Path, name: str) -> None:
+def test_odd_parquet_is_reported_with_its_row(tmp_path: Path, name: str) -> None:
     table, message = ODD_TABLES[name]
     papq.write_table(table(), tmp_path / "a.parquet")
     for said in refusals(tmp_path / "a.parquet"):
@@ -183,7 +183,7 @@ def test_odd_parquet_is_told_with_its_row(tmp_path: Path, name: str) -> None:
             raise RequestError(said)
 
 
-def test_damage_in_the_middle_of_parquet_is_told(tmp_path: Path) -> None:
+def test_damage_in_the_middle_of_parquet_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     table = pa.table({"text": [f"row {i}" for i in range(2000)]})
     papq.write_table(table, file, row_group_size=500, compression="none")
@@ -214,7 +214,7 @@ def test_a_mark_or_old_line_ends_are_part_of_what_a_text_is(tmp_path: Path) -> N
     assert first_line(str(tmp_path / "plain.txt")) == b"a\n"
 
 
-def test_a_template_that_is_no_text_is_told(tmp_path: Path) -> None:
+def test_a_template_that_is_no_text_is_reported(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_bytes(MARK + b"{{ x }}\r\n")
     assert read_text(str(tmp_path / "t.jinja")) == "{{ x }}\r\n"
     (tmp_path / "t.jinja").write_bytes(b"{{ x }}\n\xff")
@@ -222,12 +222,12 @@ def test_a_template_that_is_no_text_is_told(tmp_path: Path) -> None:
         read_text(str(tmp_path / "t.jinja"))
 
 
-def test_a_path_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_path_that_is_not_there_is_reported(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="there is no file or directory"):
         load_texts(TextSpec(path=str(tmp_path / "nowhere")))
 
 
-def test_an_input_that_is_no_text_is_told(tmp_path: Path) -> None:
+def test_an_input_that_is_no_text_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"q": "x", "i": null, "a": "y"}\n{"q": "x", "i": ["z"], "a": "y"}\n')
     spec = TextSpec(path=str(tmp_path / "a.jsonl"), prompt_column="q", input_column="i", response_column="a")
     with pytest.raises(RequestError, match="line 2, row 1 of column 'i' is not text but list"):

@@ -1,4 +1,4 @@
-"""Directories as data sets: saved ones are read; of others, what is wrong in them is told."""
+"""Directories as data sets: saved ones are read; of others, what is wrong in them is reported."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +115,7 @@ DIRECTORIES: list[tuple[Callable[[Path], None], str]] = [
 
 @BOTH
 @pytest.mark.parametrize(("make", "message"), DIRECTORIES)
-def test_what_is_wrong_in_a_directory_is_told(
+def test_what_is_wrong_in_a_directory_is_reported(
     tmp_path: Path,
     make: Callable[[Path], None],
     message: str,

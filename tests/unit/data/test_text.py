@@ -237,7 +237,7 @@ CONVERSATION_CASES = [
 
 
 @pytest.mark.parametrize(("columns", "message"), CONVERSATION_CASES)
-def test_wrong_columns_of_conversations_are_told(
+def test_wrong_columns_of_conversations_are_reported(
     tmp_path: Path, columns: dict[str, str], message: str
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"q": "x", "a": "y"}\n{"q": "x", "a": null}\n')

@@ -103,7 +103,7 @@ HALF = "x \ud800"
 """Half of a character, which no tokenizer encodes."""
 
 
-def test_a_row_that_the_tokenizer_cannot_read_is_told() -> None:
+def test_a_row_that_the_tokenizer_cannot_read_is_reported() -> None:
     tokenizer, rows = tiny_tokenizer(), ["a\n", "\n", "b\n", HALF, "c"]
     tokenizer.name_or_path = "some-tokenizer"
     row = r"row 3 of 'a\.txt': the tokenizer of 'some-tokenizer' cannot read it.*leave it out"
@@ -116,7 +116,7 @@ def test_a_row_that_the_tokenizer_cannot_read_is_told() -> None:
         list(tokenize_documents(rows, tokenizer, "'a.txt'"))
 
 
-def test_what_a_tokenizer_of_its_own_raises_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_tokenizer_of_its_own_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: object, *_: object, **__: object) -> None:
         raise KeyError("missing")
 

@@ -233,8 +233,8 @@ def test_the_built_in_problems_can_be_solved_and_failed() -> None:
     problems = _builtin()
     for problem in problems:
         assert classify(problem["canonical_solution"], problem["prompt"]) == "clean"
-        outcome = run_program(program_of(problem, problem["canonical_solution"]))
-        assert outcome.status == "passed", (problem["task_id"], outcome)
+        verdict = run_program(program_of(problem, problem["canonical_solution"]))
+        assert verdict.status == "passed", (problem["task_id"], verdict)
     assert run_program(program_of(problems[0], "    return None\n")).status == "failed"
 
 

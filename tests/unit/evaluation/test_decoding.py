@@ -40,12 +40,12 @@ SHIPPED = {
 
 def likeliest(model: PreTrainedModel, ids: list[int]) -> list[int]:
     """The likeliest tokens after `ids`, by running the whole sequence again for each."""
-    grown = list(ids)
+    sequence = list(ids)
     for _ in range(NEW_TOKENS):
-        grown.append(model(torch.tensor([grown]), use_cache=False).logits[0, -1].argmax().item())
-        if grown[-1] == model.config.eos_token_id:
+        sequence.append(model(torch.tensor([sequence]), use_cache=False).logits[0, -1].argmax().item())
+        if sequence[-1] == model.config.eos_token_id:
             break
-    return grown[len(ids) :]
+    return sequence[len(ids) :]
 
 
 @torch.no_grad()

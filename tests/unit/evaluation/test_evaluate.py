@@ -21,8 +21,8 @@ def test_metrics_carry_names_units_and_versions() -> None:
     model, tokenizer = tiny_llama()
     text = PerplexitySpec("appendix", TEXT, context=64, max_tokens=300)
     spec = EvaluationSpec(model=MODEL, perplexity=(text,), tasks=("blimp_sample",), limit=4)
-    told: list[tuple[int, int, str]] = []
-    result = evaluate(model, tokenizer, spec, progress=lambda *step: told.append(step))
+    reported: list[tuple[int, int, str]] = []
+    result = evaluate(model, tokenizer, spec, progress=lambda *step: reported.append(step))
     expected = token_perplexity(model, tokenize_text(load_texts(TEXT), tokenizer, 300), context=64)
     assert [(m.name, m.unit) for m in result.metrics] == [
         ("appendix/token_perplexity", "ppl"),
@@ -35,7 +35,7 @@ def test_metrics_carry_names_units_and_versions() -> None:
     assert result.metrics[2].value == expected.loss_nats / math.log(model.config.vocab_size)
     assert result.num_parameters == model.num_parameters()
     assert {"torch", "transformers", "lm_eval", "task:blimp_sample"} == set(dict(result.versions))
-    assert told == [(0, 2, "appendix"), (1, 2, "blimp_sample"), (2, 2, "evaluated")]
+    assert reported == [(0, 2, "appendix"), (1, 2, "blimp_sample"), (2, 2, "evaluated")]
 
 
 def test_nothing_asked_for_measures_nothing() -> None:

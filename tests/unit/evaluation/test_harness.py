@@ -340,7 +340,7 @@ def _record(monkeypatch: pytest.MonkeyPatch, owner: object, kind: str, asked: li
     monkeypatch.setattr(owner, kind, recording)
 
 
-def test_a_model_that_cannot_chat_is_told(user_tasks: Path) -> None:
+def test_a_model_that_cannot_chat_is_reported(user_tasks: Path) -> None:
     with pytest.raises(RequestError, match="no chat template"):
         evaluate_tasks(*tiny_llama(), ["tiny_words"], include_path=str(user_tasks), apply_chat_template=True)
 

@@ -48,9 +48,9 @@ def test_a_program_cannot(attempt: str, tmp_path: Path) -> None:
     outside.chmod(0o600)
     with socket.create_server(("127.0.0.1", 0)) as server:
         program = FORBIDDEN[attempt].format(outside=str(outside), port=server.getsockname()[1])
-        outcome = run_program(program, Limits(wall_s=20, cpu_s=5))
-    assert outcome.status == "failed"
-    assert outcome.detail.startswith(REFUSALS), outcome
+        verdict = run_program(program, Limits(wall_s=20, cpu_s=5))
+    assert verdict.status == "failed"
+    assert verdict.detail.startswith(REFUSALS), verdict
     assert outside.read_text() == "kept"
     assert outside.stat().st_mode & 0o777 == 0o600
 
@@ -121,9 +121,9 @@ print("not seen", np.linalg.inv(np.eye(3)))
          "wrote over its answer"),
     ],
 )  # fmt: skip
-def test_outcomes(tests: str, status: str, detail: str) -> None:
-    outcome = run_tests("def add(a, b): return a + b", tests)
-    assert (outcome.status, outcome.detail) == (status, detail)
+def test_verdicts(tests: str, status: str, detail: str) -> None:
+    verdict = run_tests("def add(a, b): return a + b", tests)
+    assert (verdict.status, verdict.detail) == (status, detail)
 
 
 def test_pass_at_1_is_the_share_that_passes() -> None:

@@ -102,7 +102,7 @@ INTERPRETER = {
         NO_ANSWER,
     ),
     "deletes built-in names": ("import builtins\nvars(builtins).clear()\nx", NO_ANSWER, "NameError"),
-    "raises what cannot be told": (
+    "raises what cannot be reported": (
         "class E(Exception):\n    def __str__(self): raise KeyboardInterrupt\nraise E", "failed E"
     ),
     "raises what leaves": ("import os\nclass E(Exception):\n    def __str__(self): os._exit(0)\nraise E", NO_ANSWER),
@@ -187,9 +187,9 @@ def temporary(disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 )
 def test_a_program_that(attack: str, temporary: Path) -> None:
     program, *verdicts = ATTACKS[attack]
-    outcome = run_program(program, LIMITS)
-    verdict = f"{outcome.status} {outcome.detail}"
-    assert outcome.status != "passed"
+    judged = run_program(program, LIMITS)
+    verdict = f"{judged.status} {judged.detail}"
+    assert judged.status != "passed"
     assert any(expected in verdict for expected in verdicts), verdict
     assert not list(temporary.iterdir())
     assert _children() == []
@@ -241,7 +241,7 @@ def test_a_removed_directory_may_be_deep_and_closed_to_its_owner(tmp_path: Path)
     assert not (tmp_path / "top").exists()
 
 
-def test_a_directory_that_cannot_be_removed_is_told(
+def test_a_directory_that_cannot_be_removed_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

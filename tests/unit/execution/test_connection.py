@@ -82,7 +82,7 @@ def test_a_password_in_an_address_is_not_repeated() -> None:
     assert "secret" not in str(refused.value)
 
 
-def test_where_nothing_listens_is_told_at_once() -> None:
+def test_where_nothing_listens_is_reported_at_once() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -97,7 +97,7 @@ def test_where_nothing_listens_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize("silent", [True, False], ids=["silent", "speaks HTTP"])
-def test_what_is_no_ray_head_is_told_within_a_minute(silent: bool) -> None:
+def test_what_is_no_ray_head_is_reported_within_a_minute(silent: bool) -> None:
     with ExitStack() as stack:
         if silent:
             listening = stack.enter_context(socket.socket())

@@ -122,7 +122,7 @@ def test_exported_models_open_in_plain_transformers(run: Path, place: Path, dept
 
 
 def test_the_plan_foresees_the_keys_of_all_stages(run: Path, config: str) -> None:
-    """Before the run with stand-ins, after it with what was chosen; then there is nothing to run."""
+    """Before the run with placeholders, after it with what was chosen; then there is nothing to run."""
     fresh = json.loads(iterabre("plan", config, "--set", "storage.path=nowhere", "--json").out)["stages"]
     assert (fresh["finished"], fresh["to_run"]) == (0, 13)
     assert sum(1 for _ in run.glob("stages/*/*/manifest.json")) == 13 - 2  # A prune only records.
@@ -257,7 +257,7 @@ def test_a_run_of_an_earlier_version_is_exported_after_a_resume(
         (TRAJECTORY, 3, "has iterations 1 to 2, not 3"),
     ],
 )
-def test_wrong_exports_are_told(
+def test_wrong_exports_are_reported(
     run: Path, tmp_path: Path, trajectory: str, iteration: int, message: str
 ) -> None:
     output = tmp_path / "out"
@@ -267,7 +267,7 @@ def test_wrong_exports_are_told(
     assert not output.exists()
 
 
-def test_export_of_an_unfinished_iteration_is_told(copied: Path, tmp_path: Path) -> None:
+def test_export_of_an_unfinished_iteration_is_reported(copied: Path, tmp_path: Path) -> None:
     shutil.rmtree(copied / "stages/recover")
     output = tmp_path / "out"
     answer = iterabre("export", copied, "--trajectory", TRAJECTORY, "--iteration", 1, "--output", output)
@@ -276,7 +276,7 @@ def test_export_of_an_unfinished_iteration_is_told(copied: Path, tmp_path: Path)
     assert not output.exists()
 
 
-def test_a_failed_trajectory_is_told_and_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_a_failed_trajectory_is_reported_and_does_not_stop_the_others(tmp_path: Path) -> None:
     campaign = tiny_campaign(tmp_path)
     campaign["targets"] = [{"layers": 3}]
     method = campaign["methods"][0]
@@ -287,13 +287,13 @@ def test_a_failed_trajectory_is_told_and_does_not_stop_the_others(tmp_path: Path
     assert "failed: llama--explosive--seed0:" in answer.err
     assert (tmp_path / f"runs/tiny/models/{TRAJECTORY}/3-layers/config.json").is_file()
     assert not (tmp_path / "runs/tiny/models/llama--explosive--seed0").exists()
-    told = iterabre("status", tmp_path / "runs/tiny").err
-    assert "failed: llama--explosive--seed0:" in told
-    assert TRAJECTORY not in told
-    outcomes = json.loads(iterabre("status", tmp_path / "runs/tiny", "--json").out)["outcomes"]
-    failed = outcomes["llama--explosive--seed0"]
-    assert (failed["state"], outcomes[TRAJECTORY]["state"]) == ("failed", "done")
-    assert failed["reason"] in told
+    reported = iterabre("status", tmp_path / "runs/tiny").err
+    assert "failed: llama--explosive--seed0:" in reported
+    assert TRAJECTORY not in reported
+    statuses = json.loads(iterabre("status", tmp_path / "runs/tiny", "--json").out)["outcomes"]
+    failed = statuses["llama--explosive--seed0"]
+    assert (failed["state"], statuses[TRAJECTORY]["state"]) == ("failed", "done")
+    assert failed["reason"] in reported
 
 
 def test_a_limit_ends_the_campaign_and_a_higher_one_lets_it_go_on(tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ def run(file: Path, settings: list[str]) -> CampaignConfig:
     assert measured >= {*evaluation.suites, *evaluation.tasks, *evaluation.probes}
     recovered = {row["method"] for row in rows if row["stage"] == "recover"}
     assert recovered == {m.name for m in config.methods if m.recovery.objective != "none"}
-    outcomes = json.loads(iterabre("status", run_directory, "--json").out)["outcomes"]
-    assert {outcome["state"] for outcome in outcomes.values()} == {"done"}
+    statuses = json.loads(iterabre("status", run_directory, "--json").out)["outcomes"]
+    assert {status["state"] for status in statuses.values()} == {"done"}
     exported = [json.loads(path.read_text()) for path in run_directory.glob("models/*/*/iterabre.json")]
     # Every model at every target by every method; direct trajectories are one a target.
     assert len(exported) == len(config.models) * len(config.methods) * len(config.targets)

@@ -47,13 +47,13 @@ def test_the_command_writes_table_and_plots(model: str, tmp_path: Path) -> None:
     arguments = ("sweep", "--model", model, "--limit", 2, "--max-new-tokens", 4, "--layers", "1-2")
     answer = iterabre(*arguments, "--output", tmp_path / "out", "--json")
     assert answer.exit_code == 0, answer.err
-    told = json.loads(answer.out)
-    assert told == json.loads((tmp_path / "out/sweep.json").read_text())
+    reported = json.loads(answer.out)
+    assert reported == json.loads((tmp_path / "out/sweep.json").read_text())
     header, dense, *rows = csv.reader((tmp_path / "out/sweep.csv").open())
-    assert header == ["removed_layer", *told["dense"]]
-    assert dense == ["none", *map(str, told["dense"].values())]
+    assert header == ["removed_layer", *reported["dense"]]
+    assert dense == ["none", *map(str, reported["dense"].values())]
     assert [row[0] for row in rows] == ["1", "2"]
-    assert [float(row[1]) for row in rows] == told["metrics"]["degeneration/repetition_4"]
+    assert [float(row[1]) for row in rows] == reported["metrics"]["degeneration/repetition_4"]
     assert (tmp_path / "out/sweep.png").stat().st_size > 10_000
     assert "<svg" in (tmp_path / "out/sweep.svg").read_text()
 

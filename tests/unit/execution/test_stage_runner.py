@@ -21,7 +21,7 @@ DENSE, FIRST = IterationPlan(0, 0, 4, False), IterationPlan(1, 1, 3, True)
 
 
 class SlowBackend:
-    """Evaluates when told; the unpruned model scores 0.8, any other 0.6. Fails at first `failures` times."""
+    """Evaluates on request; the unpruned model scores 0.8, any other 0.6. Fails at first `failures` times."""
 
     def __init__(self, failures: int = 0):
         self.may_go_on = threading.Event()

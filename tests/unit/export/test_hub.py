@@ -50,7 +50,7 @@ def test_the_hub_reads_the_card(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "reported"),
     [
         ("README.md", README, Origin("den/fox", "other", "fox", "LICENSE")),
         ("LICENSE", "   Apache License\n  Version 2.0", Origin(None, "apache-2.0")),
@@ -59,9 +59,9 @@ def test_the_hub_reads_the_card(place: Path) -> None:
         ("README.md", "---\n{wrong\n---\n", Origin()),
     ],
 )
-def test_what_a_directory_says_of_its_licence(tmp_path: Path, name: str, text: str, told: Origin) -> None:
+def test_what_a_directory_says_of_its_licence(tmp_path: Path, name: str, text: str, reported: Origin) -> None:
     (tmp_path / name).write_text(text)
-    assert origin(ModelSpec(str(tmp_path))) == told
+    assert origin(ModelSpec(str(tmp_path))) == reported
 
 
 def test_what_a_gguf_file_says_of_its_licence(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub: type[_Hub], tmp
     assert set(hub.files) == {"README.md"}
 
 
-def test_a_refusal_is_told(hub: type[_Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_is_reported(hub: type[_Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wolf")
     with pytest.raises(WorkError, match=r"did not take 'den/new': .*try again with `hf upload"):
         upload(tmp_path, "den/new")

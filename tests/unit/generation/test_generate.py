@@ -164,7 +164,7 @@ def test_responses_are_published_in_order_and_can_be_trained_on(
     assert learnt == first["response"]
 
 
-def test_wrong_requests_are_told(
+def test_wrong_requests_are_reported(
     saved: GenerationSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "blank.jsonl").write_text('{"q": " "}\n')

@@ -391,14 +391,14 @@ def _load(path: Path) -> Tensor:
 @torch.no_grad()
 def _stream(path: Path) -> Tensor:
     load_tokenizer(ModelSpec(str(path)))  # as scoring does first
-    model, walk = load_streamed(ModelRef(ModelSpec(str(path))), torch.device("cpu")), None
+    model, layerwise = load_streamed(ModelRef(ModelSpec(str(path))), torch.device("cpu")), None
     hidden = torch.empty(0)
     for index in range(LAYERS):
         with resident(model, index):
-            walk = walk or LayerwisePass(model, tiny_ids())
-            hidden = walk.block(index, walk.hidden_BTD if index == 0 else hidden)
-    assert walk is not None
-    return model.lm_head(walk.finish(hidden))
+            layerwise = layerwise or LayerwisePass(model, tiny_ids())
+            hidden = layerwise.block(index, layerwise.hidden_BTD if index == 0 else hidden)
+    assert layerwise is not None
+    return model.lm_head(layerwise.finish(hidden))
 
 
 @torch.no_grad()

@@ -115,9 +115,9 @@ def test_hooks_outlive_a_failure(dispatched: PreTrainedModel) -> None:
             score_layers(dispatched, SEQUENCES, criterion, granularity=granularity)
     handle.remove()
     handle = dispatched.lm_head.register_forward_hook(_fail)
-    walk = LayerwisePass(dispatched, tiny_ids())
+    layerwise = LayerwisePass(dispatched, tiny_ids())
     with pytest.raises(torch.OutOfMemoryError):
-        LogitHead(dispatched)(walk.hidden_BTD)
+        LogitHead(dispatched)(layerwise.hidden_BTD)
     handle.remove()
     assert _state(dispatched) == before
     assert dispatched(tiny_ids()).logits.equal(want)

@@ -220,7 +220,7 @@ def test_layers_of_multi_token_prediction_are_neither_kept_nor_counted(way: str,
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_windows_that_move_are_told(way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_windows_that_move_are_reported(way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Gemma 2 has a window in every other layer, and llama.cpp counts them by itself."""
     tiny_model("gemma2").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

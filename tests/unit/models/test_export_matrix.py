@@ -45,14 +45,14 @@ FOR_4 = {
 }
 """Fields that the export of what transformers 5 alone wrote has beside those of its source."""
 
-Run = Callable[..., None]
+RunScript = Callable[..., None]
 
 pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
-def run(request: pytest.FixtureRequest) -> Run:
-    """Run a command of `tests.support.export_matrix` in transformers 4 or 5."""
+def run(request: pytest.FixtureRequest) -> RunScript:
+    """RunScript a command of `tests.support.export_matrix` in transformers 4 or 5."""
     target = request.config.cache.mkdir("transformers-4")
     if not (target / "transformers").is_dir():
         install = ["pip", "install", "--quiet", "--no-deps", "--target", str(target), *TRANSFORMERS_4]
@@ -73,7 +73,9 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 
 @pytest.mark.parametrize("written_by", [4, 5])
-def test_exports_give_the_same_logits_in_both_versions(written_by: int, run: Run, tmp_path: Path) -> None:
+def test_exports_give_the_same_logits_in_both_versions(
+    written_by: int, run: RunScript, tmp_path: Path
+) -> None:
     """Families whose layers are of several kinds lose two of six so that the kinds move."""
     run(written_by, "make", tmp_path / "source")
     for family in FAMILIES:
@@ -97,7 +99,7 @@ def test_exports_give_the_same_logits_in_both_versions(written_by: int, run: Run
         assert changed <= DEPTH_FIELDS | (FOR_4 if written_by == 5 else set())
 
 
-def test_the_model_of_the_demo_has_one_perplexity(run: Run, tmp_path: Path) -> None:
+def test_the_model_of_the_demo_has_one_perplexity(run: RunScript, tmp_path: Path) -> None:
     """It comes from a GGUF file, so that transformers 5 has written all of its files."""
     prune_checkpoint(SMOLLM2, [16, 17, 18], tmp_path / "model")
     for version in (4, 5):

@@ -152,7 +152,7 @@ def test_nested_decoders_change_where_they_stand() -> None:
     assert _difference(decoder, exported["text_config"]) == CHANGED["gemma3_text"]
 
 
-def test_a_depth_told_twice_is_changed_twice() -> None:
+def test_a_depth_reported_twice_is_changed_twice() -> None:
     source = _source("llama") | {"num_layers": 6, "n_layers": 7}
     assert _difference(source, _exported(source)) == {"num_hidden_layers": 4, "num_layers": 4}
 
@@ -171,7 +171,7 @@ def test_a_depth_told_twice_is_changed_twice() -> None:
         ("qwen3_moe", (1, 2, 4), []),
     ],
 )
-def test_layers_that_move_off_the_rule_of_their_family_are_told(
+def test_layers_that_move_off_the_rule_of_their_family_are_reported(
     family: str, kept: Sequence[int], shifted: list[str]
 ) -> None:
     source = _source(family)

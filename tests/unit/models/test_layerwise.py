@@ -1,4 +1,4 @@
-"""Walking block by block equals the family's own forward."""
+"""A pass block by block equals the family's own forward."""
 
 from typing import Any
 
@@ -44,13 +44,13 @@ def test_block_by_block_equals_the_own_forward(family: str, padded: bool) -> Non
         mask[2, :4] = 0
     states, last = _own_forward(model, ids, mask)
 
-    walk = LayerwisePass(model, ids, mask)
-    torch.testing.assert_close(walk.hidden_BTD, states[0])
-    hidden = walk.hidden_BTD
+    layerwise = LayerwisePass(model, ids, mask)
+    torch.testing.assert_close(layerwise.hidden_BTD, states[0])
+    hidden = layerwise.hidden_BTD
     for index in range(6):
-        hidden = walk.block(index, hidden)
+        hidden = layerwise.block(index, hidden)
         torch.testing.assert_close(hidden, states[index + 1])
-    torch.testing.assert_close(walk.finish(hidden), last)
+    torch.testing.assert_close(layerwise.finish(hidden), last)
 
 
 @pytest.mark.parametrize("family", TUPLE_FAMILIES)
@@ -67,15 +67,15 @@ def test_families_that_return_tuples_are_among_the_tested(family: str) -> None:
 def test_any_order_and_any_number_of_blocks() -> None:
     """One pass serves streams that skip blocks: what follows depends on the input alone."""
     model, ids = tiny_model("llama"), tiny_ids()
-    walk = LayerwisePass(model, ids)
-    hidden = walk.block(4, walk.block(1, walk.hidden_BTD))
+    layerwise = LayerwisePass(model, ids)
+    hidden = layerwise.block(4, layerwise.block(1, layerwise.hidden_BTD))
     blocks = blocks_of(model)
     for index in (0, 2, 3, 5):
         blocks[index].forward = lambda hidden_states, *_args, **_kwargs: hidden_states
     want = model.model(ids, use_cache=False).last_hidden_state
     for index in (0, 2, 3, 5):
         del blocks[index].forward
-    torch.testing.assert_close(walk.finish(hidden), want)
+    torch.testing.assert_close(layerwise.finish(hidden), want)
 
 
 @torch.no_grad()
@@ -83,8 +83,8 @@ def test_any_order_and_any_number_of_blocks() -> None:
 def test_the_model_is_left_as_it_was(family: str) -> None:
     model, ids = tiny_model(family), tiny_ids()
     before = model(ids).logits
-    walk = LayerwisePass(model, ids)
-    walk.finish(walk.hidden_BTD)
+    layerwise = LayerwisePass(model, ids)
+    layerwise.finish(layerwise.hidden_BTD)
     assert not any("forward" in vars(block) for block in blocks_of(model))
     assert model(ids).logits.equal(before)
 
@@ -102,8 +102,8 @@ def test_looking_at_a_new_family_draws_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 def test_gradients_flow_through_blocks_and_norm() -> None:
     model, ids = tiny_model("llama"), tiny_ids()
-    walk = LayerwisePass(model, ids)
-    walk.finish(walk.block(3, walk.hidden_BTD)).square().sum().backward()
+    layerwise = LayerwisePass(model, ids)
+    layerwise.finish(layerwise.block(3, layerwise.hidden_BTD)).square().sum().backward()
     assert model.model.layers[3].mlp.down_proj.weight.grad.abs().sum() > 0
     assert model.model.norm.weight.grad.abs().sum() > 0
     assert model.model.layers[2].mlp.down_proj.weight.grad is None

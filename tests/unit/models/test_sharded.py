@@ -86,7 +86,7 @@ def test_weights_are_kept_as_stored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("granularity", ["attention", "mlp"])
 @pytest.mark.parametrize("family", ["mixtral", "phimoe", "llama"])
-def test_sub_blocks_are_emptied_as_stored(family: str, granularity: str, tmp_path: Path) -> None:
+def test_sub_blocks_are_zeroed_as_stored(family: str, granularity: str, tmp_path: Path) -> None:
     """Mixtral's experts lie in the file one by one, under names that the model does not have."""
     tiny_decoder(family).to(torch.bfloat16).save_pretrained(tmp_path / "source", max_shard_size="100KB")
     tiny_tokenizer().save_pretrained(tmp_path / "source")
@@ -142,7 +142,7 @@ def test_what_cannot_be_said_is_refused_before_a_byte_is_written(tmp_path: Path)
     assert not (tmp_path / "disk").exists()
 
 
-def test_a_missing_shard_is_told(tmp_path: Path) -> None:
+def test_a_missing_shard_is_reported(tmp_path: Path) -> None:
     source = _save("llama", tmp_path / "source")
     gone = read_checkpoint(Path(source)).files[1]
     gone.unlink()
@@ -151,7 +151,7 @@ def test_a_missing_shard_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "message"), [(-100, "cut off"), (20, "no safetensors file")])
-def test_a_file_cut_off_is_told(size: int, message: str, tmp_path: Path) -> None:
+def test_a_file_cut_off_is_reported(size: int, message: str, tmp_path: Path) -> None:
     file = read_checkpoint(Path(_save("llama", tmp_path / "source"))).files[0]
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(RequestError, match=message):

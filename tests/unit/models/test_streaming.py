@@ -29,15 +29,17 @@ def test_streamed_equals_loaded(family: str, dtype: str, tmp_path: Path) -> None
     spec, ids = ModelSpec(path, dtype), tiny_ids()
     model, streamed = load_model(path, dtype=dtype)[0], load_streamed(ModelRef(spec), CPU)
     want = model.base_model(ids, use_cache=False).last_hidden_state
-    hidden, walk = torch.empty(0), None
+    hidden, layerwise = torch.empty(0), None
     for index in range(depth(model.config)):
         with resident(streamed, index):
-            walk = walk or LayerwisePass(streamed, ids)
-            hidden = walk.block(index, walk.hidden_BTD if index == 0 else hidden)
-    assert walk is not None
-    torch.testing.assert_close(walk.finish(hidden), want)
+            layerwise = layerwise or LayerwisePass(streamed, ids)
+            hidden = layerwise.block(index, layerwise.hidden_BTD if index == 0 else hidden)
+    assert layerwise is not None
+    torch.testing.assert_close(layerwise.finish(hidden), want)
     tokens_K = torch.tensor([3, 7])
-    torch.testing.assert_close(walk.logits(hidden, tokens_K), model(ids, use_cache=False).logits[:, tokens_K])
+    torch.testing.assert_close(
+        layerwise.logits(hidden, tokens_K), model(ids, use_cache=False).logits[:, tokens_K]
+    )
 
 
 def test_blocks_are_read_once_and_only_two_are_there(tmp_path: Path) -> None:

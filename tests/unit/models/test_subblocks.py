@@ -30,15 +30,15 @@ from tests.support.tiny_models import blocks_of, save_tiny, tiny_ids, tiny_model
 def test_a_block_without_its_sub_block(family: str, kind: str) -> None:
     """As if the branch gave nothing; afterwards the weights are what they were."""
     model, ids = tiny_model(family), tiny_ids(1)
-    walk, block = LayerwisePass(model, ids), blocks_of(model)[2]
-    whole = walk.block(2, walk.hidden_BTD)
+    layerwise, block = LayerwisePass(model, ids), blocks_of(model)[2]
+    whole = layerwise.block(2, layerwise.hidden_BTD)
     with branch_off(block, kind, family):
-        want = walk.block(2, walk.hidden_BTD)
+        want = layerwise.block(2, layerwise.hidden_BTD)
     with without_sub_block(block, kind):
-        got = walk.block(2, walk.hidden_BTD)
+        got = layerwise.block(2, layerwise.hidden_BTD)
     torch.testing.assert_close(got, want)
     assert (got - whole).abs().max() > 0.01
-    assert torch.equal(walk.block(2, walk.hidden_BTD), whole)
+    assert torch.equal(layerwise.block(2, layerwise.hidden_BTD), whole)
 
 
 def test_only_the_weights_of_the_sub_block_are_zero() -> None:
@@ -103,7 +103,7 @@ def test_a_reference_drops_layers_and_empties_by_source_layer(tmp_path: Path) ->
 
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "mixtral"])
-def test_emptied_on_disk_equals_emptied_in_memory(family: str, kind: str, tmp_path: Path) -> None:
+def test_zeroed_on_disk_equals_zeroed_in_memory(family: str, kind: str, tmp_path: Path) -> None:
     """Experts are stored one by one (qwen3_moe), and under other names than the model's (mixtral)."""
     model = tiny_model(family)
     save_pretrained(model, tmp_path / "model", tokenizer=tiny_tokenizer())
@@ -121,11 +121,11 @@ def test_blocks_that_hand_on_more_than_hidden_states_are_not_run_alone() -> None
 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["bert", "xlnet", "bloom"])
-def test_a_walk_is_the_model(model_type: str) -> None:
+def test_a_layerwise_pass_is_the_model(model_type: str) -> None:
     """An encoder within the decoder, and blocks that return more than anyone goes on with."""
     model, ids = tiny_decoder(model_type), tiny_ids(1)
-    walk = LayerwisePass(model, ids)
-    hidden = walk.hidden_BTD
+    layerwise = LayerwisePass(model, ids)
+    hidden = layerwise.hidden_BTD
     for index in range(6):
-        hidden = walk.block(index, hidden)
-    torch.testing.assert_close(walk.logits(hidden, torch.arange(12)), model(ids, use_cache=False).logits)
+        hidden = layerwise.block(index, hidden)
+    torch.testing.assert_close(layerwise.logits(hidden, torch.arange(12)), model(ids, use_cache=False).logits)

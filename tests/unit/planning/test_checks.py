@@ -220,8 +220,8 @@ def test_beyond_the_named_context_rotary_positions_go_on_with_a_note(place: Path
         f"recovery.sequence_length is 64, longer than the 48 tokens that model '{place / 'qwen2'}' was made"
     )
     assert note in answer.out
-    (told,) = json.loads(iterabre("plan", file, "--json").out)["notes"]
-    assert note in told
+    (reported,) = json.loads(iterabre("plan", file, "--json").out)["notes"]
+    assert note in reported
 
 
 @pytest.mark.parametrize("model", TABLES)

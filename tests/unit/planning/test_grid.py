@@ -64,7 +64,7 @@ def test_excluded_combinations_do_not_run(campaign: dict[str, Any], entry: dict[
     assert _stops(_plan(campaign)) == expected
 
 
-def test_exclusions_that_exclude_nothing_or_everything_are_told(campaign: dict[str, Any]) -> None:
+def test_exclusions_that_exclude_nothing_or_everything_are_reported(campaign: dict[str, Any]) -> None:
     campaign["exclude"] = [{"model": "lama*"}]
     with pytest.raises(RequestError, match=r"exclude\.0 \(model: lama\*\) matches no comb.* of llama, lamb"):
         _plan(campaign)
@@ -102,7 +102,7 @@ def test_overrides_change_one_model_and_keep_the_rest_of_the_section(
         ({"execution": {"backend": "ray"}}, r"models\.1\.overrides\.execution: unknown key"),
     ],
 )
-def test_wrong_overrides_are_told_with_their_place(
+def test_wrong_overrides_are_reported_with_their_place(
     campaign: dict[str, Any], overrides: dict[str, Any], message: str
 ) -> None:
     campaign["models"][1]["overrides"] = overrides
@@ -137,7 +137,7 @@ def test_unequal_blocks_keep_the_bound_whichever_go() -> None:
     assert target_depth(TargetConfig(parameters=80), info) == 2
 
 
-def test_targets_by_parameters_that_cannot_be_are_told() -> None:
+def test_targets_by_parameters_that_cannot_be_are_reported() -> None:
     info = _info((25, 25), rest=50)
     for target, asked in (
         ({"parameters": 49.0}, "parameters=49 leaves 0"),

@@ -54,7 +54,7 @@ def _plan(campaign: dict[str, Any]) -> CampaignPlan:
 
 
 def _keys(trajectory: TrajectoryPlan) -> dict[str, str]:
-    """Keys of the stages after layer 3 was dropped and healed once."""
+    """Keys of the stages after layer 3 was dropped and the model recovered once."""
     model = trajectory.dense.without((3,)).adapted(ADAPTER)
     specs = {
         "score": trajectory.score_spec(model),
@@ -107,7 +107,7 @@ def test_fractions_round_half_up() -> None:
         ({"fraction": 0.9}, r"fraction=0\.9 leaves 0"),
     ],
 )
-def test_depths_that_cannot_be_are_told(target: dict[str, Any], asked: str) -> None:
+def test_depths_that_cannot_be_are_reported(target: dict[str, Any], asked: str) -> None:
     with pytest.raises(RequestError, match=rf"{asked} of the 4 layers of 'm'; .* between 1 and 3"):
         target_depth(TargetConfig(**target), _info(4))
 

@@ -185,12 +185,12 @@ def test_only_the_last_checkpoints_are_kept_and_a_broken_write_leaves_none(tmp_p
 
 
 def test_a_machine_that_is_about_to_go_leaves_a_checkpoint_once(spec: RecoverySpec, tmp_path: Path) -> None:
-    context, told = group_train_context(0, 1, tmp_path), iter([False, False, True, True, True, True])
+    context, reported = group_train_context(0, 1, tmp_path), iter([False, False, True, True, True, True])
     saved: list[int] = []
     context = replace(
         context,
         save_checkpoint=lambda done, write: saved.append(done),
-        preemption_requested=lambda: next(told),
+        preemption_requested=lambda: next(reported),
     )
     with single_process_group():
         train(replace(spec, checkpoint_steps=100), context)
@@ -201,19 +201,19 @@ def test_a_machine_that_is_about_to_go_leaves_a_checkpoint_once(spec: RecoverySp
 
 
 class _Tight(nn.Module):
-    """A training module that has room for `room` sequences at a time, as a full GPU would.
+    """A training module that fits `capacity` sequences at a time, as a full GPU would.
 
     It fails in the second micro-batch of a step or later, after gradients were accumulated.
     """
 
-    def __init__(self, inner: nn.Module, room: int, in_backward: bool):
+    def __init__(self, inner: nn.Module, capacity: int, in_backward: bool):
         super().__init__()
-        self.inner, self.room, self.in_backward, self.calls = inner, room, in_backward, 0
+        self.inner, self.capacity, self.in_backward, self.calls = inner, capacity, in_backward, 0
 
     def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
         self.calls += 1
         terms = self.inner(batch)
-        if len(batch.input_ids_BT) <= self.room or self.calls < 4:
+        if len(batch.input_ids_BT) <= self.capacity or self.calls < 4:
             return terms
         if not self.in_backward:
             self._fail()
@@ -224,9 +224,9 @@ class _Tight(nn.Module):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-def _make_tight(monkeypatch: pytest.MonkeyPatch, room: int, in_backward: bool = False) -> None:
+def _make_tight(monkeypatch: pytest.MonkeyPatch, capacity: int, in_backward: bool = False) -> None:
     def build(pair: TeacherStudent, spec: RecoverySpec) -> nn.Module:
-        return _Tight(build_lockstep(pair, spec), room, in_backward)
+        return _Tight(build_lockstep(pair, spec), capacity, in_backward)
 
     monkeypatch.setitem(
         objectives.OBJECTIVES, "kd", Objective(build, "a GPU that is too small", has_teacher=True)
@@ -277,9 +277,9 @@ def test_memory_that_does_not_suffice_for_one_sequence_ends_with_the_remedy(
 
 
 def _second_is_tight(rank: int, world: int, spec: RecoverySpec, out: Path) -> None:
-    room = 1 if rank == 1 else 99
+    capacity = 1 if rank == 1 else 99
     OBJECTIVES["kd"] = Objective(
-        lambda pair, spec: _Tight(build_lockstep(pair, spec), room, True), "", has_teacher=True
+        lambda pair, spec: _Tight(build_lockstep(pair, spec), capacity, True), "", has_teacher=True
     )
     try:
         train_all(rank, world, [(spec, out)])

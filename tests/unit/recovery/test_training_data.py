@@ -168,13 +168,15 @@ def test_training_goes_on_with_the_same_tokens_after_a_stop(tmp_path: Path, kind
         ("answers", {"sequence_length": 2}, "none of the 60 conversations has an answer within 2 tokens"),
     ],
 )
-def test_too_little_data_is_told(tmp_path: Path, kind: str, changes: dict[str, int], message: str) -> None:
+def test_too_little_data_is_reported(
+    tmp_path: Path, kind: str, changes: dict[str, int], message: str
+) -> None:
     spec = request(tmp_path, kind, **changes)
     with pytest.raises(RequestError, match=message):
         training_order(spec, training_data(spec, TOKENIZER), seed=0)
 
 
-def test_a_vocabulary_larger_than_the_embedding_is_told(tmp_path: Path) -> None:
+def test_a_vocabulary_larger_than_the_embedding_is_reported(tmp_path: Path) -> None:
     data = training_data(request(tmp_path, "concatenated"), TOKENIZER)
     check_vocabulary(data, tiny_llama()[0])
     small, _ = tiny_llama(vocab_size=100)

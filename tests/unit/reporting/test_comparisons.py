@@ -110,7 +110,7 @@ def test_a_part_shows_the_columns_that_hold_anything() -> None:
     assert [(model, grid.shown(part)) for model, part in grid.parts] == [("a", ["10%"]), ("b", ["33%"])]
 
 
-def test_the_best_at_each_size_is_told_with_its_rival(tmp_path: Path) -> None:
+def test_the_best_at_each_size_is_reported_with_its_rival(tmp_path: Path) -> None:
     ledger = sample_ledger(str(tmp_path), ("smol--good--seed0", "smol--bad--seed0"))
     choices = best_at_each_size(entries(measured_models(ledger)))
     assert [choice.method for choice in choices] == ["good"] * 3

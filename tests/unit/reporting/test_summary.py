@@ -71,7 +71,7 @@ def test_a_number_that_is_0_on_the_unpruned_model_has_no_factor(metric: str) -> 
         (0.59, True),  # 0.11: 2.2 of it
     ],
 )
-def test_methods_within_the_errors_of_both_are_not_told_apart(theirs: float, apart: bool) -> None:
+def test_methods_within_the_errors_of_both_are_not_reported_apart(theirs: float, apart: bool) -> None:
     choice = _choice(
         _measured("best", 0, accuracy=(0.70, 0.03)),
         _measured("other", 0, accuracy=(theirs, 0.04)),
@@ -82,7 +82,7 @@ def test_methods_within_the_errors_of_both_are_not_told_apart(theirs: float, apa
     assert (choice.rival, choice.even) == ((named, ()) if apart else ("", (named,)))
 
 
-def test_equal_numbers_are_not_told_apart_even_where_the_seeds_agree() -> None:
+def test_equal_numbers_are_not_reported_apart_even_where_the_seeds_agree() -> None:
     same = [_measured(method, seed, perplexity=(30.0, None)) for method in "ab" for seed in range(2)]
     assert _choice(*same).even == ("b (30 ± 0)",)
 
@@ -110,7 +110,7 @@ def test_a_method_without_the_deciding_metric_is_not_passed_over() -> None:
     assert _choices(found)[9].due == (f"b is not measured yet by {PERPLEXITY}",)
 
 
-def test_depths_that_are_pruned_and_not_measured_are_told() -> None:
+def test_depths_that_are_pruned_and_not_measured_are_reported() -> None:
     dense = Measured("a-0", "smol", "a", 0, 0, "dense", 10, 1100, {PERPLEXITY: Number(20.0, None, "key")})
     due = Due("smol", "a", 9, reached=True, ended=False)
     (choice,) = best_at_each_size(entries([dense]), [due, replace(due, layers=8, reached=False)])

@@ -21,7 +21,7 @@ from orchestrator.scheduling.resources import ResourceBundle, ResourceRequest, s
 
 HELD = {"recover": ResourceBundle(1, 4), "score": ResourceBundle(1, 2), "evaluate": ResourceBundle(1, 1)}
 FOUR_GPUS = AdmissionController(
-    lambda: ResourceBundle(100, 4), {kind: ResourceRequest(room, room) for kind, room in HELD.items()}
+    lambda: ResourceBundle(100, 4), {kind: ResourceRequest(bundle, bundle) for kind, bundle in HELD.items()}
 )
 
 
@@ -133,11 +133,13 @@ def test_a_stage_wider_than_the_cluster_runs_alone() -> None:
 
 
 def test_a_cluster_that_grows_takes_more() -> None:
-    rooms = [ResourceBundle(8, 1)]
-    coordinator = Coordinator(Limits(), admission=AdmissionController(lambda: rooms[-1], FOUR_GPUS.requests))
+    capacities = [ResourceBundle(8, 1)]
+    coordinator = Coordinator(
+        Limits(), admission=AdmissionController(lambda: capacities[-1], FOUR_GPUS.requests)
+    )
     assert coordinator.try_acquire(LeaseRequest("evaluate", "a", "a")).granted
     assert not coordinator.try_acquire(LeaseRequest("evaluate", "b", "b")).granted
-    rooms.append(ResourceBundle(8, 2))
+    capacities.append(ResourceBundle(8, 2))
     assert coordinator.try_acquire(LeaseRequest("evaluate", "b", "b")).granted
 
 
@@ -171,7 +173,7 @@ def test_fractions_of_a_gpu_fill_it() -> None:
     assert granted == [True] * 10 + [False]
 
 
-def test_who_waits_is_told_at_once() -> None:
+def test_who_waits_is_reported_at_once() -> None:
     coordinator = Coordinator(Limits(time_limit_s=60.0), clock=time.monotonic)
     first, second = Leases(coordinator), Leases(coordinator)
     first.acquire("score", "key")

@@ -1,4 +1,4 @@
-"""The race against its promises, on drawn scores."""
+"""Early elimination against its promises, on drawn scores."""
 
 import pytest
 import torch

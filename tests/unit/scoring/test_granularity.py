@@ -153,7 +153,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ScoreSpec:
     )
 
 
-def test_emptied_sub_blocks_are_no_candidates(spec: ScoreSpec) -> None:
+def test_zeroed_sub_blocks_are_no_candidates(spec: ScoreSpec) -> None:
     result = score_locally(replace(spec, reference="current"))
     model, _ = load_model(spec.model.source.path)
     zero_sub_blocks(model, "attention", [0, 5])
@@ -179,6 +179,6 @@ def test_a_streamed_model_has_the_same_scores(spec: ScoreSpec, criterion: str) -
     assert streamed.scores == pytest.approx(score_locally(spec).scores, rel=1e-6)
 
 
-def test_a_block_without_such_a_sub_block_is_told() -> None:
+def test_a_block_without_such_a_sub_block_is_reported() -> None:
     with pytest.raises(RequestError, match="has no mlp of its own"):
         score_layers(tiny_decoder("mamba"), SEQUENCES, granularity="mlp")

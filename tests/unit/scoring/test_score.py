@@ -84,7 +84,7 @@ def test_an_unpruned_model(spec: ScoreSpec) -> None:
     assert heard == [(7, 7, "sequences")]
 
 
-def test_progress_is_told_between_shares(spec: ScoreSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_reported_between_shards(spec: ScoreSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score, "SEQUENCES_PER_LOCAL_SHARD", 3)
     heard: list[int] = []
     score_locally(spec, lambda done, _total, _note: heard.append(done))
@@ -137,7 +137,7 @@ def test_a_memory_budget_changes_no_score(spec: ScoreSpec, criterion: str) -> No
 
 
 def test_a_streamed_model_has_the_same_scores(spec: ScoreSpec, adapter: ArtifactRef) -> None:
-    """Unpruned, and pruned and recovered against the unpruned source; two shares, too."""
+    """Unpruned, and pruned and recovered against the unpruned source; two shards, too."""
     for model in (spec.model, spec.model.adapted(adapter).without(DROPPED)):
         loaded = replace(spec, model=model)
         streamed = replace(loaded, stream_weights=True)
@@ -163,14 +163,14 @@ def long_spec(tmp_path_factory: pytest.TempPathFactory, spec: ScoreSpec) -> Scor
 
 
 def test_giving_up_candidates_saves_work_and_not_the_winner(long_spec: ScoreSpec) -> None:
-    whole, raced = score_locally(long_spec), score_locally(replace(long_spec, confidence=0.99))
-    assert raced.removal_order[0] == whole.removal_order[0]
-    assert sorted(raced.removal_order) == sorted(whole.removal_order)
-    assert whole.layer_forwards_saved == 0 < raced.layer_forwards_saved
-    assert raced.layer_forwards + raced.layer_forwards_saved == whole.layer_forwards
+    whole, eliminated = score_locally(long_spec), score_locally(replace(long_spec, confidence=0.99))
+    assert eliminated.removal_order[0] == whole.removal_order[0]
+    assert sorted(eliminated.removal_order) == sorted(whole.removal_order)
+    assert whole.layer_forwards_saved == 0 < eliminated.layer_forwards_saved
+    assert eliminated.layer_forwards + eliminated.layer_forwards_saved == whole.layer_forwards
     shared = _in_shards(replace(long_spec, confidence=0.99), 4)
-    assert shared.scores == pytest.approx(raced.scores, abs=1e-6)
-    assert shared.layer_forwards_saved == raced.layer_forwards_saved
+    assert shared.scores == pytest.approx(eliminated.scores, abs=1e-6)
+    assert shared.layer_forwards_saved == eliminated.layer_forwards_saved
 
 
 @pytest.mark.parametrize("reference", ["source", "current"])

@@ -1,4 +1,4 @@
-"""All candidates in one walk, against running the whole model once for each."""
+"""All candidates in one layerwise pass, against running the whole model once for each."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_no_gradients_are_kept() -> None:
 LENGTHS = (12, 5, 12, 5, 12, 12, 1)
 
 
-def _walked(
+def _pass_through(
     model: PreTrainedModel, candidates: list[int], budget: int | None
 ) -> dict[tuple[int, int], Tensor]:
     """Last hidden state of every sequence and stream."""
@@ -102,7 +102,7 @@ def test_many_sequences_in_portions(
     cheap_blocks = Costs(stream=128, working=100, pair=0, chunk_tokens=1024)
     monkeypatch.setattr("actors.scoring.measures.wavefront.costs_of", lambda _model: cheap_blocks)
     model = tiny_model(family)
-    found = _walked(model, candidates, budget)
+    found = _pass_through(model, candidates, budget)
     assert set(found) == {(p, s) for p in range(len(LENGTHS)) for s in (UNPRUNED, *candidates)}
     for position, length in enumerate(LENGTHS):
         alone = _candidate_hidden(model, tiny_ids(1, length, seed=position)[0])
@@ -124,7 +124,7 @@ def _observed(model: PreTrainedModel, budget: int | None) -> list[tuple[int, int
     seen: list[tuple[int, int]] = []
     for block in blocks_of(model):
         block.mlp.register_forward_hook(lambda _mlp, inputs, _output: seen.append(inputs[0].shape[:2]))
-    _walked(model, list(range(6)), budget)
+    _pass_through(model, list(range(6)), budget)
     return seen
 
 
@@ -152,9 +152,9 @@ def test_a_block_needs_no_more_than_its_costs_say() -> None:
     config = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 1}
     model = tiny_model("llama", **config)
     ids = tiny_ids(4, 64)
-    walk = LayerwisePass(model, ids)
+    layerwise = LayerwisePass(model, ids)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.no_grad():
-        walk.block(0, walk.hidden_BTD)
+        layerwise.block(0, layerwise.hidden_BTD)
     taken, peak = 0, 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":

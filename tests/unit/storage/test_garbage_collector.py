@@ -61,7 +61,7 @@ def test_what_no_manifest_names_goes_and_the_rest_stays(store: Store, tmp_path: 
 
 def test_files_that_a_killed_writer_left_go(tmp_path: Path) -> None:
     store = Store.of_campaign(str(tmp_path), "demo")
-    write_bytes(store.run_file_uri, b"{}")
+    write_bytes(store.run_manifest_uri, b"{}")
     half = Path(store.uri) / "ledger" / ".part.parquet.17-abcd.tmp"
     half.parent.mkdir()
     half.write_bytes(b"PAR1")

@@ -208,12 +208,12 @@ def test_storage_is_checked_before_work_starts(store: Store) -> None:
     open_run(store, {}, resume=False)
 
 
-def test_too_little_space_is_told(local_store: Store) -> None:
+def test_too_little_space_is_reported(local_store: Store) -> None:
     with pytest.raises(RequestError, match=rf"{local_store.uri} has [\d,]+ bytes free, but about 1,0{{3}}"):
         local_store.check_writable(needed_bytes=10**18)
 
 
-def test_storage_that_is_no_directory_is_told(tmp_path: Path) -> None:
+def test_storage_that_is_no_directory_is_reported(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(RequestError, match="cannot be written"):
         Store.of_campaign(str(tmp_path / "runs"), "demo").check_writable()

@@ -260,7 +260,7 @@ def test_wandb_offline_keeps_files_for_sync(
     assert not any(b"planted0wandb0key" in content for content in contents)
 
 
-def test_a_server_that_is_away_is_warned_of_once_and_told_later(
+def test_a_server_that_is_away_is_warned_of_once_and_reported_later(
     place: Path, plan: CampaignPlan, tmp_path: Path, mlflow_uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.socket() as unused:
@@ -302,7 +302,7 @@ def _refused(place: Path, **tracking: Any) -> str:
     return str(refusal.value)
 
 
-def test_a_package_that_is_missing_is_told_with_how_to_get_it(
+def test_a_package_that_is_missing_is_reported_with_how_to_get_it(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TRACKERS, "wandb", replace(TRACKERS["wandb"], package="not_installed"))  # type: ignore[arg-type]
@@ -319,7 +319,7 @@ def test_online_needs_a_key(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert "set WANDB_API_KEY" in message
 
 
-def test_a_local_store_that_mlflow_refuses_is_told(
+def test_a_local_store_that_mlflow_refuses_is_reported(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)

@@ -1,6 +1,7 @@
-"""What `scoring.confidence` saves: the race against scoring every candidate on every sequence.
+"""What `scoring.confidence` saves: early elimination against scoring every candidate on every sequence.
 
-    python benchmarks/scoring_race.py [--model PATH] [--sequences 256] [--tokens 512] [--confidence 0.99]
+    python benchmarks/scoring_early_elimination.py [--model PATH] [--sequences 256] [--tokens 512] \\
+        [--confidence 0.99]
 
 Sequences are rows of WikiText-2, cut to so many tokens.
 """
@@ -43,10 +44,12 @@ def main() -> None:
         max_sequences=options.sequences,
         sequence_length=options.tokens,
     )
-    raced = timed(f"race {options.confidence}", replace(spec, confidence=options.confidence))
+    eliminated = timed(
+        f"early elimination {options.confidence}", replace(spec, confidence=options.confidence)
+    )
     whole = timed("exhaustive", spec)
-    share = raced.layer_forwards / whole.layer_forwards
-    same = raced.removal_order[0] == whole.removal_order[0]
+    share = eliminated.layer_forwards / whole.layer_forwards
+    same = eliminated.removal_order[0] == whole.removal_order[0]
     print(
         f"{whole.num_sequences} sequences, {whole.num_tokens} tokens: {share:.2f} of the layer-forwards, "
         f"the {'same' if same else 'WRONG'} layer"

@@ -1,4 +1,4 @@
-"""Reference page of the campaign file: `python -m orchestrator.config.reference`."""
+"""Reference page of the campaign file: `python -m orchestrator.config.reference_page`."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ from orchestrator.config.section import SECTIONS, fields_of
 HEAD = """# Configuration
 
 One YAML file describes a campaign. This page is written from the declarations of the settings
-(`python -m orchestrator.config.reference > docs/configuration.md`); a test keeps it so.
+(`python -m orchestrator.config.reference_page > docs/configuration.md`); a test keeps it so.
 Unknown keys are refused. Any field can be overridden on the command line:
 `--set methods.0.recovery.max_tokens=4096`; lists are counted from 0.
 
@@ -27,7 +27,7 @@ URI in a Ray job.
 """
 
 
-def reference() -> str:
+def reference_page() -> str:
     """Return the whole page as Markdown."""
     return "\n".join([HEAD, *_sections(CampaignConfig, "", {})]).rstrip() + "\n"
 
@@ -62,7 +62,7 @@ def _type_name(field: FieldInfo) -> str:
         annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
     )
     text = re.sub(r"\b(typing|actors\.contracts\.\w+|orchestrator\.config\.\w+)\.", "", text)
-    # As a user writes it: bounds are told by the check itself, and YAML has lists.
+    # As a user writes it: the check itself states bounds, and YAML has lists.
     text = re.sub(r"\bAnnotated\[(\w+), [^\]]*\]", r"\1", text)
     text = re.sub(r"\btuple\[(\w+), \.\.\.\]", r"list[\1]", text)
     return text.replace("|", "\\|")
@@ -77,4 +77,4 @@ def _default(field: FieldInfo, nested: type | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(reference())
+    sys.stdout.write(reference_page())
