@@ -36,7 +36,8 @@ class CampaignGauges:
         """Set the gauges to the newest progress of every trajectory."""
         states = Counter({"running": 0, "ended": 0, "failed": 0})
         for activity in activities:
-            states[_state(activity)] += 1
+            ended = "failed" if activity.stage == "failed" else "ended"
+            states[ended if activity.finished else "running"] += 1
             tags = {"campaign": self._campaign, "trajectory": activity.trajectory}
             for name, gauge in self._stages.items():
                 gauge.set(getattr(activity, name), tags)
@@ -44,9 +45,3 @@ class CampaignGauges:
                 self._perplexity.set(value, {**tags, "text": text})
         for state, count in states.items():
             self._trajectories.set(count, {"campaign": self._campaign, "state": state})
-
-
-def _state(activity: TrajectoryProgress) -> str:
-    if not activity.finished:
-        return "running"
-    return "failed" if activity.stage == "failed" else "ended"

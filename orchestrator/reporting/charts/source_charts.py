@@ -177,13 +177,18 @@ def _run_distances(source: str, ledger: pa.Table, criteria: Mapping[str, str]) -
         return None
     starts = tuple(sorted({start for distances in found.values() for start in distances}))
     sizes = tuple(sorted(found, reverse=True))
+    rows: list[tuple[float | None, ...]] = []
+    for size in sizes:
+        low, high = min(found[size].values()), max(found[size].values())
+        rescaled = {start: (value - low) / ((high - low) or 1.0) for start, value in found[size].items()}
+        rows.append(tuple(map(rescaled.get, starts)))
     panel = HeatMap(
         title=source,
         x_title="first layer of the run",
         y_title="layers in the run",
         x=starts,
         y=sizes,
-        values=tuple(_rescaled(found[size], starts) for size in sizes),
+        values=tuple(rows),
         value_title="angular distance, each row from 0 to 1",
         marked=tuple((min(found[size], key=found[size].__getitem__), size) for size in sizes),
     )
@@ -194,13 +199,6 @@ def _run_distances(source: str, ledger: pa.Table, criteria: Mapping[str, str]) -
         "turns the hidden state of the unpruned model, for the lengths that a method scored. A cross marks "
         "the least of each.",
         [panel],
-    )
-
-
-def _rescaled(distances: Mapping[int, float], starts: Sequence[int]) -> tuple[float | None, ...]:
-    low, high = min(distances.values()), max(distances.values())
-    return tuple(
-        (distances[start] - low) / ((high - low) or 1.0) if start in distances else None for start in starts
     )
 
 
