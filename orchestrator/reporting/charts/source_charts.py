@@ -69,7 +69,16 @@ def _method_curve(method: str, metric: str, found: Sequence[Entry], dense: Entry
         for entry in (dense, *found)
         if (entry is dense or (entry.method, entry.phase) == (method, phase)) and metric in entry.numbers
     }
-    if len(points) < 2 or (phase == PRUNED and not _heals(method, metric, found)):
+    # Without recovery, or where it changed nothing, both curves would be one.
+    before, after = (
+        {
+            entry.layers: entry.numbers[metric].value
+            for entry in found
+            if (entry.method, entry.phase) == (method, state) and metric in entry.numbers
+        }
+        for state in (PRUNED, RECOVERED)
+    )
+    if len(points) < 2 or (phase == PRUNED and before == after):
         return None
     xs = tuple(sorted(points))
     errors = tuple(points[x].stderr or 0.0 for x in xs)
@@ -82,19 +91,6 @@ def _method_curve(method: str, metric: str, found: Sequence[Entry], dense: Entry
         stderr=errors if any(errors) and phase == RECOVERED else None,
         group=method,
     )
-
-
-def _heals(method: str, metric: str, found: Sequence[Entry]) -> bool:
-    """Return true if recovery changed the metric at all; without recovery, both curves would be one."""
-    values = {
-        phase: {
-            e.layers: e.numbers[metric].value
-            for e in found
-            if (e.method, e.phase) == (method, phase) and metric in e.numbers
-        }
-        for phase in (PRUNED, RECOVERED)
-    }
-    return values[PRUNED] != values[RECOVERED]
 
 
 def _dropped_map(
