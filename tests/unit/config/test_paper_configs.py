@@ -11,6 +11,7 @@ from actors.evaluation import check_tasks
 from actors.recovery import check_recovery, find_objective
 from actors.scoring import find_criterion
 from orchestrator.config import load_config
+from orchestrator.execution.dry_run import campaign_stages
 from orchestrator.planning.cost_model import parse_machine
 from orchestrator.planning.estimate import plan_summary
 from orchestrator.planning.planner import build_plan, evaluation_spec
@@ -178,5 +179,5 @@ def test_table_1_is_planned_for_the_papers_models(tmp_path: Path, monkeypatch: p
     }
     assert list(left.values()) == [24, 21, 12, 21, 18]  # IteRABRe, Table 1
     machines = [parse_machine(text, config.cost) for text in ("8xH100-80G", "2xA100-80G")]
-    rows = plan_summary(plan, config, machines, None, {})["machines"]
+    rows = plan_summary(plan, config, machines, campaign_stages(plan))["machines"]
     assert [row["fits"] for row in rows] == [True, True]
