@@ -276,9 +276,12 @@ def _checked(rows: Iterable[Row], spec: TextSpec) -> Iterator[Record]:
 def _problem(value: Any, name: str, spec: TextSpec) -> str | None:
     """Return why a value is no text that a tokenizer can read, or no list of messages where one is due."""
     if name == spec.messages_column or (spec.generated and name == "prompt"):
-        if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+        messages = value if isinstance(value, list) else []
+        texts: list[Any] = [
+            m.get(key) if isinstance(m, dict) else None for m in messages for key in ("role", "content")
+        ]
+        if not texts or not all(isinstance(text, str) for text in texts):
             return "is no list of messages, each with role and content that are text"
-        texts = [message[key] for message in value for key in ("role", "content")]
     elif isinstance(value, str):
         texts = [value]
     else:
@@ -290,10 +293,6 @@ def _problem(value: Any, name: str, spec: TextSpec) -> str | None:
             half = f"\\u{ord(text[error.start]):04x}, at position {error.start}"
             return f"holds half of a character, {half}, which no tokenizer can read; mend or drop the row"
     return None
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def _file_of(spec: TextSpec) -> str | None:

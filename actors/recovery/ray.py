@@ -99,7 +99,15 @@ def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryRe
     try:
         returned = trainer.fit().return_value
     except ray_train.WorkerGroupError as error:
-        raise _worker_failure(run_config.name, error) from error
+        # One worker's own error, which caused the others, rather than a lost peer.
+        causes = {rank: getattr(e, "_base_exc", e) for rank, e in sorted(error.worker_failures.items())}
+        rank, cause = min(causes.items(), key=lambda item: _failure_rank(item[1]))
+        if isinstance(cause, IterabreError):
+            raise cause from error
+        raise WorkError(
+            f"recovery {run_config.name!r} failed on worker {rank}: {type(cause).__name__}: "
+            f"{last_line(cause)}. Finished steps are kept up to the last checkpoint; continue with --resume"
+        ) from error
     except ray_train.TrainingFailedError as error:
         raise WorkError(
             f"recovery {run_config.name!r} could not run on {scaling.num_workers} workers of "
@@ -168,18 +176,6 @@ def _start_timeout(seconds: float) -> Iterator[None]:
             del os.environ[START_TIMEOUT_VARIABLE]
         else:
             os.environ[START_TIMEOUT_VARIABLE] = before
-
-
-def _worker_failure(name: str, error: ray_train.WorkerGroupError) -> IterabreError:
-    """Return the failure that caused the others: one worker's own error rather than a lost peer."""
-    causes = {rank: getattr(e, "_base_exc", e) for rank, e in sorted(error.worker_failures.items())}
-    rank, cause = min(causes.items(), key=lambda item: _failure_rank(item[1]))
-    if isinstance(cause, IterabreError):
-        return cause
-    return WorkError(
-        f"recovery {name!r} failed on worker {rank}: {type(cause).__name__}: {last_line(cause)}. "
-        "Finished steps are kept up to the last checkpoint; continue with --resume"
-    )
 
 
 def _failure_rank(cause: BaseException) -> int:

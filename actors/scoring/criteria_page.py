@@ -2,7 +2,7 @@
 
 import sys
 
-from actors.scoring.criteria import CRITERIA, Criterion, MergeCriterion, TaskCriterion
+from actors.scoring.criteria import CRITERIA, MergeCriterion, TaskCriterion
 
 HEAD = """# Criteria
 
@@ -74,21 +74,18 @@ def criteria_page() -> str:
     blocks_only = " and ".join(f"`{name}`" for name, row in CRITERIA.items() if row.blocks_only)
     rows = ""
     for name, row in CRITERIA.items():
+        match row:
+            case TaskCriterion():
+                forwards = "N evaluations"
+            case MergeCriterion():
+                forwards = "by tries"
+            case _:  # in terms of S and N, by its values for N = 10
+                by_value = {0: "none", 10: "S·N", 20: "2·S·N", 55: "S·N(N+1)/2"}
+                forwards = by_value[row.forwards(10, 1)]
         cells = [f"`{name}`", row.source, row.equation, "highest" if row.highest_first else "lowest"]
-        cells += ["yes" if row.uses_sequences else "no", _forwards(row)]
+        cells += ["yes" if row.uses_sequences else "no", forwards]
         rows += f"| {' | '.join(cells)} |\n"
     return HEAD + rows + TAIL.format(blocks_only=blocks_only)
-
-
-def _forwards(criterion: Criterion) -> str:
-    """Name the count in terms of S and N, by its values for N = 10."""
-    match criterion:
-        case TaskCriterion():
-            return "N evaluations"
-        case MergeCriterion():
-            return "by tries"
-        case _:
-            return {0: "none", 10: "S·N", 20: "2·S·N", 55: "S·N(N+1)/2"}[criterion.forwards(10, 1)]
 
 
 if __name__ == "__main__":

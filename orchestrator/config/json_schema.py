@@ -20,8 +20,10 @@ def campaign_schema() -> Schema:
     """
     described = CampaignConfig.model_json_schema()
     definitions = described["$defs"]
-    for name in _sections_of(definitions, _METHOD):
+    names = [_METHOD]
+    for name in names:
         section = definitions[name]
+        names += [inner for inner in _references(section) if inner not in names]
         fields = {
             field: inner if (name, field) == (_METHOD, "name") else _or_space(_in_methods(inner))
             for field, inner in section["properties"].items()
@@ -29,14 +31,6 @@ def campaign_schema() -> Schema:
         definitions[_SEARCHED + name] = {**section, "properties": fields}
     described["properties"]["methods"]["items"] = {"$ref": f"{_REFERENCE}{_SEARCHED}{_METHOD}"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **described}
-
-
-def _sections_of(definitions: Schema, name: str) -> list[str]:
-    """Return `name` and all the definitions that it refers to."""
-    found = [name]
-    for section in found:
-        found += [inner for inner in _references(definitions[section]) if inner not in found]
-    return found
 
 
 def _references(schema: Any) -> list[str]:

@@ -49,7 +49,11 @@ def _sections(section: type, path: str, shown: dict[type, str]) -> Iterator[str]
             or next(described, "")
             or (f"See `{shown.get(nested) or inner[-1][0]}`." if nested else "")
         )
-        yield f"| `{name}` | {_type_name(field)} | {_default(field, nested)} | {meaning} |"
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        written = "" if nested and default else f"`{default!r}`"
+        if field.is_required():
+            written = "required"
+        yield f"| `{name}` | {_type_name(field)} | {written} | {meaning} |"
     yield ""
     for inner_path, nested in inner:
         if nested not in shown:
@@ -66,14 +70,6 @@ def _type_name(field: FieldInfo) -> str:
     text = re.sub(r"\bAnnotated\[(\w+), [^\]]*\]", r"\1", text)
     text = re.sub(r"\btuple\[(\w+), \.\.\.\]", r"list[\1]", text)
     return text.replace("|", "\\|")
-
-
-def _default(field: FieldInfo, nested: type | None) -> str:
-    if field.is_required():
-        return "required"
-    if nested and field.default:
-        return ""
-    return f"`{list(field.default) if isinstance(field.default, tuple) else field.default!r}`"
 
 
 if __name__ == "__main__":

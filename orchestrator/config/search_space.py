@@ -18,14 +18,10 @@ SIGNIFICANT_DIGITS = 3
 """Drawn numbers are rounded to so many, so that a method's name has its whole value."""
 
 
-def _loguniform(draw: random.Random, low: float, high: float) -> float:
-    return math.exp(draw.uniform(math.log(low), math.log(high)))
-
-
 DRAWN: Mapping[str, Callable[[random.Random, list[Any]], Any]] = {
     "choice": lambda draw, options: draw.choice(options),
     "uniform": lambda draw, bounds: _rounded(draw.uniform(*bounds)),
-    "loguniform": lambda draw, bounds: _rounded(_loguniform(draw, *bounds)),
+    "loguniform": lambda draw, bounds: _rounded(math.exp(draw.uniform(*map(math.log, bounds)))),
 }
 """Spaces that values are drawn from, `search.samples` times; of a `grid`, every value is taken."""
 

@@ -1,7 +1,5 @@
 """The work of stages in this process, without Ray."""
 
-from collections.abc import Iterator, Sequence
-
 from actors import evaluation, generation, models, recovery, scoring
 from actors.artifacts import cache_entry, local_path
 from actors.contracts import (
@@ -31,7 +29,9 @@ class LocalBackend:
 
     def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult:
         if spec.task is not None:
-            return score_by_task(spec, self._evaluate_all, progress)
+            return score_by_task(
+                spec, lambda specs: enumerate(self.evaluate(each, no_progress) for each in specs), progress
+            )
         return scoring.score_locally(spec, progress)
 
     def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult:
@@ -43,10 +43,6 @@ class LocalBackend:
 
     def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
         return evaluation.evaluate_model(spec, progress)
-
-    def _evaluate_all(self, specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
-        for position, spec in enumerate(specs):
-            yield position, self.evaluate(spec, no_progress)
 
     def export(self, spec: ExportSpec, uri: str) -> ExportResult:
         return models.export_model(spec, uri)

@@ -140,6 +140,7 @@ def render(trajectories: list[TrajectoryProgress]) -> Group:
         table.add_column(heading, style="bold" if heading == "trajectory" else "")
     for progress in trajectories:
         reused = f" ({progress.stages_reused} reused)" if progress.stages_reused else ""
+        minutes, seconds = divmod(int(time.time() - progress.started_at), 60)
         table.add_row(
             progress.trajectory,
             f"{progress.iteration}/{progress.iterations}",
@@ -147,11 +148,6 @@ def render(trajectories: list[TrajectoryProgress]) -> Group:
             "done" if progress.finished else progress.stage,
             ProgressBar(total=max(progress.total, 1), completed=progress.done, width=12),
             f"{progress.done}/{progress.total} {progress.note}" if progress.total else "",
-            _duration(time.time() - progress.started_at) if progress.started_at else "",
+            f"{minutes}:{seconds:02d}" if progress.started_at else "",
         )
     return Group(table, Text("Ctrl-C ends in good order; --resume continues.", style="dim"))
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}"

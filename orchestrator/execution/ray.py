@@ -4,7 +4,6 @@ The numbers are those of `orchestrator.execution.local`. The packages that compu
 actors alone.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,7 +48,9 @@ class RayBackend:
 
     def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult:
         if spec.task is not None:
-            return score_by_task(spec, self._evaluate_all, progress)
+            # As many at a time as scoring may have actors, each with what an evaluation holds.
+            pool = replace(self._pool(self._execution.evaluation), actors=self._execution.scoring.actors)
+            return score_by_task(spec, lambda specs: evaluate_all_on_ray(specs, pool), progress)
         return run_in_task(score_on_ray, spec, self._pool(self._execution.scoring), progress)
 
     def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult:
@@ -72,11 +73,6 @@ class RayBackend:
 
     def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
         return evaluate_on_ray(spec, self._pool(self._execution.evaluation), progress)
-
-    def _evaluate_all(self, specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
-        """Evaluate as many at a time as scoring may have actors, each with what an evaluation holds."""
-        pool = replace(self._pool(self._execution.evaluation), actors=self._execution.scoring.actors)
-        return evaluate_all_on_ray(specs, pool)
 
     def _pool(self, actors: PoolConfig | WorkerConfig) -> ActorPoolSpec:
         return ActorPoolSpec(actors.actors, actors.cpus, actors.gpus, self._execution.start_timeout_s)

@@ -71,8 +71,10 @@ class ComputeResolver:
         where = {"when": datetime.fromisoformat(stored.created_at), "where": stored.host}
         self._record(stage.iteration, kind, stage.key, numbers, stage.phase, where)
         if isinstance(stored.result, EvaluationResult) and stage.phase != "pruned":
+            ending, metrics = "/token_perplexity", stored.result.metrics
+            found = {m.name.removesuffix(ending): m.value for m in metrics if m.name.endswith(ending)}
             with self._counting:
-                self.progress = replace(self.progress, perplexities=_perplexities(stored.result))
+                self.progress = replace(self.progress, perplexities=found)
         return stored.result
 
     def _compute(self, stage: StageRequest[ResultT], progress: Progress) -> tuple[StoredStage[ResultT], bool]:
@@ -202,9 +204,3 @@ def finished_model(plan: TrajectoryPlan, store: Store, iteration: int) -> ModelR
     if not 1 <= iteration <= len(plan.iterations):
         raise RequestError(f"{plan.id} has iterations 1 to {len(plan.iterations)}, not {iteration}")
     return run_trajectory(plan, StageRunner(plan, LookUpResolver(store)), until=iteration)
-
-
-def _perplexities(result: EvaluationResult) -> dict[str, float]:
-    """Return token perplexities by the name of their text."""
-    ending = "/token_perplexity"
-    return {m.name.removesuffix(ending): m.value for m in result.metrics if m.name.endswith(ending)}

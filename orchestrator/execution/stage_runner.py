@@ -116,18 +116,14 @@ class StageRunner:
     def recover(self, iteration: IterationPlan, model: ModelRef) -> ModelRef:
         """Return `model` after what its recovery starts with, if anything, and then its objective."""
         if self._recovery_data is None:
-            self._recovery_data = self._generate(iteration)
+            text, generation = self._plan.recovery_text, self._plan.generation_spec()
+            if generation is not None:  # the unpruned model's responses, once for all iterations
+                result = self._resolve(GENERATE, generation, iteration, self._plan.model.num_layers)
+                text = generation.responses(result.artifact)
+            self._recovery_data = text
         if self._plan.method.recovery.start is not None:
             model = self._recover(iteration, self._plan.start_spec(model, self._recovery_data), "start")
         return self._recover(iteration, self._plan.recovery_spec(model, self._recovery_data))
-
-    def _generate(self, iteration: IterationPlan) -> TextSpec:
-        """Return what recovery trains on; the unpruned model's responses are generated before the first."""
-        spec = self._plan.generation_spec()
-        if spec is None:
-            return self._plan.recovery_text
-        result = self._resolve(GENERATE, spec, iteration, self._plan.model.num_layers)
-        return spec.responses(result.artifact)
 
     def _recover(self, iteration: IterationPlan, spec: RecoverySpec, phase: str | None = None) -> ModelRef:
         result = self._resolve(RECOVER, spec, iteration, iteration.layers_left, phase)

@@ -6,7 +6,7 @@ from pathlib import PurePath
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from actors.contracts import ModelRef, Origin, TextSpec
+from actors.contracts import ModelRef, Origin
 from orchestrator.export.provenance import LedgerRow, recovery_tokens, scores_of
 from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
@@ -31,7 +31,16 @@ def model_card(
     table = [f"| {name} | {show(before.get(name))} | {show(after.get(name))} |" for name in names]
     unit = plan.unit
     title = f"{plan.model_id}, {iteration.layers_left} of {plan.model.num_layers} {unit}"
-    source = plan.origin
+    source, text = plan.origin, plan.recovery_text
+    if model.zeroed:
+        kinds = sorted({kind for _, kind in model.zeroed})
+        parts = (f"the {kind} of blocks {[i for i, k in model.zeroed if k == kind]}" for kind in kinds)
+        change = f"emptying {' and '.join(parts)}"
+    else:
+        change = f"{'merging' if model.merges else 'removing'} transformer blocks {list(model.dropped)}"
+    licence = "The source does not name its licence here; whatever it is, it applies."
+    if source.licence is not None:
+        licence = f"The licence of the source model applies: {source.licence_name or source.licence}."
     lines = [
         "---",
         _metadata(plan, title, source, after, tokens).to_yaml(),
@@ -39,10 +48,10 @@ def model_card(
         "",
         f"# {title}",
         "",
-        f"Made from `{_public_name(plan.model.spec.path)}` by {_how(model)} (counted from 0) "
+        f"Made from `{_public_name(plan.model.spec.path)}` by {change} (counted from 0) "
         f"with the method `{plan.method.name}` (criterion `{plan.method.scoring.criterion}`, "
         f"recovery `{plan.method.recovery.objective}` on {tokens:,} tokens"
-        f"{f' of `{_text_name(plan.recovery_text)}`' if tokens else ''}). {_licence(source)}",
+        f"{f' of `{text.builtin or _public_name(str(text.path))}`' if tokens else ''}). {licence}",
         "",
         *([EMPTIED, ""] if model.zeroed else []),
         f"| measure | source, {plan.model.num_layers} {unit} | this model |",
@@ -101,29 +110,9 @@ def _eval_results(scores: Mapping[str, float]) -> list[EvalResult]:
     ]
 
 
-def _licence(source: Origin) -> str:
-    if source.licence is None:
-        return "The source does not name its licence here; whatever it is, it applies."
-    name = source.licence_name or source.licence
-    return f"The licence of the source model applies: {name}."
-
-
-def _text_name(text: TextSpec) -> str:
-    return text.builtin or _public_name(str(text.path))
-
-
 def _public_name(path: str) -> str:
     """Return a hub id or URI as it is; of a path, which means nothing elsewhere, the name alone."""
     return path if _is_hub_id(path) or "://" in path else PurePath(path).name
-
-
-def _how(model: ModelRef) -> str:
-    """Return what was done to the source's blocks, in words."""
-    if model.zeroed:
-        kinds = sorted({kind for _, kind in model.zeroed})
-        parts = (f"the {kind} of blocks {[i for i, k in model.zeroed if k == kind]}" for kind in kinds)
-        return f"emptying {' and '.join(parts)}"
-    return f"{'merging' if model.merges else 'removing'} transformer blocks {list(model.dropped)}"
 
 
 def _is_hub_id(path: str) -> bool:

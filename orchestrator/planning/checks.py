@@ -98,7 +98,9 @@ def check_inputs(
             _check_vocabularies(_readers(trajectory), tokenizers)
     for reading, trajectory in {_reading(t): t for t in recovering}.items():
         with _method(trajectory):
-            if _is_small(sizes.get(reading.data)) and not reading.data.streaming:
+            size = sizes.get(reading.data)
+            small = size is not None and size.num_bytes is not None and size.num_bytes <= MOST_BYTES
+            if small and not reading.data.streaming:
                 largest = training_data(reading, tokenizers[trajectory.model.spec]).largest_id
                 for reader in _readers(trajectory):
                     _check_tokens(largest, tokenizers[reader], models[reader], "recovery.data")
@@ -136,10 +138,6 @@ def _reading(trajectory: TrajectoryPlan) -> RecoverySpec:
         batch_size=recovery.batch_size,
         max_tokens=recovery.max_tokens,
     )
-
-
-def _is_small(size: TextSize | None) -> bool:
-    return size is not None and size.num_bytes is not None and size.num_bytes <= MOST_BYTES
 
 
 def check_calibration(spec: ScoreSpec, info: ModelInfo, tokenizer: PreTrainedTokenizerBase) -> list[str]:

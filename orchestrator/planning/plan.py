@@ -236,16 +236,15 @@ class CampaignPlan:
 
     def needed_bytes(self) -> int:
         """Return the disk space of the exported models and the adapters, roughly."""
-        return sum(_trajectory_bytes(t) for t in self.trajectories)
+        needed = 0
+        for trajectory in self.trajectories:
+            bytes_per_parameter = 4 if trajectory.model.spec.dtype == "float32" else 2
+            exports = sum(iteration.is_target for iteration in trajectory.iterations)
+            weights = trajectory.model.num_parameters * bytes_per_parameter
+            # Adapters and two training checkpoints with optimizer state are small beside full weights.
+            needed += int(weights * (exports + 0.25))
+        return needed
 
     def find(self, trajectory_id: str) -> TrajectoryPlan:
         """Return the trajectory of that id."""
         return next(t for t in self.trajectories if t.id == trajectory_id)
-
-
-def _trajectory_bytes(trajectory: TrajectoryPlan) -> int:
-    bytes_per_parameter = 4 if trajectory.model.spec.dtype == "float32" else 2
-    exports = sum(iteration.is_target for iteration in trajectory.iterations)
-    weights = trajectory.model.num_parameters * bytes_per_parameter
-    # Adapters and two training checkpoints with optimizer state are small beside full weights.
-    return int(weights * (exports + 0.25))

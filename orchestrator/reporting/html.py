@@ -90,6 +90,10 @@ def build_report(source: Source, out_dir: Path) -> Path:
     due = due_models(ledger, models, source.trajectories, [*source.failures, *source.given_up])
     stages = provenance.stages_of(ledger)
     drawn, sources = Drawn(out_dir / "figures"), dict.fromkeys(model.model for model in models)
+    # A section a source and method, in the order of the models; those not measured yet come last.
+    places = dict.fromkeys((m.model, m.method) for m in models)
+    begun = ledger.group_by(["model", "method"], use_threads=False).aggregate([]).to_pylist()
+    places |= dict.fromkeys((row["model"], row["method"]) for row in begun)
     page = _environment(stages).get_template("report.html.j2").render(
         name=source.config.get("name", "campaign"),
         progress=progress(models, source),
@@ -100,7 +104,7 @@ def build_report(source: Source, out_dir: Path) -> Path:
         glossary=glossary(headline_metrics(found)),
         grids=[_with_files(grid, out_dir / "tables") for grid in grids if grid is not None],
         sources=[_source(name, ledger, found, source, drawn) for name in sources],
-        sections=_sections(ledger, models, out_dir, drawn),
+        sections=[_section(*place, ledger, models, out_dir, drawn) for place in places],
         sweeps=[drawn.add("", figure) for figure in sweep_figures(source.sweeps)],
         stages=stages,
         config=yaml.safe_dump(dict(source.config), sort_keys=False, allow_unicode=True),
@@ -185,16 +189,6 @@ def _source(
     rows = ledger.filter(pc.field("model") == name)
     figures = source_figures(name, rows, own, methods, criteria)
     return {"name": name, "figures": [drawn.add("all", figure) for figure in figures]}
-
-
-def _sections(
-    ledger: pa.Table, models: Sequence[Measured], out_dir: Path, drawn: Drawn
-) -> list[dict[str, Any]]:
-    """Make a section a source and method, in the order of the models; those not measured yet come last."""
-    places = dict.fromkeys((m.model, m.method) for m in models)
-    begun = ledger.group_by(["model", "method"], use_threads=False).aggregate([]).to_pylist()
-    places |= dict.fromkeys((row["model"], row["method"]) for row in begun)
-    return [_section(model, method, ledger, models, out_dir, drawn) for model, method in places]
 
 
 def _section(

@@ -139,7 +139,13 @@ class Coordinator:
             self._ended_by = limit
             return LeaseReply(False, limit)
         now = self._clock()
-        self._expire_leases(now)
+        # Leases that were not renewed, and requests that were not repeated, for the time of a lease end.
+        for key, granted in list(self._granted.items()):
+            if now - self._renewed[granted.holder] >= LEASE_S:
+                del self._granted[key]
+        for waiting, asked in list(self._waiting.items()):
+            if now - asked >= LEASE_S:
+                del self._waiting[waiting]
         at_work = self._granted.get(request.key)
         if at_work is None and not self._has_turn(request):
             self._waiting[request] = now
@@ -160,15 +166,6 @@ class Coordinator:
         ahead = queue[: queue.index(request)]
         first = {each.key: each.kind for each in (*self._granted.values(), *ahead, request)}
         return self._admission.can_admit(first.values())
-
-    def _expire_leases(self, now: float) -> None:
-        """Drop leases that were not renewed, and requests that were not repeated, for the time of a lease."""
-        for key, request in list(self._granted.items()):
-            if now - self._renewed[request.holder] >= LEASE_S:
-                del self._granted[key]
-        for request, repeated in list(self._waiting.items()):
-            if now - repeated >= LEASE_S:
-                del self._waiting[request]
 
 
 class Leases:

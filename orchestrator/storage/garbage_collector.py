@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 
-from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
+from pyarrow.fs import FileInfo, FileSelector, FileType
 
 from actors.artifacts import explained, filesystem, is_temporary, join, read_bytes
 from orchestrator.errors import WorkError
@@ -36,7 +36,9 @@ def collect(store: Store) -> None:
             for info in infos:
                 if info.type == FileType.File and is_temporary(info.base_name):
                     fs.delete_file(info.path)
-            _remove(fs, root, leftovers(_paths_in(infos, root), committed))
+            for parts in leftovers(_paths_in(infos, root), committed):
+                log.info("removing %s: no result needs it", "/".join(parts))
+                fs.delete_dir("/".join((root, *parts)))
     except (FileNotFoundError, WorkError) as error:
         log.warning("leftovers of earlier attempts remain: %s", error)
 
@@ -82,9 +84,3 @@ def _payload_of(store: Store, kind: str, key: str) -> str | None:
     except (ValueError, KeyError) as error:
         raise WorkError(f"{uri} is damaged; --resume quarantines the stage") from error
     return None if payload is None else payload["uri"].rpartition("/")[2]
-
-
-def _remove(fs: FileSystem, root: str, directories: Iterable[Parts]) -> None:
-    for parts in directories:
-        log.info("removing %s: no result needs it", "/".join(parts))
-        fs.delete_dir("/".join((root, *parts)))

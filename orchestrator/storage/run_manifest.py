@@ -64,7 +64,11 @@ def check_run(store: Store, config: dict[str, Any], resume: bool, directories: S
     """
     stored = read_run(store)
     if stored is None:
-        if _holds_something(store.uri):
+        fs, path = filesystem(store.uri)
+        with explained(store.uri, "list"):
+            entries = fs.get_file_info(FileSelector(path, allow_not_found=True))
+        # Hidden files are such as our own unfinished ones.
+        if any(not entry.base_name.startswith(".") for entry in entries):
             raise RunExistsError(
                 f"{store.uri} is not empty and holds no run; choose another storage.path or name"
             )
@@ -134,14 +138,6 @@ def _located(config: dict[str, Any], directories: Sequence[str]) -> dict[str, An
     except ConfigError:
         return json.loads(json.dumps(config))
     return with_absolute_paths(parsed, directories).model_dump(mode="json")
-
-
-def _holds_something(uri: str) -> bool:
-    """Return whether there is anything but hidden files, such as our own unfinished ones."""
-    fs, path = filesystem(uri)
-    with explained(uri, "list"):
-        entries = fs.get_file_info(FileSelector(path, allow_not_found=True))
-    return any(not entry.base_name.startswith(".") for entry in entries)
 
 
 def _local_paths(config: dict[str, Any], directories: Sequence[str]) -> set[str]:

@@ -152,9 +152,12 @@ class Publisher:
         self.publish()
         with self._warned_of_failures():
             statuses = {name: status.state for name, status in read_statuses(self._store).items()}
-            states: dict[str, State] = {
-                trajectory.id: _state(statuses.get(trajectory.id)) for trajectory in self._plan.trajectories
-            }
+            states: dict[str, State] = {}
+            for trajectory in self._plan.trajectories:
+                status = statuses.get(trajectory.id)
+                states[trajectory.id] = (
+                    "done" if status == "done" else "failed" if status == "failed" else "unfinished"
+                )
             self._tracker.close(states)
 
     @contextmanager
@@ -167,10 +170,6 @@ class Publisher:
             if not self._warned:
                 log.warning("tracking.%s failed, and is tried again until the end: %s", self._name, error)
             self._warned = True
-
-
-def _state(status: str | None) -> State:
-    return "done" if status == "done" else "failed" if status == "failed" else "unfinished"
 
 
 @contextmanager

@@ -76,7 +76,14 @@ def _try_out(model: PreTrainedModel) -> FamilySupport:
         head_stands_alone = dummy.base_model is not dummy and _agree(LogitHead(dummy)(alone[0]), logits)
     except REFUSALS:
         return FamilySupport(False, 0)
-    bound = _window(model)
+    # The smallest number of tokens that the config lets a token see.
+    bounds = [
+        value
+        for name, value in vars(text_config(model.config)).items()
+        if any(word in name for word in BOUNDING) and not name.endswith("layers")  # Qwen2 counts layers so
+        if type(value) is int and value > 0
+    ]
+    bound = min(bounds, default=None)
     return FamilySupport(head_stands_alone, bound if _runs_trees(dummy, alone, bound) else 0)
 
 
@@ -106,15 +113,3 @@ def _last_hidden(model: PreTrainedModel, ids_BQ: Tensor, **options: Tensor) -> T
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).norm() < TOLERANCE * expected.norm())
-
-
-def _window(model: PreTrainedModel) -> int | None:
-    """Return the smallest number of tokens that the config lets a token see, None if it sets no bound."""
-    values = vars(text_config(model.config)).items()
-    bounds = [
-        value
-        for name, value in values
-        if any(word in name for word in BOUNDING) and not name.endswith("layers")  # Qwen2 counts layers so
-        if type(value) is int and value > 0
-    ]
-    return min(bounds, default=None)

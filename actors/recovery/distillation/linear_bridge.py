@@ -115,7 +115,14 @@ def solve_bridges(spec: RecoverySpec, data: TrainingData) -> Solution:
         raise RequestError("objective 'linear_bridge' replaces dropped layers and cannot mend merged ones")
     source, student = (load(spec.model)[0].to(device()) for load in (load_source, build_model))
     kept = spec.model.kept(depth(source.config))
-    chosen = _first_sequences(data, spec.max_tokens)
+    # The first sequences that together have no more than `max_tokens` tokens, at least one.
+    tokens, count = 0, 0
+    while count < len(data):
+        tokens += data.num_tokens(torch.tensor([count]))
+        if count and tokens > spec.max_tokens:
+            break
+        count += 1
+    chosen = torch.arange(count)
 
     def local_batches() -> Iterator[TokenBatch]:
         rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -235,17 +242,6 @@ def _hidden_after(model: PreTrainedModel, block: int, batch: TokenBatch) -> Tens
     for index in range(block + 1):
         hidden_BTD = layerwise.block(index, hidden_BTD)
     return hidden_BTD
-
-
-def _first_sequences(data: TrainingData, max_tokens: int) -> torch.LongTensor:
-    """Return the first sequences that together have no more than that many tokens, at least one."""
-    tokens, count = 0, 0
-    while count < len(data):
-        tokens += data.num_tokens(torch.tensor([count]))
-        if count and tokens > max_tokens:
-            break
-        count += 1
-    return torch.arange(count)
 
 
 def _without_adapter_chain(

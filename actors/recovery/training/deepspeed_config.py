@@ -69,9 +69,17 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation_steps(spec, world_size, micro),
         "gradient_clipping": spec.max_grad_norm,
     }
+    wanted_by_name = {
+        **ours,
+        "optimizer.type": "AdamW",
+        "optimizer.params.lr": spec.learning_rate,
+        "optimizer.params.weight_decay": spec.weight_decay,
+    }
     for name in DERIVED:
         given_by_user, value = _find(user, name)
-        wanted = _derived_value(spec, name, ours)
+        wanted = wanted_by_name.get(name)
+        if (section := name.partition(".")[0]) in PRECISION_SECTIONS:
+            wanted = precision_of(spec) == PRECISION_SECTIONS[section]
         if given_by_user and value not in (None, AUTO, wanted):
             given = "" if wanted is None else f", which give {wanted!r}"
             raise RequestError(
@@ -208,18 +216,6 @@ def _find(config: dict[str, Any], name: str) -> tuple[bool, Any]:
         return False, None
     value = config[first]
     return _find(value, rest) if rest and isinstance(value, dict) else (not rest, value)
-
-
-def _derived_value(spec: RecoverySpec, name: str, ours: dict[str, Any]) -> Any:
-    section = name.partition(".")[0]
-    if section in PRECISION_SECTIONS:
-        return precision_of(spec) == PRECISION_SECTIONS[section]
-    by_name = {
-        "optimizer.type": "AdamW",
-        "optimizer.params.lr": spec.learning_rate,
-        "optimizer.params.weight_decay": spec.weight_decay,
-    }
-    return {**ours, **by_name}.get(name)
 
 
 def _check_zero(spec: RecoverySpec, user: dict[str, Any]) -> None:

@@ -79,7 +79,13 @@ def _draw(panel: Panel, axes: Axes, colours: dict[str, str], small: bool) -> Non
     if isinstance(panel, HeatMap):
         _draw_map(panel, axes)
     elif panel.kind == "lines":
-        _draw_lines(panel, axes, colours)
+        for curve in panel.curves:
+            few = len(curve.x) <= MOST_TICKS
+            style: dict[str, Any] = {"marker": "o", "markersize": 3} if few and not curve.dashed else {}
+            style |= {"linestyle": "--" if curve.dashed else "-", "linewidth": 1.2}
+            axes.errorbar(curve.x, curve.y, yerr=curve.stderr, color=colours[curve.legend], **style)
+        axes.set_yscale("log" if panel.log_y else "linear")
+        axes.grid(alpha=0.3)
         if small and not panel.log_y:
             axes.locator_params(nbins=SMALL_TICKS)
     else:
@@ -102,16 +108,6 @@ def _legend(figure: Figure, canvas: Canvas, colours: dict[str, str]) -> None:
         if (curve := shown.get(name)) and (style := "--" if curve.dashed and not curve.group else "-")
     ]
     canvas.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 4), fontsize=8)
-
-
-def _draw_lines(chart: Chart, axes: Axes, colours: dict[str, str]) -> None:
-    for curve in chart.curves:
-        few = len(curve.x) <= MOST_TICKS
-        style: dict[str, Any] = {"marker": "o", "markersize": 3} if few and not curve.dashed else {}
-        style |= {"linestyle": "--" if curve.dashed else "-", "linewidth": 1.2}
-        axes.errorbar(curve.x, curve.y, yerr=curve.stderr, color=colours[curve.legend], **style)
-    axes.set_yscale("log" if chart.log_y else "linear")
-    axes.grid(alpha=0.3)
 
 
 def _draw_bars(chart: Chart, axes: Axes, colours: dict[str, str]) -> None:

@@ -44,8 +44,20 @@ def method_figures(ledger: pa.Table, models: Sequence[Measured]) -> list[Figure]
     """
     found, removed = entries(models), removed_layers(ledger)
     figures = [
-        _performance(found),
-        _members(found),
+        figure(
+            "performance",
+            "Performance with and without recovery",
+            "As Figures 2 and 3 of IteRABRe, a panel a metric: every model before and after its recovery, "
+            "and the unpruned model as a line across. Bars are one standard error.",
+            [_phases(metric, found) for metric in headline_metrics(found)],
+        ),
+        figure(
+            "groups",
+            "Inside groups of tasks",
+            "Accuracy of the recovered models less that of the unpruned one: red is lost, blue is gained. As "
+            "Figures 4 (BLiMP) and 5 (MMLU) of IteRABRe.",
+            [_member_map(group, members, found) for group, members in _groups(found).items()],
+        ),
         _changes(models, removed, dropped_layers(ledger)),
         _score_maps(ledger, removed),
         _losses(ledger, removed),
@@ -71,16 +83,6 @@ def dropped_layers(ledger: pa.Table) -> dict[tuple[str, int], list[int]]:
     for row in rows.select(["trajectory", "iteration", "layer"]).to_pylist():
         found.setdefault((row["trajectory"], row["iteration"]), []).append(row["layer"])
     return {place: sorted(layers) for place, layers in found.items()}
-
-
-def _performance(found: Sequence[Entry]) -> Figure | None:
-    return figure(
-        "performance",
-        "Performance with and without recovery",
-        "As Figures 2 and 3 of IteRABRe, a panel a metric: every model before and after its recovery, and "
-        "the unpruned model as a line across. Bars are one standard error.",
-        [_phases(metric, found) for metric in headline_metrics(found)],
-    )
 
 
 def _phases(metric: str, found: Sequence[Entry]) -> Chart | None:
@@ -113,16 +115,6 @@ def _over_depth(name: str, metric: str, start: int, found: Sequence[Entry]) -> C
         tuple(start - entry.layers for entry in points),
         tuple(entry.numbers[metric].value for entry in points),
         stderr=tuple(error or 0.0 for error in errors) if any(errors) else None,
-    )
-
-
-def _members(found: Sequence[Entry]) -> Figure | None:
-    return figure(
-        "groups",
-        "Inside groups of tasks",
-        "Accuracy of the recovered models less that of the unpruned one: red is lost, blue is gained. As "
-        "Figures 4 (BLiMP) and 5 (MMLU) of IteRABRe.",
-        [_member_map(group, members, found) for group, members in _groups(found).items()],
     )
 
 

@@ -69,7 +69,16 @@ def _method_curve(method: str, metric: str, found: Sequence[Entry], dense: Entry
         for entry in (dense, *found)
         if (entry is dense or (entry.method, entry.phase) == (method, phase)) and metric in entry.numbers
     }
-    if len(points) < 2 or (phase == PRUNED and not _applies_recovery(method, metric, found)):
+    # Without recovery, or where it changed nothing, both curves would be one.
+    before, after = (
+        {
+            entry.layers: entry.numbers[metric].value
+            for entry in found
+            if (entry.method, entry.phase) == (method, state) and metric in entry.numbers
+        }
+        for state in (PRUNED, RECOVERED)
+    )
+    if len(points) < 2 or (phase == PRUNED and before == after):
         return None
     xs = tuple(sorted(points))
     errors = tuple(points[x].stderr or 0.0 for x in xs)
@@ -82,19 +91,6 @@ def _method_curve(method: str, metric: str, found: Sequence[Entry], dense: Entry
         stderr=errors if any(errors) and phase == RECOVERED else None,
         group=method,
     )
-
-
-def _applies_recovery(method: str, metric: str, found: Sequence[Entry]) -> bool:
-    """Return true if recovery changed the metric at all; without recovery, both curves would be one."""
-    values = {
-        phase: {
-            e.layers: e.numbers[metric].value
-            for e in found
-            if (e.method, e.phase) == (method, phase) and metric in e.numbers
-        }
-        for phase in (PRUNED, RECOVERED)
-    }
-    return values[PRUNED] != values[RECOVERED]
 
 
 def _dropped_map(
@@ -177,13 +173,18 @@ def _run_distances(source: str, ledger: pa.Table, criteria: Mapping[str, str]) -
         return None
     starts = tuple(sorted({start for distances in found.values() for start in distances}))
     sizes = tuple(sorted(found, reverse=True))
+    rows: list[tuple[float | None, ...]] = []
+    for size in sizes:
+        low, high = min(found[size].values()), max(found[size].values())
+        rescaled = {start: (value - low) / ((high - low) or 1.0) for start, value in found[size].items()}
+        rows.append(tuple(map(rescaled.get, starts)))
     panel = HeatMap(
         title=source,
         x_title="first layer of the run",
         y_title="layers in the run",
         x=starts,
         y=sizes,
-        values=tuple(_rescaled(found[size], starts) for size in sizes),
+        values=tuple(rows),
         value_title="angular distance, each row from 0 to 1",
         marked=tuple((min(found[size], key=found[size].__getitem__), size) for size in sizes),
     )
@@ -194,13 +195,6 @@ def _run_distances(source: str, ledger: pa.Table, criteria: Mapping[str, str]) -
         "turns the hidden state of the unpruned model, for the lengths that a method scored. A cross marks "
         "the least of each.",
         [panel],
-    )
-
-
-def _rescaled(distances: Mapping[int, float], starts: Sequence[int]) -> tuple[float | None, ...]:
-    low, high = min(distances.values()), max(distances.values())
-    return tuple(
-        (distances[start] - low) / ((high - low) or 1.0) if start in distances else None for start in starts
     )
 
 

@@ -97,20 +97,19 @@ def entries(models: Iterable[Measured]) -> list[Entry]:
     sqrt(mean of the squared errors + deviation² / seeds), as all seeds answer the same questions.
     """
     groups: dict[tuple[str, str, str, int], list[Measured]] = {}
-    for model in models:
-        if model.layers is not None:
-            method = NOT_PRUNED if model.phase == DENSE else model.method
-            groups.setdefault((model.model, method, model.phase, model.layers), []).append(model)
-    return [_entry(place, group) for place, group in groups.items()]
-
-
-def _entry(place: tuple[str, str, str, int], group: Sequence[Measured]) -> Entry:
-    # The unpruned model is one and the same whatever the method and seed.
-    group = group[:1] if place[2] == DENSE else group
-    names = [name for name in group[0].numbers if all(name in model.numbers for model in group)]
-    numbers = {name: _over_seeds([model.numbers[name] for model in group]) for name in names}
-    model, method, phase, layers = place
-    return Entry(model, method, phase, layers, group[0].parameters, len({m.seed for m in group}), numbers)
+    for each in models:
+        if each.layers is not None:
+            method = NOT_PRUNED if each.phase == DENSE else each.method
+            groups.setdefault((each.model, method, each.phase, each.layers), []).append(each)
+    joined: list[Entry] = []
+    for (model, method, phase, layers), group in groups.items():
+        # The unpruned model is one and the same whatever the method and seed.
+        seeds = group[:1] if phase == DENSE else group
+        names = [name for name in seeds[0].numbers if all(name in each.numbers for each in seeds)]
+        numbers = {name: _over_seeds([each.numbers[name] for each in seeds]) for name in names}
+        num_seeds = len({each.seed for each in seeds})
+        joined.append(Entry(model, method, phase, layers, seeds[0].parameters, num_seeds, numbers))
+    return joined
 
 
 def _over_seeds(numbers: Sequence[Number]) -> Number:

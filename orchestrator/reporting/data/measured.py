@@ -100,19 +100,21 @@ def measured_models(ledger: pa.Table) -> list[Measured]:
         found.setdefault((row["trajectory"], row["iteration"], row["phase"]), []).append(row)
     order = {phase: rank for rank, phase in enumerate((DENSE, PRUNED, RECOVERED))}
     places = sorted(found, key=lambda place: (place[0], place[1], order.get(place[2], len(order))))
-    return [_measured(found[place], depths.get(place[:2])) for place in places]
-
-
-def _measured(rows: Sequence[Mapping[str, Any]], layers: int | None) -> Measured:
-    first = rows[0]
-    parameters = next((int(row["value"]) for row in rows if row["metric"] == "parameters"), None)
-    numbers = {
-        row["metric"]: Number(row["value"], row["stderr"], row["key"])
-        for row in rows
-        if row["metric"] not in NOT_A_SCORE
-    }
-    named = {name: first[name] for name in ("trajectory", "model", "method", "seed", "iteration", "phase")}
-    return Measured(**named, layers=layers, parameters=parameters, numbers=numbers)
+    models: list[Measured] = []
+    for place in places:
+        group = found[place]
+        parameters = next((int(row["value"]) for row in group if row["metric"] == "parameters"), None)
+        numbers = {
+            row["metric"]: Number(row["value"], row["stderr"], row["key"])
+            for row in group
+            if row["metric"] not in NOT_A_SCORE
+        }
+        named = {
+            name: group[0][name] for name in ("trajectory", "model", "method", "seed", "iteration", "phase")
+        }
+        layers = depths.get(place[:2])
+        models.append(Measured(**named, layers=layers, parameters=parameters, numbers=numbers))
+    return models
 
 
 def _depths(ledger: pa.Table) -> dict[tuple[str, int], int]:

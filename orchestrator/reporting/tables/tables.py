@@ -102,7 +102,10 @@ def csv(lines: Sequence[Line]) -> str:
     columns: dict[str, list[Any]] = {}
     for name in lines[0] if lines else ():
         values = [line[name] for line in lines]
-        columns[name] = [_plain(value) for value in values]
+        columns[name] = [
+            " ".join(map(str, value)) if isinstance(value, tuple) else getattr(value, "value", value)
+            for value in values
+        ]
         for extra in ("stderr", "deviation"):
             found = [getattr(value, extra, None) for value in values]
             if any(value is not None for value in found):
@@ -112,12 +115,6 @@ def csv(lines: Sequence[Line]) -> str:
     if columns:
         writer.writerows([list(columns), *zip(*columns.values(), strict=True)])
     return text.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return " ".join(map(str, value))
-    return getattr(value, "value", value)
 
 
 def latex(lines: Sequence[Line], best: Collection[tuple[int, str]] = ()) -> str:
