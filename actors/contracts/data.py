@@ -66,7 +66,7 @@ class TextSpec(TextSettings):
 
     @property
     def conversations(self) -> bool:
-        """Whether records are conversations, or prompts of such, rather than running text."""
+        """True if records are conversations, or prompts of such, rather than running text."""
         return any((self.prompt_column, self.messages_column, self.generated))
 
 

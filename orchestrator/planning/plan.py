@@ -87,12 +87,12 @@ class TrajectoryPlan:
 
     @property
     def granularity(self) -> str:
-        """What is removed; depths and layers to drop count this."""
+        """The unit that is removed, in which depths and layers to drop are counted."""
         return self.method.scoring.granularity
 
     @property
     def unit(self) -> str:
-        """What is removed, in the plural, where a count goes before it."""
+        """The name of what is removed in the plural, to follow a count."""
         return "layers" if self.granularity == BLOCK else f"{self.granularity}s"
 
     @property
