@@ -12,8 +12,9 @@ from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
 from orchestrator.reporting.tables.tables import show
 
+# In the key of an export stands its card: another wording would write finished exports anew.
 EMPTIED = (
-    "A zeroed sub-block is stored as zeros and adds nothing: the model computes what one without it would, "
+    "An emptied sub-block is stored as zeros and adds nothing: the model computes what one without it would, "
     "but in plain transformers it takes as much memory and time as before."
 )
 """What a user of a model with zeroed sub-blocks needs to take into account."""
