@@ -17,7 +17,9 @@ TOLERANCE = 1e-6
 CLOCKS_S = 0.05
 """Between the clock of the log and that of the file system, and the log's rounding."""
 
-STARTS = re.compile(r"^(\S+ \S+) INFO orchestrator\.stages .*: (\w+) ([0-9a-f]{12}) starts$", re.MULTILINE)
+STARTS = re.compile(
+    r"^(\S+ \S+) INFO orchestrator\.execution\.resolvers .*: (\w+) ([0-9a-f]{12}) starts$", re.MULTILINE
+)
 
 
 def manifests(run: Path) -> dict[str, float]:

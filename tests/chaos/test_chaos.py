@@ -85,7 +85,7 @@ def test_what_is_left_behind_is_found(pair: tuple[Path, Path], left: str) -> Non
 def test_every_start_is_read_from_the_logs_of_the_trials(tmp_path: Path) -> None:
     logs = tmp_path / "session_1/logs"
     logs.mkdir(parents=True)
-    logger = "orchestrator.execution.stage_runner"
+    logger = "orchestrator.execution.resolvers"
     line = f"2026-01-02 03:04:05,678 INFO {logger} t iteration 1: score 0123456789ab starts\n"
     (logs / "worker-a.err").write_text(line + "noise\n" + line.replace("starts", "took 1.0 s"))
     (logs / "worker-b.err").write_text(line.replace("05,678", "06,000"))
