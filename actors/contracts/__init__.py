@@ -32,7 +32,7 @@ from actors.contracts.models import (
     Origin,
 )
 from actors.contracts.pool import ActorPoolSpec
-from actors.contracts.progress import Progress, no_progress
+from actors.contracts.progress import ClusterProgress, Progress, no_progress
 from actors.contracts.recovery import (
     AdapterSpec,
     LossSpec,
@@ -57,6 +57,7 @@ __all__ = [
     "AdapterSpec",
     "ArtifactRef",
     "BLOCK",
+    "ClusterProgress",
     "Doc",
     "Dtype",
     "EvaluationResult",

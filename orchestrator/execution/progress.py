@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
@@ -20,7 +20,14 @@ PLAIN_INTERVAL_S = 15.0
 
 @dataclass(frozen=True)
 class TrajectoryProgress:
-    """Where one trajectory is. `perplexities` are of the newest measured model, by text."""
+    """Where one trajectory is.
+
+    Attributes:
+        key: of the stage that it is at.
+        waits_for: what the stage waits for; nothing while it runs.
+        places: where the stage runs, one an actor or worker.
+        perplexities: of the newest measured model, by text.
+    """
 
     trajectory: str
     iteration: int
@@ -31,6 +38,9 @@ class TrajectoryProgress:
     note: str = ""
     started_at: float = 0.0
     finished: bool = False
+    key: str = ""
+    waits_for: str = ""
+    places: Sequence[str] = ()
     stages_done: int = 0
     stages_total: int = 0
     stages_reused: int = 0
@@ -66,7 +76,7 @@ class RemoteReport:
 
 
 class StageProgress:
-    """The `Progress` of one stage: turns its counts into reports, a few a second at most."""
+    """The `ClusterProgress` of one stage: turns its counts into reports, a few a second at most."""
 
     def __init__(self, report: Report, progress: TrajectoryProgress):
         self._report = report
@@ -79,7 +89,17 @@ class StageProgress:
         if now - self._posted_at < POST_INTERVAL_S and done != total:
             return
         self._posted_at = now
-        self._report(replace(self._progress, done=done, total=total, note=note))
+        self._report(replace(self._progress, done=done, total=total, note=note, waits_for=""))
+
+    def waits_for(self, reason: str) -> None:
+        """Report what the stage waits for."""
+        self._progress = replace(self._progress, waits_for=reason)
+        self._report(self._progress)
+
+    def runs_on(self, places: Sequence[str]) -> None:
+        """Report where the stage runs now."""
+        self._progress = replace(self._progress, waits_for="", places=tuple(places))
+        self._report(self._progress)
 
 
 @contextmanager

@@ -60,7 +60,9 @@ class ComputeResolver:
         kind, progress = stage.kind.name, no_progress
         if not stage.background:  # the progress shows what the trajectory waits for
             with self._counting:
-                self.progress = replace(self.progress, iteration=stage.iteration.index, stage=kind)
+                self.progress = replace(
+                    self.progress, iteration=stage.iteration.index, stage=kind, key=stage.key
+                )
             progress = StageProgress(self._report, self.progress)
         stored = self._store.load(kind, stage.key, stage.kind.result_type)
         reused = stored is not None
