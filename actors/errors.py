@@ -35,6 +35,10 @@ class ChangedError(WorkError):
     """What a run was planned with was changed or exchanged meanwhile; trying again finds the same."""
 
 
+class MemoryExhaustedError(WorkError):
+    """Memory does not suffice, with a smaller batch neither; trying again would end the same."""
+
+
 class UnexpectedError(WorkError):
     """Something failed that no code expects. A log holds the traceback."""
 
