@@ -1,4 +1,4 @@
-"""What is done when memory does not suffice: once more with a smaller batch, then an error by name.
+"""What is done when memory does not suffice: once more with less at a time, then an error by name.
 
 Recovery has its own way, which halves micro-batches without beginning again.
 """
@@ -11,53 +11,62 @@ from actors.errors import IterabreError, MemoryExhaustedError, one_line
 
 log = logging.getLogger(__name__)
 
+SizeT = TypeVar("SizeT")
 ResultT = TypeVar("ResultT")
 
 ALLOCATORS_SAY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
 """How allocators that have no exception of their own say it."""
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether the exception is a lack of memory: Python's, torch's, or Ray's of a process it ended.
 
     Told by name, so that neither torch nor Ray need be loaded.
     """
-    if error is None or (isinstance(error, IterabreError) and not isinstance(error, MemoryExhaustedError)):
+    if isinstance(error, IterabreError):
         return False
-    names = {kind.__name__ for kind in type(error).__mro__}
-    by_name = {"MemoryError", "OutOfMemoryError", "MemoryExhaustedError"} & names
-    return bool(by_name) or (isinstance(error, RuntimeError) and any(s in str(error) for s in ALLOCATORS_SAY))
+    if {"MemoryError", "OutOfMemoryError"} & {kind.__name__ for kind in type(error).__mro__}:
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in ALLOCATORS_SAY)
 
 
 def once_more_with_less(
-    work: Callable[[int], ResultT], batch: int, *, what: str, setting: str, remedy: str
+    work: Callable[[SizeT], ResultT],
+    size: SizeT,
+    smaller: SizeT | None,
+    *,
+    what: str,
+    setting: str,
+    remedy: str,
 ) -> ResultT:
-    """Return `work(batch)`, or `work(batch // 2)` if memory does not suffice for the first.
+    """Return `work(size)`, or `work(smaller)` if memory does not suffice for the first.
 
     Args:
-        work: computes with a batch of that size; the result does not depend on it.
+        work: computes so much at a time; the result does not depend on it.
+        smaller: half of it; None if there is nothing to halve.
         what: what is computed, for messages: "evaluation of 'model'".
-        setting: the setting that holds the size of the batch.
-        remedy: what else can be done.
+        setting: the setting that says how much is computed at a time.
+        remedy: what else can be done, in words that follow "or".
 
     Raises:
-        MemoryExhaustedError: half the batch does not fit either, or it cannot be halved.
+        MemoryExhaustedError: what is smaller does not fit either.
     """
     try:
-        return work(batch)
+        return work(size)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         said = one_line(error)
-    # Outside of the handler: the exception would keep alive what the failed work has allocated.
-    half = batch // 2
-    if half:
-        log.warning("%s: out of memory (%s); once more with %s %d", what, said, setting, half)
+    # Outside of the handler: the exception keeps alive what the failed work had allocated.
+    if smaller is not None:
+        log.warning("%s: out of memory (%s); once more with half of %s", what, said, setting)
         try:
-            return work(half)
+            return work(smaller)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             said = one_line(error)
-    tried = f"{setting} {half}" if half else f"{setting} 1"
-    raise MemoryExhaustedError(f"{what}: memory does not suffice even with {tried} ({said}); {remedy}")
+    tried = f"even with half of {setting}" if smaller is not None else f"with {setting} at its lowest"
+    raise MemoryExhaustedError(
+        f"{what}: memory does not suffice {tried} ({said}); set {setting} lower, or {remedy}"
+    )
