@@ -18,6 +18,9 @@ from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, TrainCon
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
+NEVER_S = 1e8
+"""Three years: Ray Train knows no wait without an end."""
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -36,7 +39,7 @@ def recover_on_ray(
     workers: int = 1,
     cpus_per_worker: float = 1.0,
     gpus_per_worker: float = 0.0,
-    start_timeout_s: float = 600.0,
+    start_timeout_s: float | None = None,
     max_failures: int = 3,
     progress_handle: Progress | None = None,
 ) -> RecoveryResult:
@@ -54,7 +57,7 @@ def recover_on_ray(
         workers: number of workers; `cpus_per_worker` and `gpus_per_worker` are
             what each one reserves.
         start_timeout_s: how long to wait for the workers' resources, each time
-            that they are requested.
+            that they are requested; until there is room if None.
         max_failures: how many failures of workers, and of starting them, are survived;
             a machine that is taken away after a warning (spot) does not count.
         progress_handle: a picklable `Progress`; called in the worker of rank 0.
@@ -165,10 +168,10 @@ def _open_checkpoint(checkpoint: ray_train.Checkpoint) -> Iterator[Path]:
 
 
 @contextmanager
-def _start_timeout(seconds: float) -> Iterator[None]:
+def _start_timeout(seconds: float | None) -> Iterator[None]:
     """Set the limit where Ray Train reads it: in the environment of the process that calls `fit`."""
     before = os.environ.get(START_TIMEOUT_VARIABLE)
-    os.environ[START_TIMEOUT_VARIABLE] = str(seconds)
+    os.environ[START_TIMEOUT_VARIABLE] = str(NEVER_S if seconds is None else seconds)
     try:
         yield
     finally:

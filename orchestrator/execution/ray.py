@@ -4,6 +4,7 @@ The numbers are those of `orchestrator.execution.local`. The packages that compu
 actors alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -94,8 +95,8 @@ class RayCoordinatorClient:
     def release(self, request: LeaseRequest, seconds: float) -> None:
         ray.get(self._actor.release.remote(request, seconds))
 
-    def renew(self, holder: str) -> None:
-        ray.get(self._actor.renew.remote(holder))
+    def renew(self, held: Sequence[LeaseRequest]) -> Sequence[str]:
+        return ray.get(self._actor.renew.remote(held))
 
     def fail(self, trajectory: str) -> None:
         ray.get(self._actor.fail.remote(trajectory))

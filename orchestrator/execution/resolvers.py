@@ -17,7 +17,7 @@ from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.keys import stage_key
 from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
-from orchestrator.scheduling.coordinator import Leases
+from orchestrator.scheduling.leases import Leases
 from orchestrator.scheduling.resources import resource_kind
 from orchestrator.storage.ledger import Ledger, Row
 from orchestrator.storage.stage_store import Store, StoredStage

@@ -37,7 +37,8 @@ from orchestrator.execution.stage_runner import OnIteration, StageRunner
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.scheduling.admission import AdmissionController
-from orchestrator.scheduling.coordinator import Coordinator, CoordinatorClient, Leases, LimitReachedError
+from orchestrator.scheduling.coordinator import Coordinator, CoordinatorClient
+from orchestrator.scheduling.leases import Leases, LimitReachedError
 from orchestrator.scheduling.limits import Limits, backoff_s, spent_before
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
@@ -222,7 +223,8 @@ def run_trial(
 ) -> str | None:
     """Run one trajectory; return the reason if it failed in a way that trying again cannot mend."""
     stages_total = len(planned_stages(trajectory))
-    resolver = ComputeResolver(trajectory, store, backend, report, Leases(coordinator), stages_total)
+    leases = Leases(coordinator, trajectory.id)
+    resolver = ComputeResolver(trajectory, store, backend, report, leases, stages_total)
     try:
         run_trajectory(trajectory, StageRunner(trajectory, resolver, on_iteration, overlap))
     except LimitReachedError as limit:
