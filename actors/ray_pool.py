@@ -12,15 +12,42 @@ from typing import Any, Self, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorPlacementGroupRemoved,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    TaskPlacementGroupRemoved,
+    TaskUnschedulableError,
+    WorkerCrashedError,
+)
 
 from actors.contracts import ActorPoolSpec
-from actors.errors import IterabreError, WorkError, unexpected
+from actors.errors import FAULT, IterabreError, UnexpectedError, WorkError, last_line, unexpected
+from actors.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
 ShardT = TypeVar("ShardT")
 ResultT = TypeVar("ResultT")
+
+LOSSES = (
+    RayActorError,
+    WorkerCrashedError,
+    NodeDiedError,
+    LocalRayletDiedError,
+    ObjectLostError,  # also of an owner that has ended, and of what cannot be reconstructed
+    ActorPlacementGroupRemoved,
+    TaskPlacementGroupRemoved,
+    ActorUnschedulableError,  # their node has gone
+    TaskUnschedulableError,
+)
+"""What Ray raises when a process, a machine or an object is lost: all else is not mended by another try."""
 
 RETRY_S = 0.5
 """Pause before the next call to an actor that did not respond."""
@@ -120,6 +147,8 @@ class ActorPool:
             try:
                 result = result_of(done)
             except RayActorError as error:
+                if error.actor_init_failed:
+                    raise WorkError(f"a {self._setting} actor could not start: {last_line(error)}") from error
                 if submitted:
                     log.warning("a %s actor was lost (%s); its shard goes to another", self._setting, error)
                     waiting.extend(submitted)
@@ -152,19 +181,40 @@ def run_in_task(
 def result_of(object_ref: ray.ObjectRef) -> Any:
     """Return the value, or raise an error meant for the user as itself rather than wrapped by Ray.
 
+    Losses (`is_loss`) and a lack of memory (`is_out_of_memory`) are left as they are.
+
     Raises:
-        UnexpectedError: the work raised what nobody expects. To try again would meet it again: it is no
-            error of Ray's, whose errors are left as they are.
+        UnexpectedError: the work raised what nobody expects. To try again would meet it again.
     """
     try:
         return ray.get(object_ref)
     except RayTaskError as error:
-        if isinstance(error.cause, IterabreError):
-            raise error.cause from None
-        if isinstance(error.cause, RayError):
-            raise
+        cause = cause_of(error)
+        if isinstance(cause, IterabreError):
+            raise cause from None
+        if is_loss(cause) or is_out_of_memory(cause):
+            raise cause from error
         log.error("an actor or task failed: %s", error.traceback_str)
-        raise unexpected(error.cause) from error
+        if type(cause) is RayError:  # in place of an exception that cannot be pickled; it has its traceback
+            raise UnexpectedError(f"{last_line(cause)}: {FAULT}") from error
+        raise unexpected(cause) from error
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return what was raised where the work is done, without the wrappers of the tasks that it passed."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
+
+
+def is_loss(error: BaseException) -> bool:
+    """Return whether a process, machine or object was lost, so that another try may succeed.
+
+    An actor that raised when it was made is none: it would raise again.
+    """
+    cause = cause_of(error)
+    failed_start = isinstance(cause, RayActorError) and cause.actor_init_failed
+    return isinstance(cause, LOSSES) and not failed_start
 
 
 def _resources(cpus: float, gpus: float) -> dict[str, Any]:
