@@ -32,7 +32,7 @@ from actors.contracts.models import (
     Origin,
 )
 from actors.contracts.pool import ActorPoolSpec
-from actors.contracts.progress import ClusterProgress, Progress, no_progress
+from actors.contracts.progress import ClusterProgress, Progress, WaitingTime, no_progress, on_cluster
 from actors.contracts.recovery import (
     CLOSED_FORM_OBJECTIVES,
     AdapterSpec,
@@ -103,8 +103,10 @@ __all__ = [
     "TextSettings",
     "TextSpec",
     "ThroughputSpec",
+    "WaitingTime",
     "digest",
     "extend",
     "no_progress",
+    "on_cluster",
     "to_json",
 ]
