@@ -35,6 +35,18 @@ class ChangedError(WorkError):
     """What a run was planned with was changed or exchanged meanwhile; trying again finds the same."""
 
 
+class StorageUnavailableError(WorkError):
+    """The storage did not answer for as long as it was tried; it may answer later."""
+
+
+class DamagedArtifactError(WorkError):
+    """A file of the artifact at `uri` is missing, or is not what was published."""
+
+    def __init__(self, message: str, uri: str = "") -> None:
+        super().__init__(message)
+        self.uri = uri
+
+
 class UnexpectedError(WorkError):
     """Something failed that no code expects. A log holds the traceback."""
 
