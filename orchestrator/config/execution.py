@@ -109,6 +109,18 @@ class StorageConfig(Section):
     """Where runs are kept."""
 
     path: str = Field("runs", min_length=1, description="Local directory, NFS, s3:// or gs://.")
+    cache: str | None = Field(
+        None,
+        min_length=1,
+        description="Directory or bucket of stages that campaigns share; a stage found there is not "
+        "computed. Exports stay with their run.",
+    )
+    retry_s: float = Field(
+        600.0,
+        ge=0,
+        description="Seconds for which reading and writing are tried again, with growing pauses, while the "
+        "storage does not answer.",
+    )
 
 
 class MlflowConfig(Section):

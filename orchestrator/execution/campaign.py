@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
+from actors.artifacts import PATIENCE_VARIABLE
 from actors.evaluation import check_task_data
 from orchestrator.config import CampaignConfig
 from orchestrator.execution.cluster import (
@@ -60,6 +61,7 @@ def run_campaign(
         ClusterTooSmallError: the cluster can never give what `config.execution` requests.
     """
     execution = config.execution
+    os.environ[PATIENCE_VARIABLE] = str(config.storage.retry_s)
     check_run(store, config.model_dump(mode="json"), resume, config.directories)
     limits = limits_of(config)
     check_unlocked(store)

@@ -25,7 +25,7 @@ from ray.core.generated import gcs_pb2
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.artifacts import DRIVER_DIRECTORY
+from actors.artifacts import DRIVER_DIRECTORY, PATIENCE_VARIABLE, patience_s
 from actors.contracts import ActorPoolSpec, EvaluationResult, EvaluationSpec
 from actors.evaluation.ray import evaluate_all_on_ray
 from actors.plugins import environment
@@ -105,6 +105,7 @@ def cluster(address: str | None) -> Iterator[None]:
     own = found == LOCAL
     ENV_VARS_TO_PROPAGATE.difference_update(CREDENTIALS)
     environment_of_workers = QUIET | environment() | {DRIVER_DIRECTORY: os.getcwd()}
+    environment_of_workers |= {PATIENCE_VARIABLE: str(patience_s())}
     try:
         ray.init(
             address=found,

@@ -20,7 +20,8 @@ from orchestrator.planning.pruning_schedule import IterationPlan
 from orchestrator.scheduling.leases import Leases
 from orchestrator.scheduling.resources import resource_kind
 from orchestrator.storage.ledger import Ledger, Row
-from orchestrator.storage.stage_store import Store, StoredStage
+from orchestrator.storage.stage_manifest import StoredStage
+from orchestrator.storage.stage_store import Store
 
 log = logging.getLogger(__name__)
 
