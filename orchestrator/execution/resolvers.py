@@ -59,9 +59,9 @@ class ComputeResolver:
     def resolve(self, stage: StageRequest[ResultT]) -> ResultT:
         """Return the result of a stage from the store, or computed now; write its numbers to the ledger."""
         kind = stage.kind.name
-        now = replace(self.progress, iteration=stage.iteration.index, stage=kind, key=stage.key)
-        if not stage.background:  # the progress shows what the trajectory waits for
-            with self._counting:
+        with self._counting:
+            now = replace(self.progress, iteration=stage.iteration.index, stage=kind, key=stage.key)
+            if not stage.background:  # the progress shows what the trajectory waits for
                 self.progress = now
         progress = StageProgress(unreported if stage.background else self._report, now)
         stored = self._store.load(kind, stage.key, stage.kind.result_type)
