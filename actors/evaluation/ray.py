@@ -66,11 +66,11 @@ def evaluate_on_ray(
     pool = replace(pool, actors=1) if alone else pool
 
     def evaluate(spec: EvaluationSpec) -> EvaluationResult:
-        with ActorPool(pool, EvalActor, setting="evaluation") as actors:
+        with ActorPool(pool, EvalActor, setting="evaluation", progress=progress) as actors:
             if alone:
                 return result_of(_submit(actors.first, spec, progress))
             # A process of its own: lm-eval redirects its process's output and sets its random states.
-            return run_in_task(_evaluate_on_pool, spec, actors, progress)
+            return run_in_task(_evaluate_on_pool, spec, actors, progress=progress)
 
     return once_more_with_less(evaluate, **batch_sizes(spec))
 
@@ -113,7 +113,7 @@ def _evaluate_on_pool(spec: EvaluationSpec, pool: ActorPool, progress: Progress)
 
 
 def evaluate_all_on_ray(
-    specs: Sequence[EvaluationSpec], pool: ActorPoolSpec
+    specs: Sequence[EvaluationSpec], pool: ActorPoolSpec, progress: Progress = no_progress
 ) -> Iterator[tuple[int, EvaluationResult]]:
     """Yield the position and the result of each spec, when done; one model on each actor at a time.
 
@@ -123,7 +123,7 @@ def evaluate_all_on_ray(
         WorkError: no actor got a place in time, or all were lost.
     """
     pool = replace(pool, actors=min(pool.actors, len(specs)))
-    with ActorPool(pool, EvalActor, setting="evaluation") as actors:
+    with ActorPool(pool, EvalActor, setting="evaluation", progress=progress) as actors:
         yield from actors.dispatch(
             range(len(specs)), submit=lambda actor, position: _submit(actor, specs[position])
         )

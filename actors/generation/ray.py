@@ -42,7 +42,7 @@ def generate_on_ray(
     from actors.generation.responses import batch_sizes, run_shards
 
     def generate(spec: GenerationSpec) -> GenerationResult:
-        with ActorPool(pool, GenerateActor, spec, setting="generation") as actors:
+        with ActorPool(pool, GenerateActor, spec, setting="generation", progress=progress) as actors:
             return run_shards(spec, actors.dispatch, uri, progress)
 
     return once_more_with_less(generate, **batch_sizes(spec))

@@ -1,10 +1,11 @@
 """Scoring on Ray: a pool of actors that divide the calibration sequences, and the candidates if need be."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from actors.contracts import ActorPoolSpec, Progress, ScoreResult, ScoreSpec, no_progress
 from actors.out_of_memory import once_more_with_less
-from actors.ray_pool import ActorPool, run_in_task
+from actors.ray_pool import ActorPool
 
 if TYPE_CHECKING:
     from actors.scoring.score import Scorer, Shard, ShardScores
@@ -30,6 +31,16 @@ class ScoreActor:
         return self._scorer.score(shard)
 
 
+class MergeActor:
+    """Merges layers."""
+
+    def work(self, spec: ScoreSpec) -> ScoreResult:
+        """Return the merges that remove as many layers as the spec says."""
+        from actors.scoring.laco import merge_result
+
+        return merge_result(spec)
+
+
 def score_on_ray(spec: ScoreSpec, pool: ActorPoolSpec, progress: Progress = no_progress) -> ScoreResult:
     """Score on a pool of actors; begin as soon as one of them has a place.
 
@@ -42,16 +53,17 @@ def score_on_ray(spec: ScoreSpec, pool: ActorPoolSpec, progress: Progress = no_p
         MemoryExhaustedError: memory does not suffice, with half of the budget neither.
     """
     from actors.scoring.criteria import MergeCriterion, criterion_of
-    from actors.scoring.laco import merge_result
     from actors.scoring.score import Scorer, memory_shares, run_shards
 
     if isinstance(criterion_of(spec), MergeCriterion):
-        return run_in_task(merge_result, spec, cpus=pool.cpus, gpus=pool.gpus)
+        with ActorPool(replace(pool, actors=1), MergeActor, setting="scoring", progress=progress) as actors:
+            ((_, merged),) = actors.dispatch([spec])
+            return merged
     # A shard reads a streamed model's files once, so there are no more than actors.
     count = pool.actors if spec.stream_weights else pool.actors * SHARDS_PER_ACTOR
 
     def score(memory_share: float) -> ScoreResult:
-        with ActorPool(pool, ScoreActor, spec, memory_share, setting="scoring") as actors:
+        with ActorPool(pool, ScoreActor, spec, memory_share, setting="scoring", progress=progress) as actors:
             return run_shards(Scorer(spec), actors.dispatch, count, at_least=pool.actors, progress=progress)
 
     return once_more_with_less(score, **memory_shares(spec))

@@ -43,7 +43,8 @@ from orchestrator.execution.stage_runner import OnIteration, StageRunner
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.scheduling.admission import AdmissionController
-from orchestrator.scheduling.coordinator import Coordinator, CoordinatorClient, Leases, LimitReachedError
+from orchestrator.scheduling.coordinator import Coordinator, CoordinatorClient
+from orchestrator.scheduling.leases import Leases, LimitReachedError
 from orchestrator.scheduling.limits import Limits, backoff_s, spent_before
 from orchestrator.scheduling.search import Measured, measured_of, why_given_up
 from orchestrator.storage.ledger import Ledger
@@ -250,7 +251,8 @@ def run_trial(
     stages_total = len(planned_stages(trajectory))
     tries = quarantined = 0
     while True:
-        resolver = ComputeResolver(trajectory, store, backend, report, Leases(coordinator), stages_total)
+        leases = Leases(coordinator, trajectory.id)
+        resolver = ComputeResolver(trajectory, store, backend, report, leases, stages_total)
         stages = StageRunner(trajectory, resolver, on_iteration, overlap)
         try:
             run_trajectory(trajectory, stages)
