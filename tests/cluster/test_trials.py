@@ -141,11 +141,16 @@ def test_asha_gives_up_the_worst_between_iterations(ray_two_cpus: None, place: P
 
 
 def test_a_search_that_is_finished_stays_as_it_ended(ray_two_cpus: None, place: Path, tmp_path: Path) -> None:
-    """Side by side, the better of two came second, and both were let on."""
-    change = _rates(0.9, 0.1, scheduler="asha", metric="fox/token_perplexity", reduction_factor=2)
-    # Run without a scheduler first: both are done, whatever a scheduler would have said.
-    _run(place, tmp_path, _rates(0.9, 0.1, scheduler="none"))
-    _, _, store = _run(place, tmp_path, change)
+    """Run without a scheduler first: both are done, whatever a scheduler would have said."""
+    rates = _rates(0.1, 0.9, scheduler="none")
+    search = _rates(0.1, 0.9, scheduler="asha", metric="fox/token_perplexity", reduction_factor=2)
+
+    def one_at_a_time(campaign: dict[str, Any]) -> None:
+        search(campaign)
+        campaign["execution"]["max_concurrent_trajectories"] = 1
+
+    _run(place, tmp_path, rates)
+    _, _, store = _run(place, tmp_path, one_at_a_time)
     assert [status.state for status in read_statuses(store).values()] == ["done", "done"]
 
 
