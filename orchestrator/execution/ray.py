@@ -1,13 +1,8 @@
-"""The work of stages on Ray actors and Ray Train, and the coordinator in an actor of its own.
+"""The work of stages on Ray actors and Ray Train.
 
 The numbers are those of `orchestrator.execution.local`. The packages that compute are loaded on the
 actors alone.
 """
-
-from collections.abc import Sequence
-from typing import Any
-
-import ray
 
 from actors.contracts import (
     ActorPoolSpec,
@@ -31,7 +26,6 @@ from actors.recovery.ray import recover_on_ray
 from actors.scoring.ray import score_on_ray
 from orchestrator.config import ExecutionConfig
 from orchestrator.execution.task_scoring import score_by_task
-from orchestrator.scheduling.coordinator import LeaseReply, LeaseRequest
 from orchestrator.scheduling.resources import resource_kind, stage_resources
 from orchestrator.storage.stage_store import Store
 
@@ -94,25 +88,3 @@ class RayBackend:
             bundle.accelerator,
             bundle.labels,
         )
-
-
-class RayCoordinatorClient:
-    """A `CoordinatorClient` of a coordinator that a Ray actor holds."""
-
-    def __init__(self, actor: Any):
-        self._actor = actor
-
-    def try_acquire(self, request: LeaseRequest, wait_s: float = 0.0) -> LeaseReply:
-        return ray.get(self._actor.try_acquire.remote(request, wait_s))
-
-    def release(self, request: LeaseRequest, seconds: float) -> None:
-        ray.get(self._actor.release.remote(request, seconds))
-
-    def renew(self, held: Sequence[LeaseRequest]) -> Sequence[str]:
-        return ray.get(self._actor.renew.remote(held))
-
-    def fail(self, trajectory: str) -> None:
-        ray.get(self._actor.fail.remote(trajectory))
-
-    def ended_by(self) -> str | None:
-        return ray.get(self._actor.ended_by.remote())

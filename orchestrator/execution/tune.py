@@ -29,23 +29,23 @@ from orchestrator.errors import (
 from orchestrator.execution.cluster import HEAD, QUIET
 from orchestrator.execution.dry_run import planned_stages, unfinished_trajectories
 from orchestrator.execution.gauges import CampaignGauges
+from orchestrator.execution.head_actors import start_board, start_coordinator
 from orchestrator.execution.progress import (
-    ProgressBoard,
     RemoteReport,
     Report,
     TrajectoryProgress,
     live_view,
 )
-from orchestrator.execution.ray import RayBackend, RayCoordinatorClient
+from orchestrator.execution.ray import RayBackend
 from orchestrator.execution.resolvers import ComputeResolver
 from orchestrator.execution.stage_kinds import Backend
 from orchestrator.execution.stage_runner import OnIteration, StageRunner
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.scheduling.admission import AdmissionController
-from orchestrator.scheduling.coordinator import Coordinator, CoordinatorClient
+from orchestrator.scheduling.coordinator import CoordinatorClient
 from orchestrator.scheduling.leases import Leases, LimitReachedError
-from orchestrator.scheduling.limits import Limits, backoff_s, spent_before
+from orchestrator.scheduling.limits import Limits, backoff_s
 from orchestrator.scheduling.search import Measured, measured_of, why_given_up
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
@@ -101,11 +101,7 @@ def run_trials(
     if not trajectories:
         return CampaignOutcome({})
     stopper = LedgerStopper(config.search, plan, Ledger(store.ledger_uri)) if searching else None
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
-    price = spent_before(Ledger(store.ledger_uri).read(), limits)
-    # A trajectory may wait for a stage and for one in the background, and renews its leases meanwhile.
-    many = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 3 * at_a_time + 8}
-    coordinator = RayCoordinatorClient(ray.remote(**many)(Coordinator).remote(limits, price, admission))
+    board, coordinator = start_board(), start_coordinator(limits, admission, store, at_a_time)
     trainable = tune.with_parameters(
         trial,
         plan=plan,

@@ -46,7 +46,9 @@ class AdmissionController:
         held = [requests[kind] for kind in at_work if kind in requests]
         found = [packing.take_held(each.bundle, each.max_count) for each in held]
         for each, taken in zip(held, found, strict=True):
-            packing.take(each.bundle, each.max_count - taken, each.min_count - taken)
+            more = packing.take(each.bundle, each.max_count - taken, each.min_count - taken)
+            if taken + more < each.min_count and free_of_ours.fits(each):
+                packing.reserve(each)  # it waits in Ray, and nothing goes past it
         devices = sum(each.max.devices(on_gpus) for each in held)
         reasons: list[str | None] = []
         for waiting in queue:
@@ -54,8 +56,8 @@ class AdmissionController:
             if request is None:
                 reasons.append(None)
                 continue
-            more = request.max.devices(on_gpus)
-            if self.max_devices is not None and devices + more > self.max_devices + ROUNDING and devices:
+            wanted = request.max.devices(on_gpus)
+            if self.max_devices is not None and devices + wanted > self.max_devices + ROUNDING and devices:
                 reasons.append(f"{request}; the campaign holds {devices:g} of {self.max_devices:g} devices")
                 continue
             # What no node is known to hold, an autoscaler may: Ray has to ask it for the node.
@@ -66,7 +68,7 @@ class AdmissionController:
                     packing.reserve(request)
                 continue
             packing.take(request.bundle, request.max_count)
-            devices += more
+            devices += wanted
             reasons.append(None)
         return reasons
 
