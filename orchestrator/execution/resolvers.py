@@ -63,7 +63,8 @@ class ComputeResolver:
             now = replace(self.progress, iteration=stage.iteration.index, stage=kind, key=stage.key)
             if not stage.background:  # the progress shows what the trajectory waits for
                 self.progress = now
-        progress = StageProgress(unreported if stage.background else self._report, now)
+        report = unreported if stage.background else self._report
+        progress = StageProgress(report, now, self._leases.stopping)
         stored = self._store.load(kind, stage.key, stage.kind.result_type)
         reused = stored is not None
         if stored is None:
