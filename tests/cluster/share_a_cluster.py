@@ -38,11 +38,7 @@ def drive(address: str, directory: Path, name: str) -> None:
     raw = tiny_campaign(directory)
     raw["name"] = name
     raw["methods"][0]["recovery"]["learning_rate"] = {"grid": [0.1, 0.2]}
-    raw["execution"] = {
-        "backend": "ray",
-        "scoring": {"actors": 1},
-        "max_concurrent_trajectories": TRAJECTORIES,
-    }
+    raw["execution"] = {"backend": "ray", "scoring": {"actors": 1}}
     config = parse_config(raw, name)
     notes = directory / f"notes-{name}"
     notes.mkdir()
