@@ -11,7 +11,15 @@ from typing import Any
 from actors.contracts import EvaluationResult, ExportSpec, ModelRef, Removal
 from orchestrator.errors import RequestError
 from orchestrator.execution.progress import Report, StageProgress, TrajectoryProgress, unreported
-from orchestrator.execution.stage_kinds import EVALUATE, EXPORT, Backend, Numbers, ResultT, StageRequest
+from orchestrator.execution.stage_kinds import (
+    EVALUATE,
+    EXPORT,
+    RECOVER,
+    Backend,
+    Numbers,
+    ResultT,
+    StageRequest,
+)
 from orchestrator.execution.stage_runner import StageRunner
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.keys import stage_key
@@ -106,6 +114,8 @@ class ComputeResolver:
             # Responses, an adapter, an exported directory; some stages only measure.
             artifact = getattr(result, "artifact", None)
             stored = self._store.commit(kind, key, result, stage.inputs, artifact, seconds, progress.waited_s)
+            if stage.kind is RECOVER:
+                self._store.drop_training(key)
         finally:
             self._leases.release(key, seconds)
         log.info("%s iteration %d: %s %s took %.1f s", *at, seconds)

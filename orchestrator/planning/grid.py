@@ -6,6 +6,7 @@ from actors.contracts import ModelInfo
 from orchestrator.config import CampaignConfig, MethodConfig, SourceModelConfig
 from orchestrator.errors import RequestError
 from orchestrator.planning.pruning_schedule import IterationPlan, iterative_schedule, target_depth
+from orchestrator.storage.layout import shortened
 
 
 def trajectories_of(
@@ -25,11 +26,11 @@ def trajectories_of(
     depths = sorted({target_depth(target, info) for target in targets}, reverse=True)
     if method.schedule.mode == "direct":
         for depth in depths:
-            yield f"{base}--{depth}L", (IterationPlan(1, info.num_layers - depth, depth, True),)
+            yield shortened(f"{base}--{depth}L"), (IterationPlan(1, info.num_layers - depth, depth, True),)
     elif depths:
         schedule = method.schedule
         yield (
-            base,
+            shortened(base),
             iterative_schedule(
                 info.num_layers,
                 depths,
