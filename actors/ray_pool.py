@@ -8,6 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any, Self, TypeVar
 
 import ray
@@ -16,6 +17,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 
 from actors.contracts import ActorPoolSpec
 from actors.errors import IterabreError, WorkError, unexpected
+from actors.stage_output import RunningStage, begin_output, output_of, running_stage
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +51,10 @@ class ActorPool:
 
     def __enter__(self) -> Self:
         spec = self._spec
-        remote = ray.remote(self._actor_class).options(**_resources(spec.cpus, spec.gpus), max_restarts=3)
-        self._actors = [remote.remote(*self._arguments) for _ in range(spec.actors)]
+        remote = ray.remote(_of_stage(self._actor_class))
+        remote = remote.options(**_resources(spec.cpus, spec.gpus), max_restarts=3)
+        stage = running_stage()
+        self._actors = [remote.remote(stage, *self._arguments) for _ in range(spec.actors)]
         try:
             starting = {actor.__ray_ready__.remote(): actor for actor in self._actors}
             placed, later = ray.wait(list(starting), num_returns=1, timeout=spec.start_timeout_s)
@@ -99,7 +103,7 @@ class ActorPool:
         Raises:
             WorkError: all actors are lost.
         """
-        submit = submit or (lambda actor, shard: actor.work.remote(shard))
+        submit = submit or (lambda actor, shard: actor.work.options(**task_name()).remote(shard))
         waiting = deque(shards)
         num_left = len(waiting)
         idle: list[ActorHandle] = []
@@ -144,9 +148,44 @@ def run_in_task(
     A trial exists as long as its trajectory and so only waits: it would else keep the
     libraries of every stage loaded.
     """
-    task = ray.remote(work).options(**_resources(cpus, gpus), max_retries=3)
-    result: ResultT = result_of(task.remote(*arguments, **named))
+    task = ray.remote(_run_for_stage).options(
+        **_resources(cpus, gpus), max_retries=3, **task_name(work.__name__)
+    )
+    result: ResultT = result_of(task.remote(running_stage(), work, *arguments, **named))
     return result
+
+
+def _run_for_stage(
+    stage: RunningStage | None, work: Callable[..., ResultT], *arguments: Any, **named: Any
+) -> ResultT:
+    with output_of(stage):
+        return work(*arguments, **named)
+
+
+def task_name(otherwise: str | None = None) -> dict[str, Any]:
+    """Return the option by which Ray's dashboard shows the stage that a task or a call of an actor is for."""
+    stage = running_stage()
+    name = otherwise if stage is None else stage.name
+    return {} if name is None else {"name": name}
+
+
+@cache
+def _of_stage(actor_class: type) -> type:
+    """Return the class with one more argument: the stage that its output is for and that names it."""
+
+    class OfStage(actor_class):  # type: ignore[misc, valid-type]
+        def __init__(self, stage: RunningStage | None, *arguments: Any):
+            self._of_stage = stage
+            if stage is not None:
+                begin_output(stage)
+            super().__init__(*arguments)
+
+        def __repr__(self) -> str:
+            return actor_class.__name__ if self._of_stage is None else self._of_stage.name
+
+    OfStage.__name__ = OfStage.__qualname__ = actor_class.__name__
+    OfStage.__doc__ = actor_class.__doc__
+    return OfStage
 
 
 def result_of(object_ref: ray.ObjectRef) -> Any:

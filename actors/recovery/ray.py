@@ -15,6 +15,7 @@ from actors.artifacts import explained, join
 from actors.contracts import Progress, RecoveryResult, RecoverySpec, no_progress
 from actors.errors import ChangedError, IterabreError, RequestError, WorkError, last_line
 from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, TrainContext, WriteShard
+from actors.stage_output import RunningStage, output_of, running_stage
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
@@ -25,6 +26,7 @@ class _Job:
     adapter_uri: str
     micro_batch_hint_uri: str
     progress: Progress
+    stage: RunningStage | None
 
 
 def recover_on_ray(
@@ -64,7 +66,7 @@ def recover_on_ray(
         WorkError: training failed; names the cause, not the actor that it ended.
     """
     micro_batch_hint_uri = join(storage_path, name, "micro_batch_size")
-    job = _Job(spec, adapter_uri, micro_batch_hint_uri, progress_handle or no_progress)
+    job = _Job(spec, adapter_uri, micro_batch_hint_uri, progress_handle or no_progress, running_stage())
     scaling = ScalingConfig(
         num_workers=workers,
         use_gpu=gpus_per_worker > 0,
@@ -135,7 +137,8 @@ def _train_worker(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
         preemption_requested=lambda: ray_train.get_preemption_info() is not None,
     )
     try:
-        return train(job.spec, context)
+        with output_of(job.stage):
+            return train(job.spec, context)
     except (RequestError, ChangedError, DivergenceError) as error:
         return error
 

@@ -19,6 +19,7 @@ from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
 from orchestrator.planning.stages import PlannedStage
 from orchestrator.scheduling.limits import start_order
+from orchestrator.storage.control import read_control
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import read_statuses
 
@@ -89,7 +90,11 @@ def remaining_stages(plan: TrajectoryPlan, store: Store) -> int:
 
 
 def unfinished_trajectories(plan: CampaignPlan, store: Store) -> Sequence[str]:
-    """Return the trajectories to run, a nearly done one first; not those that a scheduler gave up before."""
+    """Return the trajectories to run, a nearly done one first.
+
+    Not those that a scheduler gave up before, or an operator has cancelled.
+    """
     given_up = {name for name, status in read_statuses(store).items() if status.state == "stopped"}
+    given_up |= set(read_control(store).cancelled)
     going = [trajectory for trajectory in plan.trajectories if trajectory.id not in given_up]
     return start_order({trajectory.id: remaining_stages(trajectory, store) for trajectory in going})

@@ -102,3 +102,6 @@ class RayCoordinatorClient:
 
     def ended_by(self) -> str | None:
         return ray.get(self._actor.ended_by.remote())
+
+    def is_cancelled(self, trajectory: str) -> bool:
+        return ray.get(self._actor.is_cancelled.remote(trajectory))

@@ -18,9 +18,11 @@ from ray.exceptions import RayError
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 
 from actors.errors import last_line
+from actors.stage_output import LOG_FORMAT, MarkingFormatter
 from orchestrator.config import CampaignConfig, ExecutionConfig, SearchConfig
 from orchestrator.errors import IterabreError, UnexpectedError, unexpected, unknown_name
 from orchestrator.execution.cluster import HEAD, QUIET
+from orchestrator.execution.control import control_reader, watching_for_cancellation
 from orchestrator.execution.dry_run import planned_stages, unfinished_trajectories
 from orchestrator.execution.gauges import CampaignGauges
 from orchestrator.execution.progress import (
@@ -37,9 +39,17 @@ from orchestrator.execution.stage_runner import OnIteration, StageRunner
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.scheduling.admission import AdmissionController
-from orchestrator.scheduling.coordinator import Coordinator, CoordinatorClient, Leases, LimitReachedError
+from orchestrator.scheduling.coordinator import (
+    Coordinator,
+    CoordinatorClient,
+    Leases,
+    LimitReachedError,
+    TrajectoryCancelledError,
+)
 from orchestrator.scheduling.limits import Limits, backoff_s, spent_before
+from orchestrator.storage.layout import stage_log
 from orchestrator.storage.ledger import Ledger
+from orchestrator.storage.run_progress import progress_written
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import TrajectoryStatus, write_status
 
@@ -51,8 +61,6 @@ TRIAL_RESOURCES = tune.PlacementGroupFactory([{HEAD: 0.001}])
 LOST_TRIAL_RETRIES = 3
 """How often a lost trial, or a trajectory that lost the machine of a stage, is tried again."""
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
-
 MakeBackend = Callable[[ExecutionConfig, Store], Backend]
 
 
@@ -61,12 +69,14 @@ class CampaignOutcome:
     """How a campaign ended.
 
     `failures` has the reason of every trajectory that failed, `stopped` the trajectories that
-    the scheduler gave up, `limit` the limit that ended the campaign early.
+    the scheduler gave up, `limit` the limit that ended the campaign early, `cancelled` the trajectories
+    that an operator ended.
     """
 
     failures: Mapping[str, str]
     stopped: Sequence[str] = ()
     limit: str | None = None
+    cancelled: Sequence[str] = ()
 
 
 def run_trials(
@@ -91,7 +101,10 @@ def run_trials(
     price = spent_before(Ledger(store.ledger_uri).read(), limits)
     # A trajectory may wait for a stage and for one in the background, and renews its leases meanwhile.
     many = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 3 * at_a_time + 8}
-    coordinator = RayCoordinatorClient(ray.remote(**many)(Coordinator).remote(limits, price, admission))
+    control = control_reader(config, plan, store)
+    coordinator = RayCoordinatorClient(
+        ray.remote(**many)(Coordinator).remote(limits, price, admission, control=control)
+    )
     trainable = tune.with_parameters(
         trial,
         plan=plan,
@@ -124,18 +137,23 @@ def run_trials(
         gauges.show(shown)
         return shown
 
-    with live_view(snapshot):
+    with live_view(snapshot), progress_written(store, snapshot):
         results = tuner.fit()
-    return _campaign_outcome(results, store, coordinator.ended_by())
+    return _campaign_outcome(results, store, coordinator)
 
 
-def _campaign_outcome(results: tune.ResultGrid, store: Store, limit: str | None) -> CampaignOutcome:
+def _campaign_outcome(
+    results: tune.ResultGrid, store: Store, coordinator: CoordinatorClient
+) -> CampaignOutcome:
     """Collect how the trials ended; those that reported no end of their own were given up or lost."""
     failures: dict[str, str] = {}
     stopped: list[str] = []
+    cancelled: list[str] = []
     for result in results:
         trajectory, metrics = result.config["trajectory"], result.metrics or {}
-        if result.error:
+        if metrics.get("cancelled") or (result.error and coordinator.is_cancelled(trajectory)):
+            cancelled.append(trajectory)
+        elif result.error:
             failures[trajectory] = last_line(result.error)
             write_status(store, trajectory, TrajectoryStatus("failed", failures[trajectory]))
         elif metrics.get("failure"):
@@ -144,7 +162,7 @@ def _campaign_outcome(results: tune.ResultGrid, store: Store, limit: str | None)
             reason = f"given up by the scheduler after iteration {metrics.get('iteration')}"
             write_status(store, trajectory, TrajectoryStatus("stopped", reason))
             stopped.append(trajectory)
-    return CampaignOutcome(failures, tuple(stopped), limit)
+    return CampaignOutcome(failures, tuple(stopped), coordinator.ended_by(), tuple(cancelled))
 
 
 def trial_scheduler(search: SearchConfig, iterations: int) -> TrialScheduler | None:
@@ -176,7 +194,9 @@ def trial(
     metric: str | None,
 ) -> None:
     """Run one trajectory as a trial of Tune. What was lost is tried again; what is wrong is reported."""
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    handler = logging.StreamHandler()
+    handler.setFormatter(MarkingFormatter(LOG_FORMAT))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     trajectory = plan.find(parameters["trajectory"])
 
     def on_iteration(iteration: int, metrics: Mapping[str, float]) -> None:
@@ -195,8 +215,16 @@ def trial(
         on_iteration if metric else None,
         execution.overlap_evaluation,
     )
-    failure = _with_retries(attempt)
-    tune.report({"failure": failure or "", "ended": True})
+
+    def end() -> None:
+        end_cancelled(trajectory, store, RemoteReport(board))
+        # Tune starts the trial again, and that finds the trajectory cancelled.
+        os._exit(0)
+
+    is_cancelled = partial(coordinator.is_cancelled, trajectory.id)
+    with watching_for_cancellation(is_cancelled, end):
+        failure = _with_retries(attempt)
+    tune.report({"failure": failure or "", "ended": True, "cancelled": is_cancelled() and not failure})
 
 
 def _with_retries(attempt: Callable[[], str | None]) -> str | None:
@@ -222,12 +250,18 @@ def run_trial(
 ) -> str | None:
     """Run one trajectory; return the reason if it failed in a way that trying again cannot mend."""
     stages_total = len(planned_stages(trajectory))
-    resolver = ComputeResolver(trajectory, store, backend, report, Leases(coordinator), stages_total)
+    leases = Leases(coordinator, trajectory.id)
+    resolver = ComputeResolver(trajectory, store, backend, report, leases, stages_total)
     try:
+        if coordinator.is_cancelled(trajectory.id):
+            raise TrajectoryCancelledError(f"{trajectory.id} was cancelled")
         run_trajectory(trajectory, StageRunner(trajectory, resolver, on_iteration, overlap))
     except LimitReachedError as limit:
         log.warning("%s ends at iteration %d: %s", trajectory.id, resolver.progress.iteration, limit)
         report(replace(resolver.progress, stage="ended early", finished=True))
+        return None
+    except TrajectoryCancelledError:
+        end_cancelled(trajectory, store, report)
         return None
     except RayError:
         raise  # lost, and so worth another try
@@ -238,9 +272,20 @@ def run_trial(
         reason = f"{shown}{where}"
         log.error("%s failed: %s", trajectory.id, reason, exc_info=not expected)
         report(replace(resolver.progress, stage="failed", finished=True))
-        write_status(store, trajectory.id, TrajectoryStatus("failed", reason))
+        at = resolver.progress
+        failed_log = stage_log(trajectory.id, at.iteration, at.stage, at.key) if at.key else ""
+        write_status(store, trajectory.id, TrajectoryStatus("failed", reason, failed_log))
         coordinator.fail(trajectory.id)
         return reason
     report(replace(resolver.progress, finished=True))
     write_status(store, trajectory.id, TrajectoryStatus("done"))
     return None
+
+
+def end_cancelled(trajectory: TrajectoryPlan, store: Store, report: Report) -> None:
+    """Record that an operator ended the trajectory."""
+    log.warning("%s was cancelled", trajectory.id)
+    iterations = len(trajectory.iterations)
+    report(TrajectoryProgress(trajectory.id, 0, iterations, "cancelled", finished=True))
+    reason = f"by an operator; `iterabre continue RUN --trajectory {trajectory.id}`, then --resume, goes on"
+    write_status(store, trajectory.id, TrajectoryStatus("cancelled", reason))

@@ -11,12 +11,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from orchestrator.errors import WorkError
 from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.limits import Limits, Spent, limit_reached
+from orchestrator.storage.control import Directives
 
 LEASE_S = 30.0
 RENEWAL_S = 5.0
@@ -27,13 +28,20 @@ EXPIRY_CHECK_S = 0.5
 """While a request waits: how often leases that have expired and limits that are reached are looked for."""
 
 
+PAUSED = "the run is paused; `iterabre continue` goes on"
+
+
+class TrajectoryCancelledError(WorkError):
+    """An operator has cancelled this trajectory."""
+
+
 class LimitReachedError(WorkError):
     """A limit of the campaign is reached: this trajectory ends here and can be resumed."""
 
 
 @dataclass(frozen=True)
 class LeaseRequest:
-    """A stage that a trajectory, `holder`, is to compute; after it, so many are left to it.
+    """A stage that `trajectory`, in the process `holder`, is to compute; after it, so many are left to it.
 
     `kind` is as in `scheduling.resources`.
     """
@@ -42,14 +50,21 @@ class LeaseRequest:
     key: str
     holder: str
     stages_left: int = 0
+    trajectory: str = ""
 
 
 @dataclass(frozen=True)
 class LeaseReply:
-    """Whether the stage may be computed now; `limit` says why no stage may start any more."""
+    """Whether the stage may be computed now.
+
+    `limit` says why no stage may start any more, `waits_for` why this one may not yet; no stage of a
+    trajectory that is `cancelled` ever may.
+    """
 
     granted: bool
     limit: str | None = None
+    cancelled: bool = False
+    waits_for: str = field(default="", compare=False)
 
 
 class CoordinatorClient(Protocol):
@@ -70,12 +85,15 @@ class CoordinatorClient(Protocol):
     def ended_by(self) -> str | None:
         """Return the limit for which a stage was refused; None if none was."""
 
+    def is_cancelled(self, trajectory: str) -> bool:
+        """Return whether an operator has cancelled the trajectory."""
+
 
 class Coordinator:
     """Leases on stages, and what has been spent; a plain object, or held by a Ray actor of many threads.
 
     `clock` gives seconds that never run backwards; `price` is what earlier runs have spent;
-    without `admission`, every stage is admitted.
+    without `admission`, every stage is admitted; `control` gives what an operator wants.
     """
 
     def __init__(
@@ -84,10 +102,12 @@ class Coordinator:
         price: float = 0.0,
         admission: AdmissionController | None = None,
         clock: Callable[[], float] = time.monotonic,
+        control: Callable[[], Directives] = Directives,
     ):
         self._limits = limits
         self._admission = admission
         self._clock = clock
+        self._control = control
         self._started = clock()
         self._price = price
         self._ended_by: str | None = None
@@ -133,27 +153,37 @@ class Coordinator:
         """Return the limit for which a stage was refused; None if none was."""
         return self._ended_by
 
+    def is_cancelled(self, trajectory: str) -> bool:
+        """Return whether an operator has cancelled the trajectory."""
+        return trajectory in self._control().cancelled
+
     def _reply(self, request: LeaseRequest) -> LeaseReply:
         spent = Spent(len(self._failed), self._clock() - self._started, self._price)
         if limit := limit_reached(self._limits, spent):
             self._ended_by = limit
             return LeaseReply(False, limit)
-        now = self._clock()
+        now, wanted = self._clock(), self._control()
+        if request.trajectory in wanted.cancelled:
+            self._waiting.pop(request, None)
+            return LeaseReply(False, cancelled=True)
         # Leases that were not renewed, and requests that were not repeated, for the time of a lease end.
         for key, granted in list(self._granted.items()):
-            if now - self._renewed[granted.holder] >= LEASE_S:
+            if now - self._renewed[granted.holder] >= LEASE_S or granted.trajectory in wanted.cancelled:
                 del self._granted[key]
         for waiting, asked in list(self._waiting.items()):
             if now - asked >= LEASE_S:
                 del self._waiting[waiting]
         at_work = self._granted.get(request.key)
+        if at_work is None and wanted.paused:
+            self._waiting.pop(request, None)
+            return LeaseReply(False, waits_for=PAUSED)
         if at_work is None and not self._has_turn(request):
             self._waiting[request] = now
-            return LeaseReply(False)
+            return LeaseReply(False, waits_for="room on the cluster")
         # A request that waits for another's result is not in the queue.
         self._waiting.pop(request, None)
         if at_work is not None and at_work.holder != request.holder:
-            return LeaseReply(False)
+            return LeaseReply(False, waits_for=f"the same stage, which {at_work.trajectory} computes")
         self._granted[request.key] = request
         self._renewed[request.holder] = now
         return LeaseReply(True)
@@ -162,7 +192,11 @@ class Coordinator:
         """Return whether the cluster takes the stage beside those at work and those that go before it."""
         if self._admission is None or request.kind not in self._admission.requests:
             return True
-        queue = sorted({**self._waiting, request: 0.0}, key=lambda waiting: waiting.stages_left)
+        priorities = self._control().priorities
+        queue = sorted(
+            {**self._waiting, request: 0.0},
+            key=lambda waiting: (-priorities.get(waiting.trajectory, 0), waiting.stages_left),
+        )
         ahead = queue[: queue.index(request)]
         first = {each.key: each.kind for each in (*self._granted.values(), *ahead, request)}
         return self._admission.can_admit(first.values())
@@ -174,21 +208,38 @@ class Leases:
     It may hold several at a time: an evaluation in the background, and what goes on meanwhile.
     """
 
-    def __init__(self, coordinator: CoordinatorClient):
+    def __init__(self, coordinator: CoordinatorClient, trajectory: str = ""):
         self._coordinator = coordinator
+        self._trajectory = trajectory
         self._holder = uuid.uuid4().hex
         self._held: dict[str, tuple[LeaseRequest, threading.Event]] = {}
 
-    def acquire(self, kind: str, key: str, stages_left: int = 0) -> None:
+    def acquire(
+        self, kind: str, key: str, stages_left: int = 0, waits_for: Callable[[str], None] = lambda _: None
+    ) -> None:
         """Return when this trajectory may compute the stage, or when another has.
+
+        `waits_for` is called with what it waits for, and with nothing when the wait is over.
 
         Raises:
             LimitReachedError: no further stage may start.
+            TrajectoryCancelledError: no further stage of this trajectory may.
         """
-        request, released = LeaseRequest(kind, key, self._holder, stages_left), threading.Event()
-        while not (reply := self._coordinator.try_acquire(request, ACQUIRE_WAIT_S)).granted:
+        request = LeaseRequest(kind, key, self._holder, stages_left, self._trajectory)
+        released, reason = threading.Event(), ""
+        # The first call does not wait, so that a wait is seen at once.
+        reply = self._coordinator.try_acquire(request)
+        while not reply.granted:
             if reply.limit:
                 raise LimitReachedError(f"{reply.limit}; --resume continues")
+            if reply.cancelled:
+                raise TrajectoryCancelledError(f"{self._trajectory} was cancelled")
+            if reply.waits_for != reason:
+                reason = reply.waits_for
+                waits_for(reason)
+            reply = self._coordinator.try_acquire(request, ACQUIRE_WAIT_S)
+        if reason:
+            waits_for("")
         self._held[key] = (request, released)
         threading.Thread(target=self._renew, args=(released,), daemon=True).start()
 

@@ -14,10 +14,14 @@ SUFFIX = ".json"
 
 @dataclass(frozen=True)
 class TrajectoryStatus:
-    """`stopped` is the scheduler's doing; a trajectory that a limit ended has no status yet."""
+    """`stopped` is the scheduler's doing, `cancelled` an operator's; one ended by a limit has none.
 
-    state: Literal["done", "failed", "stopped"]
+    `log` is that of the stage at which it failed, by its name in the run's directory of logs.
+    """
+
+    state: Literal["done", "failed", "stopped", "cancelled"]
     reason: str = ""
+    log: str = ""
 
 
 def write_status(store: Store, trajectory: str, status: TrajectoryStatus) -> None:
@@ -35,5 +39,5 @@ def read_statuses(store: Store) -> dict[str, TrajectoryStatus]:
             continue
         trajectory = info.base_name.removesuffix(SUFFIX)
         stored = json.loads(read_bytes(store.trajectory_status_uri(trajectory)) or b"{}")
-        found[trajectory] = TrajectoryStatus(stored["state"], stored["reason"])
+        found[trajectory] = TrajectoryStatus(stored["state"], stored["reason"], stored.get("log", ""))
     return found
