@@ -1,5 +1,6 @@
 """How far a campaign is: a `ProgressBoard` that stages report to, and the live view of it in a terminal."""
 
+import logging
 import sys
 import threading
 import time
@@ -15,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.storage.run_progress import TrajectoryProgress
+
+log = logging.getLogger(__name__)
 
 POST_INTERVAL_S = 0.3
 PLAIN_INTERVAL_S = 15.0
@@ -86,6 +89,7 @@ class StageProgress:
         self._report = report
         self._progress = replace(progress, started_at=time.time())
         self._posted_at = 0.0
+        self._logged_at = time.time()
         report(self._progress)
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
@@ -93,6 +97,9 @@ class StageProgress:
         if now - self._posted_at < POST_INTERVAL_S and done != total:
             return
         self._posted_at = now
+        if now - self._logged_at > PLAIN_INTERVAL_S or done == total:
+            self._logged_at = now
+            log.info("%s: %d of %d %s", self._progress.stage, done, total, note)
         self._report(replace(self._progress, done=done, total=total, note=note, waits_for=""))
 
     def waits_for(self, reason: str) -> None:

@@ -19,6 +19,8 @@ from orchestrator.storage.layout import RunLayout
 log = logging.getLogger(__name__)
 
 READ_INTERVAL_S = 3.0
+PATIENCE_S = 1.0
+"""Longest wait for what was last read long ago."""
 
 
 @dataclass(frozen=True)
@@ -120,17 +122,17 @@ def write_control(store: RunLayout, control: Control) -> None:
 class ControlReader:
     """The newest `Directives` of a run, read again every few seconds while they are asked for.
 
-    Calling it never waits for the storage after the first time, as a thread reads: the coordinator, which
-    asks for each request, must not stand still. What cannot be read leaves all as it was. Picklable before
-    the first call.
+    After the first time it does not wait for a slow storage, as a thread reads: the coordinator, which asks
+    for each request, must not stand still. What cannot be read leaves all as it was. Picklable before the
+    first call.
     """
 
     def __init__(
-        self, store: RunLayout, origins: Mapping[str, Origin], interval_s: float = READ_INTERVAL_S
+        self, store: RunLayout, origins: Mapping[str, Origin], interval_s: float | None = None
     ) -> None:
         self._store = store
         self._origins = origins
-        self._interval_s = interval_s
+        self._interval_s = READ_INTERVAL_S if interval_s is None else interval_s
         self._newest: Directives | None = None
         self._read_at = 0.0
         self._reading = False
@@ -139,9 +141,12 @@ class ControlReader:
         if self._newest is None:
             self._newest = directives(Control(), self._origins)
             self._read()
-        elif not self._reading and time.monotonic() - self._read_at > self._interval_s:
+        elif not self._reading and (age_s := time.monotonic() - self._read_at) > self._interval_s:
             self._reading = True
-            threading.Thread(target=self._read, name="control", daemon=True).start()
+            reading = threading.Thread(target=self._read, name="control", daemon=True)
+            reading.start()
+            if age_s > 3 * self._interval_s:  # nobody has asked for long
+                reading.join(PATIENCE_S)
         return self._newest
 
     def _read(self) -> None:

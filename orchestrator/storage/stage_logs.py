@@ -50,6 +50,7 @@ class LogWriter:
         self._uri = None if local_path(store.uri) is not None else store.logs_uri
         self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}
+        self._sizes_before = {name: self._size(name) for name in (DRIVER_LOG, WORKERS_LOG)}
         self._failed = False
         self._uploaded: dict[str, tuple[int, float]] = {}
         self._former: dict[str, bytes] = {}
@@ -69,7 +70,7 @@ class LogWriter:
         file = self._directory / name
         if name not in self._sizes:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._sizes[name] = file.stat().st_size if file.exists() else 0
+            self._sizes[name] = self._sizes_before[name] = self._size(name)
         if "/" in name and self._sizes[name] + len(data) > MAX_BYTES:
             if self._sizes[name] > MAX_BYTES:
                 return
@@ -78,6 +79,10 @@ class LogWriter:
         with file.open("ab") as target:
             target.write(data)
         self._sizes[name] += len(data)
+
+    def _size(self, name: str) -> int:
+        file = self._directory / name
+        return file.stat().st_size if file.exists() else 0
 
     @contextmanager
     def uploading(self) -> Iterator[None]:
@@ -106,10 +111,9 @@ class LogWriter:
         self._uploaded[name] = (size, 0.0)
 
     def _upload(self, due_only: bool) -> None:
-        for name in dict.fromkeys([DRIVER_LOG, WORKERS_LOG, *list(self._sizes)]):
-            file = self._directory / name
+        for name in list(self._sizes_before):
             try:
-                size = file.stat().st_size if file.exists() else 0
+                size = self._size(name)
                 before, when = self._uploaded.get(name, (0, 0.0))
                 interval_s = UPLOAD_INTERVAL_S * max(1.0, size / 2**20)
                 if size == before or (due_only and time.monotonic() - when < interval_s):
@@ -118,10 +122,11 @@ class LogWriter:
                 assert self._uri is not None
                 uri = join(self._uri, name)
                 if name not in self._former:
-                    # What a driver on another machine wrote; on the same one, the file goes on from it.
                     self._former[name] = read_bytes(uri) or b""
-                former, content = self._former[name], file.read_bytes()
-                write_bytes(uri, content if content.startswith(former) else former + content)
+                former, content = self._former[name], (self._directory / name).read_bytes()
+                if not content.startswith(former):  # a driver on another machine wrote it
+                    content = former + content[self._sizes_before[name] :]
+                write_bytes(uri, content)
             except Exception as error:
                 self._uploaded[name] = (0, time.monotonic())
                 log.warning("log %s could not be uploaded: %s", name, error)
