@@ -16,6 +16,7 @@ from actors.contracts import (
     no_progress,
 )
 from actors.data import load_texts, tokenize_text
+from actors.evaluation.batch_size import BATCH_SIZE, batch_sizes
 from actors.evaluation.lm_eval.harness import Versions, evaluate_tasks_with
 from actors.evaluation.lm_eval.language_models import Responder, check_chat_template, local_responder
 from actors.evaluation.lm_eval.suites import suite_means
@@ -26,23 +27,27 @@ from actors.evaluation.probes.probes import check_probes, run_probe
 from actors.evaluation.sandbox.runner import check_sandbox
 from actors.evaluation.throughput import check_length, throughput
 from actors.models import build_model, device, load_source, text_config
+from actors.out_of_memory import once_more_with_less
 
 TIMED_TEXT = TextSpec(builtin="wikitext-2-raw-test")
 CHARS_PER_TOKEN = 20
 """The text whose first tokens throughput is measured on; tokens of it are shorter, on average."""
 
-PERPLEXITY_BATCH = 8
-"""Perplexity windows of a batch where no batch size is given."""
-
 
 def evaluate_model(spec: EvaluationSpec, progress: Progress = no_progress) -> EvaluationResult:
     """Load the model that `spec` names onto this process's device and measure it.
 
-    Raises RequestError for what cannot be had, before any weights are read.
+    Raises RequestError for what cannot be had, before any weights are read, and MemoryExhaustedError
+    if memory does not suffice, with half of the batch neither.
     """
     check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
     model, tokenizer = build_model(spec.model)
-    return evaluate(model.to(device()), tokenizer, spec, progress)
+    model.to(device())
+
+    def measure(spec: EvaluationSpec) -> EvaluationResult:
+        return evaluate(model, tokenizer, spec, progress)
+
+    return once_more_with_less(measure, **batch_sizes(spec))
 
 
 def evaluate(
@@ -75,7 +80,7 @@ def evaluate(
     versions = [(name, version(name)) for name in ("torch", "transformers")]
     for done, text in enumerate(spec.perplexity):
         progress(done, total, text.name)
-        metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size or PERPLEXITY_BATCH)
+        metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size or BATCH_SIZE)
     if spec.tasks:
         progress(len(spec.perplexity), total, ", ".join(spec.tasks))
         respond = local_responder(model, tokenizer, spec.batch_size, spec.max_length)

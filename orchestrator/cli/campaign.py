@@ -15,8 +15,19 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run that is there; start one if there is none.")
 ]
 
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Read and hash all that is finished, not only compare sizes and ETags."),
+]
 
-def compress(config: Config, resume: Resume = False, address: Address = None, set_: Set = None) -> None:
+
+def compress(
+    config: Config,
+    resume: Resume = False,
+    verify: Verify = False,
+    address: Address = None,
+    set_: Set = None,
+) -> None:
     """Compress one model with one method: a campaign file with one of each."""
     loaded = load_config(config, set_)
     if len(loaded.models) != 1 or len(loaded.methods) != 1:
@@ -24,15 +35,21 @@ def compress(config: Config, resume: Resume = False, address: Address = None, se
             f"{config} has {len(loaded.models)} models and {len(loaded.methods)} methods; "
             "`compress` takes one of each, `iterabre campaign` takes many"
         )
-    _run(loaded, resume, address)
+    _run(loaded, resume, verify, address)
 
 
-def campaign(config: Config, resume: Resume = False, address: Address = None, set_: Set = None) -> None:
+def campaign(
+    config: Config,
+    resume: Resume = False,
+    verify: Verify = False,
+    address: Address = None,
+    set_: Set = None,
+) -> None:
     """Run a campaign file: models × methods × seeds, with stops at the targets."""
-    _run(load_config(config, set_), resume, address)
+    _run(load_config(config, set_), resume, verify, address)
 
 
-def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
+def _run(config: CampaignConfig, resume: bool, verify: bool, address: str | None) -> None:
     from orchestrator.execution.campaign import run_campaign
     from orchestrator.execution.cluster import find_cluster
     from orchestrator.planning.planner import build_plan
@@ -40,7 +57,7 @@ def _run(config: CampaignConfig, resume: bool, address: str | None) -> None:
     from orchestrator.storage.run_manifest import read_run
     from orchestrator.storage.stage_store import Store
 
-    store = Store.of_campaign(config.storage.path, config.name)
+    store = Store.of_config(config.storage, config.name, verify)
     err.print(f"Checking the request: {config.name}", style="dim")
     if config.execution.backend == "ray":
         find_cluster(address)

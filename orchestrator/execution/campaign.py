@@ -7,18 +7,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
+from actors.artifacts import PATIENCE_VARIABLE
 from actors.evaluation import check_task_data
 from actors.stage_output import LOG_FORMAT
 from orchestrator.config import CampaignConfig
 from orchestrator.execution.cluster import (
     QUIET,
-    ClusterResources,
-    check_resources,
+    ClusterNodes,
     cluster,
-    cluster_capacity,
+    cluster_nodes,
     end_helpers_of_dead_drivers,
+    head_memory_bytes,
+    node_types,
     trajectories_at_a_time,
-    with_autoscaling,
     workers_output_to,
 )
 from orchestrator.execution.control import control_reader
@@ -29,7 +30,7 @@ from orchestrator.execution.tune import CampaignOutcome, run_trial, run_trials
 from orchestrator.planning.cost_model import machine_of
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.recorded import record_trajectories
-from orchestrator.scheduling.admission import AdmissionController
+from orchestrator.scheduling.admission import AdmissionController, check_resources
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits, spent_before
 from orchestrator.scheduling.resources import devices_held, stage_resources
@@ -64,6 +65,7 @@ def run_campaign(
         ClusterTooSmallError: the cluster can never give what `config.execution` requests.
     """
     execution = config.execution
+    os.environ[PATIENCE_VARIABLE] = str(config.storage.retry_s)
     check_run(store, config.model_dump(mode="json"), resume, config.directories)
     limits = limits_of(config)
     check_unlocked(store)
@@ -79,13 +81,13 @@ def run_campaign(
         with _running(config, plan, store, trackers, LogWriter(store)):
             return _run_in_this_process(config, plan, store, limits)
     with cluster(address):
-        capacity = with_autoscaling(cluster_capacity(), execution.cluster_maximum)
-        check_resources(execution, capacity)
+        requests, nodes = stage_resources(execution), cluster_nodes(execution)
+        check_resources(requests, nodes, execution.max_devices)
         end_helpers_of_dead_drivers()
-        admission = AdmissionController(
-            ClusterResources(execution.cluster_maximum), stage_resources(execution)
+        admission = AdmissionController(ClusterNodes(node_types(execution)), requests, execution.max_devices)
+        at_a_time = trajectories_at_a_time(
+            execution, admission.concurrent_trajectories(nodes), head_memory_bytes()
         )
-        at_a_time = trajectories_at_a_time(execution, admission, capacity.head_bytes)
         logs = LogWriter(store)
         with _running(config, plan, store, trackers, logs), workers_output_to(WorkerOutput(logs)):
             return run_trials(config, plan, store, limits, at_a_time, admission)

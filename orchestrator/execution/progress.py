@@ -90,6 +90,7 @@ class StageProgress:
         self._progress = replace(progress, started_at=time.time())
         self._posted_at = 0.0
         self._logged_at = time.time()
+        self.waited_s = 0.0
         report(self._progress)
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
@@ -111,6 +112,10 @@ class StageProgress:
         """Report where the stage runs now."""
         self._progress = replace(self._progress, waits_for="", places=tuple(places))
         self._report(self._progress)
+
+    def waited(self, seconds: float) -> None:
+        """Add up the seconds in which the stage had no place."""
+        self.waited_s += seconds
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from datetime import datetime
 from threading import Lock
 from typing import Any
 
-from actors.contracts import ClusterProgress, EvaluationResult, ExportSpec, ModelRef, Removal
+from actors.contracts import EvaluationResult, ExportSpec, ModelRef, Removal
 from actors.stage_output import RunningStage, at_work_on
 from orchestrator.errors import IterabreError, RequestError
 from orchestrator.execution.progress import Report, StageProgress, TrajectoryProgress
@@ -18,11 +18,12 @@ from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.keys import stage_key
 from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
-from orchestrator.scheduling.coordinator import Leases
+from orchestrator.scheduling.leases import Leases
 from orchestrator.scheduling.resources import resource_kind
 from orchestrator.storage.layout import stage_log
 from orchestrator.storage.ledger import Ledger, Row
-from orchestrator.storage.stage_store import Store, StoredStage
+from orchestrator.storage.stage_manifest import StoredStage
+from orchestrator.storage.stage_store import Store
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class ComputeResolver:
         """Return the result of a stage from the store, or computed now; write its numbers to the ledger."""
         kind = stage.kind.name
         with self._counting:
-            shown = replace(
+            now = replace(
                 self.progress,
                 iteration=stage.iteration.index,
                 stage=kind,
@@ -69,17 +70,19 @@ class ComputeResolver:
                 background=stage.background,
             )
             if not stage.background:  # the progress shows what the trajectory waits for
-                self.progress = shown
-        progress = StageProgress(self._report, shown)
+                self.progress = now
+        progress = StageProgress(self._report, now)
         stored = self._store.load(kind, stage.key, stage.kind.result_type)
         reused = stored is not None
         if stored is None:
             with at_work_on(self._running(stage)):
                 stored, reused = self._compute(stage, progress)
         if stage.background:
-            self._report(replace(shown, finished=True))
+            self._report(replace(now, finished=True))
         self._count(reused)
         numbers = [*stage.kind.numbers(stored.result), ("seconds", stored.seconds, "s", {})]
+        if stored.waited_s:
+            numbers.append(("waited_s", stored.waited_s, "s", {}))
         where = {"when": datetime.fromisoformat(stored.created_at), "where": stored.host}
         self._record(stage.iteration, kind, stage.key, numbers, stage.phase, where)
         if isinstance(stored.result, EvaluationResult) and stage.phase != "pruned":
@@ -98,7 +101,7 @@ class ComputeResolver:
         )
 
     def _compute(
-        self, stage: StageRequest[ResultT], progress: ClusterProgress
+        self, stage: StageRequest[ResultT], progress: StageProgress
     ) -> tuple[StoredStage[ResultT], bool]:
         """Return the stage, computed here or by another trajectory while this one waited, and whether so."""
         kind, key = stage.kind.name, stage.key
@@ -120,10 +123,11 @@ class ComputeResolver:
                 log.error("%s iteration %d: %s %s failed: %s", *at, error, exc_info=not expected)
                 raise
             finally:
-                seconds = time.monotonic() - started
+                # What waits for room on the cluster computes nothing, and is not paid for.
+                seconds = max(0.0, time.monotonic() - started - progress.waited_s)
             # Responses, an adapter, an exported directory; some stages only measure.
             artifact = getattr(result, "artifact", None)
-            stored = self._store.commit(kind, key, result, stage.inputs, artifact, seconds)
+            stored = self._store.commit(kind, key, result, stage.inputs, artifact, seconds, progress.waited_s)
         finally:
             self._leases.release(key, seconds)
         log.info("%s iteration %d: %s %s took %.1f s", *at, seconds)

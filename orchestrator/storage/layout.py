@@ -2,7 +2,7 @@
 
 <storage.path>/<campaign name>/
     campaign.json                   the configuration the run was started with
-    stages/<kind>/<key>/            payload-<attempt>/, result.json, then manifest.json
+    stages/<kind>/<key>/            payload-<attempt>/, then manifest.json, which holds the result
     stages/quarantine/              results that did not match their manifest
     trajectories/<id>.json          how a trajectory ended
     trajectories/<id>.plan.json     what was decided for it
@@ -13,6 +13,8 @@
     logs/<trajectory>/<iteration>-<stage>-<key>.log
     ledger/  models/  train/  tune/  report/  tensorboard/
     trackers/<name>.json            what of the ledger was published to a tracker
+
+<storage.cache>/stages/<kind>/<key>/  the same for stages that runs share, and last_use
 """
 
 import os
@@ -71,14 +73,23 @@ class RunLayout:
         Raises:
             RequestError: the path is relative, and this is a job of a Ray cluster.
         """
-        relative = "://" not in storage_path and not os.path.isabs(os.path.expanduser(storage_path))
+        return cls(join(cls.of_storage(storage_path), safe_name(name)))
+
+    @staticmethod
+    def of_storage(path: str, field: str = "storage.path") -> str:
+        """Return the place that `field` names, which is one that lasts.
+
+        Raises:
+            RequestError: as `of_campaign`.
+        """
+        relative = "://" not in path and not os.path.isabs(os.path.expanduser(path))
         if relative and RAY_JOB_VARIABLE in os.environ:
             raise RequestError(
-                f"storage.path {storage_path!r} is relative, and in a Ray job that is the job's own "
+                f"{field} {path!r} is relative, and in a Ray job that is the job's own "
                 f"directory ({os.getcwd()}), which Ray deletes: give an absolute path that every node sees "
-                "(NFS), or s3:// or gs://, e.g. --set storage.path=s3://bucket/runs"
+                f"(NFS), or s3:// or gs://, e.g. --set {field}=s3://bucket/runs"
             )
-        return cls(join(storage_path, safe_name(name)))
+        return path
 
     @property
     def run_manifest_uri(self) -> str:

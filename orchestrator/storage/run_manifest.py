@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from pyarrow.fs import FileSelector
-
-from actors.artifacts import explained, filesystem, read_bytes, write_bytes
-from orchestrator.config import CampaignConfig, holds_credential, parse_config, with_absolute_paths
+from actors.artifacts import list_all, read_bytes, write_bytes
+from orchestrator.config import (
+    CampaignConfig,
+    absolute_path,
+    holds_credential,
+    parse_config,
+    with_absolute_paths,
+)
 from orchestrator.errors import ConfigError, RequestError, RunExistsError
-from orchestrator.storage.stage_store import Store, installed_versions
+from orchestrator.storage.stage_manifest import installed_versions
+from orchestrator.storage.stage_store import Store
 
 FORMAT = 1
 
@@ -64,11 +69,8 @@ def check_run(store: Store, config: dict[str, Any], resume: bool, directories: S
     """
     stored = read_run(store)
     if stored is None:
-        fs, path = filesystem(store.uri)
-        with explained(store.uri, "list"):
-            entries = fs.get_file_info(FileSelector(path, allow_not_found=True))
         # Hidden files are such as our own unfinished ones.
-        if any(not entry.base_name.startswith(".") for entry in entries):
+        if any(not entry.base_name.startswith(".") for entry in list_all(store.uri)):
             raise RunExistsError(
                 f"{store.uri} is not empty and holds no run; choose another storage.path or name"
             )
@@ -113,6 +115,18 @@ def existing_run(store: Store, named: str | None = None) -> dict[str, Any]:
     if stored is None:
         raise RequestError(f"{named or repr(store.uri)} holds no run: there is no campaign.json in it")
     return stored
+
+
+def recorded_store(run: str, named: str | None = None) -> Store:
+    """Return the store of the run at `run`, with the cache of stages that the run uses.
+
+    Raises:
+        RequestError: as `existing_run`.
+    """
+    store = Store(run)
+    stored = existing_run(store, named)
+    cache = stored["config"].get("storage", {}).get("cache")
+    return Store(run, cache=cache and absolute_path(cache, stored.get("directories", ())))
 
 
 def recorded_config(store: Store, named: str | None = None) -> CampaignConfig:

@@ -1,6 +1,7 @@
 """Trials of one campaign side by side: single flight, early stopping, limits. Stages only sleep."""
 
 import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,19 @@ from typing import Any
 import pyarrow.compute as pc
 import pytest
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestrator.config import CampaignConfig, ClusterMaximumConfig, parse_config
+from orchestrator.config import CampaignConfig, parse_config
 from orchestrator.execution.campaign import limits_of
-from orchestrator.execution.cluster import ClusterResources
-from orchestrator.execution.ray import RayCoordinatorClient
+from orchestrator.execution.cluster import ClusterNodes
+from orchestrator.execution.head_actors import RayCoordinatorClient, start_coordinator
 from orchestrator.execution.tune import CampaignOutcome, run_trials
 from orchestrator.planning.planner import build_plan
 from orchestrator.scheduling.admission import AdmissionController
-from orchestrator.scheduling.coordinator import LEASE_S, Coordinator, Leases
+from orchestrator.scheduling.coordinator import LEASE_S, SETTLE_S
+from orchestrator.scheduling.leases import Leases
 from orchestrator.scheduling.limits import Limits
+from orchestrator.scheduling.packing import Node
 from orchestrator.scheduling.resources import ResourceBundle, ResourceRequest
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
@@ -77,8 +81,7 @@ def test_no_more_stages_at_a_time_than_there_is_room_for(
     ray_two_cpus: None, place: Path, tmp_path: Path
 ) -> None:
     two = AdmissionController(
-        lambda: ResourceBundle(2, 0),
-        dict.fromkeys(SECONDS, ResourceRequest(ResourceBundle(1, 0), ResourceBundle(1, 0))),
+        lambda: [Node("n", 2)], dict.fromkeys(SECONDS, ResourceRequest(ResourceBundle(1)))
     )
     outcome, _, _ = _run(place, tmp_path, _rates(0.1, 0.2, 0.3), two)
     assert outcome == CampaignOutcome({})
@@ -89,9 +92,31 @@ def test_no_more_stages_at_a_time_than_there_is_room_for(
     assert max(at_work) == 2
 
 
-def test_the_room_is_what_the_cluster_has_or_may_grow_to(ray_two_cpus: None) -> None:
-    assert ClusterResources(None)() == ResourceBundle(2, 0)
-    assert ClusterResources(ClusterMaximumConfig(nodes=3, cpus=4, gpus=1))() == ResourceBundle(12, 3)
+class Holding:
+    """An actor of this job, which holds what it asked for from the time when it is made."""
+
+    def __init__(self, seconds: float):
+        time.sleep(seconds)
+
+
+def test_what_this_job_holds_is_not_taken_for_others(ray_two_cpus: None) -> None:
+    nodes = ClusterNodes([(Node("may start", 4, 1, is_up=False), 2)])
+    (node, *more) = nodes()
+    assert (node.cpus, node.others[0], node.ours[0], len(more)) == (2, 0, 0, 2)
+    held = ray.remote(num_cpus=1)(Holding).remote(3.0)  # being made for three seconds
+    bundles = ray.util.placement_group([{"CPU": 0.5}])
+    in_bundle = PlacementGroupSchedulingStrategy(bundles)
+    grouped = ray.remote(num_cpus=0.5, scheduling_strategy=in_bundle)(Holding).remote(0.0)
+    waits = ray.remote(num_cpus=2)(Holding).remote(0.0)
+    try:
+        for _ in range(6):
+            time.sleep(1)
+            assert nodes()[0].others[0] == 0
+        assert nodes()[0].ours[0] == 1.5
+    finally:
+        for actor in (held, grouped, waits):
+            ray.kill(actor)
+        ray.util.remove_placement_group(bundles)
 
 
 def test_a_stage_that_three_trials_need_is_computed_once(
@@ -145,8 +170,8 @@ class Asking:
 
 
 @pytest.mark.long
-def test_a_killed_holders_lease_is_taken_over(ray_two_cpus: None) -> None:
-    coordinator = ray.remote(num_cpus=0)(Coordinator).remote(Limits())
+def test_a_killed_holders_lease_is_taken_over(ray_two_cpus: None, tmp_path: Path) -> None:
+    coordinator = start_coordinator(Limits(), None, Store(str(tmp_path)), 1)._actor
     asking = ray.remote(num_cpus=0)(Asking)
     first, second = asking.remote(), asking.remote()
     assert ray.get(first.acquire.remote(coordinator))
@@ -157,3 +182,16 @@ def test_a_killed_holders_lease_is_taken_over(ray_two_cpus: None) -> None:
     assert ray.get(waiting, timeout=2 * LEASE_S)
     ray.kill(second)
     ray.kill(coordinator)
+
+
+@pytest.mark.long
+def test_a_coordinator_that_is_killed_grants_nothing_that_is_held(ray_two_cpus: None, tmp_path: Path) -> None:
+    coordinator = start_coordinator(Limits(), None, Store(str(tmp_path)), 1)._actor
+    asking = ray.remote(num_cpus=0)(Asking)
+    first, second = asking.remote(), asking.remote()
+    assert ray.get(first.acquire.remote(coordinator))
+    ray.kill(coordinator, no_restart=False)
+    waiting = second.acquire.remote(coordinator)
+    assert ray.wait([waiting], timeout=SETTLE_S + 10) == ([], [waiting])
+    for actor in (first, second, coordinator):
+        ray.kill(actor)

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contracts import EvaluationSpec, Metric
+from actors.evaluation.batch_size import BATCH_SIZE
 from actors.evaluation.probes.arithmetic import answer_problems, draw_problems
 from actors.evaluation.probes.code_tasks import score_code
 from actors.evaluation.probes.decoding import encode_prompt, respond
@@ -22,9 +23,6 @@ from actors.plugins import find_row
 PROMPTS = Path(__file__).with_name("prompts")
 NUM_PROBLEMS = 200
 """Arithmetic problems, as many as the paper's."""
-
-BATCH_SIZE = 8
-"""Prompts and problems at a time where the spec gives no batch size."""
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Ends of the continuation of a function (Chen et al. 2021, §2.2)."""

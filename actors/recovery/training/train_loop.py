@@ -24,7 +24,7 @@ from torch import distributed as dist
 from actors.artifacts import publish
 from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, StepRecord, digest
 from actors.data import TrainingData
-from actors.errors import IterabreError, RequestError, WorkError
+from actors.errors import IterabreError, MemoryExhaustedError, RequestError, WorkError
 from actors.models import LayerwisePass, load_tokenizer, save_weights
 from actors.recovery.adapters.lora import stage_seed
 from actors.recovery.check import check_recovery
@@ -86,7 +86,8 @@ def train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
         RequestError: the request cannot be trained as it stands.
         DivergenceError: a loss or gradient is not finite.
         MicroBatchError: call again, with as many workers, to go on with smaller micro-batches.
-        WorkError: memory does not suffice for a single sequence, or the disk for a checkpoint.
+        MemoryExhaustedError: memory does not suffice for a single sequence.
+        WorkError: the disk does not suffice for a checkpoint.
     """
     objective = find_objective(spec.objective)
     if objective.solve is not None:
@@ -292,11 +293,11 @@ def _halve_micro_batch(run: TrainingRun, step: int) -> str:
     """Halve the micro-batch, for this run and for later tries, and return the message for the log.
 
     Raises:
-        WorkError: there is nothing left to halve.
+        MemoryExhaustedError: there is nothing left to halve.
     """
     before = run.micro_batch_size
     if before == 1:
-        raise WorkError(
+        raise MemoryExhaustedError(
             f"step {step + 1} of the recovery of {run.spec.model.source.path!r} does not fit into memory "
             f"even with micro-batches of one sequence of {run.spec.sequence_length} tokens; make "
             "sequence_length smaller, set recovery.gradient_checkpointing, shard or offload "

@@ -131,7 +131,9 @@ def test_a_result_is_read_by_the_names_it_was_stored_under(tmp_path: Path) -> No
     home = tmp_path / "stages" / "export" / "a" / "result.json"
     home.parent.mkdir(parents=True)
     home.write_text(json.dumps(result))
-    (home.parent / "manifest.json").write_text("{}")
+    described = {"kind": "export", "key": "a", "inputs": {}, "result": {}, "payload": None, "seconds": 1.0}
+    described |= {"format": 1, "created_at": "2026-01-01T00:00:00+00:00", "host": "h", "versions": {}}
+    (home.parent / "manifest.json").write_text(json.dumps(described))
     read = store.peek("export", "a", ExportResult)
     assert read is not None
     assert read.num_zeroed_parameters == 4096
