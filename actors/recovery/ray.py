@@ -50,6 +50,7 @@ from actors.recovery.training.failures import (
     worker_counts,
 )
 from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, TrainContext, WriteShard
+from actors.stage_output import RunningStage, output_of, running_stage
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
@@ -115,6 +116,7 @@ class _Job:
     micro_batch_hint_uri: str
     progress: ClusterProgress
     workers: int
+    stage: RunningStage | None
 
 
 def recover_on_ray(
@@ -165,7 +167,7 @@ def recover_on_ray(
     """
     progress = on_cluster(progress_handle or no_progress)
     hint_uri = join(storage_path, name, "micro_batch_size")
-    job = _Job(spec, adapter_uri, hint_uri, progress, workers)
+    job = _Job(spec, adapter_uri, hint_uri, progress, workers, running_stage())
     scaling = ScalingConfig(
         num_workers=workers,
         use_gpu=gpus_per_worker > 0,
@@ -306,7 +308,8 @@ def _with_smaller_micro_batch(job: _Job, name: str, error: BaseException) -> Ite
 
 def _train_worker(config: dict[str, _Job]) -> tuple[RecoveryResult | IterabreError, float]:
     """Train in one worker; return the result, and for how long its workers waited for their places."""
-    return _train(config["job"]), _waited["s"]
+    with output_of(config["job"].stage):
+        return _train(config["job"]), _waited["s"]
 
 
 def _train(job: _Job) -> RecoveryResult | IterabreError:
