@@ -116,7 +116,7 @@ class _Job:
     micro_batch_hint_uri: str
     progress: ClusterProgress
     workers: int
-    stage: RunningStage | None
+    stage: RunningStage | None = None
 
 
 def recover_on_ray(
