@@ -269,7 +269,7 @@ def test_ctrl_c_lets_a_stage_finish_and_a_second_one_does_not(root: Path, tmp_pa
     assert "ended early: stopped by Ctrl-C; finished stages are kept, --resume continues" in said
     assert "Traceback" not in output
     after = finished_stages(run)
-    assert any(name.startswith("score/") for name in after), after
+    assert any("/score/" in name for name in after), after
     process = start(file, "--resume")
     _wait_until_starts(run, "iteration 1: recover", process)
     os.killpg(process.pid, signal.SIGINT)
