@@ -242,12 +242,12 @@ def test_stopped_and_killed_again_and_again_it_resumes_without_repeating_finishe
 
 
 def _wait_until_starts(run: Path, moment: str, process: subprocess.Popen[str]) -> None:
-    """Return while a stage such as `iteration 1: score` is running: seen from the trial's own log."""
-    log = run / "logs" / "workers.log"
+    """Return while a stage such as `iteration 1: score` is running: seen from the trial's own logs."""
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stdout and process.stdout.read()
-        lines = log.read_text().splitlines() if log.exists() else []
+        logs = [log for log in (run / "logs").rglob("*.log") if log.name != "driver.log"]
+        lines = [line for log in logs for line in log.read_text().splitlines()]
         if any(moment in line and line.endswith("starts") for line in lines):
             return
         time.sleep(0.05)
