@@ -12,13 +12,13 @@ from actors.evaluation import check_task_data
 from orchestrator.config import CampaignConfig
 from orchestrator.execution.cluster import (
     QUIET,
-    ClusterResources,
-    check_resources,
+    ClusterNodes,
     cluster,
-    cluster_capacity,
+    cluster_nodes,
     end_helpers_of_dead_drivers,
+    head_memory_bytes,
+    node_types,
     trajectories_at_a_time,
-    with_autoscaling,
     workers_output_to,
 )
 from orchestrator.execution.dry_run import unfinished_trajectories
@@ -28,7 +28,7 @@ from orchestrator.execution.tune import LOG_FORMAT, CampaignOutcome, run_trial, 
 from orchestrator.planning.cost_model import machine_of
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.recorded import record_trajectories
-from orchestrator.scheduling.admission import AdmissionController
+from orchestrator.scheduling.admission import AdmissionController, check_resources
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits, spent_before
 from orchestrator.scheduling.resources import devices_held, stage_resources
@@ -77,13 +77,13 @@ def run_campaign(
         with _running(config, plan, store, trackers):
             return _run_in_this_process(config, plan, store, limits)
     with cluster(address):
-        capacity = with_autoscaling(cluster_capacity(), execution.cluster_maximum)
-        check_resources(execution, capacity)
+        requests, nodes = stage_resources(execution), cluster_nodes(execution)
+        check_resources(requests, nodes, execution.max_devices)
         end_helpers_of_dead_drivers()
-        admission = AdmissionController(
-            ClusterResources(execution.cluster_maximum), stage_resources(execution)
+        admission = AdmissionController(ClusterNodes(node_types(execution)), requests, execution.max_devices)
+        at_a_time = trajectories_at_a_time(
+            execution, admission.concurrent_trajectories(nodes), head_memory_bytes()
         )
-        at_a_time = trajectories_at_a_time(execution, admission, capacity.head_bytes)
         workers_log = store.logs_dir / "workers.log"
         with _running(config, plan, store, trackers), workers_output_to(workers_log):
             return run_trials(config, plan, store, limits, at_a_time, admission)

@@ -76,7 +76,7 @@ class SimulatedBackend:
         value = 10.0 + len(spec.model.dropped) + 100 * max(rates, default=0.0)
         return EvaluationResult((Metric(self._simulation.metric, value),), 1)
 
-    def export(self, spec: ExportSpec, uri: str) -> ExportResult:
+    def export(self, spec: ExportSpec, uri: str, progress: Progress) -> ExportResult:
         self._work("export", spec)
         directory = self._simulation.notes / f"export-{uuid.uuid4().hex}"
         directory.mkdir()

@@ -168,3 +168,28 @@ def test_ids_of_runs_that_are_there_stay() -> None:
     assert shortened("x" * 160) == "x" * 160
     assert len(shortened("x" * 161)) == 160
     assert shortened("x" * 161) != shortened("x" * 162)
+
+
+def test_a_search_metric_that_nothing_measures_is_refused(place: Path) -> None:
+    raw = tiny_campaign(place) | {"search": {"scheduler": "asha", "metric": "fox/perplexity"}}
+    raw["execution"] |= {"backend": "ray"}
+    with pytest.raises(
+        RequestError, match=r"unknown search\.metric 'fox/perplexity'; did you mean fox/token_pe"
+    ):
+        build_plan(parse_config(raw, "campaign.yaml"))
+
+
+@pytest.mark.parametrize("of_model", [False, True], ids=["of all", "of the model"])
+def test_a_search_is_asked_for_its_metric_only_where_it_is_measured(place: Path, of_model: bool) -> None:
+    raw = tiny_campaign(place) | {"search": {"scheduler": "asha", "metric": "fox/token_perplexity"}}
+    raw["execution"] |= {"backend": "ray"}
+    raw["targets"] = [{"layers": 2}]
+    if of_model:
+        raw["models"][0]["overrides"] = {"evaluation": {"at": "targets"}}
+    else:
+        raw["evaluation"]["at"] = "targets"
+    plan = build_plan(parse_config(raw, "campaign.yaml"))
+    (trajectory,) = plan.trajectories
+    assert [iteration.is_measured for iteration in trajectory.iterations] == [False, True]
+    (note,) = plan.notes
+    assert "will give up no trajectory: none is measured before its last iteration" in note
