@@ -280,8 +280,8 @@ def _with_smaller_micro_batch(job: _Job, name: str, error: BaseException) -> Ite
         return MemoryExhaustedError(
             f"recovery {name!r}: memory does not suffice even with micro-batches of one sequence "
             f"({last_line(error)}); make recovery.sequence_length smaller, set "
-            "recovery.gradient_checkpointing, shard or offload (configs/deepspeed/zero3_offload.json), or use "
-            "a device with more memory"
+            "recovery.gradient_checkpointing, shard or offload (configs/deepspeed/zero3_offload.json), or "
+            "use a device with more memory"
         )
     write_bytes(job.micro_batch_hint_uri, str(size // 2).encode())
     return MicroBatchError(f"recovery {name}: {last_line(error)}; going on with micro-batches of {size // 2}")
