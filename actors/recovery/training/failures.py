@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from actors.errors import IterabreError, WorkError
 
-LOST_PEER = ("gloo", "peer", "nccl", "socket closed", "broken pipe", "connection reset", "store")
+LOST_PEER = ("gloo", "peer", "nccl", "tcpstore", "socket closed", "broken pipe", "connection reset")
 """What collective operations say, in lower case, when the process at the other end is lost."""
 
 
