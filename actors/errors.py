@@ -51,6 +51,10 @@ class UnexpectedError(WorkError):
     """Something failed that no code expects. A log holds the traceback."""
 
 
+class StopRequestedError(WorkError):
+    """A stage ended on request, with what it had done in a checkpoint; it can go on from there."""
+
+
 class MemoryExhaustedError(WorkError):
     """Memory does not suffice, with a smaller batch neither; trying again would end the same."""
 

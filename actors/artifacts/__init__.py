@@ -13,6 +13,7 @@ from actors.artifacts.filesystem import (
 from actors.artifacts.node_cache import cache_dir, cache_entry, file_sha256
 from actors.artifacts.objects import (
     create_bytes,
+    delete_directory,
     delete_file,
     read_bytes,
     sha256_of,
@@ -32,6 +33,7 @@ __all__ = [
     "cache_dir",
     "cache_entry",
     "create_bytes",
+    "delete_directory",
     "delete_file",
     "explained",
     "fetch",

@@ -108,6 +108,17 @@ def delete_file(uri: str, limit_s: float | None = None) -> None:
     attempt(uri, "delete", delete, limit_s)
 
 
+def delete_directory(uri: str) -> None:
+    """Delete a directory and all that is in it, if it is there."""
+
+    def delete() -> None:
+        fs, path = filesystem(uri)
+        with suppress(FileNotFoundError):
+            fs.delete_dir(path)
+
+    attempt(uri, "delete", delete)
+
+
 def write_file(source: Path, uri: str) -> tuple[str, int]:
     """Copy a local file to `uri` atomically; return SHA-256 (hex) and length in bytes of what was copied."""
 

@@ -24,6 +24,9 @@ class ClusterProgress(Progress, Protocol):
     def waited(self, seconds: float) -> None:
         """Take note of seconds in which the stage had no place and did nothing."""
 
+    def stop_requested(self) -> bool:
+        """Return whether the stage is to end where it can go on later: after a checkpoint."""
+
 
 class _NoProgress:
     def __call__(self, done: int, total: int, note: str = "", /) -> None:
@@ -37,6 +40,9 @@ class _NoProgress:
 
     def waited(self, seconds: float) -> None:
         pass
+
+    def stop_requested(self) -> bool:
+        return False
 
 
 no_progress: ClusterProgress = _NoProgress()
@@ -71,3 +77,7 @@ class WaitingTime:
     def waited(self, seconds: float) -> None:
         """Count seconds in which the stage waited."""
         self.waited_s += seconds
+
+    def stop_requested(self) -> bool:
+        """Pass on whether the stage is to end."""
+        return isinstance(self._progress, ClusterProgress) and self._progress.stop_requested()

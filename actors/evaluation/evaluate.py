@@ -23,7 +23,7 @@ from actors.evaluation.lm_eval.suites import suite_means
 from actors.evaluation.lm_eval.task_folder import check_tasks_unchanged
 from actors.evaluation.lm_eval.task_loading import check_task_data
 from actors.evaluation.perplexity import token_perplexity
-from actors.evaluation.probes.probes import check_probes, run_probe
+from actors.evaluation.probes.probes import check_probes, find_probe, run_probe
 from actors.evaluation.sandbox.runner import check_sandbox
 from actors.evaluation.throughput import check_length, throughput
 from actors.models import build_model, device, load_source, text_config
@@ -32,6 +32,9 @@ from actors.out_of_memory import once_more_with_less
 TIMED_TEXT = TextSpec(builtin="wikitext-2-raw-test")
 CHARS_PER_TOKEN = 20
 """The text whose first tokens throughput is measured on; tokens of it are shorter, on average."""
+
+
+TEXT_MEASURES = ("token_perplexity", "loss_nats", "loss_over_log_vocab")
 
 
 def evaluate_model(spec: EvaluationSpec, progress: Progress = no_progress) -> EvaluationResult:
@@ -103,6 +106,14 @@ def evaluate(
     return EvaluationResult(tuple(metrics), num_parameters, tuple(versions))
 
 
+def metric_names(spec: EvaluationSpec) -> tuple[list[str], list[str]]:
+    """Return the names of the metrics of texts and probes, and what else is measured, by its first part."""
+    names = [f"{text.name}/{measure}" for text in spec.perplexity for measure in TEXT_MEASURES]
+    names += [f"{name}/{measure}" for name in spec.probes for measure in find_probe(name).gives]
+    timed = [] if spec.throughput is None else ["throughput"]
+    return names, [*spec.tasks, *spec.suites, *timed]
+
+
 def measure_tasks(
     spec: EvaluationSpec, respond: Responder, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Metric], Versions]:
@@ -131,8 +142,12 @@ def _perplexity(
     input_ids = tokenize_text(texts, tokenizer, spec.max_tokens, repr(spec.data.name))
     vocab_size = text_config(model.config).vocab_size
     measured = token_perplexity(model, input_ids, spec.context, batch_size)
+    values = (
+        (measured.perplexity, "ppl"),
+        (measured.loss_nats, "nats"),
+        (measured.loss_nats / math.log(vocab_size), ""),
+    )
     return [
-        Metric(f"{spec.name}/token_perplexity", measured.perplexity, "ppl"),
-        Metric(f"{spec.name}/loss_nats", measured.loss_nats, "nats"),
-        Metric(f"{spec.name}/loss_over_log_vocab", measured.loss_nats / math.log(vocab_size)),
+        Metric(f"{spec.name}/{measure}", value, unit)
+        for measure, (value, unit) in zip(TEXT_MEASURES, values, strict=True)
     ]

@@ -38,13 +38,19 @@ class ExportConfig(ActorConfig):
 
 
 class TrainingConfig(ActorConfig):
-    """The workers of one recovery; they start together or not at all."""
+    """The workers of one recovery; they start together or not at all, and go on with fewer after a loss."""
 
     workers: int = Field(1, ge=1, description="Workers that share a batch.")
     deepspeed: Annotated[str | None, LocalPath()] = Field(
         None, description="DeepSpeed JSON file, merged into ours."
     )
     max_failures: int = Field(3, ge=0, description="Lost workers before the recovery is given up.")
+    replacement_timeout_s: float | None = Field(
+        300.0,
+        gt=0,
+        description="Seconds without a replacement of a lost worker after which training goes on with fewer "
+        "workers, as many as divide the batch; without it, it waits.",
+    )
 
 
 class ClusterMaximumConfig(Section):
@@ -85,6 +91,12 @@ class ExecutionConfig(Section):
     )
     start_timeout_s: float | None = Field(
         None, gt=0, description="Longest wait for room on the cluster; without it, a stage waits its time."
+    )
+    stop_timeout_s: float = Field(
+        120.0,
+        ge=0,
+        description="Seconds that stages at work have after a first Ctrl-C or SIGTERM, to finish or to reach "
+        "a checkpoint.",
     )
     max_failures: int | None = Field(
         None, ge=1, description="Failed trajectories after which no further stage starts."

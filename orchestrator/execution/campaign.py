@@ -2,10 +2,8 @@
 
 import logging
 import os
-import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 
 from actors.artifacts import PATIENCE_VARIABLE
 from actors.evaluation import check_task_data
@@ -26,6 +24,7 @@ from orchestrator.execution.control import control_reader
 from orchestrator.execution.dry_run import unfinished_trajectories
 from orchestrator.execution.local import LocalBackend
 from orchestrator.execution.progress import ProgressBoard, live_view
+from orchestrator.execution.stopping import StopRequest
 from orchestrator.execution.tune import CampaignOutcome, run_trial, run_trials
 from orchestrator.planning.cost_model import machine_of
 from orchestrator.planning.plan import CampaignPlan
@@ -78,8 +77,8 @@ def run_campaign(
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":
-        with _running(config, plan, store, trackers, LogWriter(store)):
-            return _run_in_this_process(config, plan, store, limits)
+        with _running(config, plan, store, trackers, LogWriter(store)) as stop:
+            return _run_in_this_process(config, plan, store, limits, stop)
     with cluster(address):
         requests, nodes = stage_resources(execution), cluster_nodes(execution)
         check_resources(requests, nodes, execution.max_devices)
@@ -89,8 +88,11 @@ def run_campaign(
             execution, admission.concurrent_trajectories(nodes), head_memory_bytes()
         )
         logs = LogWriter(store)
-        with _running(config, plan, store, trackers, logs), workers_output_to(WorkerOutput(logs)):
-            return run_trials(config, plan, store, limits, at_a_time, admission)
+        with (
+            _running(config, plan, store, trackers, logs) as stop,
+            workers_output_to(WorkerOutput(logs)),
+        ):
+            return run_trials(config, plan, store, limits, at_a_time, admission, stop=stop)
 
 
 @contextmanager
@@ -100,12 +102,13 @@ def _running(
     store: Store,
     trackers: Mapping[str, Tracker],
     logs: LogWriter,
-) -> Iterator[None]:
+) -> Iterator[StopRequest]:
     """Open the run, hold it alone, publish its numbers; then remove what interrupted attempts left."""
-    with _run_log(store, config, plan, logs), locked(store), logs.uploading(), _stopping_on_sigterm():
+    stop = StopRequest(config.execution.stop_timeout_s)
+    with _run_log(store, config, plan, logs), locked(store), logs.uploading(), stop.on_signals():
         record_trajectories(store, plan.trajectories)
         with published(trackers, plan, store):
-            yield
+            yield stop
         collect(store)
 
 
@@ -128,14 +131,18 @@ def limits_of(config: CampaignConfig) -> Limits:
 
 
 def _run_in_this_process(
-    config: CampaignConfig, plan: CampaignPlan, store: Store, limits: Limits
+    config: CampaignConfig, plan: CampaignPlan, store: Store, limits: Limits, stop: StopRequest
 ) -> CampaignOutcome:
     board = ProgressBoard()
     price = spent_before(Ledger(store.ledger_uri).read(), limits)
     coordinator = Coordinator(limits, price, control=control_reader(config, plan, store))
     failures: dict[str, str] = {}
     backend = LocalBackend(config.execution, store)
-    with live_view(board.snapshot), progress_written(store, board.snapshot):
+    with (
+        live_view(board.snapshot),
+        progress_written(store, board.snapshot),
+        stop.calls(coordinator.stop),
+    ):
         for trajectory_id in unfinished_trajectories(plan, store):
             failure = run_trial(plan.find(trajectory_id), backend, store, board.post, coordinator)
             failures |= {trajectory_id: failure} if failure else {}
@@ -171,17 +178,3 @@ def _run_log(store: Store, config: CampaignConfig, plan: CampaignPlan, logs: Log
         for handler in handlers:
             root.removeHandler(handler)
             handler.close()
-
-
-@contextmanager
-def _stopping_on_sigterm() -> Iterator[None]:
-    """End as on Ctrl-C when the job is stopped; entered after Ray installed its own handler, which aborts."""
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -39,6 +39,7 @@ from orchestrator.execution.connection import (
     cluster_address,
     ray_temp_dir,
     unreachable,
+    without_variables_of_job,
 )
 from orchestrator.execution.task_scoring import EvaluateAll
 from orchestrator.scheduling.packing import Node, with_node_types
@@ -113,7 +114,7 @@ def cluster(address: str | None) -> Iterator[None]:
             address=found,
             include_dashboard=False if own else None,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": environment_of_workers},
+            runtime_env={"env_vars": without_variables_of_job(environment_of_workers)},
             _temp_dir=ray_temp_dir() if own else None,
         )
     except Exception as error:

@@ -97,5 +97,11 @@ class RayCoordinatorClient:
     def ended_by(self) -> str | None:
         return ray.get(self._actor.ended_by.remote())
 
+    def stop(self, reason: str) -> None:
+        ray.get(self._actor.stop.remote(reason))
+
+    def stopping(self) -> bool:
+        return ray.get(self._actor.stopping.remote())
+
     def is_cancelled(self, trajectory: str) -> bool:
         return ray.get(self._actor.is_cancelled.remote(trajectory))

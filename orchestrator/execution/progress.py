@@ -20,6 +20,7 @@ from orchestrator.storage.run_progress import TrajectoryProgress
 log = logging.getLogger(__name__)
 
 POST_INTERVAL_S = 0.3
+STOP_POLL_S = 2.0
 PLAIN_INTERVAL_S = 15.0
 
 ENDS = ("failed", "cancelled", "ended early")
@@ -82,11 +83,23 @@ class RemoteReport:
         self._board.post.remote(progress)
 
 
+def never() -> bool:
+    """Return that no stop is requested."""
+    return False
+
+
 class StageProgress:
     """The `ClusterProgress` of one stage: turns its counts into reports, a few a second at most."""
 
-    def __init__(self, report: Report, progress: TrajectoryProgress):
+    def __init__(
+        self,
+        report: Report,
+        progress: TrajectoryProgress,
+        stopping: Callable[[], bool] = never,
+    ):
         self._report = report
+        self._stopping = stopping
+        self._asked_at, self._stops = 0.0, False
         self._progress = replace(progress, started_at=time.time())
         self._posted_at = 0.0
         self._logged_at = time.time()
@@ -116,6 +129,16 @@ class StageProgress:
     def waited(self, seconds: float) -> None:
         """Add up the seconds in which the stage had no place."""
         self.waited_s += seconds
+
+    def stop_requested(self) -> bool:
+        """Return whether the campaign is to stop; asks for it every few seconds."""
+        if not self._stops and time.time() - self._asked_at >= STOP_POLL_S:
+            self._asked_at = time.time()
+            try:
+                self._stops = self._stopping()
+            except Exception as error:  # a coordinator that is being started again
+                log.warning("whether to stop is not known for the moment: %s", error)
+        return self._stops
 
 
 @contextmanager

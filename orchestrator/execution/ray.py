@@ -66,6 +66,7 @@ class RayBackend:
             accelerator=request.bundle.accelerator,
             labels=request.bundle.labels,
             start_timeout_s=self._execution.start_timeout_s,
+            replacement_timeout_s=self._execution.training.replacement_timeout_s,
             max_failures=self._execution.training.max_failures,
             progress_handle=progress,
         )

@@ -12,7 +12,15 @@ from actors.contracts import EvaluationResult, ExportSpec, ModelRef, Removal
 from actors.stage_output import RunningStage, at_work_on
 from orchestrator.errors import IterabreError, RequestError
 from orchestrator.execution.progress import Report, StageProgress, TrajectoryProgress
-from orchestrator.execution.stage_kinds import EVALUATE, EXPORT, Backend, Numbers, ResultT, StageRequest
+from orchestrator.execution.stage_kinds import (
+    EVALUATE,
+    EXPORT,
+    RECOVER,
+    Backend,
+    Numbers,
+    ResultT,
+    StageRequest,
+)
 from orchestrator.execution.stage_runner import StageRunner
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.keys import stage_key
@@ -71,7 +79,7 @@ class ComputeResolver:
             )
             if not stage.background:  # the progress shows what the trajectory waits for
                 self.progress = now
-        progress = StageProgress(self._report, now)
+        progress = StageProgress(self._report, now, self._leases.stopping)
         stored = self._store.load(kind, stage.key, stage.kind.result_type)
         reused = stored is not None
         if stored is None:
@@ -128,6 +136,8 @@ class ComputeResolver:
             # Responses, an adapter, an exported directory; some stages only measure.
             artifact = getattr(result, "artifact", None)
             stored = self._store.commit(kind, key, result, stage.inputs, artifact, seconds, progress.waited_s)
+            if stage.kind is RECOVER:
+                self._store.drop_training(key)
         finally:
             self._leases.release(key, seconds)
         log.info("%s iteration %d: %s %s took %.1f s", *at, seconds)

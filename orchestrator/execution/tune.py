@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from actors.errors import DamagedArtifactError, StorageUnavailableError, last_line
+from actors.errors import DamagedArtifactError, StopRequestedError, StorageUnavailableError, last_line
 from actors.out_of_memory import is_out_of_memory
 from actors.ray_pool import cause_of, is_loss
 from actors.stage_output import LOG_FORMAT, MarkingFormatter
@@ -43,6 +44,7 @@ from orchestrator.execution.ray import RayBackend
 from orchestrator.execution.resolvers import ComputeResolver
 from orchestrator.execution.stage_kinds import Backend
 from orchestrator.execution.stage_runner import OnIteration, StageRunner
+from orchestrator.execution.stopping import StopRequest
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.scheduling.admission import AdmissionController
@@ -94,11 +96,12 @@ def run_trials(
     at_a_time: int,
     admission: AdmissionController | None = None,
     make_backend: MakeBackend = RayBackend,
+    stop: StopRequest | None = None,
 ) -> CampaignOutcome:
     """Run the trajectories as trials of Ray Tune, `at_a_time` of them, on the connected cluster.
 
-    Stages wait for `admission`, if it is given. Trials begun again find their finished stages
-    in the store, so Tune need not restore anything.
+    Stages wait for `admission`, if it is given; no more start once `stop` is requested. Trials begun again
+    find their finished stages in the store, so Tune need not restore anything.
     """
     os.environ.update(QUIET)
     searching = config.search.scheduler != "none"
@@ -141,7 +144,11 @@ def run_trials(
         gauges.show(shown)
         return shown
 
-    with live_view(snapshot), progress_written(store, snapshot):
+    with (
+        live_view(snapshot),
+        progress_written(store, snapshot),
+        stop.calls(coordinator.stop) if stop else nullcontext(),
+    ):
         results = tuner.fit()
     return _campaign_outcome(results, store, coordinator, stopper.reasons if stopper else {})
 
@@ -224,6 +231,10 @@ def trial(
             raise unknown_name("search.metric", metric, metrics)
         tune.report({"trajectory": trajectory.id, "iteration": iteration})
 
+    if coordinator.stopping():
+        tune.report({"failure": "", "ended": True})
+        return
+
     def end() -> None:
         end_cancelled(trajectory, store, RemoteReport(board))
         # Tune starts the trial again, and that finds the trajectory cancelled.
@@ -277,14 +288,12 @@ def run_trial(
         except TrajectoryCancelledError:
             end_cancelled(trajectory, store, report)
             return None
-        except LimitReachedError as limit:
+        except (LimitReachedError, StopRequestedError) as limit:
             log.warning("%s ends at iteration %d: %s", trajectory.id, resolver.progress.iteration, limit)
             report(replace(resolver.progress, stage="ended early", finished=True))
             return None
         except DamagedArtifactError as damaged:
-            if quarantined == MOST_QUARANTINES or not store.quarantine_artifact(  # type: ignore[attr-defined]
-                damaged.uri
-            ):
+            if quarantined == MOST_QUARANTINES or not store.quarantine_artifact(damaged.uri):
                 return _failed(trajectory, damaged, resolver.progress, store, report, coordinator)
             quarantined += 1
             log.warning("%s: %s; its stage is quarantined and computed anew", trajectory.id, damaged)

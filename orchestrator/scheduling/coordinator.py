@@ -77,6 +77,12 @@ class CoordinatorClient(Protocol):
     def ended_by(self) -> str | None:
         """Return the limit for which a stage was refused; None if none was."""
 
+    def stop(self, reason: str) -> None:
+        """Start no further stage, and have those that can end early do so."""
+
+    def stopping(self) -> bool:
+        """Return whether the campaign is to stop."""
+
     def is_cancelled(self, trajectory: str) -> bool:
         """Return whether an operator has cancelled the trajectory."""
 
@@ -124,6 +130,7 @@ class Coordinator:
         self._settled_at = clock() + settle_s
         self._price = price
         self._ended_by: str | None = None
+        self._stopped_by: str | None = None
         self._failed = set(failed)
         self._granted: dict[str, LeaseRequest] = {}
         self._renewed: dict[str, float] = {}
@@ -176,7 +183,17 @@ class Coordinator:
 
     def ended_by(self) -> str | None:
         """Return the limit for which a stage was refused; None if none was."""
-        return self._ended_by
+        return self._ended_by or self._stopped_by
+
+    def stop(self, reason: str) -> None:
+        """Start no further stage, and have those that can end early do so."""
+        with self._changed:
+            self._stopped_by = reason
+            self._look_again()
+
+    def stopping(self) -> bool:
+        """Return whether the campaign is to stop."""
+        return self._stopped_by is not None
 
     def is_cancelled(self, trajectory: str) -> bool:
         """Return whether an operator has cancelled the trajectory."""
@@ -189,7 +206,7 @@ class Coordinator:
     def _reply(self, request: LeaseRequest) -> LeaseReply:
         now = self._clock()
         spent = Spent(len(self._failed), now - self._started, self._price)
-        if limit := limit_reached(self._limits, spent):
+        if limit := self._stopped_by or limit_reached(self._limits, spent):
             self._ended_by = limit
             return LeaseReply(False, limit)
         wanted = self._control()

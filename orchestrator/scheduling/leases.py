@@ -83,6 +83,11 @@ class Leases:
                 self._renewing = True
                 threading.Thread(target=self._renew, name="leases", daemon=True).start()
 
+    @property
+    def stopping(self) -> Callable[[], bool]:
+        """What says whether the campaign is to stop."""
+        return self._coordinator.stopping
+
     def release(self, key: str, seconds: float) -> None:
         """End the lease on the stage, after `seconds` of computing."""
         try:

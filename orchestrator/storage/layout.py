@@ -38,6 +38,15 @@ RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for what it runs as a job (`ray job submit`, a RayJob of Kubernetes), and for nothing else."""
 
 
+LONGEST_NAME = 160
+"""Characters of a trajectory's id; the name of a part of the ledger adds forty."""
+
+
+def shortened(name: str, longest: int = LONGEST_NAME) -> str:
+    """Return `name`, its end replaced by a hash of the whole where it is longer than that."""
+    return name if len(name) <= longest else f"{name[: longest - 13]}-{digest(name)[:12]}"
+
+
 def safe_name(name: str) -> str:
     """Return `name` if it can be one path component, on any file system, and nothing else.
 

@@ -18,6 +18,7 @@ from pyarrow.fs import LocalFileSystem
 from actors.artifacts import (
     attempt,
     create_bytes,
+    delete_directory,
     delete_file,
     filesystem,
     join,
@@ -169,6 +170,14 @@ class Store(RunLayout):
                 quarantine_stage(layout, kind, key, f"the payload {uri} is not what was published")
                 return True
         return False
+
+    def drop_training(self, key: str) -> None:
+        """Remove the checkpoints of a recovery that is committed; a failure costs space and nothing else."""
+        uri = self.train_uri(key)
+        try:
+            delete_directory(uri)
+        except WorkError as error:
+            log.warning("checkpoints of a finished recovery remain in %s: %s", uri, error)
 
     def has_export(self, trajectory: str, count: int, unit: str = "layers") -> bool:
         """Return whether a checkpoint of that trajectory and depth was written."""

@@ -27,7 +27,7 @@ from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import read_statuses
 from tests.cluster.exported import exported
-from tests.support.simulated import Simulation
+from tests.support.simulated import SimulatedBackend, Simulation
 from tests.support.tiny_campaign import tiny_campaign
 
 SECONDS = {"score": 1.5, "recover": 0.1, "evaluate": 0.1, "export": 0.0}
@@ -42,7 +42,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(
-    place: Path, tmp_path: Path, change: Change, admission: AdmissionController | None = None
+    place: Path,
+    tmp_path: Path,
+    change: Change,
+    admission: AdmissionController | None = None,
+    simulation: type[Simulation] = Simulation,
 ) -> tuple[CampaignOutcome, CampaignConfig, Store]:
     campaign = tiny_campaign(place)
     campaign["execution"] |= {"backend": "ray"}
@@ -60,7 +64,7 @@ def _run(
         limits_of(config),
         at_a_time,
         admission,
-        make_backend=Simulation(SECONDS, notes),
+        make_backend=simulation(SECONDS, notes),
     )
     return outcome, config, store
 
@@ -152,13 +156,54 @@ def test_asha_gives_up_the_worst_between_iterations(ray_two_cpus: None, place: P
     worst = "llama--iterabre--learning_rate=0.9--seed0"
     assert not outcome.failures
     assert worst in outcome.stopped
-    assert read_statuses(store)[worst].reason == "given up by the scheduler after iteration 1"
+    assert read_statuses(store)[worst].reason.startswith("given up by the scheduler after iteration 1: fox/")
     assert read_statuses(store)["llama--iterabre--learning_rate=0.1--seed0"].state == "done"
     # Its first target was reached before it was given up, and it is not taken up again.
     assert (Path(store.uri) / f"models/{worst}/3-layers/config.json").is_file()
     computed = _computed(tmp_path, "recover")
     _run(place, tmp_path, one_at_a_time)
     assert _computed(tmp_path, "recover") == computed
+
+
+def test_a_search_that_is_finished_stays_as_it_ended(ray_two_cpus: None, place: Path, tmp_path: Path) -> None:
+    """Run without a scheduler first: both are done, whatever a scheduler would have said."""
+    rates = _rates(0.1, 0.9, scheduler="none")
+    search = _rates(0.1, 0.9, scheduler="asha", metric="fox/token_perplexity", reduction_factor=2)
+
+    def one_at_a_time(campaign: dict[str, Any]) -> None:
+        search(campaign)
+        campaign["execution"]["max_concurrent_trajectories"] = 1
+
+    _run(place, tmp_path, rates)
+    _, _, store = _run(place, tmp_path, one_at_a_time)
+    assert [status.state for status in read_statuses(store).values()] == ["done", "done"]
+
+
+class Failing(Simulation):
+    """A simulation whose evaluation raises ValueError in a task, and leaves a note each time."""
+
+    def __call__(self, *_: Any) -> SimulatedBackend:
+        return FailingBackend(self)
+
+
+class FailingBackend(SimulatedBackend):
+    def evaluate(self, spec: Any, progress: Any) -> Any:
+        self._work("evaluate", spec)
+        task = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(_fail)
+        return ray.get(task.remote())
+
+
+def _fail() -> None:
+    raise ValueError("no such thing")
+
+
+def test_an_evaluation_that_raises_runs_once(ray_two_cpus: None, place: Path, tmp_path: Path) -> None:
+    outcome, _, store = _run(place, tmp_path, lambda campaign: None, simulation=Failing)
+    (reason,) = outcome.failures.values()
+    assert "ValueError: no such thing" in reason
+    assert [status.state for status in read_statuses(store).values()] == ["failed"]
+    notes = len(list((tmp_path / "notes").glob("evaluate-*.txt")))
+    assert notes == 1
 
 
 class Asking:

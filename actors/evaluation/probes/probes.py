@@ -49,14 +49,19 @@ class Probe:
 def check_probes(names: Sequence[str]) -> None:
     """Raise RequestError for a name that is no probe."""
     for name in names:
-        find_row("probe", name, PROBES, Probe)
+        find_probe(name)
+
+
+def find_probe(name: str) -> Probe:
+    """Return the probe of that name, ours or a plug-in's."""
+    return find_row("probe", name, PROBES, Probe)
 
 
 def run_probe(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
 ) -> list[Metric]:
     """Return metrics `name/measure` of one probe, measured on a model that is in memory."""
-    measured = find_row("probe", name, PROBES, Probe).run(model, tokenizer, spec)
+    measured = find_probe(name).run(model, tokenizer, spec)
     return [Metric(f"{name}/{metric.name}", metric.value, metric.unit, metric.stderr) for metric in measured]
 
 
