@@ -139,6 +139,7 @@ def run_trials(
 
     with live_view(snapshot), stop.calls(coordinator.stop) if stop else nullcontext():
         results = tuner.fit()
+    coordinator.save_usage()
     return _campaign_outcome(results, store, coordinator.ended_by(), stopper.reasons if stopper else {})
 
 
