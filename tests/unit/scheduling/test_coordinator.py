@@ -20,6 +20,7 @@ from orchestrator.scheduling.leases import Leases, LimitReachedError
 from orchestrator.scheduling.limits import Limits
 from orchestrator.scheduling.packing import Node
 from orchestrator.scheduling.resources import ResourceBundle, ResourceRequest, stage_resources
+from orchestrator.storage.control import Directives
 
 HELD = {
     "recover": ResourceRequest(ResourceBundle(1, 1), 4, 4),
@@ -202,7 +203,7 @@ def test_what_waits_for_room_goes_on_when_others_leave() -> None:
 
 def test_a_priority_goes_before_how_many_stages_are_left() -> None:
     coordinator = Coordinator(
-        Limits(), admission=FOUR_GPUS, priority=lambda trajectory: 1 if trajectory == "urgent" else 0
+        Limits(), admission=FOUR_GPUS, control=lambda: Directives(priorities={"urgent": 1})
     )
     training, late, urgent = (
         LeaseRequest("recover", key, key, left, key) for key, left in (("a", 5), ("b", 1), ("urgent", 9))
