@@ -150,6 +150,7 @@ def run_trials(
         stop.calls(coordinator.stop) if stop else nullcontext(),
     ):
         results = tuner.fit()
+    coordinator.save_usage()
     return _campaign_outcome(results, store, coordinator, stopper.reasons if stopper else {})
 
 
