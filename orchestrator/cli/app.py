@@ -11,6 +11,7 @@ import warnings
 
 import typer
 
+from orchestrator.cli.cache import cache
 from orchestrator.cli.campaign import campaign, compress
 from orchestrator.cli.error_boundary import BoundedGroup, close_output
 from orchestrator.cli.evaluate import evaluate
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command(epilog=epilog(command.__name__))(command)
+app.add_typer(cache, name="cache")
 
 
 def quiet_libraries() -> None:
