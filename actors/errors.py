@@ -51,11 +51,22 @@ class UnexpectedError(WorkError):
     """Something failed that no code expects. A log holds the traceback."""
 
 
+class StopRequestedError(WorkError):
+    """A stage ended on request, with what it had done in a checkpoint; it can go on from there."""
+
+
+class MemoryExhaustedError(WorkError):
+    """Memory does not suffice, with a smaller batch neither; trying again would end the same."""
+
+
+FAULT = "this is a fault of iterabre or of a plug-in"
+
+
 def unexpected(error: BaseException) -> UnexpectedError:
     """Return the error for an exception that no code expects, with what is to blame for it."""
     if isinstance(error, OSError | MemoryError):
         return UnexpectedError(f"{one_line(error)}: the operating system refused it")
-    return UnexpectedError(f"{one_line(error)}: this is a fault of iterabre or of a plug-in")
+    return UnexpectedError(f"{one_line(error)}: {FAULT}")
 
 
 def one_line(error: BaseException) -> str:

@@ -2,33 +2,34 @@
 
 import logging
 import os
-import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 
 from actors.artifacts import PATIENCE_VARIABLE
 from actors.evaluation import check_task_data
+from actors.stage_output import LOG_FORMAT
 from orchestrator.config import CampaignConfig
 from orchestrator.execution.cluster import (
     QUIET,
-    ClusterResources,
-    check_resources,
+    ClusterNodes,
     cluster,
-    cluster_capacity,
+    cluster_nodes,
     end_helpers_of_dead_drivers,
+    head_memory_bytes,
+    node_types,
     trajectories_at_a_time,
-    with_autoscaling,
     workers_output_to,
 )
+from orchestrator.execution.control import control_reader
 from orchestrator.execution.dry_run import unfinished_trajectories
 from orchestrator.execution.local import LocalBackend
 from orchestrator.execution.progress import ProgressBoard, live_view
-from orchestrator.execution.tune import LOG_FORMAT, CampaignOutcome, run_trial, run_trials
+from orchestrator.execution.stopping import StopRequest
+from orchestrator.execution.tune import CampaignOutcome, run_trial, run_trials
 from orchestrator.planning.cost_model import machine_of
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.recorded import record_trajectories
-from orchestrator.scheduling.admission import AdmissionController
+from orchestrator.scheduling.admission import AdmissionController, check_resources
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits, spent_before
 from orchestrator.scheduling.resources import devices_held, stage_resources
@@ -36,6 +37,8 @@ from orchestrator.storage.garbage_collector import collect
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.run_lock import check_unlocked, locked
 from orchestrator.storage.run_manifest import check_run, open_run
+from orchestrator.storage.run_progress import progress_written
+from orchestrator.storage.stage_logs import DRIVER_LOG, LogWriter, StageLogHandler, WorkerOutput
 from orchestrator.storage.stage_store import Store
 from orchestrator.tracking.publisher import Tracker, published
 from orchestrator.tracking.trackers import make_trackers
@@ -74,30 +77,38 @@ def run_campaign(
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":
-        with _running(config, plan, store, trackers):
-            return _run_in_this_process(config, plan, store, limits)
+        with _running(config, plan, store, trackers, LogWriter(store)) as stop:
+            return _run_in_this_process(config, plan, store, limits, stop)
     with cluster(address):
-        capacity = with_autoscaling(cluster_capacity(), execution.cluster_maximum)
-        check_resources(execution, capacity)
+        requests, nodes = stage_resources(execution), cluster_nodes(execution)
+        check_resources(requests, nodes, execution.max_devices)
         end_helpers_of_dead_drivers()
-        admission = AdmissionController(
-            ClusterResources(execution.cluster_maximum), stage_resources(execution)
+        admission = AdmissionController(ClusterNodes(node_types(execution)), requests, execution.max_devices)
+        at_a_time = trajectories_at_a_time(
+            execution, admission.concurrent_trajectories(nodes), head_memory_bytes()
         )
-        at_a_time = trajectories_at_a_time(execution, admission, capacity.head_bytes)
-        workers_log = store.logs_dir / "workers.log"
-        with _running(config, plan, store, trackers), workers_output_to(workers_log):
-            return run_trials(config, plan, store, limits, at_a_time, admission)
+        logs = LogWriter(store)
+        with (
+            _running(config, plan, store, trackers, logs) as stop,
+            workers_output_to(WorkerOutput(logs)),
+        ):
+            return run_trials(config, plan, store, limits, at_a_time, admission, stop=stop)
 
 
 @contextmanager
 def _running(
-    config: CampaignConfig, plan: CampaignPlan, store: Store, trackers: Mapping[str, Tracker]
-) -> Iterator[None]:
+    config: CampaignConfig,
+    plan: CampaignPlan,
+    store: Store,
+    trackers: Mapping[str, Tracker],
+    logs: LogWriter,
+) -> Iterator[StopRequest]:
     """Open the run, hold it alone, publish its numbers; then remove what interrupted attempts left."""
-    with _run_log(store, config, plan), locked(store), _stopping_on_sigterm():
+    stop = StopRequest(config.execution.stop_timeout_s)
+    with _run_log(store, config, plan, logs), locked(store), logs.uploading(), stop.on_signals():
         record_trajectories(store, plan.trajectories)
         with published(trackers, plan, store):
-            yield
+            yield stop
         collect(store)
 
 
@@ -120,22 +131,27 @@ def limits_of(config: CampaignConfig) -> Limits:
 
 
 def _run_in_this_process(
-    config: CampaignConfig, plan: CampaignPlan, store: Store, limits: Limits
+    config: CampaignConfig, plan: CampaignPlan, store: Store, limits: Limits, stop: StopRequest
 ) -> CampaignOutcome:
     board = ProgressBoard()
     price = spent_before(Ledger(store.ledger_uri).read(), limits)
-    coordinator = Coordinator(limits, price)
+    coordinator = Coordinator(limits, price, control=control_reader(config, plan, store))
     failures: dict[str, str] = {}
     backend = LocalBackend(config.execution, store)
-    with live_view(board.snapshot):
+    with (
+        live_view(board.snapshot),
+        progress_written(store, board.snapshot),
+        stop.calls(coordinator.stop),
+    ):
         for trajectory_id in unfinished_trajectories(plan, store):
             failure = run_trial(plan.find(trajectory_id), backend, store, board.post, coordinator)
             failures |= {trajectory_id: failure} if failure else {}
-    return CampaignOutcome(failures, limit=coordinator.ended_by())
+    cancelled = tuple(each.id for each in plan.trajectories if coordinator.is_cancelled(each.id))
+    return CampaignOutcome(failures, limit=coordinator.ended_by(), cancelled=cancelled)
 
 
 @contextmanager
-def _run_log(store: Store, config: CampaignConfig, plan: CampaignPlan) -> Iterator[None]:
+def _run_log(store: Store, config: CampaignConfig, plan: CampaignPlan, logs: LogWriter) -> Iterator[None]:
     """Open the run and keep this process's log in it."""
     planned = {trajectory.id: len(trajectory.iterations) for trajectory in plan.trajectories}
     trajectories = [
@@ -149,27 +165,16 @@ def _run_log(store: Store, config: CampaignConfig, plan: CampaignPlan) -> Iterat
     ]
     open_run(store, config.model_dump(mode="json"), True, planned, config.directories, trajectories)
     store.logs_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(store.logs_dir / "driver.log")
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    driver_log = logging.FileHandler(store.logs_dir / DRIVER_LOG)
+    driver_log.setFormatter(logging.Formatter(LOG_FORMAT))
+    handlers = (driver_log, StageLogHandler(logs))
     root = logging.getLogger()
-    root.addHandler(handler)
     root.setLevel(logging.INFO)
+    for handler in handlers:
+        root.addHandler(handler)
     try:
         yield
     finally:
-        root.removeHandler(handler)
-        handler.close()
-
-
-@contextmanager
-def _stopping_on_sigterm() -> Iterator[None]:
-    """End as on Ctrl-C when the job is stopped; entered after Ray installed its own handler, which aborts."""
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()

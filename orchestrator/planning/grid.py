@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 
 from actors.contracts import ModelInfo
-from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig
+from orchestrator.config import CampaignConfig, MethodConfig, SourceModelConfig
 from orchestrator.errors import RequestError
 from orchestrator.planning.pruning_schedule import IterationPlan, iterative_schedule, target_depth
 from orchestrator.storage.layout import shortened
 
 
 def trajectories_of(
-    config: CampaignConfig, model: ModelConfig, method: MethodConfig, seed: int, info: ModelInfo
+    config: CampaignConfig, model: SourceModelConfig, method: MethodConfig, seed: int, info: ModelInfo
 ) -> Iterator[tuple[str, tuple[IterationPlan, ...]]]:
     """Yield one trajectory through all targets, or, if all layers go at once, one for each target.
 
@@ -36,7 +36,7 @@ def trajectories_of(
                 depths,
                 schedule.layers_per_iteration,
                 schedule.recover_at,
-                config.evaluation.at,
+                config.evaluation_for(model).at,
             ),
         )
 

@@ -26,6 +26,9 @@ from orchestrator.storage.stage_store import Store
 
 log = logging.getLogger(__name__)
 
+AT_ONCE_S = 0.5
+"""Between the two signals by which a driver that lost its run is ended."""
+
 BEAT_S = 5.0
 LOCK_LEASE_S = 30.0
 SETTLE_S = 1.0
@@ -108,6 +111,8 @@ def _beat(store: Store, lock: Lock, ended: threading.Event) -> None:
             now = _read(store)
             if now is not None and now.owner != lock.owner:
                 os.kill(os.getpid(), signal.SIGTERM)
+                if not ended.wait(AT_ONCE_S):  # the first only asks to stop, the second stops at once
+                    os.kill(os.getpid(), signal.SIGTERM)
                 return
             beats += 1
             _write(store, replace(lock, beats=beats))

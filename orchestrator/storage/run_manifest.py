@@ -168,6 +168,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
         for name in sorted(before.keys() | after.keys())
         if before.get(name, absent) != after.get(name, absent)
         and name.split(".")[0] not in NOT_COMPARED_ON_RESUME
+        and not name.endswith(".priority")
     }
 
 

@@ -187,7 +187,7 @@ def test_another_target_is_another_run(run: Path, config: str) -> None:
 
 def test_status_and_report_read_the_run(run: Path) -> None:
     status = json.loads(iterabre("status", run, "--json").out)
-    assert status["outcomes"] == {TRAJECTORY: {"state": "done", "reason": ""}}
+    assert status["outcomes"] == {TRAJECTORY: {"state": "done", "reason": "", "log": ""}}
     lines = status["iterations"]
     assert [line["layers"] for line in lines] == [4, 3, 2]
     assert lines[0]["dropped"] is None

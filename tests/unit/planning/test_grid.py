@@ -149,6 +149,31 @@ def test_targets_by_parameters_that_cannot_be_are_reported() -> None:
             target_depth(TargetConfig(**target), info)
 
 
+def test_a_search_metric_that_nothing_measures_is_refused(place: Path) -> None:
+    raw = tiny_campaign(place) | {"search": {"scheduler": "asha", "metric": "fox/perplexity"}}
+    raw["execution"] |= {"backend": "ray"}
+    with pytest.raises(
+        RequestError, match=r"unknown search\.metric 'fox/perplexity'; did you mean fox/token_pe"
+    ):
+        build_plan(parse_config(raw, "campaign.yaml"))
+
+
+@pytest.mark.parametrize("of_model", [False, True], ids=["of all", "of the model"])
+def test_a_search_is_asked_for_its_metric_only_where_it_is_measured(place: Path, of_model: bool) -> None:
+    raw = tiny_campaign(place) | {"search": {"scheduler": "asha", "metric": "fox/token_perplexity"}}
+    raw["execution"] |= {"backend": "ray"}
+    raw["targets"] = [{"layers": 2}]
+    if of_model:
+        raw["models"][0]["overrides"] = {"evaluation": {"at": "targets"}}
+    else:
+        raw["evaluation"]["at"] = "targets"
+    plan = build_plan(parse_config(raw, "campaign.yaml"))
+    (trajectory,) = plan.trajectories
+    assert [iteration.is_measured for iteration in trajectory.iterations] == [False, True]
+    (note,) = plan.notes
+    assert "will give up no trajectory: none is measured before its last iteration" in note
+
+
 def test_long_names_give_ids_whose_files_have_names_that_can_be(place: Path) -> None:
     campaign = tiny_campaign(place)
     campaign["name"], campaign["models"][0]["id"] = "c" * 60, "m" * 60
