@@ -12,11 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-import grpc
 import psutil
 import ray
 from ray._private import ray_constants, services
-from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.state import state
 from ray._raylet import GcsClient
@@ -134,6 +132,9 @@ def _check_speaks_grpc(address: str) -> None:
     Raises:
         ConnectionError: it could not.
     """
+    import grpc  # a trial's process, which loads this module, need not pay for it
+    from ray._private.grpc_utils import init_grpc_channel
+
     with init_grpc_channel(address, ray_constants.GLOBAL_GRPC_OPTIONS) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
