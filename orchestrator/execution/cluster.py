@@ -6,6 +6,7 @@ import os
 import textwrap
 import threading
 import time
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -112,6 +113,7 @@ def cluster(address: str | None) -> Iterator[None]:
             address=found,
             include_dashboard=False if own else None,
             logging_level=logging.ERROR,
+            namespace=f"{NAMESPACE}{uuid.uuid4().hex}",
             runtime_env={"env_vars": without_variables_of_job(environment_of_workers)},
             _temp_dir=ray_temp_dir() if own else None,
         )
@@ -168,6 +170,9 @@ def workers_output_to(write: Callable[[Mapping[str, Any]], None]) -> Iterator[No
 
 HEAD = "node:__internal_head__"
 """The resource that marks the head node."""
+
+NAMESPACE = "iterabre-"
+"""What Ray's namespaces of our drivers begin with. Each has one of its own, as Ray gives to any driver."""
 
 LEFT_HELPER = "PlacementGroupCleaner"
 """The class of Ray Train's that can outlive a killed driver."""
@@ -279,12 +284,17 @@ def nodes_at(address: str | None) -> list[Node]:
 
 
 def end_helpers_of_dead_drivers() -> None:
-    """End the process that Ray Train leaves for ever if its driver is killed while a training starts.
+    """End the process that Ray Train leaves for ever if a driver of ours is killed while a training starts.
 
+    Those of other users' jobs are left alone: ours are known by their namespace.
     The helper outlives its training, in order to clean up after it; one that had not yet received what
     to watch when all others ended waits for that.
     """
-    dead = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
+    accessor = state._connect_and_get_accessor()
+    stored = accessor.get_job_table(skip_submission_job_info_field=True, skip_is_running_tasks_field=True)
+    jobs = [gcs_pb2.JobTableData.FromString(job) for job in stored]
+    ours = [job for job in jobs if job.config.ray_namespace.startswith(NAMESPACE)]
+    dead = {job.job_id.hex() for job in ours if job.is_dead}
     for actor in ray._private.state.actors().values():
         left = actor["State"] == "ALIVE" and actor["JobID"] in dead
         if left and actor["ActorClassName"] == LEFT_HELPER:
