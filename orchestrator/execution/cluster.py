@@ -28,7 +28,7 @@ from actors.contracts import ActorPoolSpec, EvaluationResult, EvaluationSpec
 from actors.evaluation.ray import evaluate_all_on_ray
 from actors.plugins import environment
 from orchestrator.config import ExecutionConfig
-from orchestrator.errors import RequestError
+from orchestrator.errors import ClusterTooSmallError, RequestError
 from orchestrator.execution.connection import (
     CONNECT_TIMEOUT_S,
     LOCAL,
@@ -41,8 +41,8 @@ from orchestrator.execution.connection import (
     without_variables_of_job,
 )
 from orchestrator.execution.task_scoring import EvaluateAll
-from orchestrator.scheduling.packing import Node, with_node_types
-from orchestrator.scheduling.resources import GB
+from orchestrator.scheduling.packing import Node, Packing, with_node_types
+from orchestrator.scheduling.resources import GB, ResourceBundle, ResourceRequest
 from orchestrator.scheduling.snapshots import NodeReport, Snapshots, node_of
 
 log = logging.getLogger(__name__)
@@ -264,10 +264,19 @@ def head_memory_bytes() -> float:
 
 
 def evaluate_on_cluster(address: str | None, pool: ActorPoolSpec) -> EvaluateAll:
-    """Return what evaluates many models on actors of the cluster at `address`, or of this machine if None."""
+    """Return what evaluates many models on actors of the cluster at `address`, or of this machine if None.
+
+    It raises ClusterTooSmallError if no node can ever hold an actor.
+    """
 
     def evaluate_all(specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
+        request = ResourceRequest(ResourceBundle(pool.cpus, pool.gpus))
         with cluster(address):
+            if not Packing(cluster_nodes(), empty=True).fits(request):
+                raise ClusterTooSmallError(
+                    f"an actor needs {pool.cpus:g} CPU and {pool.gpus:g} GPU, and no node of the cluster has "
+                    "that; lower --cpus and --gpus"
+                )
             yield from evaluate_all_on_ray(specs, pool)
 
     return evaluate_all
