@@ -29,7 +29,7 @@ from orchestrator.execution.tune import CampaignOutcome, run_trial, run_trials
 from orchestrator.planning.cost_model import machine_of
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.recorded import record_trajectories
-from orchestrator.scheduling.admission import AdmissionController, check_resources
+from orchestrator.scheduling.admission import AdmissionController, check_resources, check_speeds_compare
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits, spent_before
 from orchestrator.scheduling.resources import devices_held, stage_resources
@@ -82,6 +82,8 @@ def run_campaign(
     with cluster(address):
         requests, nodes = stage_resources(execution), cluster_nodes(execution)
         check_resources(requests, nodes, execution.max_devices)
+        if any(trajectory.evaluation.throughput for trajectory in plan.trajectories):
+            check_speeds_compare(requests["evaluate"], nodes)
         end_helpers_of_dead_drivers()
         admission = AdmissionController(ClusterNodes(node_types(execution)), requests, execution.max_devices)
         at_a_time = trajectories_at_a_time(
