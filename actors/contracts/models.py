@@ -142,24 +142,21 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """Write `model` as an ordinary Hugging Face directory.
-
-    `card` is the README.md text and `provenance` the `iterabre.json` content.
-    """
+    """Write `model` as an ordinary Hugging Face directory."""
 
     model: ModelRef
-    card: str
-    provenance: str
 
 
 @dataclass(frozen=True)
 class ExportResult(Stored):
     """The exported directory.
 
-    `num_zeroed_parameters` of its parameters are stored and add nothing.
+    `num_zeroed_parameters` of its parameters are stored and add nothing. `note` is for users of runtimes
+    that compute the layers' kinds by themselves.
     """
 
     artifact: ArtifactRef
     num_layers: int
     num_parameters: int
     num_zeroed_parameters: Annotated[int, StoredAs("num_emptied_parameters")] = 0
+    note: str | None = None

@@ -10,10 +10,18 @@ turn out to be the same more often than that (when two criteria choose the same 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from actors.contracts import EvaluationResult, GenerationResult, ModelRef, RecoveryResult, Removal, digest
+from actors.contracts import (
+    EvaluationResult,
+    ExportResult,
+    GenerationResult,
+    ModelRef,
+    RecoveryResult,
+    Removal,
+)
 from orchestrator.execution.stage_kinds import ResultT, StageRequest
 from orchestrator.execution.stage_runner import NOT_SCORED, StageRunner, placeholder
 from orchestrator.execution.trajectory import run_trajectory
+from orchestrator.export.former import find_former_export
 from orchestrator.planning.keys import stage_key
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
@@ -47,10 +55,15 @@ class PlaceholderResolver:
         self._note("prune", key, iteration, iteration.layers_left, pruned, known)
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
-        """Record an export. Its card is of this trajectory alone, so it is never shared."""
+        """Record an export. Its directory is of this trajectory alone, so it is never shared."""
         plan, store = self._plan, self._store
-        key = digest([plan.id, plan.key_inputs(model), iteration.layers_left])
-        done = store is not None and store.has_export(plan.id, iteration.layers_left, plan.unit)
+        inputs = plan.export_inputs(model, iteration)
+        key = stage_key("export", inputs)
+        uri = store.models_uri(plan.id, iteration.layers_left, plan.unit) if store is not None else ""
+        done = store is not None and (
+            store.peek("export", key, ExportResult) is not None
+            or find_former_export(store, inputs, uri) is not None
+        )
         self._note("export", key, iteration, iteration.layers_left, model, done)
 
     def _note(

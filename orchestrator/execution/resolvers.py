@@ -116,17 +116,18 @@ class ComputeResolver:
         self._count(reused=False)
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
-        """Write `model` as a Hugging Face directory, with its card and provenance."""
-        from orchestrator.export.model_card import model_card
-        from orchestrator.export.provenance import provenance
+        """Write `model` as a Hugging Face directory; then, beside it, its card and provenance."""
+        from orchestrator.export.description import describe_export
+        from orchestrator.export.former import adopt_former_export
 
-        plan = self._plan
-        rows = self._ledger.read(f"{plan.id}-").to_pylist()
-        card, made = model_card(plan, iteration, model, rows), provenance(plan, iteration, model, rows)
-        spec = ExportSpec(model, card=card, provenance=made)
-        inputs = plan.key_inputs(spec)
+        plan, layers = self._plan, iteration.layers_left
+        uri = self._store.models_uri(plan.id, layers, plan.unit)
+        inputs = plan.export_inputs(model, iteration)
         key = stage_key(EXPORT.name, inputs)
-        self.resolve(StageRequest(EXPORT, key, inputs, spec, iteration, iteration.layers_left))
+        adopt_former_export(self._store, key, inputs, uri)
+        result = self.resolve(StageRequest(EXPORT, key, inputs, ExportSpec(model), iteration, layers))
+        rows = self._ledger.read(f"{plan.id}-").to_pylist()
+        describe_export(uri, plan, iteration, model, rows, result)
 
     def _count(self, reused: bool) -> None:
         with self._counting:

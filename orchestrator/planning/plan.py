@@ -11,6 +11,7 @@ from pydantic_core import to_jsonable_python
 from actors.contracts import (
     BLOCK,
     EvaluationSpec,
+    ExportSpec,
     GenerationSpec,
     ModelInfo,
     ModelRef,
@@ -179,6 +180,11 @@ class TrajectoryPlan:
     def key_inputs(self, spec: Any) -> Any:
         """Return all that a spec's result depends on, as JSON values; see `keys.key_inputs`."""
         return key_inputs(spec, {**self.fingerprints, self.model.spec: self.model.fingerprint})
+
+    def export_inputs(self, model: ModelRef, iteration: IterationPlan) -> Any:
+        """Return what the export of `model` depends on: the model, and where in the run it is written."""
+        directory = f"{self.id}/{iteration.layers_left}-{self.unit}"
+        return {**self.key_inputs(ExportSpec(model)), "directory": directory}
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values, from which `from_json` makes an equal one."""
