@@ -1,15 +1,22 @@
-"""The plans that a run recorded when it began: what was decided, with no model or text read again."""
+"""What a run recorded when it began: its plans, and of what models and texts they are."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from actors.artifacts import list_files, read_bytes, write_bytes
-from orchestrator.errors import RequestError, unknown_name
-from orchestrator.planning.plan import TrajectoryPlan
+from actors.contracts import ModelSpec, TextSpec, extend
+from orchestrator.config import CampaignConfig, parse_config
+from orchestrator.errors import ConfigError, RequestError, RunExistsError, unknown_name
+from orchestrator.planning.changes import Change, Effect, Path, RunRecord, compare
+from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.storage.layout import PLAN_SUFFIX
-from orchestrator.storage.run_manifest import existing_run
-from orchestrator.storage.stage_store import Store
+from orchestrator.storage.run_manifest import existing_run, read_run
+from orchestrator.storage.stage_store import Store, installed_versions
 
 WRITERS = 16
 """Plans that are written at a time: an object store takes as long for each as for all of these."""
@@ -24,6 +31,108 @@ def record_trajectories(store: Store, trajectories: Iterable[TrajectoryPlan]) ->
 
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(record, trajectories))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run as it was recorded, with a plan of each of its models and methods."""
+
+    record: RunRecord
+    plans: Sequence[TrajectoryPlan]
+
+
+def read_recorded(store: Store) -> Recorded | None:
+    """Return what the run at `store` recorded, or None if there is no run.
+
+    Runs of earlier versions may hold no plans that this one can read: then what lies behind a field of
+    their configuration is not known.
+    """
+    stored = read_run(store)
+    if stored is None:
+        return None
+    pairs = {(each.get("model"), each.get("method")): each for each in stored.get("trajectories") or ()}
+    names = [str(each["trajectory"]) for each in pairs.values()]
+    with ThreadPoolExecutor(WRITERS) as pool:
+        plans = [plan for plan in pool.map(partial(_read_plan, store), names) if plan is not None]
+    config: Mapping[str, Any] = stored["config"]
+    with suppress(ConfigError):  # of an earlier version: as it stands
+        config = parse_config(stored["config"], "campaign.json").model_dump(mode="json")
+    return Recorded(record_of(config, plans, stored.get("versions") or {}), plans)
+
+
+def continue_plan(
+    plan: CampaignPlan, config: CampaignConfig, store: Store
+) -> tuple[CampaignPlan, list[Change]]:
+    """Return the plan as it goes on from what the run at `store` recorded, and what has changed since."""
+    if (recorded := read_recorded(store)) is None:
+        return plan, []
+    now = record_of(config.model_dump(mode="json"), plan.trajectories, installed_versions())
+    return plan, compare(recorded.record, now)
+
+
+def check_changes(store: Store, changes: Sequence[Change], accepted: bool) -> None:
+    """Refuse changes that contradict what a run is of, unless they are accepted.
+
+    Raises:
+        RunExistsError: names the fields, and how to go on.
+    """
+    wrong = [change for change in changes if change.effect is Effect.CONTRADICTION]
+    if wrong and not accepted:
+        raise RunExistsError(
+            f"{store.uri} is a run of something else:\n"
+            + "\n".join(f"  {change}" for change in wrong)
+            + "\nundo this, give another id to the model or another name to the campaign, or go on with "
+            "--accept-changes, which computes anew what depends on it, under the same names"
+        )
+
+
+def record_of(
+    config: Mapping[str, Any], plans: Iterable[TrajectoryPlan], versions: Mapping[str, str]
+) -> RunRecord:
+    """Return what a run of `config` is of, as its plans found it."""
+    plans = list(plans)
+    overrides = {model["id"]: model.get("overrides") or {} for model in config.get("models", ())}
+    contents = {
+        field: value
+        for plan in plans
+        for field, value in _contents(plan, overrides.get(plan.model_id, {}))
+        if value is not None
+    }
+    deepspeed = json.loads(plans[0].deepspeed) if plans else None
+    return RunRecord(config, contents, deepspeed, versions)
+
+
+def _contents(plan: TrajectoryPlan, overrides: Mapping[str, Any]) -> Iterator[tuple[Path, str | None]]:
+    """Yield the hash of each model, text and folder of a plan, by the field that names it."""
+
+    def field(place: Path, section: str, name: str) -> Path:
+        if name in overrides.get(section, {}):
+            return ("models", plan.model_id, "overrides", section, name)
+        return (*place, name)
+
+    scoring, recovery = plan.method.scoring, plan.method.recovery
+    method: Path = ("methods", plan.method.name)
+    found = plan.fingerprints
+    yield ("models", plan.model_id), plan.model.fingerprint
+    calibration = found.get(extend(TextSpec, scoring.calibration))
+    yield field((*method, "scoring"), "scoring", "calibration"), calibration
+    yield field((*method, "recovery"), "recovery", "data"), found.get(extend(TextSpec, recovery.data))
+    if recovery.teacher is not None:
+        teacher = found.get(extend(ModelSpec, recovery.teacher))
+        yield field((*method, "recovery"), "recovery", "teacher"), teacher
+    evaluation = plan.evaluation
+    yield field(("evaluation",), "evaluation", "include_path"), evaluation.tasks_fingerprint
+    if "perplexity" not in overrides.get("evaluation", {}):
+        for text in evaluation.perplexity:
+            yield ("evaluation", "perplexity", text.name, "data"), found.get(text.data)
+
+
+def _read_plan(store: Store, trajectory_id: str) -> TrajectoryPlan | None:
+    content = read_bytes(store.trajectory_plan_uri(trajectory_id))
+    try:
+        return None if content is None else TrajectoryPlan.from_json(json.loads(content))
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def recorded_trajectory(store: Store, trajectory_id: str) -> TrajectoryPlan:

@@ -212,20 +212,12 @@ def test_a_field_that_came_later_is_at_its_default(copied: Path, config: str) ->
     del recorded["config"]["execution"]["cluster_maximum"]
     del recorded["config"]["methods"][0]["recovery"]["packing"]
     file.write_text(json.dumps(recorded))
-    assert _resume(config, copied).exit_code == 0
+    answer = _resume(config, copied)
+    assert answer.exit_code == 0
     assert _times(copied) == before
-    other = "methods.0.recovery.packing=documents"
-    answer = iterabre(
-        "campaign", config, "--resume", "--set", f"storage.path={copied.parent}", "--set", other
-    )
-    assert answer.exit_code == 2
-    assert "packing" in answer.err
-
-
-def test_another_target_is_another_run(run: Path, config: str) -> None:
-    answer = iterabre("campaign", config, "--resume", "--set", "targets=[{layers: 1}]")
-    assert answer.exit_code == 2
-    assert "targets.0.layers: 3 → 1" in answer.err
+    # Where the run lies is all that differs.
+    assert "packing" not in answer.err
+    assert "cluster_maximum" not in answer.err
 
 
 def test_status_and_report_read_the_run(run: Path) -> None:
