@@ -18,7 +18,7 @@ from actors.contracts import (
     RecoveryResult,
     Removal,
 )
-from orchestrator.execution.stage_kinds import ResultT, StageRequest
+from orchestrator.execution.stage_kinds import ResultT, StageKind, StageRequest
 from orchestrator.execution.stage_runner import NOT_SCORED, StageRunner, placeholder
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.export.former import find_former_export
@@ -48,6 +48,10 @@ class PlaceholderResolver:
         result = self._store.peek(kind, key, stage.kind.result_type) if self._store else None
         self._note(kind, key, stage.iteration, stage.layers, stage.spec, result is not None)
         return PLACEHOLDERS[kind](key) if result is None else result
+
+    def holds(self, kind: StageKind[Any], key: str) -> bool:
+        """Return whether the store holds a stage."""
+        return self._store is not None and self._store.peek(kind.name, key, kind.result_type) is not None
 
     def prune(self, iteration: IterationPlan, pruned: ModelRef, removal: Removal) -> None:
         """Record a choice, which is not computed: it is known as soon as the scores are."""

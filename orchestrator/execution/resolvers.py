@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import datetime
 from threading import Lock
@@ -11,7 +11,15 @@ from typing import Any
 from actors.contracts import EvaluationResult, ExportSpec, ModelRef, Progress, Removal, no_progress
 from orchestrator.errors import RequestError
 from orchestrator.execution.progress import Report, StageProgress, TrajectoryProgress
-from orchestrator.execution.stage_kinds import EVALUATE, EXPORT, Backend, Numbers, ResultT, StageRequest
+from orchestrator.execution.stage_kinds import (
+    EVALUATE,
+    EXPORT,
+    Backend,
+    Numbers,
+    ResultT,
+    StageKind,
+    StageRequest,
+)
 from orchestrator.execution.stage_runner import StageRunner
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.keys import stage_key
@@ -21,6 +29,7 @@ from orchestrator.scheduling.coordinator import Leases
 from orchestrator.scheduling.resources import resource_kind
 from orchestrator.storage.ledger import Ledger, Row
 from orchestrator.storage.stage_store import Store, StoredStage
+from orchestrator.storage.superseded import move_superseded, superseded_parts
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +59,7 @@ class ComputeResolver:
         self._report = report
         self._leases = leases
         self._ledger = Ledger(store.ledger_uri)
+        self._former_parts = self._ledger.parts(f"{plan.id}-")
         self._counting = Lock()
         self.progress = TrajectoryProgress(
             plan.id, 0, len(plan.iterations), "starting", stages_total=stages_total
@@ -71,7 +81,7 @@ class ComputeResolver:
         self._count(reused)
         numbers = [*stage.kind.numbers(stored.result), ("seconds", stored.seconds, "s", {})]
         where = {"when": datetime.fromisoformat(stored.created_at), "where": stored.host}
-        self._record(stage.iteration, kind, stage.key, numbers, stage.phase, where)
+        self._record(stage.iteration, kind, stage.key, numbers, stage.phase, where, stage.beside)
         if isinstance(stored.result, EvaluationResult) and stage.phase != "pruned":
             ending, metrics = "/token_perplexity", stored.result.metrics
             found = {m.name.removesuffix(ending): m.value for m in metrics if m.name.endswith(ending)}
@@ -105,6 +115,10 @@ class ComputeResolver:
         log.info("%s iteration %d: %s %s took %.1f s", *at, seconds)
         return stored, False
 
+    def holds(self, kind: StageKind[Any], key: str) -> bool:
+        """Return whether the store holds a stage."""
+        return self._store.peek(kind.name, key, kind.result_type) is not None
+
     def prune(self, iteration: IterationPlan, pruned: ModelRef, removal: Removal) -> None:
         """Record what was removed."""
         scored = zip(removal.source_layers, removal.scores, strict=True)
@@ -113,6 +127,9 @@ class ComputeResolver:
             ("layers", iteration.layers_left, "", {}),
         ]
         self._record(iteration, "prune", stage_key("prune", self._plan.key_inputs(pruned)), numbers)
+        if not self._plan.recovers(iteration):
+            for phase in ("start", "all"):
+                self._replace((iteration.index, "recover", phase), ())
         self._count(reused=False)
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
@@ -145,8 +162,10 @@ class ComputeResolver:
         numbers: Numbers,
         phase: str | None = None,
         where: Mapping[str, Any] | None = None,
+        beside: tuple[str, ...] = (),
     ) -> None:
-        """Write a stage's numbers to the ledger, once."""
+        """Write a stage's numbers to the ledger, once; what it takes the place of is moved away."""
+        self._replace((iteration.index, kind, phase or "all"), (key, *beside))
         part = f"{self._plan.id}-{iteration.index:03d}-{kind}-{phase or 'all'}-{key[:16]}"
         if self._ledger.has(part):
             return
@@ -164,6 +183,13 @@ class ComputeResolver:
         }
         rows = [Row(**common, metric=m, value=float(v), unit=u, **more) for m, v, u, more in numbers]
         self._ledger.append(part, rows)
+
+    def _replace(self, slot: tuple[int, str, str], keys: Collection[str]) -> None:
+        """Move what stages with other keys have recorded in this place, and what followed from it."""
+        with self._counting:
+            replaced = superseded_parts(self._former_parts, self._plan.id, slot, keys)
+            move_superseded(self._store, replaced)
+            self._former_parts = [name for name in self._former_parts if name not in replaced]
 
 
 class LookUpResolver:
@@ -190,6 +216,10 @@ class LookUpResolver:
                 "--resume first"
             )
         return stored.result
+
+    def holds(self, kind: StageKind[Any], key: str) -> bool:
+        """Return true: evaluations are passed over."""
+        return True
 
     def prune(self, iteration: IterationPlan, pruned: ModelRef, removal: Removal) -> None:
         """Pass over the record of a choice."""

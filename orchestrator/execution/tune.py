@@ -221,7 +221,8 @@ def run_trial(
     overlap: bool = False,
 ) -> str | None:
     """Run one trajectory; return the reason if it failed in a way that trying again cannot mend."""
-    stages_total = len(planned_stages(trajectory))
+    # Of an evaluation in parts, the store tells which parts there are.
+    stages_total = len(planned_stages(trajectory, store if trajectory.former_evaluations else None))
     resolver = ComputeResolver(trajectory, store, backend, report, Leases(coordinator), stages_total)
     try:
         run_trajectory(trajectory, StageRunner(trajectory, resolver, on_iteration, overlap))

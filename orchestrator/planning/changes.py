@@ -147,9 +147,7 @@ def _effect(path: Path, before: str | None, after: str | None) -> Effect:
         case ("evaluation", "throughput", *_) if before is None or after is None:
             return Effect.NEW if before is None else Effect.LEFT_OUT
         case ("evaluation", *rest) if _in_key(EvaluationConfig, rest):
-            # What did not need the permission has not changed by it.
-            allowed = rest == ["allow_code_execution"] and after == "true"
-            return Effect.NEW if allowed else Effect.AGAIN
+            return Effect.AGAIN
     return Effect.HARMLESS
 
 

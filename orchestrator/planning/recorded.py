@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,9 @@ def continue_plan(
     if (recorded := read_recorded(store)) is None:
         return plan, []
     now = record_of(config.model_dump(mode="json"), plan.trajectories, installed_versions())
-    return plan, compare(recorded.record, now)
+    changes = compare(recorded.record, now)
+    going_on = tuple(trajectory.continued(recorded.plans) for trajectory in plan.trajectories)
+    return replace(plan, trajectories=going_on), changes
 
 
 def check_changes(store: Store, changes: Sequence[Change], accepted: bool) -> None:

@@ -7,7 +7,7 @@
     trajectories/<id>.json          how a trajectory ended
     trajectories/<id>.plan.json     what was decided for it
     driver.lock                     the driver that has the run open
-    ledger/  models/  train/  tune/  report/  logs/  tensorboard/
+    ledger/  superseded/  models/  train/  tune/  report/  logs/  tensorboard/
     trackers/<name>.json            what of the ledger was published to a tracker
 """
 
@@ -80,6 +80,11 @@ class RunLayout:
     def ledger_uri(self) -> str:
         """Directory of Parquet parts."""
         return join(self.uri, "ledger")
+
+    @property
+    def superseded_uri(self) -> str:
+        """Directory of the ledger's parts that other stages took the place of."""
+        return join(self.uri, "superseded")
 
     @property
     def report_uri(self) -> str:
