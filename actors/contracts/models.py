@@ -31,8 +31,13 @@ class ModelSettings(Settings):
 
 @dataclass(frozen=True)
 class ModelSpec(ModelSettings):
-    """Where a source model comes from and how it is loaded."""
+    """Where a source model comes from and how it is loaded.
 
+    A plan adds what it found: the `commit` that the revision of a hub model stood for, which is read from
+    then on, and the hash of the model's files.
+    """
+
+    commit: str | None = field(default=None, compare=False)
     contents: str | None = field(default=None, compare=False)
     """Hash of the model's files as `describe_model` found them; if it is given, they must still be those."""
 

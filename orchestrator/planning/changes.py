@@ -64,6 +64,7 @@ class RunRecord:
         contents: the hash of each model, text and folder of tasks, or what else identifies it, by the field
             that names it; without those that are not known.
         deepspeed: the content of the user's DeepSpeed JSON; None if it is not known.
+        commits: those of models and texts of the hub, by the same fields.
         versions: of packages.
     """
 
@@ -71,6 +72,7 @@ class RunRecord:
     contents: Mapping[Path, str] = field(default_factory=dict)
     deepspeed: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    commits: Mapping[Path, str] = field(default_factory=dict)
 
 
 def compare(recorded: RunRecord, now: RunRecord) -> list[Change]:
@@ -104,8 +106,12 @@ def compare(recorded: RunRecord, now: RunRecord) -> list[Change]:
         if text is not None and path not in same | explained:
             is_model = path[0] == "models" and len(path) == 2
             effect = Effect.CONTRADICTION if is_model else Effect.AGAIN
-            name = f"{'.'.join(path)} (content)"
-            changes.append(Change(effect, name, recorded.contents[path][:12], text[:12]))
+            if path in recorded.commits and path in now.commits:
+                commits = recorded.commits[path], now.commits[path]
+                changes.append(Change(effect, f"{'.'.join(path)} (commit)", *commits))
+            else:
+                name = f"{'.'.join(path)} (content)"
+                changes.append(Change(effect, name, recorded.contents[path][:12], text[:12]))
     if recorded.deepspeed is not None and now.deepspeed is not None:
         before, after = _flatten(recorded.deepspeed), _flatten(now.deepspeed)
         for path in _differing(before, after):

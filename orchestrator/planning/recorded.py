@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from actors.artifacts import list_files, read_bytes, write_bytes
-from actors.contracts import ModelSpec, TextSpec, extend
+from actors.contracts import ModelSpec, TextSettings, TextSpec, extend
 from orchestrator.config import CampaignConfig, parse_config
 from orchestrator.errors import ConfigError, RequestError, RunExistsError, unknown_name
 from orchestrator.planning.changes import Change, Effect, Path, RunRecord, compare
@@ -83,8 +83,9 @@ def check_changes(store: Store, changes: Sequence[Change], accepted: bool) -> No
         raise RunExistsError(
             f"{store.uri} is a run of something else:\n"
             + "\n".join(f"  {change}" for change in wrong)
-            + "\nundo this, give another id to the model or another name to the campaign, or go on with "
-            "--accept-changes, which computes anew what depends on it, under the same names"
+            + "\nundo this (`revision` keeps a model or text of the hub at a commit), give another id to the "
+            "model or another name to the campaign, or go on with --accept-changes, which computes anew what "
+            "depends on it, under the same names"
         )
 
 
@@ -94,39 +95,43 @@ def record_of(
     """Return what a run of `config` is of, as its plans found it."""
     plans = list(plans)
     overrides = {model["id"]: model.get("overrides") or {} for model in config.get("models", ())}
-    contents = {
-        field: value
-        for plan in plans
-        for field, value in _contents(plan, overrides.get(plan.model_id, {}))
-        if value is not None
-    }
+    found = [each for plan in plans for each in _found_behind_fields(plan, overrides.get(plan.model_id, {}))]
+    contents = {field: value for field, value, _ in found if value is not None}
+    commits = {field: commit for field, _, commit in found if commit is not None}
     deepspeed = json.loads(plans[0].deepspeed) if plans else None
-    return RunRecord(config, contents, deepspeed, versions)
+    return RunRecord(config, contents, deepspeed, versions, commits)
 
 
-def _contents(plan: TrajectoryPlan, overrides: Mapping[str, Any]) -> Iterator[tuple[Path, str | None]]:
-    """Yield the hash of each model, text and folder of a plan, by the field that names it."""
+def _found_behind_fields(
+    plan: TrajectoryPlan, overrides: Mapping[str, Any]
+) -> Iterator[tuple[Path, str | None, str | None]]:
+    """Yield each field that names a model, text or folder, with the hash of its content and its commit."""
 
     def field(place: Path, section: str, name: str) -> Path:
         if name in overrides.get(section, {}):
             return ("models", plan.model_id, "overrides", section, name)
         return (*place, name)
 
-    scoring, recovery = plan.method.scoring, plan.method.recovery
+    def text(settings: TextSettings) -> tuple[str | None, str | None]:
+        spec = extend(TextSpec, settings)
+        return plan.fingerprints.get(spec), plan.texts.get(spec, spec).commit
+
+    scoring, recovery, evaluation = plan.method.scoring, plan.method.recovery, plan.evaluation
     method: Path = ("methods", plan.method.name)
-    found = plan.fingerprints
-    yield ("models", plan.model_id), plan.model.fingerprint
-    calibration = found.get(extend(TextSpec, scoring.calibration))
-    yield field((*method, "scoring"), "scoring", "calibration"), calibration
-    yield field((*method, "recovery"), "recovery", "data"), found.get(extend(TextSpec, recovery.data))
+    yield ("models", plan.model_id), plan.model.fingerprint, plan.model.spec.commit
+    yield field((*method, "scoring"), "scoring", "calibration"), *text(scoring.calibration)
+    yield field((*method, "recovery"), "recovery", "data"), *text(recovery.data)
     if recovery.teacher is not None:
-        teacher = found.get(extend(ModelSpec, recovery.teacher))
-        yield field((*method, "recovery"), "recovery", "teacher"), teacher
-    evaluation = plan.evaluation
-    yield field(("evaluation",), "evaluation", "include_path"), evaluation.tasks_fingerprint
-    if "perplexity" not in overrides.get("evaluation", {}):
-        for text in evaluation.perplexity:
-            yield ("evaluation", "perplexity", text.name, "data"), found.get(text.data)
+        wanted = extend(ModelSpec, recovery.teacher)
+        teacher = next((spec for spec in plan.fingerprints if spec == wanted), None)
+        if isinstance(teacher, ModelSpec):
+            place = field((*method, "recovery"), "recovery", "teacher")
+            yield place, plan.fingerprints[teacher], teacher.commit
+    yield field(("evaluation",), "evaluation", "include_path"), evaluation.tasks_fingerprint, None
+    for measured in evaluation.perplexity:
+        place = (*field(("evaluation",), "evaluation", "perplexity"), measured.name)
+        place = (*place, "data") if place[0] == "evaluation" else place
+        yield place, *text(measured.data)
 
 
 def _read_plan(store: Store, trajectory_id: str) -> TrajectoryPlan | None:

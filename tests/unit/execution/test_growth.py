@@ -86,8 +86,8 @@ def test_a_run_grows_by_methods_targets_and_seeds(
     run: Path, small: dict[str, Any], computed: list[tuple[str, Any]], tmp_path: Path
 ) -> None:
     before = _manifests(run)
-    # Dense; a score, two evaluations and an export each, and one recovery. Both score the same.
-    assert len(before) == 1 + 2 * 4 + 1 - 2
+    # The unpruned model and the scores; the pruned model and its export; the recovery, its model and export.
+    assert len(before) == 2 + 2 + 3
     grown = {
         **small,
         "methods": [_method(small, name="deepest", scoring={"criterion": "deepest"}), *small["methods"]],
@@ -143,7 +143,7 @@ def test_of_a_larger_evaluation_only_what_is_new_is_measured(
         for kind, spec in computed
         if kind == "evaluate"
     )
-    # Four models were measured before: unpruned, pruned, and recovered. The next depth is measured in one go.
+    # Three models were measured before: unpruned, pruned and recovered. The next depth is measured in one go.
     assert texts == {
         (0, ("shorter",), ("blimp_sample",)): 1,
         (1, ("shorter",), ("blimp_sample",)): 2,
@@ -207,7 +207,7 @@ def test_an_edited_file_is_found(
     assert answer.exit_code == 0, answer.err
     for field in ("methods.iterabre.recovery.data", "evaluation.perplexity.fox.data"):
         assert f"    {field} (content): " in answer.err
-    assert Counter(kind for kind, _ in computed) == {"score": 1, "recover": 1, "evaluate": 3, "export": 2}
+    assert Counter(kind for kind, _ in computed) == {"score": 1, "recover": 1, "evaluate": 3, "export": 1}
 
 
 def test_an_edited_deepspeed_optimizer_is_found(run: Path, small: dict[str, Any], tmp_path: Path) -> None:
