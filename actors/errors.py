@@ -35,15 +35,38 @@ class ChangedError(WorkError):
     """What a run was planned with was changed or exchanged meanwhile; trying again finds the same."""
 
 
+class StorageUnavailableError(WorkError):
+    """The storage did not answer for as long as it was tried; it may answer later."""
+
+
+class DamagedArtifactError(WorkError):
+    """A file of the artifact at `uri` is missing, or is not what was published."""
+
+    def __init__(self, message: str, uri: str = "") -> None:
+        super().__init__(message)
+        self.uri = uri
+
+
 class UnexpectedError(WorkError):
     """Something failed that no code expects. A log holds the traceback."""
+
+
+class StopRequestedError(WorkError):
+    """A stage ended on request, with what it had done in a checkpoint; it can go on from there."""
+
+
+class MemoryExhaustedError(WorkError):
+    """Memory does not suffice, with a smaller batch neither; trying again would end the same."""
+
+
+FAULT = "this is a fault of iterabre or of a plug-in"
 
 
 def unexpected(error: BaseException) -> UnexpectedError:
     """Return the error for an exception that no code expects, with what is to blame for it."""
     if isinstance(error, OSError | MemoryError):
         return UnexpectedError(f"{one_line(error)}: the operating system refused it")
-    return UnexpectedError(f"{one_line(error)}: this is a fault of iterabre or of a plug-in")
+    return UnexpectedError(f"{one_line(error)}: {FAULT}")
 
 
 def one_line(error: BaseException) -> str:

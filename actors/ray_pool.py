@@ -5,55 +5,120 @@ waits for a result need not load them.
 """
 
 import logging
+import socket
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorPlacementGroupRemoved,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    TaskPlacementGroupRemoved,
+    TaskUnschedulableError,
+    WorkerCrashedError,
+)
 
-from actors.contracts import ActorPoolSpec
-from actors.errors import IterabreError, WorkError, unexpected
+from actors.contracts import (
+    ActorPoolSpec,
+    ClusterProgress,
+    Progress,
+    WaitingTime,
+    no_progress,
+    on_cluster,
+)
+from actors.errors import FAULT, IterabreError, UnexpectedError, WorkError, last_line, unexpected
+from actors.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
 ShardT = TypeVar("ShardT")
 ResultT = TypeVar("ResultT")
 
+LOSSES = (
+    RayActorError,
+    WorkerCrashedError,
+    NodeDiedError,
+    LocalRayletDiedError,
+    ObjectLostError,  # also of an owner that has ended, and of what cannot be reconstructed
+    ActorPlacementGroupRemoved,
+    TaskPlacementGroupRemoved,
+    ActorUnschedulableError,  # their node has gone
+    TaskUnschedulableError,
+)
+"""What Ray raises when a process, a machine or an object is lost: all else is not mended by another try."""
+
 RETRY_S = 0.5
 """Pause before the next call to an actor that did not respond."""
+
+
+REPORT_S = 2.0
+"""How often a stage without a place reports what it waits for."""
+
+STARTING_S = 5.0
+"""What starting a process takes at most: less is no wait for room."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an actor is, and for how long."""
+
+    name: str
+    seconds: float
 
 
 class ActorPool:
     """Actors of one class: started on entry, killed on exit, so that the next stage can have their place.
 
-    On entry it waits until one actor is placed; the others join when they are. It can be
-    pickled while it is open: `dispatch` also works in a task that the pool is passed to.
+    On entry it waits until one actor is placed, however long that takes unless a limit is set; the
+    others join when they are. It can be pickled while it is open: `dispatch` also works in a task that
+    the pool is passed to.
 
     Args:
         spec: how many actors, and what each holds.
         actor_class: a class with a method `work`, which takes a shard and returns its result.
         arguments: those of the class.
         setting: the setting under `execution` that sizes the pool, for errors: "scoring".
+        progress: is called with what the pool waits for, and where its actors are.
 
     Raises:
         WorkError: on entry, no actor was placed in time; says what was requested and what is free.
     """
 
-    def __init__(self, spec: ActorPoolSpec, actor_class: type, *arguments: Any, setting: str):
+    def __init__(
+        self,
+        spec: ActorPoolSpec,
+        actor_class: type,
+        *arguments: Any,
+        setting: str,
+        progress: Progress = no_progress,
+    ):
         self._spec, self._setting = spec, setting
         self._actor_class, self._arguments = actor_class, arguments
         self._actors: list[ActorHandle] = []
+        self._progress = on_cluster(progress)
+        self._places: dict[ActorHandle, str] = {}
 
     def __enter__(self) -> Self:
-        spec = self._spec
-        remote = ray.remote(self._actor_class).options(**_resources(spec.cpus, spec.gpus), max_restarts=3)
+        spec, asked = self._spec, time.monotonic()
+        remote = ray.remote(_placed(self._actor_class)).options(**_resources(spec), max_restarts=3)
         self._actors = [remote.remote(*self._arguments) for _ in range(spec.actors)]
         try:
-            starting = {actor.__ray_ready__.remote(): actor for actor in self._actors}
-            placed, later = ray.wait(list(starting), num_returns=1, timeout=spec.start_timeout_s)
+            starting = {actor.place.remote(): actor for actor in self._actors}
+            with reporting_wait(self._progress, _needs(spec), "GPU" if spec.gpus else "CPU"):
+                placed, later = ray.wait(list(starting), num_returns=1, timeout=spec.start_timeout_s)
             if not placed:
                 free = ray.available_resources()
                 raise WorkError(
@@ -62,10 +127,15 @@ class ActorPool:
                     f"{free.get('GPU', 0):g} GPU. Lower execution.{self._setting} "
                     "or wait for other work to end, then use --resume"
                 )
+            place: Place = result_of(placed[0])
         except BaseException:
             self.__exit__()
             raise
+        waited_s = time.monotonic() - asked - place.seconds
+        if waited_s > STARTING_S:
+            self._progress.waited(waited_s)
         self._actors = [starting[ready] for ready in (*placed, *later)]
+        self._is_at(self.first, place)
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -79,6 +149,11 @@ class ActorPool:
     def first(self) -> ActorHandle:
         """The actor that was placed first."""
         return self._actors[0]
+
+    def _is_at(self, actor: ActorHandle, place: Place) -> None:
+        if self._places.get(actor) != place.name:
+            self._places[actor] = place.name
+            self._progress.runs_on(sorted(self._places.values()))
 
     def dispatch(
         self,
@@ -104,7 +179,7 @@ class ActorPool:
         num_left = len(waiting)
         idle: list[ActorHandle] = []
         pending: dict[ray.ObjectRef, tuple[ActorHandle, list[ShardT]]] = {
-            (busy if busy and position == 0 else actor.__ray_ready__.remote()): (actor, [])
+            (busy if busy and position == 0 else actor.place.remote()): (actor, [])
             for position, actor in enumerate(self._actors)
         }
         while num_left:
@@ -120,6 +195,8 @@ class ActorPool:
             try:
                 result = result_of(done)
             except RayActorError as error:
+                if error.actor_init_failed:
+                    raise WorkError(f"a {self._setting} actor could not start: {last_line(error)}") from error
                 if submitted:
                     log.warning("a %s actor was lost (%s); its shard goes to another", self._setting, error)
                     waiting.extend(submitted)
@@ -128,48 +205,140 @@ class ActorPool:
                     # Its process has ended and Ray has not noticed yet: called at once, it would fail again.
                     time.sleep(RETRY_S)
                 if submitted or unavailable:
-                    pending[actor.__ray_ready__.remote()] = (actor, [])
+                    pending[actor.place.remote()] = (actor, [])
                 continue
+            if isinstance(result, Place):
+                self._is_at(actor, result)
             idle.append(actor)
             for shard in submitted:
                 num_left -= 1
                 yield shard, result
 
 
-def run_in_task(
-    work: Callable[..., ResultT], *arguments: Any, cpus: float = 0, gpus: float = 0, **named: Any
-) -> ResultT:
-    """Return `work(*arguments, **named)`, run in a process of its own; again on another node if that is lost.
+def _placed(actor_class: type) -> type:
+    """Return the class with a method that says where the actor is and since when."""
 
-    A trial exists as long as its trajectory and so only waits: it would else keep the
-    libraries of every stage loaded.
+    class Placed(actor_class):  # type: ignore[misc]
+        def __init__(self, *arguments: Any):
+            self._placed_at = time.monotonic()
+            super().__init__(*arguments)
+
+        def place(self) -> Place:
+            return Place(here(), time.monotonic() - self._placed_at)
+
+    Placed.__name__ = Placed.__qualname__ = actor_class.__name__
+    return Placed
+
+
+def here() -> str:
+    """Return the host of this process, and the GPUs that Ray has given to it."""
+    gpus = ray.get_gpu_ids()
+    return " ".join([socket.gethostname(), *(f"GPU {gpu}" for gpu in gpus)])
+
+
+@contextmanager
+def reporting_wait(progress: ClusterProgress, needs: str, unit: str) -> Iterator[None]:
+    """Report while the body waits what it waits for, and what of it is free in the cluster."""
+    placed = threading.Event()
+
+    def report() -> None:
+        while not placed.wait(REPORT_S):
+            free, total = ray.available_resources(), ray.cluster_resources()
+            progress.waits_for(f"{needs}; free are {free.get(unit, 0):g} of {total.get(unit, 0):g} {unit}")
+
+    reporting = threading.Thread(target=report, name="waiting", daemon=True)
+    reporting.start()
+    try:
+        yield
+    finally:
+        placed.set()
+        reporting.join()
+
+
+def run_in_task(
+    work: Callable[..., ResultT], *arguments: Any, progress: Progress = no_progress, **named: Any
+) -> ResultT:
+    """Return `work(*arguments, progress=progress, **named)`, run in a process of its own that holds nothing.
+
+    It is run again on another node if that is lost. A trial exists as long as its trajectory and so only
+    waits: it would else keep the libraries of every stage loaded.
     """
-    task = ray.remote(work).options(**_resources(cpus, gpus), max_retries=3)
-    result: ResultT = result_of(task.remote(*arguments, **named))
+    task = ray.remote(_counting_waits).options(
+        num_cpus=0, max_retries=3, scheduling_strategy="DEFAULT", name=work.__name__
+    )
+    result, waited_s = result_of(task.remote(work, arguments, named, progress))
+    on_cluster(progress).waited(waited_s)
     return result
+
+
+def _counting_waits(
+    work: Callable[..., ResultT], arguments: tuple[Any, ...], named: Mapping[str, Any], progress: Progress
+) -> tuple[ResultT, float]:
+    """Return the result of the work, and for how long it waited: the caller's progress is another copy."""
+    counting = WaitingTime(progress)
+    return work(*arguments, progress=counting, **named), counting.waited_s
 
 
 def result_of(object_ref: ray.ObjectRef) -> Any:
     """Return the value, or raise an error meant for the user as itself rather than wrapped by Ray.
 
+    Losses (`is_loss`) and a lack of memory (`is_out_of_memory`) are left as they are.
+
     Raises:
-        UnexpectedError: the work raised what nobody expects. To try again would meet it again: it is no
-            error of Ray's, whose errors are left as they are.
+        UnexpectedError: the work raised what nobody expects. To try again would meet it again.
     """
     try:
         return ray.get(object_ref)
     except RayTaskError as error:
-        if isinstance(error.cause, IterabreError):
-            raise error.cause from None
-        if isinstance(error.cause, RayError):
-            raise
+        cause = cause_of(error)
+        if isinstance(cause, IterabreError):
+            raise cause from None
+        if is_loss(cause) or is_out_of_memory(cause):
+            raise cause from error
         log.error("an actor or task failed: %s", error.traceback_str)
-        raise unexpected(error.cause) from error
+        if type(cause) is RayError:  # in place of an exception that cannot be pickled; it has its traceback
+            raise UnexpectedError(f"{last_line(cause)}: {FAULT}") from error
+        raise unexpected(cause) from error
 
 
-def _resources(cpus: float, gpus: float) -> dict[str, Any]:
-    """Return the options of an actor or task that holds `cpus` and `gpus` anywhere in the cluster.
+def cause_of(error: BaseException) -> BaseException:
+    """Return what was raised where the work is done, without the wrappers of the tasks that it passed."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
+
+
+def is_loss(error: BaseException) -> bool:
+    """Return whether a process, machine or object was lost, so that another try may succeed.
+
+    An actor that raised when it was made is none: it would raise again.
+    """
+    cause = cause_of(error)
+    failed_start = isinstance(cause, RayActorError) and cause.actor_init_failed
+    return isinstance(cause, LOSSES) and not failed_start
+
+
+def _resources(spec: ActorPoolSpec) -> dict[str, Any]:
+    """Return the options of an actor that holds what the spec says, on any node that suits.
 
     DEFAULT scheduling: inside a Tune trial, it would else be held to the trial's own small share.
     """
-    return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
+    return {
+        "num_cpus": spec.cpus,
+        "num_gpus": spec.gpus,
+        "memory": spec.memory_bytes or None,
+        "accelerator_type": spec.accelerator,
+        "label_selector": dict(spec.labels) or None,
+        "scheduling_strategy": "DEFAULT",
+    }
+
+
+def _needs(spec: ActorPoolSpec) -> str:
+    """Return what an actor needs, in words."""
+    held = (
+        f"{spec.gpus:g} {spec.accelerator or ''} GPU".replace("  ", " ")
+        if spec.gpus
+        else f"{spec.cpus:g} CPU"
+    )
+    labels = [f"{name}={value}" for name, value in spec.labels.items()]
+    return " ".join([held, "on one node", *(["with", *labels] if labels else [])])

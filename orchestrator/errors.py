@@ -1,6 +1,14 @@
 """The errors that deciding what to run can raise; the tree's root is in `actors.errors`."""
 
-from actors.errors import IterabreError, RequestError, UnexpectedError, WorkError, unexpected, unknown_name
+from actors.errors import (
+    IterabreError,
+    MemoryExhaustedError,
+    RequestError,
+    UnexpectedError,
+    WorkError,
+    unexpected,
+    unknown_name,
+)
 
 
 class ConfigError(RequestError):
@@ -28,6 +36,7 @@ __all__ = [
     "ConfigError",
     "CorruptStageError",
     "IterabreError",
+    "MemoryExhaustedError",
     "RequestError",
     "RunExistsError",
     "RunInUseError",

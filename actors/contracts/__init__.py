@@ -32,8 +32,9 @@ from actors.contracts.models import (
     Origin,
 )
 from actors.contracts.pool import ActorPoolSpec
-from actors.contracts.progress import ClusterProgress, Progress, no_progress
+from actors.contracts.progress import ClusterProgress, Progress, WaitingTime, no_progress, on_cluster
 from actors.contracts.recovery import (
+    CLOSED_FORM_OBJECTIVES,
     AdapterSpec,
     LossSpec,
     RecoveryResult,
@@ -42,6 +43,7 @@ from actors.contracts.recovery import (
     StepRecord,
 )
 from actors.contracts.scoring import (
+    MERGING_CRITERIA,
     MergeSpec,
     Removal,
     ScoreResult,
@@ -53,6 +55,8 @@ from actors.contracts.scoring import (
 from actors.contracts.settings import Doc, LocalPath, Name, Settings, extend
 
 __all__ = [
+    "CLOSED_FORM_OBJECTIVES",
+    "MERGING_CRITERIA",
     "ActorPoolSpec",
     "AdapterSpec",
     "ArtifactRef",
@@ -99,8 +103,10 @@ __all__ = [
     "TextSettings",
     "TextSpec",
     "ThroughputSpec",
+    "WaitingTime",
     "digest",
     "extend",
     "no_progress",
+    "on_cluster",
     "to_json",
 ]

@@ -1,13 +1,24 @@
 """A pool of actors."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class ActorPoolSpec:
-    """Up to `actors` actors with `cpus` and `gpus` each; the first must start within `start_timeout_s`."""
+    """Up to `actors` actors, and what each holds.
+
+    Attributes:
+        start_timeout_s: longest wait for the first one; None waits until there is room.
+        memory_bytes: of its node's memory, reserved.
+        accelerator: type of its GPUs, as Ray names it.
+        labels: what the labels of its node must be.
+    """
 
     actors: int
     cpus: float
     gpus: float
-    start_timeout_s: float = 600.0
+    start_timeout_s: float | None = None
+    memory_bytes: float = 0.0
+    accelerator: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)

@@ -82,6 +82,10 @@ class RecoverySettings(Settings):
     checkpoint_steps: Annotated[int, Ge(1), Doc("Steps between two checkpoints."), NotInKey()] = 100
 
 
+CLOSED_FORM_OBJECTIVES = frozenset({"linear_bridge"})
+"""Objectives that solve and train nothing, as their rows say: here for processes without torch."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecoverySpec(RecoverySettings):
     """Heal `model` (the student), by default by training adapters against its source model.

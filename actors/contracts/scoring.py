@@ -82,6 +82,10 @@ class ScoringSettings(Settings):
     ] = None
 
 
+MERGING_CRITERIA = frozenset({"laco"})
+"""Criteria that merge layers and drop none, as their rows say: here for processes without torch."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreSpec(ScoringSettings):
     """Score every remaining layer of `model` as a candidate for removal.

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as papq
 
-from actors.artifacts import filesystem
+from actors.artifacts import explained, is_transient, patient_filesystem
 from actors.errors import IterabreError, RequestError
 
 Record = dict[str, Any]
@@ -111,7 +111,7 @@ def first_line(file: str) -> bytes:
 @contextmanager
 def _open(file: str) -> Iterator[pa.NativeFile]:
     with _reader_errors(file):
-        source, path = filesystem(file)
+        source, path = patient_filesystem(file)
         opened = source.open_input_file(path)
     with opened:
         yield opened
@@ -125,6 +125,9 @@ def _reader_errors(file: str) -> Iterator[None]:
     except (IterabreError, MemoryError):
         raise
     except OSError as error:
+        if is_transient(error):
+            with explained(file, "read"):
+                raise
         raise RequestError(f"cannot read the text file {file!r}: {one_line_reason(error)}") from error
     except Exception as error:
         raise RequestError(

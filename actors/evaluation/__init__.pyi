@@ -1,4 +1,4 @@
-from .evaluate import evaluate_model
+from .evaluate import evaluate_model, metric_names
 from .lm_eval.harness import evaluate_tasks
 from .lm_eval.suites import SUITES, suite_tasks
 from .lm_eval.task_folder import tasks_fingerprint
@@ -16,6 +16,7 @@ __all__ = [
     "check_tasks",
     "evaluate_model",
     "evaluate_tasks",
+    "metric_names",
     "suite_tasks",
     "tasks_fingerprint",
     "token_perplexity",

@@ -16,33 +16,41 @@ from actors.contracts import (
     no_progress,
 )
 from actors.data import load_texts, tokenize_text
+from actors.evaluation.batch_size import BATCH_SIZE, batch_sizes
 from actors.evaluation.lm_eval.harness import Versions, evaluate_tasks_with
 from actors.evaluation.lm_eval.language_models import Responder, check_chat_template, local_responder
 from actors.evaluation.lm_eval.suites import suite_means
 from actors.evaluation.lm_eval.task_folder import check_tasks_unchanged
 from actors.evaluation.lm_eval.task_loading import check_task_data
 from actors.evaluation.perplexity import token_perplexity
-from actors.evaluation.probes.probes import check_probes, run_probe
+from actors.evaluation.probes.probes import check_probes, find_probe, run_probe
 from actors.evaluation.sandbox.runner import check_sandbox
 from actors.evaluation.throughput import check_length, throughput
 from actors.models import build_model, device, load_source, text_config
+from actors.out_of_memory import once_more_with_less
 
 TIMED_TEXT = TextSpec(builtin="wikitext-2-raw-test")
 CHARS_PER_TOKEN = 20
 """The text whose first tokens throughput is measured on; tokens of it are shorter, on average."""
 
-PERPLEXITY_BATCH = 8
-"""Perplexity windows of a batch where no batch size is given."""
+
+TEXT_MEASURES = ("token_perplexity", "loss_nats", "loss_over_log_vocab")
 
 
 def evaluate_model(spec: EvaluationSpec, progress: Progress = no_progress) -> EvaluationResult:
     """Load the model that `spec` names onto this process's device and measure it.
 
-    Raises RequestError for what cannot be had, before any weights are read.
+    Raises RequestError for what cannot be had, before any weights are read, and MemoryExhaustedError
+    if memory does not suffice, with half of the batch neither.
     """
     check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
     model, tokenizer = build_model(spec.model)
-    return evaluate(model.to(device()), tokenizer, spec, progress)
+    model.to(device())
+
+    def measure(spec: EvaluationSpec) -> EvaluationResult:
+        return evaluate(model, tokenizer, spec, progress)
+
+    return once_more_with_less(measure, **batch_sizes(spec))
 
 
 def evaluate(
@@ -75,7 +83,7 @@ def evaluate(
     versions = [(name, version(name)) for name in ("torch", "transformers")]
     for done, text in enumerate(spec.perplexity):
         progress(done, total, text.name)
-        metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size or PERPLEXITY_BATCH)
+        metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size or BATCH_SIZE)
     if spec.tasks:
         progress(len(spec.perplexity), total, ", ".join(spec.tasks))
         respond = local_responder(model, tokenizer, spec.batch_size, spec.max_length)
@@ -96,6 +104,14 @@ def evaluate(
     progress(total, total, "evaluated")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return EvaluationResult(tuple(metrics), num_parameters, tuple(versions))
+
+
+def metric_names(spec: EvaluationSpec) -> tuple[list[str], list[str]]:
+    """Return the names of the metrics of texts and probes, and what else is measured, by its first part."""
+    names = [f"{text.name}/{measure}" for text in spec.perplexity for measure in TEXT_MEASURES]
+    names += [f"{name}/{measure}" for name in spec.probes for measure in find_probe(name).gives]
+    timed = [] if spec.throughput is None else ["throughput"]
+    return names, [*spec.tasks, *spec.suites, *timed]
 
 
 def measure_tasks(
@@ -126,8 +142,12 @@ def _perplexity(
     input_ids = tokenize_text(texts, tokenizer, spec.max_tokens, repr(spec.data.name))
     vocab_size = text_config(model.config).vocab_size
     measured = token_perplexity(model, input_ids, spec.context, batch_size)
+    values = (
+        (measured.perplexity, "ppl"),
+        (measured.loss_nats, "nats"),
+        (measured.loss_nats / math.log(vocab_size), ""),
+    )
     return [
-        Metric(f"{spec.name}/token_perplexity", measured.perplexity, "ppl"),
-        Metric(f"{spec.name}/loss_nats", measured.loss_nats, "nats"),
-        Metric(f"{spec.name}/loss_over_log_vocab", measured.loss_nats / math.log(vocab_size)),
+        Metric(f"{spec.name}/{measure}", value, unit)
+        for measure, (value, unit) in zip(TEXT_MEASURES, values, strict=True)
     ]

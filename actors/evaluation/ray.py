@@ -5,6 +5,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from actors.contracts import ActorPoolSpec, EvaluationResult, EvaluationSpec, Progress, no_progress
+from actors.evaluation.batch_size import batch_sizes
+from actors.out_of_memory import once_more_with_less
 from actors.ray_pool import ActorPool, result_of, run_in_task
 
 if TYPE_CHECKING:
@@ -58,13 +60,19 @@ def evaluate_on_ray(
 
     Raises:
         WorkError: no actor got a place in time, or all were lost.
+        MemoryExhaustedError: memory does not suffice, with half of the batch neither.
     """
     alone = pool.actors == 1 or not spec.tasks
-    with ActorPool(replace(pool, actors=1) if alone else pool, EvalActor, setting="evaluation") as actors:
-        if alone:
-            return result_of(_submit(actors.first, spec, progress))
-        # A process of its own: lm-eval redirects its process's output and sets its random states.
-        return run_in_task(_evaluate_on_pool, spec, actors, progress)
+    pool = replace(pool, actors=1) if alone else pool
+
+    def evaluate(spec: EvaluationSpec) -> EvaluationResult:
+        with ActorPool(pool, EvalActor, setting="evaluation", progress=progress) as actors:
+            if alone:
+                return result_of(_submit(actors.first, spec, progress))
+            # A process of its own: lm-eval redirects its process's output and sets its random states.
+            return run_in_task(_evaluate_on_pool, spec, actors, progress=progress)
+
+    return once_more_with_less(evaluate, **batch_sizes(spec))
 
 
 def _evaluate_on_pool(spec: EvaluationSpec, pool: ActorPool, progress: Progress) -> EvaluationResult:
@@ -105,7 +113,7 @@ def _evaluate_on_pool(spec: EvaluationSpec, pool: ActorPool, progress: Progress)
 
 
 def evaluate_all_on_ray(
-    specs: Sequence[EvaluationSpec], pool: ActorPoolSpec
+    specs: Sequence[EvaluationSpec], pool: ActorPoolSpec, progress: Progress = no_progress
 ) -> Iterator[tuple[int, EvaluationResult]]:
     """Yield the position and the result of each spec, when done; one model on each actor at a time.
 
@@ -115,7 +123,7 @@ def evaluate_all_on_ray(
         WorkError: no actor got a place in time, or all were lost.
     """
     pool = replace(pool, actors=min(pool.actors, len(specs)))
-    with ActorPool(pool, EvalActor, setting="evaluation") as actors:
+    with ActorPool(pool, EvalActor, setting="evaluation", progress=progress) as actors:
         yield from actors.dispatch(
             range(len(specs)), submit=lambda actor, position: _submit(actor, specs[position])
         )

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from actors.contracts import GenerationResult, GenerationSpec, Progress, no_progress
 from actors.errors import unknown_name
-from actors.generation.responses import Engine, run_shards
+from actors.generation.responses import Engine, batch_sizes, run_shards
 from actors.generation.transformers import TransformersEngine
 from actors.generation.vllm import VllmEngine
+from actors.out_of_memory import once_more_with_less
 
 ENGINES: dict[str, Callable[[GenerationSpec], Engine]] = {
     "transformers": TransformersEngine,
@@ -31,7 +32,11 @@ def generate_locally(spec: GenerationSpec, uri: str, progress: Progress = no_pro
     Raises:
         RequestError: no prompts, no chat template, or no such engine.
     """
-    engine = open_engine(spec)
-    return run_shards(
-        spec, lambda shards: ((shard, engine.respond(shard)) for shard in shards), uri, progress
-    )
+
+    def generate(spec: GenerationSpec) -> GenerationResult:
+        engine = open_engine(spec)
+        return run_shards(
+            spec, lambda shards: ((shard, engine.respond(shard)) for shard in shards), uri, progress
+        )
+
+    return once_more_with_less(generate, **batch_sizes(spec))

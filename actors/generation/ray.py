@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from actors.contracts import ActorPoolSpec, GenerationResult, GenerationSpec, Progress, no_progress
+from actors.out_of_memory import once_more_with_less
 from actors.ray_pool import ActorPool
 
 if TYPE_CHECKING:
@@ -36,8 +37,12 @@ def generate_on_ray(
 
     Raises:
         WorkError: no actor got a place in time, or all were lost.
+        MemoryExhaustedError: memory does not suffice, with half of the batch neither.
     """
-    from actors.generation.responses import run_shards
+    from actors.generation.responses import batch_sizes, run_shards
 
-    with ActorPool(pool, GenerateActor, spec, setting="generation") as actors:
-        return run_shards(spec, actors.dispatch, uri, progress)
+    def generate(spec: GenerationSpec) -> GenerationResult:
+        with ActorPool(pool, GenerateActor, spec, setting="generation", progress=progress) as actors:
+            return run_shards(spec, actors.dispatch, uri, progress)
+
+    return once_more_with_less(generate, **batch_sizes(spec))

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
+from typing import Any, Protocol
 
 from actors.artifacts import publish
 from actors.contracts import GenerationResult, GenerationSpec, Progress
@@ -45,6 +45,18 @@ class Engine(Protocol):
 
     def respond(self, shard: Shard) -> list[Response]:
         """Return the responses to the shard's prompts, in order, several for each if the spec says so."""
+
+
+def batch_sizes(spec: GenerationSpec) -> dict[str, Any]:
+    """Return how a generation that lacks memory is tried again; see `once_more_with_less`."""
+    half = spec.batch_size // 2
+    return {
+        "size": spec,
+        "smaller": replace(spec, batch_size=half) if half else None,
+        "what": f"generation by {spec.model.path!r}",
+        "setting": "recovery.generation.batch_size",
+        "remedy": "lower recovery.generation.max_new_tokens, or use a device with more memory",
+    }
 
 
 def run_shards(spec: GenerationSpec, compute: Compute, uri: str, progress: Progress) -> GenerationResult:

@@ -1,22 +1,106 @@
 """Recovery on the cluster: the plain training loop inside Ray Train workers."""
 
+import logging
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ray import train as ray_train
-from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupContext
+from ray.util import placement_group_table
 
-from actors.artifacts import explained, join
-from actors.contracts import Progress, RecoveryResult, RecoverySpec, no_progress
-from actors.errors import ChangedError, IterabreError, RequestError, WorkError, last_line
+from actors.artifacts import explained, join, read_bytes, write_bytes
+from actors.contracts import (
+    ClusterProgress,
+    Progress,
+    RecoveryResult,
+    RecoverySpec,
+    no_progress,
+    on_cluster,
+)
+from actors.errors import (
+    FAULT,
+    ChangedError,
+    IterabreError,
+    MemoryExhaustedError,
+    RequestError,
+    StopRequestedError,
+    UnexpectedError,
+    WorkError,
+    last_line,
+)
+from actors.out_of_memory import is_out_of_memory
+from actors.ray_pool import cause_of, here, is_loss, reporting_wait
+from actors.recovery.training.failures import (
+    DivergenceError,
+    MicroBatchError,
+    Restarts,
+    is_lost_peer,
+    worker_counts,
+)
 from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, TrainContext, WriteShard
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+
+NEVER_S = 1e8
+"""Three years: Ray Train knows no wait without an end."""
+
+
+log = logging.getLogger(__name__)
+
+_waited = {"s": 0.0}
+"""In a worker: for how long the workers of its training had no place, so far."""
+
+
+class WorkerPlaces(WorkerGroupCallback):
+    """Reports what the workers wait for and where they are; runs in the controller of the training.
+
+    Ray Train calls it each time that it starts the workers, at first and after a loss.
+    """
+
+    def __init__(self, progress: ClusterProgress, needs: str):
+        self._progress, self._needs = progress, needs
+        self._waited_s = 0.0
+        self._waiting: ExitStack | None = None
+
+    def before_worker_group_start(self, worker_group_context: WorkerGroupContext) -> None:
+        """Begin to report what the workers wait for."""
+        if self._waiting is not None:  # the last start failed
+            self._waiting.close()
+        unit = "GPU" if "GPU" in worker_group_context.resources_per_worker else "CPU"
+        self._waiting = ExitStack()
+        self._waiting.enter_context(reporting_wait(self._progress, self._needs, unit))
+
+    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
+        """Report the places, and give the workers the time that was waited for them."""
+        if self._waiting is not None:
+            self._waiting.close()
+            self._waiting = None
+        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        self._waited_s += placement_group_table(group)["stats"]["end_to_end_creation_latency_ms"] / 1e3
+        self._progress.runs_on(worker_group.execute(_note_place, self._waited_s))
+
+
+def _note_place(waited_s: float) -> str:
+    """Keep in a worker for how long it was waited; return where it is."""
+    _waited["s"] = waited_s
+    return here()
+
+
+def _needs(scaling: ScalingConfig) -> str:
+    """Return what the workers need, in words."""
+    unit = "GPU" if scaling.use_gpu else "CPU"
+    each = (scaling.resources_per_worker or {}).get(unit, 0)
+    return f"{scaling.num_workers} x {each:g} {scaling.accelerator_type or ''} {unit}".replace("  ", " ")
 
 
 @dataclass(frozen=True)
@@ -24,7 +108,8 @@ class _Job:
     spec: RecoverySpec
     adapter_uri: str
     micro_batch_hint_uri: str
-    progress: Progress
+    progress: ClusterProgress
+    workers: int
 
 
 def recover_on_ray(
@@ -36,107 +121,203 @@ def recover_on_ray(
     workers: int = 1,
     cpus_per_worker: float = 1.0,
     gpus_per_worker: float = 0.0,
-    start_timeout_s: float = 600.0,
+    memory_bytes_per_worker: float = 0.0,
+    accelerator: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    start_timeout_s: float | None = None,
+    replacement_timeout_s: float | None = None,
     max_failures: int = 3,
     progress_handle: Progress | None = None,
 ) -> RecoveryResult:
     """Run recovery as a Ray Train job and wait for it.
 
     The loss curve is that of `recover_locally`, whatever the number of workers.
-    Lost workers are replaced and training continues from the last checkpoint, as it
-    does if a new caller uses the same `name`, even with another number of workers.
+    Lost workers are replaced, or if there is no room for that go on without them, and training
+    continues from the last checkpoint, as it does if a new caller uses the same `name`. Nothing but a
+    loss of workers is tried again.
 
     Args:
         spec: what to train.
         adapter_uri: where rank 0 publishes the trained adapter.
         name: name of the run, unique to `spec` under `storage_path`.
         storage_path: where checkpoints go; all nodes must see it.
-        workers: number of workers; `cpus_per_worker` and `gpus_per_worker` are
-            what each one reserves.
+        workers: number of workers; `cpus_per_worker`, `gpus_per_worker` and
+            `memory_bytes_per_worker` are what each one reserves, of nodes with GPUs of the
+            type `accelerator` and with those `labels`.
         start_timeout_s: how long to wait for the workers' resources, each time
-            that they are requested.
+            that they are requested; until there is room if None.
+        replacement_timeout_s: how long to wait for the replacement of a lost worker before
+            training goes on with fewer; until there is one if None.
         max_failures: how many failures of workers, and of starting them, are survived;
             a machine that is taken away after a warning (spot) does not count.
         progress_handle: a picklable `Progress`; called in the worker of rank 0.
 
     Raises:
-        RequestError: the request was wrong; found by the workers, not tried again.
+        RequestError: the request was wrong; found by the workers.
+        StopRequestedError: the progress asked to stop; the same `name` goes on.
+        MemoryExhaustedError: memory does not suffice, with the smallest micro-batch neither.
         WorkError: training failed; names the cause, not the actor that it ended.
     """
-    micro_batch_hint_uri = join(storage_path, name, "micro_batch_size")
-    job = _Job(spec, adapter_uri, micro_batch_hint_uri, progress_handle or no_progress)
+    progress = on_cluster(progress_handle or no_progress)
+    hint_uri = join(storage_path, name, "micro_batch_size")
+    job = _Job(spec, adapter_uri, hint_uri, progress, workers)
     scaling = ScalingConfig(
         num_workers=workers,
         use_gpu=gpus_per_worker > 0,
         resources_per_worker={
             "CPU": cpus_per_worker,
             **({"GPU": gpus_per_worker} if gpus_per_worker else {}),
+            **({"memory": memory_bytes_per_worker} if memory_bytes_per_worker else {}),
         },
+        accelerator_type=accelerator,
+        label_selector=dict(labels) if labels else None,
     )
     run_config = RunConfig(
         name=name,
         storage_path=storage_path,
-        failure_config=FailureConfig(
-            max_failures=max_failures,
-            controller_failure_limit=max_failures,
-            # Losing a machine that was announced to go is no failure; as many as come are survived.
-            max_preemption_failures=-1,
-        ),
+        # Ray Train would try again whatever failed, and only with as many workers.
+        failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_TO_KEEP),
         logging_config=LoggingConfig(log_level="WARNING"),
     )
-    with _start_timeout(start_timeout_s):
-        return _fit(job, scaling, run_config)
+    counts = worker_counts(spec.batch_size, workers)
+    restarts = Restarts(counts, max_failures, start_timeout_s, replacement_timeout_s)
+    while True:
+        try:
+            result, waited_s = _fit(job, replace(scaling, num_workers=restarts.count), run_config, restarts)
+        except MicroBatchError as error:
+            log.warning("%s", error)
+        except _WorkersLostError as lost:
+            if not restarts.go_on_after_loss(lost.announced):
+                raise WorkError(
+                    f"recovery {name!r} lost workers {restarts.failures} times "
+                    f"(execution.training.max_failures: {max_failures}): {lost}. Finished steps are kept up "
+                    "to the last checkpoint; continue with --resume"
+                ) from lost
+            log.warning("recovery %s: %s; it goes on from its last checkpoint", name, lost)
+        except _NoPlacesError as error:
+            if not restarts.go_on_without_places():
+                raise
+            said = f"{error}: going on with {restarts.count} of {workers} workers"
+            log.warning("recovery %s: %s", name, said)
+            progress.waits_for(said)
+        else:
+            progress.waited(waited_s + restarts.missing_s)
+            return result
 
 
-def _fit(job: _Job, scaling: ScalingConfig, run_config: RunConfig) -> RecoveryResult:
-    """Run the job to its end; failures are raised as what caused them."""
+class _WorkersLostError(WorkError):
+    """Processes or machines of workers were lost; `announced` if all of them were to be taken away."""
+
+    def __init__(self, message: str, announced: bool = False):
+        super().__init__(message)
+        self.announced = announced
+
+
+class _NoPlacesError(WorkError):
+    """The workers were not placed in time."""
+
+
+def _fit(
+    job: _Job, scaling: ScalingConfig, run_config: RunConfig, restarts: Restarts
+) -> tuple[RecoveryResult, float]:
+    """Run the job to its end; failures are raised as what caused them. Return for how long it waited, too."""
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
-        _train_worker, train_loop_config={"job": job}, scaling_config=scaling, run_config=run_config
+        _train_worker,
+        train_loop_config={"job": job},
+        scaling_config=scaling,
+        run_config=replace(run_config, callbacks=[WorkerPlaces(job.progress, _needs(scaling))]),
     )
     try:
-        returned = trainer.fit().return_value
+        with _start_timeout(restarts.timeout_s):
+            returned, waited_s = trainer.fit().return_value
+    except ray_train.PreemptionError as error:
+        raise _WorkersLostError(last_line(error), announced=True) from error
     except ray_train.WorkerGroupError as error:
-        # One worker's own error, which caused the others, rather than a lost peer.
-        causes = {rank: getattr(e, "_base_exc", e) for rank, e in sorted(error.worker_failures.items())}
-        rank, cause = min(causes.items(), key=lambda item: _failure_rank(item[1]))
-        if isinstance(cause, IterabreError):
-            raise cause from error
-        raise WorkError(
-            f"recovery {run_config.name!r} failed on worker {rank}: {type(cause).__name__}: "
-            f"{last_line(cause)}. Finished steps are kept up to the last checkpoint; continue with --resume"
-        ) from error
-    except ray_train.TrainingFailedError as error:
+        causes = [cause_of(getattr(e, "_base_exc", e)) for _, e in sorted(error.worker_failures.items())]
+        raise _cause_of_failure(job, str(run_config.name), causes) from error
+    except ray_train.ControllerError as error:
+        failure = error.controller_failure
+        if isinstance(failure, WorkerGroupStartupTimeoutError):
+            raise _NoPlacesError(
+                f"recovery {run_config.name!r} got no {_needs(scaling)} within {restarts.timeout_s:g} s"
+            ) from error
+        if isinstance(failure, WorkerGroupStartupFailedError):
+            raise _WorkersLostError(f"the workers did not start: {last_line(failure)}") from error
         raise WorkError(
             f"recovery {run_config.name!r} could not run on {scaling.num_workers} workers of "
             f"{scaling.resources_per_worker}: {last_line(error)}"
         ) from error
     if isinstance(returned, IterabreError):
         raise returned
-    return returned
+    return returned, waited_s
 
 
-def _train_worker(config: dict[str, _Job]) -> RecoveryResult | IterabreError:
-    """Train in one worker. Errors that a retry would meet again are returned: Ray retries what is raised."""
-    from actors.recovery.training.train_loop import DivergenceError, train
+def _cause_of_failure(job: _Job, name: str, causes: Sequence[BaseException]) -> IterabreError:
+    """Return what is to be raised for the failures of workers: one's own error rather than a lost peer."""
+    for cause in causes:
+        if isinstance(cause, IterabreError):
+            return cause
+    if any(map(is_out_of_memory, causes)):
+        return _with_smaller_micro_batch(job, name, next(filter(is_out_of_memory, causes)))
+    if (lost := [cause for cause in causes if is_loss(cause)]) or all(map(is_lost_peer, causes)):
+        announced = bool(lost) and all(getattr(cause, "preempted", False) for cause in lost)
+        return _WorkersLostError(last_line([*lost, *causes][0]), announced)
+    own = next(cause for cause in causes if not is_lost_peer(cause))
+    return UnexpectedError(
+        f"recovery {name!r} failed: {type(own).__name__}: {last_line(own)}: {FAULT}. Finished steps are kept "
+        "up to the last checkpoint"
+    )
 
-    job, ray_context = config["job"], ray_train.get_context()
+
+def _with_smaller_micro_batch(job: _Job, name: str, error: BaseException) -> IterabreError:
+    """Note a smaller micro-batch where a worker was ended for want of memory, or failed outside of a step."""
+    noted = read_bytes(job.micro_batch_hint_uri)
+    size = int(noted) if noted else job.spec.micro_batch_size
+    if size == 1:
+        return MemoryExhaustedError(
+            f"recovery {name!r}: memory does not suffice even with micro-batches of one sequence "
+            f"({last_line(error)}); make recovery.sequence_length smaller, set "
+            "recovery.gradient_checkpointing, shard or offload (configs/deepspeed/zero3_offload.json), or "
+            "use a device with more memory"
+        )
+    write_bytes(job.micro_batch_hint_uri, str(size // 2).encode())
+    return MicroBatchError(f"recovery {name}: {last_line(error)}; going on with micro-batches of {size // 2}")
+
+
+def _train_worker(config: dict[str, _Job]) -> tuple[RecoveryResult | IterabreError, float]:
+    """Train in one worker; return the result, and for how long its workers waited for their places."""
+    return _train(config["job"]), _waited["s"]
+
+
+def _train(job: _Job) -> RecoveryResult | IterabreError:
+    """Train in one worker; errors that all workers meet at once are returned."""
+    from actors.recovery.training.train_loop import train
+
+    ray_context = ray_train.get_context()
+    world_size = ray_context.get_world_size()
+
+    def progress(done: int, total: int, note: str = "") -> None:
+        fewer = "" if world_size == job.workers else f", on {world_size} of {job.workers} workers"
+        job.progress(done, total, f"{note}{fewer}")
+
     context = TrainContext(
         rank=ray_context.get_world_rank(),
-        world_size=ray_context.get_world_size(),
+        world_size=world_size,
         adapter_uri=job.adapter_uri,
         micro_batch_hint_uri=job.micro_batch_hint_uri,
         save_checkpoint=_report_checkpoint,
         checkpoints=_checkpoints_newest_first,
-        progress=job.progress,
+        progress=progress,
         # The same on all workers: true once the machine of any of them is announced to be taken away.
         preemption_requested=lambda: ray_train.get_preemption_info() is not None,
+        stop_requested=job.progress.stop_requested,
     )
     try:
         return train(job.spec, context)
-    except (RequestError, ChangedError, DivergenceError) as error:
+    except (RequestError, ChangedError, DivergenceError, StopRequestedError) as error:
         return error
 
 
@@ -165,10 +346,10 @@ def _open_checkpoint(checkpoint: ray_train.Checkpoint) -> Iterator[Path]:
 
 
 @contextmanager
-def _start_timeout(seconds: float) -> Iterator[None]:
+def _start_timeout(seconds: float | None) -> Iterator[None]:
     """Set the limit where Ray Train reads it: in the environment of the process that calls `fit`."""
     before = os.environ.get(START_TIMEOUT_VARIABLE)
-    os.environ[START_TIMEOUT_VARIABLE] = str(seconds)
+    os.environ[START_TIMEOUT_VARIABLE] = str(NEVER_S if seconds is None else seconds)
     try:
         yield
     finally:
@@ -176,12 +357,3 @@ def _start_timeout(seconds: float) -> Iterator[None]:
             del os.environ[START_TIMEOUT_VARIABLE]
         else:
             os.environ[START_TIMEOUT_VARIABLE] = before
-
-
-def _failure_rank(cause: BaseException) -> int:
-    """Return an error's distance from the root cause: own error, own crash, lost process, lost peer."""
-    if isinstance(cause, IterabreError):
-        return 0
-    if isinstance(cause, RayActorError):
-        return 2
-    return 3 if "peer" in str(cause).lower() else 1

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from actors.models import (
 )
 from actors.models.loading.load import load_config
 from actors.models.loading.tokens import check_token_ids
+from actors.models.offloading.dispatch import input_device
+from actors.out_of_memory import once_more_with_less
 from actors.scoring.criteria import (
     MergeCriterion,
     as_layer_criterion,
@@ -34,7 +37,7 @@ from actors.scoring.criteria import (
 from actors.scoring.early_elimination import ROUND_SEQUENCES, surviving_candidates
 from actors.scoring.laco import merge_result
 from actors.scoring.measures.calibration import Calibration
-from actors.scoring.measures.memory_budget import GIB
+from actors.scoring.measures.memory_budget import GIB, default_budget
 from actors.scoring.measures.wavefront import ForwardCounter
 
 ScoreRows = list[list[float]]
@@ -112,13 +115,17 @@ Compute = Callable[[list[Shard]], Iterable[tuple[Shard, ShardScores]]]
 class Scorer:
     """Scores shards of one `ScoreSpec`; loads its models once, at first use.
 
+    Args:
+        memory_share: share of the memory budget that hidden states may take.
+
     Raises:
         RequestError: the criterion is unknown, measures no layers, or cannot do what the spec requires.
     """
 
-    def __init__(self, spec: ScoreSpec):
+    def __init__(self, spec: ScoreSpec, memory_share: float = 1.0):
         self.spec = spec
         self.criterion = as_layer_criterion(criterion_of(spec))
+        self._memory_share = memory_share
 
     @cached_property
     def _model(self) -> PreTrainedModel:
@@ -212,6 +219,8 @@ class Scorer:
         model, spec, counter = self._model, self.spec, ForwardCounter()
         sequences = [self.sequences[i].to(model.device) for i in shard.positions if self.sequences]
         budget = None if spec.memory_budget_gb is None else int(spec.memory_budget_gb * GIB)
+        if self._memory_share < 1:
+            budget = int((budget or default_budget(input_device(model))) * self._memory_share)
         calibration = Calibration(
             sequences,
             self._reference,
@@ -323,11 +332,26 @@ def score_locally(spec: ScoreSpec, progress: Progress = no_progress) -> ScoreRes
     """Score in this process, one shard after another."""
     if isinstance(criterion_of(spec), MergeCriterion):
         return merge_result(spec)
-    scorer = Scorer(spec)
 
-    def compute(shards: list[Shard]) -> Iterable[tuple[Shard, ShardScores]]:
-        return ((shard, scorer.score(shard)) for shard in shards)
+    def score(memory_share: float) -> ScoreResult:
+        scorer = Scorer(spec, memory_share)
 
-    # A shard reads a streamed model's files once, so there is only one.
-    count = 1 if spec.stream_weights else -(-len(scorer.sequences) // SEQUENCES_PER_LOCAL_SHARD)
-    return run_shards(scorer, compute, max(1, count), progress=progress)
+        def compute(shards: list[Shard]) -> Iterable[tuple[Shard, ShardScores]]:
+            return ((shard, scorer.score(shard)) for shard in shards)
+
+        # A shard reads a streamed model's files once, so there is only one.
+        count = 1 if spec.stream_weights else -(-len(scorer.sequences) // SEQUENCES_PER_LOCAL_SHARD)
+        return run_shards(scorer, compute, max(1, count), progress=progress)
+
+    return once_more_with_less(score, **memory_shares(spec))
+
+
+def memory_shares(spec: ScoreSpec) -> dict[str, Any]:
+    """Return how a scoring that lacks memory is tried again; see `once_more_with_less`."""
+    return {
+        "size": 1.0,
+        "smaller": 0.5,
+        "what": f"scoring of {spec.model.source.path!r}",
+        "setting": "scoring.memory_budget_gb",
+        "remedy": "lower scoring.sequence_length, set scoring.stream_weights, or use a larger device",
+    }

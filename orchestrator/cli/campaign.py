@@ -23,11 +23,17 @@ AcceptChanges = Annotated[
     ),
 ]
 
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Read and hash all that is finished, not only compare sizes and ETags."),
+]
+
 
 def compress(
     config: Config,
     resume: Resume = False,
     accept_changes: AcceptChanges = False,
+    verify: Verify = False,
     address: Address = None,
     set_: Set = None,
 ) -> None:
@@ -38,28 +44,31 @@ def compress(
             f"{config} has {len(loaded.models)} models and {len(loaded.methods)} methods; "
             "`compress` takes one of each, `iterabre campaign` takes many"
         )
-    _run(loaded, resume, accept_changes, address)
+    _run(loaded, resume, accept_changes, verify, address)
 
 
 def campaign(
     config: Config,
     resume: Resume = False,
     accept_changes: AcceptChanges = False,
+    verify: Verify = False,
     address: Address = None,
     set_: Set = None,
 ) -> None:
     """Run a campaign file: models × methods × seeds, with stops at the targets."""
-    _run(load_config(config, set_), resume, accept_changes, address)
+    _run(load_config(config, set_), resume, accept_changes, verify, address)
 
 
-def _run(config: CampaignConfig, resume: bool, accept_changes: bool, address: str | None) -> None:
+def _run(
+    config: CampaignConfig, resume: bool, accept_changes: bool, verify: bool, address: str | None
+) -> None:
     from orchestrator.execution.campaign import run_campaign
     from orchestrator.execution.cluster import find_cluster
     from orchestrator.planning.planner import build_plan
     from orchestrator.storage.run_manifest import read_run
     from orchestrator.storage.stage_store import Store
 
-    store = Store.of_campaign(config.storage.path, config.name)
+    store = Store.of_config(config.storage, config.name, verify)
     err.print(f"Checking the request: {config.name}", style="dim")
     if config.execution.backend == "ray":
         find_cluster(address)

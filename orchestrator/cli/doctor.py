@@ -141,15 +141,16 @@ def check_cluster(place: Place) -> Iterator[Finding]:
             remedy = "name one with --address auto or HOST:PORT"
             yield Finding("Ray cluster", "note", "none asked for", remedy)
             return
-        from orchestrator.execution.cluster import capacity_at
+        from orchestrator.execution.cluster import nodes_at
 
-        has = capacity_at(place.address)
+        nodes = nodes_at(place.address)
     except RequestError as error:
         found, _, remedy = str(error).partition("; ")
         yield Finding("Ray cluster", "fail", found, remedy)
         return
-    growth = "with what its autoscaler may add: " if has.can_grow else ""
-    yield Finding("Ray cluster", "ok", f"{growth}{has.cpus:g} CPUs, {has.gpus:g} GPUs")
+    growth = "" if all(node.is_up for node in nodes) else "with what its autoscaler may add: "
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    yield Finding("Ray cluster", "ok", f"{growth}{cpus:g} CPUs, {gpus:g} GPUs")
 
 
 CHECKS: tuple[Callable[[Place], Iterator[Finding]], ...] = (

@@ -6,7 +6,6 @@ import typer
 
 from orchestrator.cli.options import Output, Run, new_directory
 from orchestrator.cli.output import out, print_model
-from orchestrator.cli.runs import existing_run
 
 
 def export(
@@ -24,9 +23,9 @@ def export(
     from orchestrator.export.exporter import export_iteration
     from orchestrator.export.hub import check_upload, upload
     from orchestrator.planning.recorded import recorded_trajectory
-    from orchestrator.storage.stage_store import Store
+    from orchestrator.storage.run_manifest import recorded_store
 
-    store = Store(existing_run(run))
+    store = recorded_store(run, repr(run))
     if push_to_hub:
         check_upload(push_to_hub)
     with new_directory(output):

@@ -44,8 +44,8 @@ def plan(
     if calibrate and len(machine or ()) != 1:
         raise RequestError("--calibrate needs one --machine, the one that the earlier run ran on")
     machines = [parse_machine(text, loaded.cost) for text in machine or DEFAULT_MACHINES]
-    store = Store.of_campaign(loaded.storage.path, loaded.name)
-    existing = store if read_run(store) is not None else None
+    store = Store.of_config(loaded.storage, loaded.name)
+    existing = store if store.cache is not None or read_run(store) is not None else None
     factors = _factors(calibrate, machines[0][1]) if calibrate else {}
     built, changes = continue_plan(build_plan(loaded), loaded, store)
     stages = campaign_stages(built, existing)
@@ -62,11 +62,10 @@ def _factors(run: str, machine: Any) -> dict[str, float]:
     from orchestrator.planning.estimate import calibrate
     from orchestrator.planning.planner import build_plan
     from orchestrator.storage.ledger import Ledger
-    from orchestrator.storage.run_manifest import recorded_config
-    from orchestrator.storage.stage_store import Store
+    from orchestrator.storage.run_manifest import recorded_config, recorded_store
 
-    store = Store(run)
-    config = recorded_config(store, f"--calibrate {run!r}")
+    store = recorded_store(run, f"--calibrate {run!r}")
+    config = recorded_config(store)
     built, ledger = build_plan(config), Ledger(store.ledger_uri).read()
     factors = calibrate(config, built, campaign_stages(built, store), ledger, machine)
     if not factors:

@@ -77,9 +77,9 @@ def build_report(run: str) -> str:
     from actors.artifacts import local_path, publish
     from orchestrator.reporting.html import build_report
     from orchestrator.reporting.run_source import read_source
-    from orchestrator.storage.stage_store import Store
+    from orchestrator.storage.run_manifest import recorded_store
 
-    store = Store(run)
+    store = recorded_store(run)
     source = read_source(store)
     if directory := local_path(store.report_uri):
         return str(build_report(source, directory))

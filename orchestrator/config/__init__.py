@@ -9,9 +9,11 @@ Whether the named models, data, criteria and tasks exist is `orchestrator.planni
 
 from orchestrator.config.campaign import CampaignConfig, ExcludeConfig, SearchConfig, TargetConfig
 from orchestrator.config.execution import (
+    ActorConfig,
     ClusterMaximumConfig,
     CostConfig,
     ExecutionConfig,
+    ExportConfig,
     MachineConfig,
     MlflowConfig,
     PoolConfig,
@@ -36,12 +38,14 @@ from orchestrator.config.paths import absolute_path, with_absolute_paths
 from orchestrator.config.section import Section
 
 __all__ = [
+    "ActorConfig",
     "CampaignConfig",
     "ClusterMaximumConfig",
     "CostConfig",
     "EvaluationConfig",
     "ExcludeConfig",
     "ExecutionConfig",
+    "ExportConfig",
     "MachineConfig",
     "MethodConfig",
     "MlflowConfig",

@@ -1,5 +1,6 @@
 """Where and how wide a campaign runs, where it is kept, who gets its numbers, what it costs."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -8,40 +9,59 @@ from actors.contracts import LocalPath
 from orchestrator.config.section import Section
 
 
-class PoolConfig(Section):
+class ActorConfig(Section):
+    """What one actor or worker holds, all on one node."""
+
+    cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
+    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
+    memory_gb: float | None = Field(None, gt=0, description="GB of a node's memory that are reserved for it.")
+    accelerator: str | None = Field(
+        None, min_length=1, description="Type of GPU, as Ray names it, e.g. A100 or H100; any if not given."
+    )
+    labels: dict[str, str] = Field({}, description="Labels that its node must have (`ray start --labels`).")
+
+
+class PoolConfig(ActorConfig):
     """Actors that share a stage's work, and what each holds."""
 
     actors: int = Field(2, ge=1, description="Actors that share the calibration sequences, or the prompts.")
-    cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
-    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
 
 
-class WorkerConfig(Section):
-    """Actors that share an evaluation's requests, and what each holds; an export holds as much as one."""
+class WorkerConfig(ActorConfig):
+    """Actors that share an evaluation's requests, and what each holds."""
 
     actors: int = Field(1, ge=1, description="Actors that share the requests of the tasks.")
-    cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
-    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
 
 
-class TrainingConfig(Section):
+class ExportConfig(ActorConfig):
+    """What the process holds that writes a finished model."""
+
+
+class TrainingConfig(ActorConfig):
     """The workers of one recovery; they start together or not at all."""
 
     workers: int = Field(1, ge=1, description="Workers that share a batch.")
-    cpus: float = Field(1.0, gt=0, description="CPUs a worker.")
-    gpus: float = Field(0.0, ge=0, description="GPUs a worker.")
     deepspeed: Annotated[str | None, LocalPath()] = Field(
         None, description="DeepSpeed JSON file, merged into ours."
     )
     max_failures: int = Field(3, ge=0, description="Lost workers before the recovery is given up.")
+    replacement_timeout_s: float | None = Field(
+        300.0,
+        gt=0,
+        description="Seconds without a replacement of a lost worker after which training goes on with fewer "
+        "workers, as many as divide the batch; without it, it waits.",
+    )
 
 
 class ClusterMaximumConfig(Section):
-    """What an autoscaling cluster can grow to: Ray does not report it, while no worker is up."""
+    """Nodes that an autoscaler may start: Ray does not report them while none is up."""
 
-    nodes: int = Field(ge=1, description="Workers at most, of all types.")
-    cpus: float = Field(gt=0, description="CPUs of the largest worker.")
-    gpus: float = Field(0.0, ge=0, description="GPUs of the largest worker.")
+    nodes: int = Field(ge=1, description="Workers at most, of this type.")
+    cpus: float = Field(gt=0, description="CPUs of one.")
+    gpus: float = Field(0.0, ge=0, description="GPUs of one.")
+    memory_gb: float | None = Field(None, gt=0, description="GB of memory of one; not checked if not given.")
+    accelerator: str | None = Field(None, min_length=1, description="Type of its GPUs, as Ray names it.")
+    labels: dict[str, str] = Field({}, description="Its labels.")
 
 
 class ExecutionConfig(Section):
@@ -52,6 +72,7 @@ class ExecutionConfig(Section):
     generation: PoolConfig = PoolConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: WorkerConfig = WorkerConfig()
+    export: ExportConfig = ExportConfig()
     overlap_evaluation: bool = Field(
         True,
         description="Evaluate while the next iteration is scored and trained, where there is room for both.",
@@ -59,11 +80,23 @@ class ExecutionConfig(Section):
     max_concurrent_trajectories: int | None = Field(
         None, ge=1, description="Trajectories under way at a time; as many as keep the cluster busy if None."
     )
-    cluster_maximum: ClusterMaximumConfig | None = Field(
-        None, description="What the autoscaler may grow the cluster to; else what is up now must suffice."
+    cluster_maximum: ClusterMaximumConfig | list[ClusterMaximumConfig] | None = Field(
+        None,
+        description="What the autoscaler may start, a node type or a list of them; else what is up must do.",
     )
-    start_timeout_s: float = Field(
-        600.0, gt=0, description="Longest wait for the cluster to give what a stage requests."
+    max_devices: float | None = Field(
+        None,
+        gt=0,
+        description="GPUs (CPUs where no stage uses a GPU) that the campaign holds at most at a time.",
+    )
+    start_timeout_s: float | None = Field(
+        None, gt=0, description="Longest wait for room on the cluster; without it, a stage waits its time."
+    )
+    stop_timeout_s: float = Field(
+        120.0,
+        ge=0,
+        description="Seconds that stages at work have after a first Ctrl-C or SIGTERM, to finish or to reach "
+        "a checkpoint.",
     )
     max_failures: int | None = Field(
         None, ge=1, description="Failed trajectories after which no further stage starts."
@@ -77,11 +110,29 @@ class ExecutionConfig(Section):
         description="Price, by the table of `cost`, after which no further stage starts; of the whole run.",
     )
 
+    @property
+    def node_types(self) -> Sequence[ClusterMaximumConfig]:
+        """What the autoscaler may start, a node type each."""
+        given = self.cluster_maximum
+        return given if isinstance(given, list) else [given] if given else []
+
 
 class StorageConfig(Section):
     """Where runs are kept."""
 
     path: str = Field("runs", min_length=1, description="Local directory, NFS, s3:// or gs://.")
+    cache: str | None = Field(
+        None,
+        min_length=1,
+        description="Directory or bucket of stages that campaigns share; a stage found there is not "
+        "computed. Exports stay with their run.",
+    )
+    retry_s: float = Field(
+        600.0,
+        ge=0,
+        description="Seconds for which reading and writing are tried again, with growing pauses, while the "
+        "storage does not answer.",
+    )
 
 
 class MlflowConfig(Section):

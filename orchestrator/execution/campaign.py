@@ -2,36 +2,36 @@
 
 import logging
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from types import FrameType
 from typing import Any
 
+from actors.artifacts import PATIENCE_VARIABLE
 from actors.evaluation import check_task_data
 from orchestrator.config import CampaignConfig
 from orchestrator.execution.cluster import (
     QUIET,
-    ClusterResources,
-    check_resources,
+    ClusterNodes,
     cluster,
-    cluster_capacity,
+    cluster_nodes,
     end_helpers_of_dead_drivers,
+    head_memory_bytes,
+    node_types,
     trajectories_at_a_time,
-    with_autoscaling,
     workers_output_to,
 )
 from orchestrator.execution.dry_run import campaign_stages, unfinished_trajectories
 from orchestrator.execution.local import LocalBackend
 from orchestrator.execution.progress import ProgressBoard, live_view
+from orchestrator.execution.stopping import StopRequest
 from orchestrator.execution.tune import LOG_FORMAT, CampaignOutcome, run_trial, run_trials
 from orchestrator.planning.changes import Change, described
 from orchestrator.planning.cost_model import machine_of
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.recorded import check_changes, continue_plan, record_trajectories
 from orchestrator.planning.stages import StageCounts, count_stages
-from orchestrator.scheduling.admission import AdmissionController
+from orchestrator.scheduling.admission import AdmissionController, check_resources
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits, spent_before
 from orchestrator.scheduling.resources import devices_held, stage_resources
@@ -73,6 +73,7 @@ def run_campaign(
         ClusterTooSmallError: the cluster can never give what `config.execution` requests.
     """
     execution = config.execution
+    os.environ[PATIENCE_VARIABLE] = str(config.storage.retry_s)
     check_run(store, resume)
     plan, changes = continue_plan(plan, config, store)
     check_changes(store, changes, accept_changes)
@@ -89,19 +90,19 @@ def run_campaign(
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":
-        with _running(config, plan, store, trackers, changes):
-            return _run_in_this_process(config, plan, store, limits)
+        with _running(config, plan, store, trackers, changes) as stop:
+            return _run_in_this_process(config, plan, store, limits, stop)
     with cluster(address):
-        capacity = with_autoscaling(cluster_capacity(), execution.cluster_maximum)
-        check_resources(execution, capacity)
+        requests, nodes = stage_resources(execution), cluster_nodes(execution)
+        check_resources(requests, nodes, execution.max_devices)
         end_helpers_of_dead_drivers()
-        admission = AdmissionController(
-            ClusterResources(execution.cluster_maximum), stage_resources(execution)
+        admission = AdmissionController(ClusterNodes(node_types(execution)), requests, execution.max_devices)
+        at_a_time = trajectories_at_a_time(
+            execution, admission.concurrent_trajectories(nodes), head_memory_bytes()
         )
-        at_a_time = trajectories_at_a_time(execution, admission, capacity.head_bytes)
         workers_log = store.logs_dir / "workers.log"
-        with _running(config, plan, store, trackers, changes), workers_output_to(workers_log):
-            return run_trials(config, plan, store, limits, at_a_time, admission)
+        with _running(config, plan, store, trackers, changes) as stop, workers_output_to(workers_log):
+            return run_trials(config, plan, store, limits, at_a_time, admission, stop=stop)
 
 
 @contextmanager
@@ -111,14 +112,15 @@ def _running(
     store: Store,
     trackers: Mapping[str, Tracker],
     changes: Sequence[Change],
-) -> Iterator[None]:
+) -> Iterator[StopRequest]:
     """Open the run, hold it alone, publish its numbers; then remove what interrupted attempts left."""
-    with _run_log(store, config, plan), locked(store), _stopping_on_sigterm():
+    stop = StopRequest(config.execution.stop_timeout_s)
+    with _run_log(store, config, plan), locked(store), stop.on_signals():
         record_trajectories(store, plan.trajectories)
         if changes:
             update_run(store, *_manifest(config, plan), [str(change) for change in changes])
         with published(trackers, plan, store):
-            yield
+            yield stop
         collect(store)
 
 
@@ -141,14 +143,14 @@ def limits_of(config: CampaignConfig) -> Limits:
 
 
 def _run_in_this_process(
-    config: CampaignConfig, plan: CampaignPlan, store: Store, limits: Limits
+    config: CampaignConfig, plan: CampaignPlan, store: Store, limits: Limits, stop: StopRequest
 ) -> CampaignOutcome:
     board = ProgressBoard()
     price = spent_before(Ledger(store.ledger_uri).read(), limits)
     coordinator = Coordinator(limits, price)
     failures: dict[str, str] = {}
     backend = LocalBackend(config.execution, store)
-    with live_view(board.snapshot):
+    with live_view(board.snapshot), stop.calls(coordinator.stop):
         for trajectory_id in unfinished_trajectories(plan, store):
             failure = run_trial(plan.find(trajectory_id), backend, store, board.post, coordinator)
             failures |= {trajectory_id: failure} if failure else {}
@@ -195,17 +197,3 @@ def _told(changes: Sequence[Change], stages: StageCounts) -> str:
         f"Changed since this run was recorded:\n{described(changes)}\n"
         f"Stages: {stages.finished} of {stages.distinct} are finished, {stages.to_run} are to be computed."
     )
-
-
-@contextmanager
-def _stopping_on_sigterm() -> Iterator[None]:
-    """End as on Ctrl-C when the job is stopped; entered after Ray installed its own handler, which aborts."""
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -4,10 +4,12 @@ import logging
 import math
 import os
 import textwrap
+import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,18 @@ import ray
 from ray._private import ray_constants, services
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray._private.state import state
 from ray._raylet import GcsClient
+from ray.core.generated import gcs_pb2
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.artifacts import DRIVER_DIRECTORY
+from actors.artifacts import DRIVER_DIRECTORY, PATIENCE_VARIABLE, patience_s
 from actors.contracts import ActorPoolSpec, EvaluationResult, EvaluationSpec
 from actors.evaluation.ray import evaluate_all_on_ray
 from actors.plugins import environment
-from orchestrator.config import ClusterMaximumConfig, ExecutionConfig
-from orchestrator.errors import ClusterTooSmallError, RequestError
+from orchestrator.config import ExecutionConfig
+from orchestrator.errors import RequestError
 from orchestrator.execution.connection import (
     CONNECT_TIMEOUT_S,
     LOCAL,
@@ -36,10 +40,14 @@ from orchestrator.execution.connection import (
     cluster_address,
     ray_temp_dir,
     unreachable,
+    without_variables_of_job,
 )
 from orchestrator.execution.task_scoring import EvaluateAll
-from orchestrator.scheduling.admission import AdmissionController
-from orchestrator.scheduling.resources import ResourceBundle, stage_resources
+from orchestrator.scheduling.packing import Node, with_node_types
+from orchestrator.scheduling.resources import GB
+from orchestrator.scheduling.snapshots import NodeReport, Snapshots, node_of
+
+log = logging.getLogger(__name__)
 
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -98,12 +106,13 @@ def cluster(address: str | None) -> Iterator[None]:
     own = found == LOCAL
     ENV_VARS_TO_PROPAGATE.difference_update(CREDENTIALS)
     environment_of_workers = QUIET | environment() | {DRIVER_DIRECTORY: os.getcwd()}
+    environment_of_workers |= {PATIENCE_VARIABLE: str(patience_s())}
     try:
         ray.init(
             address=found,
             include_dashboard=False if own else None,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": environment_of_workers},
+            runtime_env={"env_vars": without_variables_of_job(environment_of_workers)},
             _temp_dir=ray_temp_dir() if own else None,
         )
     except Exception as error:
@@ -163,53 +172,89 @@ HEAD = "node:__internal_head__"
 LEFT_HELPER = "PlacementGroupCleaner"
 """The class of Ray Train's that can outlive a killed driver."""
 
-CAPACITY_S = 5.0
-"""How long a look at the cluster's capacity holds."""
+SNAPSHOT_S = 1.0
+"""How often the nodes of the cluster are looked at."""
+
+MANY_NODES = 100
+"""Nodes of a type that an autoscaler starts without a limit."""
 
 TRIAL_BYTES = 0.5e9
 """What the process of a trial takes on the head, with what a Ray Train job adds."""
 
 
-@dataclass(frozen=True)
-class Capacity:
-    """What a cluster has or can grow to: in all, and on its largest node; and the head's memory."""
+def node_reports(own_job: bool = True) -> list[NodeReport]:
+    """Return what Ray reports of the nodes that are up and stay; with what this job's actors hold there."""
+    accessor = state._connect_and_get_accessor()
+    ours: dict[str, Counter[str]] = defaultdict(Counter)
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    for actor_state in ("ALIVE", "PENDING_CREATION") if own_job else ():
+        for stored in accessor.get_actor_table(job, actor_state):
+            actor = gcs_pb2.ActorTableData.FromString(stored)
+            if actor.pid:  # else it waits for a place, and holds nothing
+                ours[actor.address.node_id.hex()].update(_held(actor.required_resources))
+    available, leaving = state.available_resources_per_node(), state.get_draining_nodes()
+    return [
+        NodeReport(
+            node_id=node["NodeID"],
+            name=node["NodeManagerHostname"],
+            resources=node["Resources"],
+            available=available.get(node["NodeID"], node["Resources"]),
+            ours=ours[node["NodeID"]],
+            labels=node["Labels"],
+        )
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in leaving
+    ]
 
-    cpus: float
-    gpus: float
-    node_cpus: float
-    node_gpus: float
-    can_grow: bool = False
-    head_bytes: float = 0.0
 
+def _held(resources: Mapping[str, float]) -> dict[str, float]:
+    """Return what an actor holds of its node; one in a placement group holds that of its bundle.
 
-def cluster_capacity() -> Capacity:
-    """Return the capacity of the connected cluster, as far as its autoscaler reports it."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    growth = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return Capacity(
-        cpus=max(growth.get("CPU", 0), sum(node.get("CPU", 0) for node in nodes)),
-        gpus=max(growth.get("GPU", 0), sum(node.get("GPU", 0) for node in nodes)),
-        node_cpus=max(node.get("CPU", 0) for node in nodes),
-        node_gpus=max(node.get("GPU", 0) for node in nodes),
-        can_grow=bool(growth),
-        head_bytes=max(node.get("memory", 0) for node in nodes if HEAD in node),
-    )
-
-
-def with_autoscaling(capacity: Capacity, maximum: ClusterMaximumConfig | None) -> Capacity:
-    """Return the capacity of the cluster once it is scaled up to `maximum`, or as it is if that is None.
-
-    Ray's own autoscaler does not report what it may start, so a cluster whose workers start
-    from zero has nothing to show before the first request.
+    There it has each resource as CPU_group_ID, and perhaps as CPU_group_INDEX_ID once more.
     """
-    if maximum is None:
-        return capacity
-    return replace(
-        capacity,
-        cpus=max(capacity.cpus, maximum.nodes * maximum.cpus),
-        gpus=max(capacity.gpus, maximum.nodes * maximum.gpus),
-        node_cpus=max(capacity.node_cpus, maximum.cpus),
-        node_gpus=max(capacity.node_gpus, maximum.gpus),
+    held: dict[str, float] = {}
+    for name, amount in resources.items():
+        kind, _, place = name.partition("_group_")
+        if "_" not in place:
+            held[kind] = amount
+    return held
+
+
+def node_types(execution: ExecutionConfig) -> list[tuple[Node, int]]:
+    """Return the node types that the autoscaler may start, and how many: as configured, or as it reports."""
+    given = [
+        (
+            Node(
+                f"type {number}",
+                each.cpus,
+                each.gpus,
+                math.inf if each.memory_gb is None else each.memory_gb * GB,
+                accelerators=frozenset({each.accelerator} if each.accelerator else ()),
+                labels=each.labels,
+                is_up=False,
+            ),
+            each.nodes,
+        )
+        for number, each in enumerate(execution.node_types, 1)
+    ]
+    config = None if given else state.get_cluster_config()
+    for group in config.node_group_configs if config else ():
+        like = node_of(NodeReport(group.name, group.name, dict(group.resources), {}))
+        count = MANY_NODES if group.max_count < 0 else group.max_count
+        given.append((replace(like, memory_bytes=like.memory_bytes or math.inf, is_up=False), count))
+    return given
+
+
+def cluster_nodes(execution: ExecutionConfig | None = None) -> list[Node]:
+    """Return the nodes of the connected cluster, with those that its autoscaler may start, as if all idle."""
+    types = node_types(execution or ExecutionConfig())
+    return with_node_types([node_of(report) for report in node_reports(own_job=False)], types)
+
+
+def head_memory_bytes() -> float:
+    """Return the memory that Ray counts on the head."""
+    return max(
+        (node["Resources"].get("memory", 0) for node in ray.nodes() if HEAD in node["Resources"]), default=0
     )
 
 
@@ -223,38 +268,14 @@ def evaluate_on_cluster(address: str | None, pool: ActorPoolSpec) -> EvaluateAll
     return evaluate_all
 
 
-def capacity_at(address: str | None) -> Capacity:
-    """Return the capacity of the cluster at `address`.
+def nodes_at(address: str | None) -> list[Node]:
+    """Return the nodes of the cluster at `address`, with those that its autoscaler may start.
 
     Raises:
         RequestError: none can be joined there.
     """
     with cluster(address):
-        return cluster_capacity()
-
-
-def check_resources(execution: ExecutionConfig, capacity: Capacity) -> None:
-    """Refuse what the cluster can never give, rather than wait for it for ever.
-
-    Raises:
-        ClusterTooSmallError: says what is needed, and what there is.
-    """
-    requests = stage_resources(execution)
-    sections = {"scoring": "score", "generation": "generate", "training": "recover", "evaluation": "evaluate"}
-    for section, stage in sections.items():
-        least, count = requests[stage].min, execution.training.workers if stage == "recover" else 1
-        cpus, gpus = least.cpus / count, least.gpus / count
-        for kind, each, in_all, on_node in (
-            ("CPU", cpus, capacity.cpus, capacity.node_cpus),
-            ("GPU", gpus, capacity.gpus, capacity.node_gpus),
-        ):
-            if count * each > in_all or (each > on_node and not capacity.can_grow):
-                raise ClusterTooSmallError(
-                    f"execution.{section} needs {count * each:g} {kind} ({count} x {each:g}), but the "
-                    f"cluster has {in_all:g} {kind}, {on_node:g} on its largest node; "
-                    f"lower execution.{section}, use a larger cluster, or say in "
-                    "execution.cluster_maximum what an autoscaler makes of this one"
-                )
+        return cluster_nodes()
 
 
 def end_helpers_of_dead_drivers() -> None:
@@ -280,29 +301,46 @@ def _end_process(pid: int, title: str) -> None:
             process.kill()
 
 
-class ClusterResources:
-    """What the connected cluster has or can grow to, looked up anew every few seconds: nodes come and go."""
+class ClusterNodes:
+    """The nodes of the connected cluster with the room that there is, looked at every second.
 
-    def __init__(self, maximum: ClusterMaximumConfig | None):
-        self._maximum = maximum
-        self._looked_up_at = -math.inf
-        self._resources = ResourceBundle(0, 0)
+    Where it is first called, a thread begins to look: a coordinator need not wait for Ray's answers.
+    """
 
-    def __call__(self) -> ResourceBundle:
-        if time.monotonic() - self._looked_up_at > CAPACITY_S:
-            capacity = with_autoscaling(cluster_capacity(), self._maximum)
-            self._resources = ResourceBundle(capacity.cpus, capacity.gpus)
-            self._looked_up_at = time.monotonic()
-        return self._resources
+    def __init__(self, types: Sequence[tuple[Node, int]]):
+        self._types = types
+        self._snapshots = Snapshots()
+        self._nodes: list[Node] | None = None
+        self._looking = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["ClusterNodes"], tuple[Sequence[tuple[Node, int]]]]:
+        return ClusterNodes, (self._types,)
+
+    def __call__(self) -> Sequence[Node]:
+        with self._looking:
+            if self._nodes is None:
+                self._look()
+                threading.Thread(target=self._keep_looking, name="nodes", daemon=True).start()
+        assert self._nodes is not None
+        return self._nodes
+
+    def _look(self) -> None:
+        self._nodes = with_node_types(self._snapshots.add(node_reports()), self._types)
+
+    def _keep_looking(self) -> None:
+        while ray.is_initialized():
+            time.sleep(SNAPSHOT_S)
+            try:
+                self._look()
+            except Exception as error:  # the head may be away for a moment
+                log.warning("the nodes of the cluster could not be looked at, trying again: %s", error)
 
 
-def trajectories_at_a_time(
-    execution: ExecutionConfig, admission: AdmissionController, head_bytes: float
-) -> int:
+def trajectories_at_a_time(execution: ExecutionConfig, keep_busy: int, head_bytes: float) -> int:
     """Return how many are under way: as many as the config says, or else as keep the cluster busy.
 
     Each has a process on the head, which may take half of the memory there.
     """
     if execution.max_concurrent_trajectories is not None:
         return execution.max_concurrent_trajectories
-    return max(1, min(admission.concurrent_trajectories(), int(head_bytes / 2 / TRIAL_BYTES)))
+    return max(1, min(keep_busy, int(head_bytes / 2 / TRIAL_BYTES)))

@@ -3,6 +3,8 @@
 Ray itself tries an address without answer for minutes; all that can be found sooner is checked first.
 """
 
+import json
+import logging
 import os
 import re
 import resource
@@ -13,8 +15,17 @@ from pathlib import Path
 from orchestrator.config import holds_credential
 from orchestrator.errors import RequestError
 
+log = logging.getLogger(__name__)
+
 LOCAL, AUTO = "local", "auto"
 CONNECT_TIMEOUT_S = 10
+
+JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What Ray tells the driver of a job about it."""
+
+OWN_PREFIX = "ITERABRE_"
+"""How our own variables begin: others are Ray's or a library's, and of no harm where a job sets them."""
+
 LEAST_OPEN_FILES = 512
 """Files that a process of Ray may have to hold open at least."""
 
@@ -92,6 +103,24 @@ def check_token_file(environment: Mapping[str, str] = os.environ) -> None:
             f"RAY_AUTH_TOKEN_PATH {file!r} holds no token of a Ray cluster: {problem}; name the file "
             "that the cluster's head was started with"
         )
+
+
+def without_variables_of_job(
+    ours: Mapping[str, str], environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """Return our variables for workers but those that the runtime environment of this Ray job sets.
+
+    Ray refuses a variable that both set, even to the same value; the job's value then holds.
+    """
+    job = json.loads(environment.get(JOB_CONFIG_VARIABLE) or "{}")
+    of_job: Mapping[str, str] = (job.get("runtime_env") or {}).get("env_vars") or {}
+    for name in sorted(ours.keys() & of_job.keys()):
+        if name.startswith(OWN_PREFIX) and of_job[name] != ours[name]:
+            log.warning(
+                "the job's runtime_env sets %s to %r, but workers need %r; leave it out there",
+                name, of_job[name], ours[name],
+            )  # fmt: skip
+    return {name: value for name, value in ours.items() if name not in of_job}
 
 
 def ray_temp_dir(environment: Mapping[str, str] = os.environ) -> str | None:

@@ -105,8 +105,14 @@ def remaining_stages(plan: TrajectoryPlan, store: Store) -> int:
     return sum(not stage.finished for stage in planned_stages(plan, store))
 
 
-def unfinished_trajectories(plan: CampaignPlan, store: Store) -> Sequence[str]:
-    """Return the trajectories to run, a nearly done one first; not those that a scheduler gave up before."""
-    given_up = {name for name, status in read_statuses(store).items() if status.state == "stopped"}
-    going = [trajectory for trajectory in plan.trajectories if trajectory.id not in given_up]
-    return start_order({trajectory.id: remaining_stages(trajectory, store) for trajectory in going})
+def unfinished_trajectories(plan: CampaignPlan, store: Store, *, keep_ends: bool = False) -> Sequence[str]:
+    """Return the trajectories to run, a nearly done one first.
+
+    Args:
+        keep_ends: leave out those that a scheduler gave up before, and those that are done with all their
+            stages, so that both stay as they ended.
+    """
+    states = {name: status.state for name, status in read_statuses(store).items()} if keep_ends else {}
+    going = [trajectory for trajectory in plan.trajectories if states.get(trajectory.id) != "stopped"]
+    left = {trajectory.id: remaining_stages(trajectory, store) for trajectory in going}
+    return start_order({name: count for name, count in left.items() if count or states.get(name) != "done"})

@@ -44,5 +44,5 @@ class LocalBackend:
     def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult:
         return evaluation.evaluate_model(spec, progress)
 
-    def export(self, spec: ExportSpec, uri: str) -> ExportResult:
+    def export(self, spec: ExportSpec, uri: str, progress: Progress) -> ExportResult:
         return models.export_model(spec, uri)

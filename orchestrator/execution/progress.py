@@ -1,5 +1,6 @@
 """How far a campaign is: a `ProgressBoard` that stages report to, and the live view of it in a terminal."""
 
+import logging
 import sys
 import threading
 import time
@@ -14,7 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+log = logging.getLogger(__name__)
+
 POST_INTERVAL_S = 0.3
+STOP_POLL_S = 2.0
 PLAIN_INTERVAL_S = 15.0
 
 
@@ -75,13 +79,26 @@ class RemoteReport:
         self._board.post.remote(progress)
 
 
+def never() -> bool:
+    """Return that no stop is requested."""
+    return False
+
+
 class StageProgress:
     """The `ClusterProgress` of one stage: turns its counts into reports, a few a second at most."""
 
-    def __init__(self, report: Report, progress: TrajectoryProgress):
+    def __init__(
+        self,
+        report: Report,
+        progress: TrajectoryProgress,
+        stopping: Callable[[], bool] = never,
+    ):
         self._report = report
+        self._stopping = stopping
+        self._asked_at, self._stops = 0.0, False
         self._progress = replace(progress, started_at=time.time())
         self._posted_at = 0.0
+        self.waited_s = 0.0
         report(self._progress)
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
@@ -100,6 +117,24 @@ class StageProgress:
         """Report where the stage runs now."""
         self._progress = replace(self._progress, waits_for="", places=tuple(places))
         self._report(self._progress)
+
+    def waited(self, seconds: float) -> None:
+        """Add up the seconds in which the stage had no place."""
+        self.waited_s += seconds
+
+    def stop_requested(self) -> bool:
+        """Return whether the campaign is to stop; asks for it every few seconds."""
+        if not self._stops and time.time() - self._asked_at >= STOP_POLL_S:
+            self._asked_at = time.time()
+            try:
+                self._stops = self._stopping()
+            except Exception as error:  # a coordinator that is being started again
+                log.warning("whether to stop is not known for the moment: %s", error)
+        return self._stops
+
+
+def unreported(progress: TrajectoryProgress) -> None:
+    """Report nothing: of what goes on in the background, beside what the trajectory waits for."""
 
 
 @contextmanager

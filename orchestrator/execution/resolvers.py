@@ -8,12 +8,13 @@ from datetime import datetime
 from threading import Lock
 from typing import Any
 
-from actors.contracts import EvaluationResult, ExportSpec, ModelRef, Progress, Removal, no_progress
+from actors.contracts import EvaluationResult, ExportSpec, ModelRef, Removal
 from orchestrator.errors import RequestError
-from orchestrator.execution.progress import Report, StageProgress, TrajectoryProgress
+from orchestrator.execution.progress import Report, StageProgress, TrajectoryProgress, unreported
 from orchestrator.execution.stage_kinds import (
     EVALUATE,
     EXPORT,
+    RECOVER,
     Backend,
     Numbers,
     ResultT,
@@ -25,10 +26,11 @@ from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.keys import stage_key
 from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
-from orchestrator.scheduling.coordinator import Leases
+from orchestrator.scheduling.leases import Leases
 from orchestrator.scheduling.resources import resource_kind
 from orchestrator.storage.ledger import Ledger, Row
-from orchestrator.storage.stage_store import Store, StoredStage
+from orchestrator.storage.stage_manifest import StoredStage
+from orchestrator.storage.stage_store import Store
 from orchestrator.storage.superseded import move_superseded, superseded_parts
 
 log = logging.getLogger(__name__)
@@ -67,19 +69,21 @@ class ComputeResolver:
 
     def resolve(self, stage: StageRequest[ResultT]) -> ResultT:
         """Return the result of a stage from the store, or computed now; write its numbers to the ledger."""
-        kind, progress = stage.kind.name, no_progress
-        if not stage.background:  # the progress shows what the trajectory waits for
-            with self._counting:
-                self.progress = replace(
-                    self.progress, iteration=stage.iteration.index, stage=kind, key=stage.key
-                )
-            progress = StageProgress(self._report, self.progress)
+        kind = stage.kind.name
+        with self._counting:
+            now = replace(self.progress, iteration=stage.iteration.index, stage=kind, key=stage.key)
+            if not stage.background:  # the progress shows what the trajectory waits for
+                self.progress = now
+        report = unreported if stage.background else self._report
+        progress = StageProgress(report, now, self._leases.stopping)
         stored = self._store.load(kind, stage.key, stage.kind.result_type)
         reused = stored is not None
         if stored is None:
             stored, reused = self._compute(stage, progress)
         self._count(reused)
         numbers = [*stage.kind.numbers(stored.result), ("seconds", stored.seconds, "s", {})]
+        if stored.waited_s:
+            numbers.append(("waited_s", stored.waited_s, "s", {}))
         where = {"when": datetime.fromisoformat(stored.created_at), "where": stored.host}
         self._record(stage.iteration, kind, stage.key, numbers, stage.phase, where, stage.beside)
         if isinstance(stored.result, EvaluationResult) and stage.phase != "pruned":
@@ -89,11 +93,13 @@ class ComputeResolver:
                 self.progress = replace(self.progress, perplexities=found)
         return stored.result
 
-    def _compute(self, stage: StageRequest[ResultT], progress: Progress) -> tuple[StoredStage[ResultT], bool]:
+    def _compute(
+        self, stage: StageRequest[ResultT], progress: StageProgress
+    ) -> tuple[StoredStage[ResultT], bool]:
         """Return the stage, computed here or by another trajectory while this one waited, and whether so."""
         kind, key = stage.kind.name, stage.key
         stages_left = self.progress.stages_total - self.progress.stages_done
-        self._leases.acquire(resource_kind(kind, stage.spec), key, stages_left)
+        self._leases.acquire(resource_kind(kind, stage.spec), key, stages_left, progress.waits_for)
         seconds, at = 0.0, (self._plan.id, stage.iteration.index, kind, key[:12])
         try:
             if stored := self._store.load(kind, key, stage.kind.result_type):
@@ -106,10 +112,13 @@ class ComputeResolver:
             try:
                 result = stage.kind.compute(self._backend, stage, progress, uri)
             finally:
-                seconds = time.monotonic() - started
+                # What waits for room on the cluster computes nothing, and is not paid for.
+                seconds = max(0.0, time.monotonic() - started - progress.waited_s)
             # Responses, an adapter, an exported directory; some stages only measure.
             artifact = getattr(result, "artifact", None)
-            stored = self._store.commit(kind, key, result, stage.inputs, artifact, seconds)
+            stored = self._store.commit(kind, key, result, stage.inputs, artifact, seconds, progress.waited_s)
+            if stage.kind is RECOVER:
+                self._store.drop_training(key)
         finally:
             self._leases.release(key, seconds)
         log.info("%s iteration %d: %s %s took %.1f s", *at, seconds)

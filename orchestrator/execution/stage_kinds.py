@@ -35,7 +35,7 @@ class Backend(Protocol):
 
     def evaluate(self, spec: EvaluationSpec, progress: Progress) -> EvaluationResult: ...
 
-    def export(self, spec: ExportSpec, uri: str) -> ExportResult: ...
+    def export(self, spec: ExportSpec, uri: str, progress: Progress) -> ExportResult: ...
 
 
 @dataclass(frozen=True)
@@ -147,5 +147,8 @@ EVALUATE = StageKind(
     evaluation_numbers,
 )
 EXPORT = StageKind(
-    "export", ExportResult, lambda backend, stage, _, uri: backend.export(stage.spec, uri), export_numbers
+    "export",
+    ExportResult,
+    lambda backend, stage, progress, uri: backend.export(stage.spec, uri, progress),
+    export_numbers,
 )

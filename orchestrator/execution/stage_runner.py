@@ -26,7 +26,7 @@ from actors.contracts import (
     TextSpec,
     digest,
 )
-from actors.errors import WorkError
+from actors.errors import MemoryExhaustedError
 from orchestrator.execution.stage_kinds import (
     EVALUATE,
     GENERATE,
@@ -156,17 +156,29 @@ class StageRunner:
             self._recovered = {metric.name: metric.value for metric in metrics}
 
     def wait(self) -> None:
-        """Return when all evaluations are finished.
-
-        One that failed in the background, for want of memory perhaps, is tried once more by itself.
-        """
+        """Return when all evaluations are finished."""
         while self._evaluations:
-            finished, measure = self._evaluations.popleft()
-            try:
-                finished.result()
-            except WorkError as error:
-                log.warning("%s: an evaluation in the background failed: %s", self._plan.id, error)
-                measure()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the oldest evaluation; one that lacked memory is tried once more by itself.
+
+        Any other failure is raised, and those that have not begun are not begun.
+        """
+        finished, measure = self._evaluations.popleft()
+        try:
+            finished.result()
+        except MemoryExhaustedError as error:
+            log.warning("%s: an evaluation in the background lacked memory: %s", self._plan.id, error)
+            measure()
+        except Exception:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Begin no evaluation in the background any more."""
+        if self._background is not None:
+            self._background.shutdown(wait=False, cancel_futures=True)
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         """Write `model` as a Hugging Face directory, with its card and provenance."""
@@ -190,6 +202,9 @@ class StageRunner:
     ) -> ResultT:
         inputs = self._plan.key_inputs(spec)
         background = kind is EVALUATE and self._background is not None
+        # What failed in the background ends the trajectory before its next stage, not at its next export.
+        while not background and self._evaluations and self._evaluations[0][0].done():
+            self._settle()
         return self._resolver.resolve(
             StageRequest(
                 kind, stage_key(kind.name, inputs), inputs, spec, iteration, layers, phase, background, beside

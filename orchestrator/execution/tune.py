@@ -8,37 +8,47 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import RayError
-from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 
-from actors.errors import last_line
+from actors.errors import DamagedArtifactError, StopRequestedError, StorageUnavailableError, last_line
+from actors.out_of_memory import is_out_of_memory
+from actors.ray_pool import cause_of, is_loss
 from orchestrator.config import CampaignConfig, ExecutionConfig, SearchConfig
-from orchestrator.errors import IterabreError, UnexpectedError, unexpected, unknown_name
+from orchestrator.errors import (
+    IterabreError,
+    MemoryExhaustedError,
+    UnexpectedError,
+    WorkError,
+    unexpected,
+    unknown_name,
+)
 from orchestrator.execution.cluster import HEAD, QUIET
 from orchestrator.execution.dry_run import planned_stages, unfinished_trajectories
 from orchestrator.execution.gauges import CampaignGauges
+from orchestrator.execution.head_actors import start_board, start_coordinator
 from orchestrator.execution.progress import (
-    ProgressBoard,
     RemoteReport,
     Report,
     TrajectoryProgress,
     live_view,
 )
-from orchestrator.execution.ray import RayBackend, RayCoordinatorClient
+from orchestrator.execution.ray import RayBackend
 from orchestrator.execution.resolvers import ComputeResolver
 from orchestrator.execution.stage_kinds import Backend
 from orchestrator.execution.stage_runner import OnIteration, StageRunner
+from orchestrator.execution.stopping import StopRequest
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.scheduling.admission import AdmissionController
-from orchestrator.scheduling.coordinator import Coordinator, CoordinatorClient, Leases, LimitReachedError
-from orchestrator.scheduling.limits import Limits, backoff_s, spent_before
+from orchestrator.scheduling.coordinator import CoordinatorClient
+from orchestrator.scheduling.leases import Leases, LimitReachedError
+from orchestrator.scheduling.limits import Limits, backoff_s
+from orchestrator.scheduling.search import Measured, measured_of, why_given_up
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import TrajectoryStatus, write_status
@@ -49,7 +59,11 @@ TRIAL_RESOURCES = tune.PlacementGroupFactory([{HEAD: 0.001}])
 """A trial only waits for its stages: it takes no CPU, and runs on the head, never a spot machine."""
 
 LOST_TRIAL_RETRIES = 3
-"""How often a lost trial, or a trajectory that lost the machine of a stage, is tried again."""
+"""How often a lost trial is tried again, and a trajectory that lost the machine of a stage, or the storage,
+and has finished no stage since."""
+
+MOST_QUARANTINES = 3
+"""How often a trajectory goes on after a damaged artifact was quarantined."""
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
@@ -77,21 +91,20 @@ def run_trials(
     at_a_time: int,
     admission: AdmissionController | None = None,
     make_backend: MakeBackend = RayBackend,
+    stop: StopRequest | None = None,
 ) -> CampaignOutcome:
     """Run the trajectories as trials of Ray Tune, `at_a_time` of them, on the connected cluster.
 
-    Stages wait for `admission`, if it is given. Trials begun again find their finished stages
-    in the store, so Tune need not restore anything.
+    Stages wait for `admission`, if it is given; no more start once `stop` is requested. Trials begun again
+    find their finished stages in the store, so Tune need not restore anything.
     """
     os.environ.update(QUIET)
-    trajectories = unfinished_trajectories(plan, store)
+    searching = config.search.scheduler != "none"
+    trajectories = unfinished_trajectories(plan, store, keep_ends=searching)
     if not trajectories:
         return CampaignOutcome({})
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
-    price = spent_before(Ledger(store.ledger_uri).read(), limits)
-    # A trajectory may wait for a stage and for one in the background, and renews its leases meanwhile.
-    many = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 3 * at_a_time + 8}
-    coordinator = RayCoordinatorClient(ray.remote(**many)(Coordinator).remote(limits, price, admission))
+    stopper = LedgerStopper(config.search, plan, Ledger(store.ledger_uri)) if searching else None
+    board, coordinator = start_board(), start_coordinator(limits, admission, store, at_a_time)
     trainable = tune.with_parameters(
         trial,
         plan=plan,
@@ -100,20 +113,20 @@ def run_trials(
         board=board,
         coordinator=coordinator,
         make_backend=make_backend,
-        metric=None if config.search.scheduler == "none" else config.search.metric,
+        metric=config.search.metric if searching else None,
     )
     tuner = tune.Tuner(
         tune.with_resources(trainable, TRIAL_RESOURCES),
         param_space={"trajectory": tune.grid_search(list(trajectories))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=at_a_time,
-            scheduler=trial_scheduler(config.search, max(len(t.iterations) for t in plan.trajectories)),
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name=f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
             storage_path=store.tune_uri,
             verbose=0,
+            stop=stopper,
             failure_config=tune.FailureConfig(max_failures=LOST_TRIAL_RETRIES),
         ),
     )
@@ -124,12 +137,14 @@ def run_trials(
         gauges.show(shown)
         return shown
 
-    with live_view(snapshot):
+    with live_view(snapshot), stop.calls(coordinator.stop) if stop else nullcontext():
         results = tuner.fit()
-    return _campaign_outcome(results, store, coordinator.ended_by())
+    return _campaign_outcome(results, store, coordinator.ended_by(), stopper.reasons if stopper else {})
 
 
-def _campaign_outcome(results: tune.ResultGrid, store: Store, limit: str | None) -> CampaignOutcome:
+def _campaign_outcome(
+    results: tune.ResultGrid, store: Store, limit: str | None, given_up: Mapping[str, str]
+) -> CampaignOutcome:
     """Collect how the trials ended; those that reported no end of their own were given up or lost."""
     failures: dict[str, str] = {}
     stopped: list[str] = []
@@ -141,28 +156,43 @@ def _campaign_outcome(results: tune.ResultGrid, store: Store, limit: str | None)
         elif metrics.get("failure"):
             failures[trajectory] = metrics["failure"]
         elif not metrics.get("ended"):
-            reason = f"given up by the scheduler after iteration {metrics.get('iteration')}"
+            after = f"given up by the scheduler after iteration {metrics.get('iteration')}"
+            reason = f"{after}: {given_up[trajectory]}" if trajectory in given_up else after
             write_status(store, trajectory, TrajectoryStatus("stopped", reason))
             stopped.append(trajectory)
     return CampaignOutcome(failures, tuple(stopped), limit)
 
 
-def trial_scheduler(search: SearchConfig, iterations: int) -> TrialScheduler | None:
-    """Return Ray Tune's scheduler for `search`; None lets every trajectory run to its end."""
-    compared: dict[str, Any] = {"time_attr": "iteration", "metric": "compared", "mode": search.mode}
-    grace = min(search.grace_iterations, iterations)
-    if search.scheduler == "asha":
-        return ASHAScheduler(
-            **compared,
-            grace_period=grace,
-            # Beyond the last iteration: a trajectory that gets there is done anyway.
-            max_t=iterations + 1,
-            reduction_factor=search.reduction_factor,
-            stop_last_trials=False,
-        )
-    if search.scheduler == "median_stopping":
-        return MedianStoppingRule(**compared, grace_period=grace)
-    return None
+class LedgerStopper(tune.Stopper):
+    """Ends trials by the rule of a search, decided from the ledger alone; `reasons` says why each ended.
+
+    A trial reports an iteration when its numbers are in the ledger.
+    """
+
+    def __init__(self, search: SearchConfig, plan: CampaignPlan, ledger: Ledger):
+        self._search, self._ledger = search, ledger
+        self._last = {trajectory.id: len(trajectory.iterations) for trajectory in plan.trajectories}
+        self._read: set[str] = set()
+        self._measured: list[Measured] = []
+        self.reasons: dict[str, str] = {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        trajectory, iteration = result.get("trajectory"), result.get("iteration")
+        if trajectory is None or iteration is None or iteration >= self._last[trajectory]:
+            return False  # an end, or so near to it that nothing is saved
+        new = sorted(set(self._ledger.parts()) - self._read)
+        rows = self._ledger.read_parts(new).to_pylist()
+        self._read.update(new)
+        self._measured += [
+            each for each in measured_of(rows, self._search.metric) if each.trajectory in self._last
+        ]
+        reason = why_given_up(self._search, self._measured, trajectory, iteration)
+        if reason is not None:
+            self.reasons[trajectory] = reason
+        return reason is not None
+
+    def stop_all(self) -> bool:
+        return False
 
 
 def trial(
@@ -183,32 +213,27 @@ def trial(
         assert metric is not None, "nothing is compared without a metric"
         if metric not in metrics:
             raise unknown_name("search.metric", metric, metrics)
-        tune.report({"iteration": iteration, "compared": metrics[metric]})
+        tune.report({"trajectory": trajectory.id, "iteration": iteration})
 
-    attempt = partial(
-        run_trial,
-        trajectory,
-        make_backend(execution, store),
-        store,
-        RemoteReport(board),
-        coordinator,
-        on_iteration if metric else None,
-        execution.overlap_evaluation,
-    )
-    failure = _with_retries(attempt)
+    if coordinator.stopping():
+        tune.report({"failure": "", "ended": True})
+        return
+    try:
+        failure = run_trial(
+            trajectory,
+            make_backend(execution, store),
+            store,
+            RemoteReport(board),
+            coordinator,
+            on_iteration if metric else None,
+            execution.overlap_evaluation,
+        )
+    except Exception as error:
+        if is_loss(error):
+            raise  # of the coordinator: Tune begins the trial again
+        log.exception("%s ends", trajectory.id)
+        failure = str(_shown(error))
     tune.report({"failure": failure or "", "ended": True})
-
-
-def _with_retries(attempt: Callable[[], str | None]) -> str | None:
-    """Run a trajectory, again after a growing pause when a process or machine of a stage was lost."""
-    for tries in range(LOST_TRIAL_RETRIES):
-        try:
-            return attempt()
-        except RayError as lost:
-            pause_s = backoff_s(tries)
-            log.warning("something was lost (%s); trying again in %.0f s", last_line(lost), pause_s)
-            time.sleep(pause_s)
-    return attempt()
 
 
 def run_trial(
@@ -220,28 +245,78 @@ def run_trial(
     on_iteration: OnIteration | None = None,
     overlap: bool = False,
 ) -> str | None:
-    """Run one trajectory; return the reason if it failed in a way that trying again cannot mend."""
+    """Run one trajectory; return the reason if it failed in a way that trying again cannot mend.
+
+    What was lost, and storage that was away, is tried again after a growing pause; a damaged artifact is
+    quarantined, so that its stage is computed anew. Any other exception ends the trajectory.
+    """
     # Of an evaluation in parts, the store tells which parts there are.
     stages_total = len(planned_stages(trajectory, store if trajectory.former_evaluations else None))
-    resolver = ComputeResolver(trajectory, store, backend, report, Leases(coordinator), stages_total)
-    try:
-        run_trajectory(trajectory, StageRunner(trajectory, resolver, on_iteration, overlap))
-    except LimitReachedError as limit:
-        log.warning("%s ends at iteration %d: %s", trajectory.id, resolver.progress.iteration, limit)
-        report(replace(resolver.progress, stage="ended early", finished=True))
-        return None
-    except RayError:
-        raise  # lost, and so worth another try
-    except Exception as error:
-        expected = isinstance(error, IterabreError)
-        shown = error if expected else unexpected(error)
-        where = f"; the traceback is in {store.logs_dir}" if isinstance(shown, UnexpectedError) else ""
-        reason = f"{shown}{where}"
-        log.error("%s failed: %s", trajectory.id, reason, exc_info=not expected)
-        report(replace(resolver.progress, stage="failed", finished=True))
-        write_status(store, trajectory.id, TrajectoryStatus("failed", reason))
-        coordinator.fail(trajectory.id)
-        return reason
-    report(replace(resolver.progress, finished=True))
-    write_status(store, trajectory.id, TrajectoryStatus("done"))
-    return None
+    tries = quarantined = 0
+    while True:
+        leases = Leases(coordinator, trajectory.id)
+        resolver = ComputeResolver(trajectory, store, backend, report, leases, stages_total)
+        stages = StageRunner(trajectory, resolver, on_iteration, overlap)
+        try:
+            run_trajectory(trajectory, stages)
+        except (LimitReachedError, StopRequestedError) as limit:
+            log.warning("%s ends at iteration %d: %s", trajectory.id, resolver.progress.iteration, limit)
+            report(replace(resolver.progress, stage="ended early", finished=True))
+            return None
+        except DamagedArtifactError as damaged:
+            if quarantined == MOST_QUARANTINES or not store.quarantine_artifact(damaged.uri):
+                return _failed(trajectory, damaged, resolver.progress, store, report, coordinator)
+            quarantined += 1
+            log.warning("%s: %s; its stage is quarantined and computed anew", trajectory.id, damaged)
+        except Exception as error:
+            if resolver.progress.stages_done > resolver.progress.stages_reused:
+                tries = 0  # it has got on since the last loss
+            if tries == LOST_TRIAL_RETRIES or not (
+                is_loss(error) or isinstance(cause_of(error), StorageUnavailableError)
+            ):
+                return _failed(trajectory, error, resolver.progress, store, report, coordinator)
+            pause_s = backoff_s(tries)
+            tries += 1
+            said = f"{last_line(error)}; trying again in {pause_s:.0f} s"
+            log.warning("%s: %s", trajectory.id, said)
+            report(replace(resolver.progress, waits_for=said))
+            time.sleep(pause_s)
+        else:
+            report(replace(resolver.progress, finished=True))
+            write_status(store, trajectory.id, TrajectoryStatus("done"))
+            return None
+        finally:
+            stages.close()
+
+
+def _failed(
+    trajectory: TrajectoryPlan,
+    error: Exception,
+    progress: TrajectoryProgress,
+    store: Store,
+    report: Report,
+    coordinator: CoordinatorClient,
+) -> str:
+    """Record that a trajectory has failed for good, and return why."""
+    shown = _shown(error)
+    where = f"; the traceback is in {store.logs_dir}" if isinstance(shown, UnexpectedError) else ""
+    reason = f"{shown}{where}"
+    log.error("%s failed: %s", trajectory.id, reason, exc_info=error if shown is not error else None)
+    report(replace(progress, stage="failed", finished=True))
+    write_status(store, trajectory.id, TrajectoryStatus("failed", reason))
+    coordinator.fail(trajectory.id)
+    return reason
+
+
+def _shown(error: Exception) -> IterabreError:
+    """Return the error as it is shown to the user."""
+    cause = cause_of(error)
+    if isinstance(cause, IterabreError):
+        return cause
+    if is_loss(cause):
+        return WorkError(f"{last_line(cause)}; lost {LOST_TRIAL_RETRIES + 1} times; --resume continues")
+    if is_out_of_memory(cause):
+        return MemoryExhaustedError(
+            f"{last_line(cause)}: memory does not suffice; let fewer actors share a node"
+        )
+    return unexpected(cause)

@@ -7,7 +7,7 @@ weights as they are.
 import json
 from collections.abc import Iterable
 
-from actors.artifacts import filesystem, join, list_files, read_bytes, write_bytes
+from actors.artifacts import delete_file, join, list_files, read_bytes, write_bytes
 from actors.contracts import ExportResult, ModelRef
 from orchestrator.export.model_card import model_card
 from orchestrator.export.provenance import CARD, PROVENANCE, LedgerRow, is_of, provenance, with_scores
@@ -52,8 +52,7 @@ def _text(provenance: object) -> str:
 
 def _remove_other_weights(uri: str, result: ExportResult) -> None:
     """Remove weights that the export does not have: readers prefer a single file to shards."""
-    fs, _ = filesystem(uri)
     names = {file.name for file in result.artifact.files}
     for info in list_files(uri):
         if ".safetensors" in info.base_name and info.base_name not in names:
-            fs.delete_file(info.path)
+            delete_file(join(uri, info.base_name))

@@ -28,7 +28,7 @@ def find_former_export(
         if file.base_name != "manifest.json":
             continue
         key = file.path.rsplit("/", 2)[-2]
-        manifest = json.loads(read_bytes(join(store.stage_uri(KIND, key), "manifest.json")) or b"{}")
+        manifest = json.loads(store.read_manifest(KIND, key) or b"{}")
         held = manifest.get("inputs", {})
         if "card" not in held:
             continue

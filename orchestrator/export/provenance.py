@@ -7,7 +7,7 @@ from typing import Any
 from actors.contracts import ModelRef, TextSpec
 from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
-from orchestrator.storage.stage_store import installed_versions
+from orchestrator.storage.stage_manifest import installed_versions
 
 CARD, PROVENANCE = "README.md", "iterabre.json"
 """Files beside an exported model."""

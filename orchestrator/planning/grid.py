@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 
 from actors.contracts import ModelInfo
-from orchestrator.config import CampaignConfig, MethodConfig, ModelConfig
+from orchestrator.config import CampaignConfig, MethodConfig, SourceModelConfig
 from orchestrator.errors import RequestError
 from orchestrator.planning.pruning_schedule import IterationPlan, iterative_schedule, target_depth
+from orchestrator.storage.layout import shortened
 
 
 def trajectories_of(
-    config: CampaignConfig, model: ModelConfig, method: MethodConfig, seed: int, info: ModelInfo
+    config: CampaignConfig, model: SourceModelConfig, method: MethodConfig, seed: int, info: ModelInfo
 ) -> Iterator[tuple[str, tuple[IterationPlan, ...]]]:
     """Yield one trajectory through all targets, or, if all layers go at once, one for each target.
 
@@ -25,17 +26,17 @@ def trajectories_of(
     depths = sorted({target_depth(target, info) for target in targets}, reverse=True)
     if method.schedule.mode == "direct":
         for depth in depths:
-            yield f"{base}--{depth}L", (IterationPlan(1, info.num_layers - depth, depth, True),)
+            yield shortened(f"{base}--{depth}L"), (IterationPlan(1, info.num_layers - depth, depth, True),)
     elif depths:
         schedule = method.schedule
         yield (
-            base,
+            shortened(base),
             iterative_schedule(
                 info.num_layers,
                 depths,
                 schedule.layers_per_iteration,
                 schedule.recover_at,
-                config.evaluation.at,
+                config.evaluation_for(model).at,
             ),
         )
 

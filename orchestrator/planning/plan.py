@@ -30,6 +30,9 @@ from orchestrator.planning.evaluation_parts import evaluation_parts
 from orchestrator.planning.keys import key_inputs
 from orchestrator.planning.pruning_schedule import IterationPlan
 
+TRAINED_BYTES = 12
+"""Of each trained parameter in a checkpoint: its value and two moments in float32."""
+
 
 @dataclass(frozen=True)
 class Traits:
@@ -274,15 +277,23 @@ class CampaignPlan:
     notes: tuple[str, ...] = ()
 
     def needed_bytes(self) -> int:
-        """Return the disk space of the exported models and the adapters, roughly."""
-        needed = 0
+        """Return the disk space of the exported models and of what recoveries leave, roughly.
+
+        Full fine-tuning leaves full weights at every recovery, and while it trains two checkpoints with
+        the optimizer's state, which go when it is done: those of one recovery at a time are counted.
+        """
+        needed, training = 0, 0
         for trajectory in self.trajectories:
             bytes_per_parameter = 4 if trajectory.model.spec.dtype == "float32" else 2
             exports = sum(iteration.is_target for iteration in trajectory.iterations)
             weights = trajectory.model.num_parameters * bytes_per_parameter
             # Adapters and two training checkpoints with optimizer state are small beside full weights.
             needed += int(weights * (exports + 0.25))
-        return needed
+            recoveries = sum(trajectory.recovers(iteration) for iteration in trajectory.iterations)
+            if recoveries and trajectory.method.recovery.adapter.kind == "full":
+                needed += weights * recoveries
+                training = max(training, trajectory.model.num_parameters * TRAINED_BYTES * 2)
+        return needed + training
 
     def find(self, trajectory_id: str) -> TrajectoryPlan:
         """Return the trajectory of that id."""

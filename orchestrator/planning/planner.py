@@ -8,7 +8,7 @@ from pathlib import Path
 from actors.contracts import BLOCK, EvaluationSpec, ModelInfo, ModelRef, ModelSpec, TextInfo, TextSpec, extend
 from actors.data import chat_template, describe_text
 from actors.data.text import builtin_file
-from actors.evaluation import check_probes, check_tasks, suite_tasks, tasks_fingerprint
+from actors.evaluation import check_probes, check_tasks, metric_names, suite_tasks, tasks_fingerprint
 from actors.models import any_layers, check_prunable, describe_model, load_tokenizer
 from actors.models.loading.licence import origin
 from actors.models.pruning.merging import MERGES
@@ -85,7 +85,8 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     )
     _check(config, trajectories)
     sizes = {spec: TextSize(text.num_rows, _text_bytes(spec)) for spec, text in texts.items()}
-    return CampaignPlan(config.name, trajectories, sizes, check_inputs(trajectories, teachers, sizes))
+    notes = (*_search_notes(config, trajectories), *check_inputs(trajectories, teachers, sizes))
+    return CampaignPlan(config.name, trajectories, sizes, notes)
 
 
 def evaluation_spec(evaluation: EvaluationConfig, model: ModelSpec, seed: int) -> EvaluationSpec:
@@ -129,13 +130,31 @@ def _check(config: CampaignConfig, trajectories: Sequence[TrajectoryPlan]) -> No
                 chat_template(load_tokenizer(trajectory.model.spec), trajectory.recovery_text)
         except RequestError as error:
             raise RequestError(f"method {method.name!r}: {error}") from error
-    if config.search.scheduler == "none":
-        return
-    metric = config.search.metric
-    for evaluation in (trajectory.evaluation for trajectory in trajectories):
-        subjects = [*(text.name for text in evaluation.perplexity), *evaluation.tasks, *evaluation.probes]
-        if metric.partition("/")[0] not in subjects:
-            raise unknown_name("search.metric", metric, [f"{subject}/…" for subject in subjects])
+    if config.search.scheduler != "none":
+        for evaluation in {trajectory.evaluation for trajectory in trajectories}:
+            _check_metric(config.search.metric, evaluation)
+
+
+def _search_notes(config: CampaignConfig, trajectories: Sequence[TrajectoryPlan]) -> list[str]:
+    """Return what is worth knowing of a scheduler that can give up nothing."""
+    compared = [i for t in trajectories for i in t.iterations[:-1] if i.is_measured]
+    if config.search.scheduler == "none" or compared:
+        return []
+    return [
+        f"search.scheduler {config.search.scheduler!r} will give up no trajectory: none is measured before "
+        "its last iteration; set evaluation.at: every_iteration, or add targets"
+    ]
+
+
+def _check_metric(metric: str, evaluation: EvaluationSpec) -> None:
+    """Refuse a metric of the search that no evaluation measures.
+
+    What a task measures is known when it has run, so there only the task's name is checked.
+    """
+    names, open_subjects = metric_names(evaluation)
+    subject, _, measure = metric.partition("/")
+    if metric not in names and not (measure and subject in open_subjects):
+        raise unknown_name("search.metric", metric, [*names, *(f"{name}/…" for name in open_subjects)])
 
 
 def _check_scoring(method: MethodConfig, include_path: str | None) -> None:

@@ -16,7 +16,8 @@ from orchestrator.planning.changes import Change, Effect, Path, RunRecord, compa
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.storage.layout import PLAN_SUFFIX
 from orchestrator.storage.run_manifest import existing_run, read_run
-from orchestrator.storage.stage_store import Store, installed_versions
+from orchestrator.storage.stage_manifest import installed_versions
+from orchestrator.storage.stage_store import Store
 
 WRITERS = 16
 """Plans that are written at a time: an object store takes as long for each as for all of these."""

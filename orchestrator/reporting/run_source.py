@@ -43,7 +43,7 @@ def read_hashes(store: Store, ledger: pa.Table) -> dict[str, str]:
     rows = wanted.group_by(columns, use_threads=False).aggregate([("key", "first")]).to_pylist()
     found: dict[str, str] = {}
     for row in rows:
-        text = read_bytes(join(store.stage_uri(row["stage"], row["key_first"]), "manifest.json"))
+        text = store.read_manifest(row["stage"], row["key_first"])
         found |= dict(hashes_of(json.loads(text)["inputs"], row["model"], row["method"]) if text else ())
     return dict(sorted(found.items()))
 

@@ -2,38 +2,35 @@
 
 A stage that two trajectories need is computed by the one that requests it first; the other
 waits, holding no resources, and then finds it in the store. A stage also waits until the
-cluster has resources for it; of those that wait, that of a nearly done trajectory goes first.
+cluster has room for it; of those that wait, that of a nearly done trajectory goes first.
 What it gets is a lease: a trajectory whose process ends stops renewing it, and the next one that
 requests it takes over. Should two compute the same stage after all, the store keeps the first result.
 """
 
 import threading
 import time
-import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from orchestrator.errors import WorkError
-from orchestrator.scheduling.admission import AdmissionController
+from orchestrator.scheduling.admission import AdmissionController, Candidate
 from orchestrator.scheduling.limits import Limits, Spent, limit_reached
 
 LEASE_S = 30.0
 RENEWAL_S = 5.0
-ACQUIRE_WAIT_S = 5.0
-"""How long one call to the coordinator waits for a lease."""
-
 EXPIRY_CHECK_S = 0.5
-"""While a request waits: how often leases that have expired and limits that are reached are looked for."""
+"""While a request waits: how often expired leases, limits and the room on the cluster are looked at."""
 
+PATIENCE_S = 60.0
+"""How long others may pass a stage that does not fit; then it keeps the room that becomes free."""
 
-class LimitReachedError(WorkError):
-    """A limit of the campaign is reached: this trajectory ends here and can be resumed."""
+SETTLE_S = 2 * RENEWAL_S
+"""How long a coordinator that was started again waits for the renewals of leases that it does not know."""
 
 
 @dataclass(frozen=True)
 class LeaseRequest:
-    """A stage that a trajectory, `holder`, is to compute; after it, so many are left to it.
+    """A stage that a trajectory's process, `holder`, is to compute; after it, so many are left to it.
 
     `kind` is as in `scheduling.resources`.
     """
@@ -42,14 +39,19 @@ class LeaseRequest:
     key: str
     holder: str
     stages_left: int = 0
+    trajectory: str = ""
 
 
 @dataclass(frozen=True)
 class LeaseReply:
-    """Whether the stage may be computed now; `limit` says why no stage may start any more."""
+    """Whether the stage may be computed now; `limit` says why no stage may start any more.
+
+    `waits_for` says what a stage waits for that is not granted.
+    """
 
     granted: bool
     limit: str | None = None
+    waits_for: str = field(default="", compare=False)
 
 
 class CoordinatorClient(Protocol):
@@ -61,8 +63,8 @@ class CoordinatorClient(Protocol):
     def release(self, request: LeaseRequest, seconds: float) -> None:
         """End a lease: the stage is committed or given up, after `seconds` of computing."""
 
-    def renew(self, holder: str) -> None:
-        """Keep the leases of `holder` from expiring."""
+    def renew(self, held: Sequence[LeaseRequest]) -> Sequence[str]:
+        """Keep leases from expiring; return the keys of those that another holds by now."""
 
     def fail(self, trajectory: str) -> None:
         """Count a trajectory that has failed for good."""
@@ -70,12 +72,34 @@ class CoordinatorClient(Protocol):
     def ended_by(self) -> str | None:
         """Return the limit for which a stage was refused; None if none was."""
 
+    def stop(self, reason: str) -> None:
+        """Start no further stage, and have those that can end early do so."""
+
+    def stopping(self) -> bool:
+        """Return whether the campaign is to stop."""
+
+
+@dataclass
+class _Waiting:
+    """A request in the queue: when it was made, first and last, and first passed by one behind it."""
+
+    first_asked: float
+    last_asked: float
+    passed_at: float | None = None
+    reason: str = ""
+
 
 class Coordinator:
     """Leases on stages, and what has been spent; a plain object, or held by a Ray actor of many threads.
 
-    `clock` gives seconds that never run backwards; `price` is what earlier runs have spent;
-    without `admission`, every stage is admitted.
+    Args:
+        price: what was spent before.
+        failed: the trajectories that have failed since the start of the campaign.
+        elapsed_s: seconds since that start.
+        settle_s: grants nothing for so long, as leases may be held that it does not know.
+        admission: without it, every stage is admitted.
+        priority: of a trajectory; a higher one goes first.
+        clock: gives seconds that never run backwards.
     """
 
     def __init__(
@@ -84,17 +108,26 @@ class Coordinator:
         price: float = 0.0,
         admission: AdmissionController | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        failed: Sequence[str] = (),
+        elapsed_s: float = 0.0,
+        settle_s: float = 0.0,
+        priority: Callable[[str], int] = lambda trajectory: 0,
     ):
         self._limits = limits
         self._admission = admission
         self._clock = clock
-        self._started = clock()
+        self._priority = priority
+        self._started = clock() - elapsed_s
+        self._settled_at = clock() + settle_s
         self._price = price
         self._ended_by: str | None = None
-        self._failed: set[str] = set()
+        self._stopped_by: str | None = None
+        self._failed = set(failed)
         self._granted: dict[str, LeaseRequest] = {}
-        self._waiting: dict[LeaseRequest, float] = {}
         self._renewed: dict[str, float] = {}
+        self._waiting: dict[LeaseRequest, _Waiting] = {}
+        self._looked_at: float | None = None
         self._changed = threading.Condition()
 
     def try_acquire(self, request: LeaseRequest, wait_s: float = 0.0) -> LeaseReply:
@@ -110,94 +143,129 @@ class Coordinator:
                 reply = self._reply(request)
             return reply
 
-    def renew(self, holder: str) -> None:
-        """Keep the leases of `holder` from expiring."""
+    def renew(self, held: Sequence[LeaseRequest]) -> Sequence[str]:
+        """Keep leases from expiring; return the keys of those that another holds by now.
+
+        A lease that is not known is held from now on: this coordinator was started again since, or the
+        lease expired and nobody took it.
+        """
         with self._changed:
-            self._renewed[holder] = self._clock()
+            lost = []
+            for request in held:
+                if self._granted.setdefault(request.key, request).holder == request.holder:
+                    self._renewed[request.key] = self._clock()
+                else:
+                    lost.append(request.key)
+            return lost
 
     def release(self, request: LeaseRequest, seconds: float) -> None:
         """End a lease: the stage is committed or given up, after `seconds` of computing."""
         with self._changed:
             self._price += self._limits.price(request.kind, seconds)
-            if self._granted.get(request.key) == request:  # else it was slow, and another has taken over
+            granted = self._granted.get(request.key)
+            if granted and granted.holder == request.holder:  # else it was slow, and another has taken over
                 del self._granted[request.key]
-            self._changed.notify_all()
+            self._look_again()
 
     def fail(self, trajectory: str) -> None:
         """Count a trajectory that has failed for good."""
         with self._changed:
             self._failed.add(trajectory)
-            self._changed.notify_all()
+            self._look_again()
 
     def ended_by(self) -> str | None:
         """Return the limit for which a stage was refused; None if none was."""
-        return self._ended_by
+        return self._ended_by or self._stopped_by
+
+    def stop(self, reason: str) -> None:
+        """Start no further stage, and have those that can end early do so."""
+        with self._changed:
+            self._stopped_by = reason
+            self._look_again()
+
+    def stopping(self) -> bool:
+        """Return whether the campaign is to stop."""
+        return self._stopped_by is not None
+
+    def _look_again(self) -> None:
+        self._looked_at = None
+        self._changed.notify_all()
 
     def _reply(self, request: LeaseRequest) -> LeaseReply:
-        spent = Spent(len(self._failed), self._clock() - self._started, self._price)
-        if limit := limit_reached(self._limits, spent):
+        now = self._clock()
+        spent = Spent(len(self._failed), now - self._started, self._price)
+        if limit := self._stopped_by or limit_reached(self._limits, spent):
             self._ended_by = limit
             return LeaseReply(False, limit)
-        now = self._clock()
-        # Leases that were not renewed, and requests that were not repeated, for the time of a lease end.
-        for key, granted in list(self._granted.items()):
-            if now - self._renewed[granted.holder] >= LEASE_S:
-                del self._granted[key]
-        for waiting, asked in list(self._waiting.items()):
-            if now - asked >= LEASE_S:
-                del self._waiting[waiting]
-        at_work = self._granted.get(request.key)
-        if at_work is None and not self._has_turn(request):
-            self._waiting[request] = now
-            return LeaseReply(False)
+        self._expire(now)
+        if request.key not in self._granted:
+            if request not in self._waiting:
+                self._waiting[request] = _Waiting(now, now)
+                self._looked_at = None
+            waiting = self._waiting[request]
+            waiting.last_asked = now
+            if self._looked_at is None or now - self._looked_at >= EXPIRY_CHECK_S:
+                self._looked_at = now
+                self._grant_what_fits(now)
+        granted = self._granted.get(request.key)
+        if granted is None:
+            return LeaseReply(False, waits_for=waiting.reason)
         # A request that waits for another's result is not in the queue.
         self._waiting.pop(request, None)
-        if at_work is not None and at_work.holder != request.holder:
-            return LeaseReply(False)
-        self._granted[request.key] = request
-        self._renewed[request.holder] = now
+        if granted.holder != request.holder:
+            return LeaseReply(False, waits_for="the same stage of another trajectory")
+        self._renewed[request.key] = now
         return LeaseReply(True)
 
-    def _has_turn(self, request: LeaseRequest) -> bool:
-        """Return whether the cluster takes the stage beside those at work and those that go before it."""
-        if self._admission is None or request.kind not in self._admission.requests:
-            return True
-        queue = sorted({**self._waiting, request: 0.0}, key=lambda waiting: waiting.stages_left)
-        ahead = queue[: queue.index(request)]
-        first = {each.key: each.kind for each in (*self._granted.values(), *ahead, request)}
-        return self._admission.can_admit(first.values())
+    def _expire(self, now: float) -> None:
+        """End leases that were not renewed, and requests that were not repeated, for the time of a lease."""
+        for key in [key for key in self._granted if now - self._renewed[key] >= LEASE_S]:
+            del self._granted[key]
+            self._looked_at = None
+        for request in [each for each, asked in self._waiting.items() if now - asked.last_asked >= LEASE_S]:
+            del self._waiting[request]
+            self._looked_at = None
 
+    def _grant_what_fits(self, now: float) -> None:
+        """Grant what the cluster has room for to those that wait, in the order of the queue."""
+        if now < self._settled_at:
+            for waiting in self._waiting.values():
+                waiting.reason = "the leases that were held before the coordinator was started again"
+            return
+        keeping = {
+            request
+            for request, waiting in self._waiting.items()
+            if waiting.passed_at is not None and now - waiting.passed_at >= PATIENCE_S
+        }
 
-class Leases:
-    """The leases of one trajectory, acquired from a coordinator.
+        def turn(request: LeaseRequest) -> tuple[float, ...]:
+            asked, keeps = self._waiting[request].first_asked, request in keeping
+            return (
+                -self._priority(request.trajectory),
+                not keeps,
+                asked if keeps else request.stages_left,
+                asked,
+            )
 
-    It may hold several at a time: an evaluation in the background, and what goes on meanwhile.
-    """
-
-    def __init__(self, coordinator: CoordinatorClient):
-        self._coordinator = coordinator
-        self._holder = uuid.uuid4().hex
-        self._held: dict[str, tuple[LeaseRequest, threading.Event]] = {}
-
-    def acquire(self, kind: str, key: str, stages_left: int = 0) -> None:
-        """Return when this trajectory may compute the stage, or when another has.
-
-        Raises:
-            LimitReachedError: no further stage may start.
-        """
-        request, released = LeaseRequest(kind, key, self._holder, stages_left), threading.Event()
-        while not (reply := self._coordinator.try_acquire(request, ACQUIRE_WAIT_S)).granted:
-            if reply.limit:
-                raise LimitReachedError(f"{reply.limit}; --resume continues")
-        self._held[key] = (request, released)
-        threading.Thread(target=self._renew, args=(released,), daemon=True).start()
-
-    def release(self, key: str, seconds: float) -> None:
-        """End the lease on the stage, after `seconds` of computing."""
-        request, released = self._held.pop(key)
-        released.set()
-        self._coordinator.release(request, seconds)
-
-    def _renew(self, released: threading.Event) -> None:
-        while not released.wait(RENEWAL_S):
-            self._coordinator.renew(self._holder)
+        first: dict[str, LeaseRequest] = {}
+        for request in sorted(self._waiting, key=turn):
+            if request.key not in self._granted:
+                first.setdefault(request.key, request)
+        queue = list(first.values())
+        reasons: list[str | None] = [None] * len(queue)
+        if self._admission is not None:
+            at_work = [request.kind for request in self._granted.values()]
+            reasons = self._admission.admit(at_work, [Candidate(r.kind, r in keeping) for r in queue])
+        passing = False
+        for request, reason in reversed(list(zip(queue, reasons, strict=True))):
+            waiting = self._waiting[request]
+            waiting.reason = reason or ""
+            if reason is None:
+                self._granted[request.key], self._renewed[request.key] = request, now
+                passing = passing or (
+                    self._admission is not None and request.kind in self._admission.requests
+                )
+            elif passing and waiting.passed_at is None:
+                waiting.passed_at = now
+        if None in reasons:
+            self._changed.notify_all()

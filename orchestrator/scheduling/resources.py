@@ -1,83 +1,149 @@
 """What a stage of each kind holds on the cluster.
 
-The one answer to that question: admission, `iterabre plan`, the budget and the check of the cluster use it.
+The one answer to that question: admission, the backend, `iterabre plan`, the budget and the check of the
+cluster use it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from actors.contracts import ScoreSpec
-from orchestrator.config import ExecutionConfig
+from actors.contracts import CLOSED_FORM_OBJECTIVES, MERGING_CRITERIA, RecoverySpec, ScoreSpec
+from orchestrator.config import ActorConfig, ExecutionConfig
 
 ROUNDING = 1e-6
 """Fractions of a GPU do not add up exactly."""
 
+GB = 1e9
+
 TASK_SCORING = "score by task"
 """Scoring by an lm-eval task: it evaluates a model for each candidate, and so holds evaluators."""
+
+MERGE_SCORING = "score by merging"
+"""Merges are tried one upon another, by one actor."""
+
+CLOSED_FORM = "recover in closed form"
+"""A recovery that solves for its weights: one worker, for nothing is trained."""
 
 
 @dataclass(frozen=True)
 class ResourceBundle:
-    """Processors and GPUs: what a cluster has, or what a stage holds of it."""
+    """What one actor or worker holds, all on one node.
 
-    cpus: float
-    gpus: float
+    `accelerator` is the type of its GPUs, as Ray names it; `labels` are those that the node must have.
+    """
 
-    def holds(self, other: "ResourceBundle") -> bool:
-        """Return whether `other` fits in here."""
-        return other.cpus <= self.cpus + ROUNDING and other.gpus <= self.gpus + ROUNDING
+    cpus: float = 0.0
+    gpus: float = 0.0
+    memory_bytes: float = 0.0
+    accelerator: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
 
-    def without(self, other: "ResourceBundle") -> "ResourceBundle":
-        """Return what is left when `other` is taken, or as much of it as there is."""
-        return ResourceBundle(max(0.0, self.cpus - other.cpus), max(0.0, self.gpus - other.gpus))
-
-    def times(self, number: int) -> "ResourceBundle":
+    def times(self, number: float) -> "ResourceBundle":
         """Return so many of it."""
-        return ResourceBundle(number * self.cpus, number * self.gpus)
+        return replace(
+            self,
+            cpus=number * self.cpus,
+            gpus=number * self.gpus,
+            memory_bytes=number * self.memory_bytes,
+        )
 
-    def count(self, other: "ResourceBundle") -> int:
-        """Return how often `other` goes into this one; a million times if it holds nothing."""
-        shares = [
-            have / need for have, need in ((self.cpus, other.cpus), (self.gpus, other.gpus)) if need > 0
-        ]
-        return int(min(shares, default=1e6) + ROUNDING)
+    def devices(self, on_gpus: bool) -> float:
+        """Return its GPUs, or its CPUs where no stage uses a GPU."""
+        return self.gpus if on_gpus else self.cpus
+
+    def __str__(self) -> str:
+        amounts = (
+            (self.cpus, "CPU", not self.gpus),
+            (self.gpus, f"{self.accelerator} GPU" if self.accelerator else "GPU", True),
+            (self.memory_bytes / GB, "GB", True),
+        )
+        held = [f"{amount:g} {unit}" for amount, unit, shown in amounts if amount and shown]
+        held += [f"{name}={value}" for name, value in self.labels.items()]
+        return " and ".join(held) or "nothing"
 
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """What a stage needs to begin, and what it holds if it can: a pool begins with one actor."""
+    """`min_count` bundles to begin, and up to `max_count` if it can: a pool begins with one actor."""
 
-    min: ResourceBundle
-    max: ResourceBundle
+    bundle: ResourceBundle
+    min_count: int = 1
+    max_count: int = 1
+
+    @property
+    def min(self) -> ResourceBundle:
+        """What it needs to begin, in all."""
+        return self.bundle.times(self.min_count)
+
+    @property
+    def max(self) -> ResourceBundle:
+        """What it holds at most, in all."""
+        return self.bundle.times(self.max_count)
+
+    def __str__(self) -> str:
+        return f"{self.min_count} x {self.bundle}" if self.min_count > 1 else f"{self.bundle} on one node"
 
 
 def resource_kind(kind: str, spec: Any) -> str:
     """Return the kind of stage under which `stage_resources` has what a stage with this spec holds."""
-    return TASK_SCORING if isinstance(spec, ScoreSpec) and spec.task is not None else kind
+    if isinstance(spec, ScoreSpec):
+        if spec.task is not None:
+            return TASK_SCORING
+        return MERGE_SCORING if spec.criterion in MERGING_CRITERIA else kind
+    if isinstance(spec, RecoverySpec) and spec.objective in CLOSED_FORM_OBJECTIVES:
+        return CLOSED_FORM
+    return kind
 
 
 def stage_resources(execution: ExecutionConfig) -> dict[str, ResourceRequest]:
-    """Return what a stage of each kind requests; kinds that are not named hold nothing."""
+    """Return what a stage of each kind requests; kinds that are not named hold nothing.
+
+    A pool holds no more actors than `execution.max_devices` has devices for.
+    """
     scoring, generation, training = execution.scoring, execution.generation, execution.training
-    evaluator = ResourceBundle(execution.evaluation.cpus, execution.evaluation.gpus)
-    trainers = ResourceBundle(training.cpus, training.gpus).times(training.workers)
+    evaluator, trainer = _bundle(execution.evaluation), _bundle(training)
+    sections = (scoring, generation, training, execution.evaluation)
+    on_gpus = any(section.gpus for section in sections)
 
     def pool(actor: ResourceBundle, actors: int) -> ResourceRequest:
-        return ResourceRequest(actor, actor.times(actors))
+        held = actor.devices(on_gpus)
+        if execution.max_devices is not None and held > 0:
+            actors = min(actors, max(1, int(execution.max_devices / held + ROUNDING)))
+        return ResourceRequest(actor, 1, actors)
 
     return {
-        "score": pool(ResourceBundle(scoring.cpus, scoring.gpus), scoring.actors),
+        "score": pool(_bundle(scoring), scoring.actors),
+        MERGE_SCORING: ResourceRequest(_bundle(scoring)),
         TASK_SCORING: pool(evaluator, scoring.actors),
-        "generate": pool(ResourceBundle(generation.cpus, generation.gpus), generation.actors),
-        "recover": ResourceRequest(trainers, trainers),
+        "generate": pool(_bundle(generation), generation.actors),
+        "recover": ResourceRequest(trainer, training.workers, training.workers),
+        CLOSED_FORM: ResourceRequest(trainer),
         "evaluate": pool(evaluator, execution.evaluation.actors),
-        "export": pool(evaluator, 1),
+        "export": ResourceRequest(_bundle(execution.export)),
     }
+
+
+SECTIONS = {
+    "score": "scoring",
+    MERGE_SCORING: "scoring",
+    TASK_SCORING: "evaluation",
+    "generate": "generation",
+    "recover": "training",
+    CLOSED_FORM: "training",
+    "evaluate": "evaluation",
+    "export": "export",
+}
+"""The section of `execution` that says what a bundle of each kind holds."""
 
 
 def devices_held(execution: ExecutionConfig) -> Mapping[str, float]:
     """Return the devices that a stage of each kind holds: its GPUs, or its CPUs if no stage uses a GPU."""
-    held = {kind: request.max for kind, request in stage_resources(execution).items()}
-    on_gpus = any(bundle.gpus for bundle in held.values())
-    return {kind: bundle.gpus if on_gpus else bundle.cpus for kind, bundle in held.items()}
+    requests = stage_resources(execution)
+    on_gpus = any(request.bundle.gpus for request in requests.values())
+    return {kind: request.max.devices(on_gpus) for kind, request in requests.items()}
+
+
+def _bundle(actor: ActorConfig) -> ResourceBundle:
+    memory_bytes = (actor.memory_gb or 0.0) * GB
+    return ResourceBundle(actor.cpus, actor.gpus, memory_bytes, actor.accelerator, actor.labels)

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 
 from pyarrow.fs import FileInfo, FileSelector, FileType
 
-from actors.artifacts import explained, filesystem, is_temporary, join, read_bytes
+from actors.artifacts import attempt, filesystem, is_temporary, join, read_bytes
 from orchestrator.errors import WorkError
 from orchestrator.storage.layout import FORMER_QUARANTINE, QUARANTINE
+from orchestrator.storage.stage_manifest import MANIFEST
 from orchestrator.storage.stage_store import Store
 
 log = logging.getLogger(__name__)
@@ -28,19 +29,23 @@ def collect(store: Store) -> None:
     Kept are all results, the quarantine, and the checkpoints that --resume continues from.
     A failure is only a warning: what remains costs space and nothing else.
     """
-    fs, root = filesystem(store.uri)
     try:
-        with explained(store.uri, "remove leftovers from"):
-            infos = fs.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
-            committed = _committed(store, _paths_in(infos, root))
-            for info in infos:
-                if info.type == FileType.File and is_temporary(info.base_name):
-                    fs.delete_file(info.path)
-            for parts in leftovers(_paths_in(infos, root), committed):
-                log.info("removing %s: no result needs it", "/".join(parts))
-                fs.delete_dir("/".join((root, *parts)))
+        attempt(store.uri, "remove leftovers from", lambda: _collect(store))
     except (FileNotFoundError, WorkError) as error:
         log.warning("leftovers of earlier attempts remain: %s", error)
+
+
+def _collect(store: Store) -> None:
+    fs, root = filesystem(store.uri)
+    infos = fs.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
+    paths = _paths_in(infos, root)
+    committed = _committed(store, paths)
+    for info in infos:
+        if info.type == FileType.File and is_temporary(info.base_name):
+            fs.delete_file(info.path)
+    for parts in leftovers(paths, committed):
+        log.info("removing %s: no result needs it", "/".join(parts))
+        fs.delete_dir("/".join((root, *parts)))
 
 
 def leftovers(paths: Iterable[Parts], committed: Mapping[Parts, str | None]) -> list[Parts]:
@@ -71,14 +76,16 @@ def _committed(store: Store, paths: Iterable[Parts]) -> dict[Parts, str | None]:
     found: dict[Parts, str | None] = {}
     for parts in paths:
         match parts:
-            case ("stages", kind, key, "manifest.json") if kind not in QUARANTINES:
+            case ("stages", kind, key, name) if name == MANIFEST and kind not in QUARANTINES:
                 found[kind, key] = _payload_of(store, kind, key)
+            case ("train", key) if store.cache is not None and store.read_manifest("recover", key):
+                found.setdefault(("recover", key), None)
     return found
 
 
 def _payload_of(store: Store, kind: str, key: str) -> str | None:
     """Return the name of the directory that holds the stage's payload; None if it has none."""
-    uri = join(store.stage_uri(kind, key), "manifest.json")
+    uri = join(store.stage_uri(kind, key), MANIFEST)
     try:
         payload = json.loads(read_bytes(uri) or b"{}")["payload"]
     except (ValueError, KeyError) as error:

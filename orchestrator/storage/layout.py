@@ -2,13 +2,15 @@
 
 <storage.path>/<campaign name>/
     campaign.json                   the configuration the run was started with
-    stages/<kind>/<key>/            payload-<attempt>/, result.json, then manifest.json
+    stages/<kind>/<key>/            payload-<attempt>/, then manifest.json, which holds the result
     stages/quarantine/              results that did not match their manifest
     trajectories/<id>.json          how a trajectory ended
     trajectories/<id>.plan.json     what was decided for it
     driver.lock                     the driver that has the run open
     ledger/  superseded/  models/  train/  tune/  report/  logs/  tensorboard/
     trackers/<name>.json            what of the ledger was published to a tracker
+
+<storage.cache>/stages/<kind>/<key>/  the same for stages that runs share, and last_use
 """
 
 import os
@@ -30,6 +32,15 @@ PLAN_SUFFIX = ".plan.json"
 
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for what it runs as a job (`ray job submit`, a RayJob of Kubernetes), and for nothing else."""
+
+
+LONGEST_NAME = 160
+"""Characters of a trajectory's id; the name of a part of the ledger adds forty."""
+
+
+def shortened(name: str, longest: int = LONGEST_NAME) -> str:
+    """Return `name`, its end replaced by a hash of the whole where it is longer than that."""
+    return name if len(name) <= longest else f"{name[: longest - 13]}-{digest(name)[:12]}"
 
 
 def safe_name(name: str) -> str:
@@ -62,14 +73,23 @@ class RunLayout:
         Raises:
             RequestError: the path is relative, and this is a job of a Ray cluster.
         """
-        relative = "://" not in storage_path and not os.path.isabs(os.path.expanduser(storage_path))
+        return cls(join(cls.of_storage(storage_path), safe_name(name)))
+
+    @staticmethod
+    def of_storage(path: str, field: str = "storage.path") -> str:
+        """Return the place that `field` names, which is one that lasts.
+
+        Raises:
+            RequestError: as `of_campaign`.
+        """
+        relative = "://" not in path and not os.path.isabs(os.path.expanduser(path))
         if relative and RAY_JOB_VARIABLE in os.environ:
             raise RequestError(
-                f"storage.path {storage_path!r} is relative, and in a Ray job that is the job's own "
+                f"{field} {path!r} is relative, and in a Ray job that is the job's own "
                 f"directory ({os.getcwd()}), which Ray deletes: give an absolute path that every node sees "
-                "(NFS), or s3:// or gs://, e.g. --set storage.path=s3://bucket/runs"
+                f"(NFS), or s3:// or gs://, e.g. --set {field}=s3://bucket/runs"
             )
-        return cls(join(storage_path, safe_name(name)))
+        return path
 
     @property
     def run_manifest_uri(self) -> str:

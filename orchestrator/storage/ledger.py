@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow.fs import FileType
 
-from actors.artifacts import explained, filesystem, join, list_files, write_bytes
+from actors.artifacts import attempt, filesystem, join, list_files, write_bytes
 from actors.errors import WorkError
 from orchestrator.storage.layout import safe_name
 
@@ -93,8 +93,13 @@ class Ledger:
 
     def has(self, part_name: str) -> bool:
         """Return whether the part was written."""
-        fs, path = filesystem(self._part_uri(part_name))
-        return fs.get_file_info(path).type == FileType.File
+        uri = self._part_uri(part_name)
+
+        def found() -> bool:
+            fs, path = filesystem(uri)
+            return fs.get_file_info(path).type == FileType.File
+
+        return attempt(uri, "look for", found)
 
     def parts(self, prefix: str = "") -> list[str]:
         """Return the sorted names of all parts that begin with `prefix`."""
@@ -115,11 +120,14 @@ class Ledger:
         """Return every row of the parts of those names; raises as `read`."""
         if not names:
             return SCHEMA.empty_table()
-        fs, root = filesystem(self.uri)
-        parts = [f"{root}/{safe_name(name)}{SUFFIX}" for name in names]
+
+        def rows() -> pa.Table:
+            fs, root = filesystem(self.uri)
+            parts = [f"{root}/{safe_name(name)}{SUFFIX}" for name in names]
+            return ds.dataset(parts, schema=SCHEMA, format="parquet", filesystem=fs).to_table()
+
         try:
-            with explained(self.uri, "read"):
-                return ds.dataset(parts, schema=SCHEMA, format="parquet", filesystem=fs).to_table()
+            return attempt(self.uri, "read", rows)
         except pa.ArrowException as error:
             raise WorkError(
                 f"ledger {self.uri} cannot be read ({error}); delete the part that is named and run again "

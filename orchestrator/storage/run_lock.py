@@ -2,9 +2,9 @@
 
 The lock says who holds it and counts that driver's heart-beats. No clocks are
 compared: a lock is stale when its count stands still for a whole lease, or when its
-process no longer runs on this machine. Object stores cannot create a file only
-if there is none, so whoever writes the lock looks again a moment later; of two that
-write at once, the last one has it.
+process, known to have run in this PID namespace, no longer does. A stale lock is
+replaced by writing over it, so whoever writes one looks again a moment later; of two
+that write at once, the last one has it.
 """
 
 import json
@@ -17,13 +17,17 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
-from actors.artifacts import filesystem, local_path, read_bytes, write_bytes
+from actors.artifacts import delete_file, local_path, read_bytes, write_bytes
 from orchestrator.errors import RunInUseError, WorkError
 from orchestrator.storage.stage_store import Store
 
 log = logging.getLogger(__name__)
+
+AT_ONCE_S = 0.5
+"""Between the two signals by which a driver that lost its run is ended."""
 
 BEAT_S = 5.0
 LOCK_LEASE_S = 30.0
@@ -34,12 +38,25 @@ DISK_SETTLE_S = 0.2
 
 @dataclass(frozen=True)
 class Lock:
-    """Who has a run open, and how often it has said so."""
+    """Who has a run open, and how often it has said so; `pids` names what the process id is an id in."""
 
     owner: str
     host: str
     pid: int
     beats: int = 0
+    pids: str = ""
+
+
+def pid_namespace() -> str:
+    """Return a name of this process's PID namespace that no other has, on no machine; empty if unknown.
+
+    Containers may share a host's name and each have a process 7 of its own.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def check_unlocked(store: Store) -> None:
@@ -69,7 +86,7 @@ def locked(store: Store) -> Iterator[None]:
         RunInUseError: another driver has it, or was faster.
     """
     check_unlocked(store)
-    lock = Lock(uuid.uuid4().hex, socket.gethostname(), os.getpid())
+    lock = Lock(uuid.uuid4().hex, socket.gethostname(), os.getpid(), pids=pid_namespace())
     _write(store, lock)
     time.sleep(SETTLE_S if local_path(store.uri) is None else DISK_SETTLE_S)
     if (now := _read(store)) is not None and now.owner != lock.owner:
@@ -83,8 +100,7 @@ def locked(store: Store) -> Iterator[None]:
         ended.set()
         beating.join()
         if (now := _read(store)) is not None and now.owner == lock.owner:
-            fs, path = filesystem(store.lock_uri)
-            fs.delete_file(path)
+            delete_file(store.lock_uri)
 
 
 def _beat(store: Store, lock: Lock, ended: threading.Event) -> None:
@@ -95,6 +111,8 @@ def _beat(store: Store, lock: Lock, ended: threading.Event) -> None:
             now = _read(store)
             if now is not None and now.owner != lock.owner:
                 os.kill(os.getpid(), signal.SIGTERM)
+                if not ended.wait(AT_ONCE_S):  # the first only asks to stop, the second stops at once
+                    os.kill(os.getpid(), signal.SIGTERM)
                 return
             beats += 1
             _write(store, replace(lock, beats=beats))
@@ -103,8 +121,8 @@ def _beat(store: Store, lock: Lock, ended: threading.Event) -> None:
 
 
 def _has_ended(lock: Lock) -> bool:
-    """Return whether the driver is known to have ended: its process ran on this machine and is not there."""
-    if lock.host != socket.gethostname():
+    """Return whether the driver is known to have ended: its process ran beside this one and is not there."""
+    if not lock.pids or lock.pids != pid_namespace():
         return False
     try:
         os.kill(lock.pid, 0)
@@ -123,9 +141,12 @@ def _in_use(store: Store, lock: Lock) -> RunInUseError:
 
 
 def _read(store: Store) -> Lock | None:
-    content = read_bytes(store.lock_uri)
-    return None if content is None else Lock(**json.loads(content))
+    content = read_bytes(store.lock_uri, limit_s=LOCK_LEASE_S)
+    known = {field.name for field in fields(Lock)}
+    stored = {} if content is None else json.loads(content)
+    return Lock(**{name: value for name, value in stored.items() if name in known}) if stored else None
 
 
 def _write(store: Store, lock: Lock) -> None:
-    write_bytes(store.lock_uri, json.dumps(asdict(lock)).encode())
+    # Not for longer: what was true then may have been taken over.
+    write_bytes(store.lock_uri, json.dumps(asdict(lock)).encode(), limit_s=LOCK_LEASE_S / 2)

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from pyarrow.fs import FileSelector
-
-from actors.artifacts import explained, filesystem, read_bytes, write_bytes
-from orchestrator.config import CampaignConfig, parse_config
+from actors.artifacts import list_all, read_bytes, write_bytes
+from orchestrator.config import CampaignConfig, absolute_path, parse_config
 from orchestrator.errors import RequestError, RunExistsError
-from orchestrator.storage.stage_store import Store, installed_versions
+from orchestrator.storage.stage_manifest import installed_versions
+from orchestrator.storage.stage_store import Store
 
 FORMAT = 1
 
@@ -65,11 +64,8 @@ def check_run(store: Store, resume: bool) -> None:
         RunExistsError: a run is there and `resume` is off, or the directory holds something else.
     """
     if read_run(store) is None:
-        fs, path = filesystem(store.uri)
-        with explained(store.uri, "list"):
-            entries = fs.get_file_info(FileSelector(path, allow_not_found=True))
         # Hidden files are such as our own unfinished ones.
-        if any(not entry.base_name.startswith(".") for entry in entries):
+        if any(not entry.base_name.startswith(".") for entry in list_all(store.uri)):
             raise RunExistsError(
                 f"{store.uri} is not empty and holds no run; choose another storage.path or name"
             )
@@ -99,6 +95,18 @@ def existing_run(store: Store, named: str | None = None) -> dict[str, Any]:
     if stored is None:
         raise RequestError(f"{named or repr(store.uri)} holds no run: there is no campaign.json in it")
     return stored
+
+
+def recorded_store(run: str, named: str | None = None) -> Store:
+    """Return the store of the run at `run`, with the cache of stages that the run uses.
+
+    Raises:
+        RequestError: as `existing_run`.
+    """
+    store = Store(run)
+    stored = existing_run(store, named)
+    cache = stored["config"].get("storage", {}).get("cache")
+    return Store(run, cache=cache and absolute_path(cache, stored.get("directories", ())))
 
 
 def recorded_config(store: Store, named: str | None = None) -> CampaignConfig:

@@ -7,7 +7,7 @@ their place, under the same iteration. What they cost was paid all the same.
 import re
 from collections.abc import Collection, Iterable
 
-from actors.artifacts import filesystem, join, read_bytes, write_bytes
+from actors.artifacts import delete_file, join, read_bytes, write_bytes
 from orchestrator.storage.ledger import SUFFIX
 from orchestrator.storage.stage_store import Store
 
@@ -65,5 +65,4 @@ def move_superseded(store: Store, parts: Iterable[str]) -> None:
         if content is None:
             continue
         write_bytes(join(store.superseded_uri, name + SUFFIX), content)
-        fs, path = filesystem(source)
-        fs.delete_file(path)
+        delete_file(source)

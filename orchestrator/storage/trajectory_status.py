@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 from actors.artifacts import list_files, read_bytes, write_bytes
 from orchestrator.storage.layout import PLAN_SUFFIX
@@ -27,13 +27,29 @@ def write_status(store: Store, trajectory: str, status: TrajectoryStatus) -> Non
     write_bytes(store.trajectory_status_uri(trajectory), content.encode())
 
 
+def failed_since(store: Store, started_at: float) -> list[str]:
+    """Return the trajectories that have failed since that time, in seconds since the epoch."""
+    since = int(started_at)
+    ended = {
+        trajectory: datetime.fromisoformat(stored["when"]).timestamp()
+        for trajectory, stored in _stored(store).items()
+        if stored["state"] == "failed"
+    }
+    return [trajectory for trajectory, when in ended.items() if when >= since]
+
+
 def read_statuses(store: Store) -> dict[str, TrajectoryStatus]:
     """Return the status of every trajectory that has one, by its id."""
-    found: dict[str, TrajectoryStatus] = {}
+    return {
+        trajectory: TrajectoryStatus(stored["state"], stored["reason"])
+        for trajectory, stored in _stored(store).items()
+    }
+
+
+def _stored(store: Store) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
     for info in list_files(store.trajectories_uri):
-        if info.base_name.endswith(PLAN_SUFFIX):
-            continue
-        trajectory = info.base_name.removesuffix(SUFFIX)
-        stored = json.loads(read_bytes(store.trajectory_status_uri(trajectory)) or b"{}")
-        found[trajectory] = TrajectoryStatus(stored["state"], stored["reason"])
+        if not info.base_name.endswith(PLAN_SUFFIX):
+            trajectory = info.base_name.removesuffix(SUFFIX)
+            found[trajectory] = json.loads(read_bytes(store.trajectory_status_uri(trajectory)) or b"{}")
     return found

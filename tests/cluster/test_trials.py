@@ -1,6 +1,7 @@
 """Trials of one campaign side by side: single flight, early stopping, limits. Stages only sleep."""
 
 import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,22 +9,25 @@ from typing import Any
 import pyarrow.compute as pc
 import pytest
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestrator.config import CampaignConfig, ClusterMaximumConfig, parse_config
+from orchestrator.config import CampaignConfig, parse_config
 from orchestrator.execution.campaign import limits_of
-from orchestrator.execution.cluster import ClusterResources
-from orchestrator.execution.ray import RayCoordinatorClient
+from orchestrator.execution.cluster import ClusterNodes
+from orchestrator.execution.head_actors import RayCoordinatorClient, start_coordinator
 from orchestrator.execution.tune import CampaignOutcome, run_trials
 from orchestrator.planning.planner import build_plan
 from orchestrator.scheduling.admission import AdmissionController
-from orchestrator.scheduling.coordinator import LEASE_S, Coordinator, Leases
+from orchestrator.scheduling.coordinator import LEASE_S, SETTLE_S
+from orchestrator.scheduling.leases import Leases
 from orchestrator.scheduling.limits import Limits
+from orchestrator.scheduling.packing import Node
 from orchestrator.scheduling.resources import ResourceBundle, ResourceRequest
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import read_statuses
 from tests.cluster.exported import exported
-from tests.support.simulated import Simulation
+from tests.support.simulated import SimulatedBackend, Simulation
 from tests.support.tiny_campaign import tiny_campaign
 
 SECONDS = {"score": 1.5, "recover": 0.1, "evaluate": 0.1, "export": 0.0}
@@ -38,7 +42,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(
-    place: Path, tmp_path: Path, change: Change, admission: AdmissionController | None = None
+    place: Path,
+    tmp_path: Path,
+    change: Change,
+    admission: AdmissionController | None = None,
+    simulation: type[Simulation] = Simulation,
 ) -> tuple[CampaignOutcome, CampaignConfig, Store]:
     campaign = tiny_campaign(place)
     campaign["execution"] |= {"backend": "ray"}
@@ -56,7 +64,7 @@ def _run(
         limits_of(config),
         at_a_time,
         admission,
-        make_backend=Simulation(SECONDS, notes),
+        make_backend=simulation(SECONDS, notes),
     )
     return outcome, config, store
 
@@ -77,8 +85,7 @@ def test_no_more_stages_at_a_time_than_there_is_room_for(
     ray_two_cpus: None, place: Path, tmp_path: Path
 ) -> None:
     two = AdmissionController(
-        lambda: ResourceBundle(2, 0),
-        dict.fromkeys(SECONDS, ResourceRequest(ResourceBundle(1, 0), ResourceBundle(1, 0))),
+        lambda: [Node("n", 2)], dict.fromkeys(SECONDS, ResourceRequest(ResourceBundle(1)))
     )
     outcome, _, _ = _run(place, tmp_path, _rates(0.1, 0.2, 0.3), two)
     assert outcome == CampaignOutcome({})
@@ -89,9 +96,31 @@ def test_no_more_stages_at_a_time_than_there_is_room_for(
     assert max(at_work) == 2
 
 
-def test_the_room_is_what_the_cluster_has_or_may_grow_to(ray_two_cpus: None) -> None:
-    assert ClusterResources(None)() == ResourceBundle(2, 0)
-    assert ClusterResources(ClusterMaximumConfig(nodes=3, cpus=4, gpus=1))() == ResourceBundle(12, 3)
+class Holding:
+    """An actor of this job, which holds what it asked for from the time when it is made."""
+
+    def __init__(self, seconds: float):
+        time.sleep(seconds)
+
+
+def test_what_this_job_holds_is_not_taken_for_others(ray_two_cpus: None) -> None:
+    nodes = ClusterNodes([(Node("may start", 4, 1, is_up=False), 2)])
+    (node, *more) = nodes()
+    assert (node.cpus, node.others[0], node.ours[0], len(more)) == (2, 0, 0, 2)
+    held = ray.remote(num_cpus=1)(Holding).remote(3.0)  # being made for three seconds
+    bundles = ray.util.placement_group([{"CPU": 0.5}])
+    in_bundle = PlacementGroupSchedulingStrategy(bundles)
+    grouped = ray.remote(num_cpus=0.5, scheduling_strategy=in_bundle)(Holding).remote(0.0)
+    waits = ray.remote(num_cpus=2)(Holding).remote(0.0)
+    try:
+        for _ in range(6):
+            time.sleep(1)
+            assert nodes()[0].others[0] == 0
+        assert nodes()[0].ours[0] == 1.5
+    finally:
+        for actor in (held, grouped, waits):
+            ray.kill(actor)
+        ray.util.remove_placement_group(bundles)
 
 
 def test_a_stage_that_three_trials_need_is_computed_once(
@@ -127,13 +156,54 @@ def test_asha_gives_up_the_worst_between_iterations(ray_two_cpus: None, place: P
     worst = "llama--iterabre--learning_rate=0.9--seed0"
     assert not outcome.failures
     assert worst in outcome.stopped
-    assert read_statuses(store)[worst].reason == "given up by the scheduler after iteration 1"
+    assert read_statuses(store)[worst].reason.startswith("given up by the scheduler after iteration 1: fox/")
     assert read_statuses(store)["llama--iterabre--learning_rate=0.1--seed0"].state == "done"
     # Its first target was reached before it was given up, and it is not taken up again.
     assert (Path(store.uri) / f"models/{worst}/3-layers/config.json").is_file()
     computed = _computed(tmp_path, "recover")
     _run(place, tmp_path, one_at_a_time)
     assert _computed(tmp_path, "recover") == computed
+
+
+def test_a_search_that_is_finished_stays_as_it_ended(ray_two_cpus: None, place: Path, tmp_path: Path) -> None:
+    """Run without a scheduler first: both are done, whatever a scheduler would have said."""
+    rates = _rates(0.1, 0.9, scheduler="none")
+    search = _rates(0.1, 0.9, scheduler="asha", metric="fox/token_perplexity", reduction_factor=2)
+
+    def one_at_a_time(campaign: dict[str, Any]) -> None:
+        search(campaign)
+        campaign["execution"]["max_concurrent_trajectories"] = 1
+
+    _run(place, tmp_path, rates)
+    _, _, store = _run(place, tmp_path, one_at_a_time)
+    assert [status.state for status in read_statuses(store).values()] == ["done", "done"]
+
+
+class Failing(Simulation):
+    """A simulation whose evaluation raises ValueError in a task, and leaves a note each time."""
+
+    def __call__(self, *_: Any) -> SimulatedBackend:
+        return FailingBackend(self)
+
+
+class FailingBackend(SimulatedBackend):
+    def evaluate(self, spec: Any, progress: Any) -> Any:
+        self._work("evaluate", spec)
+        task = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(_fail)
+        return ray.get(task.remote())
+
+
+def _fail() -> None:
+    raise ValueError("no such thing")
+
+
+def test_an_evaluation_that_raises_runs_once(ray_two_cpus: None, place: Path, tmp_path: Path) -> None:
+    outcome, _, store = _run(place, tmp_path, lambda campaign: None, simulation=Failing)
+    (reason,) = outcome.failures.values()
+    assert "ValueError: no such thing" in reason
+    assert [status.state for status in read_statuses(store).values()] == ["failed"]
+    notes = len(list((tmp_path / "notes").glob("evaluate-*.txt")))
+    assert notes == 1
 
 
 class Asking:
@@ -145,8 +215,8 @@ class Asking:
 
 
 @pytest.mark.long
-def test_a_killed_holders_lease_is_taken_over(ray_two_cpus: None) -> None:
-    coordinator = ray.remote(num_cpus=0)(Coordinator).remote(Limits())
+def test_a_killed_holders_lease_is_taken_over(ray_two_cpus: None, tmp_path: Path) -> None:
+    coordinator = start_coordinator(Limits(), None, Store(str(tmp_path)), 1)._actor
     asking = ray.remote(num_cpus=0)(Asking)
     first, second = asking.remote(), asking.remote()
     assert ray.get(first.acquire.remote(coordinator))
@@ -157,3 +227,16 @@ def test_a_killed_holders_lease_is_taken_over(ray_two_cpus: None) -> None:
     assert ray.get(waiting, timeout=2 * LEASE_S)
     ray.kill(second)
     ray.kill(coordinator)
+
+
+@pytest.mark.long
+def test_a_coordinator_that_is_killed_grants_nothing_that_is_held(ray_two_cpus: None, tmp_path: Path) -> None:
+    coordinator = start_coordinator(Limits(), None, Store(str(tmp_path)), 1)._actor
+    asking = ray.remote(num_cpus=0)(Asking)
+    first, second = asking.remote(), asking.remote()
+    assert ray.get(first.acquire.remote(coordinator))
+    ray.kill(coordinator, no_restart=False)
+    waiting = second.acquire.remote(coordinator)
+    assert ray.wait([waiting], timeout=SETTLE_S + 10) == ([], [waiting])
+    for actor in (first, second, coordinator):
+        ray.kill(actor)

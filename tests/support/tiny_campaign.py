@@ -10,7 +10,8 @@ from orchestrator.execution.progress import Report
 from orchestrator.execution.resolvers import ComputeResolver
 from orchestrator.execution.stage_kinds import Backend
 from orchestrator.planning.plan import TrajectoryPlan
-from orchestrator.scheduling.coordinator import Coordinator, Leases
+from orchestrator.scheduling.coordinator import Coordinator
+from orchestrator.scheduling.leases import Leases
 from orchestrator.scheduling.limits import Limits
 from orchestrator.storage.stage_store import Store
 from tests.support.tiny_models import save_tiny

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from actors.errors import WorkError
+from actors.errors import MemoryExhaustedError
 from actors.evaluation.lm_eval.family_support import family_support
 from actors.evaluation.lm_eval.prefix_tree import PrefixTree, build_trees, run_rows
 from actors.models import text_config
@@ -70,7 +70,7 @@ class LikelihoodModel:
         Both as HFLM gives them with `softmax_dtype=float32`: a log-softmax in bfloat16 would round what is
         left of a sum of many tokens to steps of 0.5 nats and more.
 
-        Raises WorkError if memory does not suffice for a single row.
+        Raises MemoryExhaustedError if memory does not suffice for a single row.
         """
         found: dict[int, tuple[float, bool]] = {}
         trees = build_trees([request.tokens for request in requests], self.most_nodes)
@@ -96,7 +96,7 @@ class LikelihoodModel:
             return self._score(rows, requests)
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
-                raise WorkError(
+                raise MemoryExhaustedError(
                     f"evaluation has no memory for one row of {len(rows[0])} tokens; set "
                     "evaluation.max_length lower, or give evaluation a larger GPU"
                 ) from error

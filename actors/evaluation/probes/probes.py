@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contracts import EvaluationSpec, Metric
+from actors.evaluation.batch_size import BATCH_SIZE
 from actors.evaluation.probes.arithmetic import answer_problems, draw_problems
 from actors.evaluation.probes.code_tasks import score_code
 from actors.evaluation.probes.decoding import encode_prompt, respond
@@ -22,9 +23,6 @@ from actors.plugins import find_row
 PROMPTS = Path(__file__).with_name("prompts")
 NUM_PROBLEMS = 200
 """Arithmetic problems, as many as the paper's."""
-
-BATCH_SIZE = 8
-"""Prompts and problems at a time where the spec gives no batch size."""
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Ends of the continuation of a function (Chen et al. 2021, §2.2)."""
@@ -51,14 +49,19 @@ class Probe:
 def check_probes(names: Sequence[str]) -> None:
     """Raise RequestError for a name that is no probe."""
     for name in names:
-        find_row("probe", name, PROBES, Probe)
+        find_probe(name)
+
+
+def find_probe(name: str) -> Probe:
+    """Return the probe of that name, ours or a plug-in's."""
+    return find_row("probe", name, PROBES, Probe)
 
 
 def run_probe(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
 ) -> list[Metric]:
     """Return metrics `name/measure` of one probe, measured on a model that is in memory."""
-    measured = find_row("probe", name, PROBES, Probe).run(model, tokenizer, spec)
+    measured = find_probe(name).run(model, tokenizer, spec)
     return [Metric(f"{name}/{metric.name}", metric.value, metric.unit, metric.stderr) for metric in measured]
 
 

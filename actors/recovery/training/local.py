@@ -4,12 +4,13 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from actors.contracts import Progress, RecoveryResult, RecoverySpec, digest, no_progress, to_json
+from actors.contracts import Progress, RecoveryResult, RecoverySpec, digest, no_progress, on_cluster, to_json
 from actors.recovery.training.checkpoint import CheckpointDirectory
 from actors.recovery.training.deepspeed_config import settings_fingerprint
 from actors.recovery.training.engine import single_process_group
+from actors.recovery.training.failures import MicroBatchError
 from actors.recovery.training.train_context import TrainContext
-from actors.recovery.training.train_loop import MicroBatchError, train
+from actors.recovery.training.train_loop import train
 
 
 def recover_locally(
@@ -38,6 +39,7 @@ def recover_locally(
         save_checkpoint=checkpoints.save,
         checkpoints=checkpoints.newest_first,
         progress=progress,
+        stop_requested=on_cluster(progress).stop_requested,
     )
     result = None
     with single_process_group():

@@ -28,6 +28,8 @@ class TrainContext:
         progress: called after every step, on rank 0.
         preemption_requested: whether the machine of any worker is announced to be taken
             away; every worker calls it after every step.
+        stop_requested: whether the training is to end at the next checkpoint, to go on
+            later; rank 0 calls it after every step.
     """
 
     rank: int
@@ -38,6 +40,7 @@ class TrainContext:
     checkpoints: Callable[[], Iterator[AbstractContextManager[Path]]]
     progress: Progress
     preemption_requested: Callable[[], bool] = lambda: False
+    stop_requested: Callable[[], bool] = lambda: False
 
     def micro_batch_hint(self) -> int | None:
         """Return the micro-batch size that an earlier try fell back to."""

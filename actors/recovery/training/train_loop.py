@@ -24,7 +24,7 @@ from torch import distributed as dist
 from actors.artifacts import publish
 from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, StepRecord, digest
 from actors.data import TrainingData
-from actors.errors import IterabreError, RequestError, WorkError
+from actors.errors import IterabreError, MemoryExhaustedError, RequestError, StopRequestedError
 from actors.models import LayerwisePass, load_tokenizer, save_weights
 from actors.recovery.adapters.lora import stage_seed
 from actors.recovery.check import check_recovery
@@ -34,20 +34,13 @@ from actors.recovery.objectives import BuildModule, Solve, find_objective
 from actors.recovery.training.checkpoint import CorruptCheckpointError, read_state
 from actors.recovery.training.deepspeed_config import largest_micro_batch, precision_of, settings_fingerprint
 from actors.recovery.training.engine import Engine, peak_memory_bytes
+from actors.recovery.training.failures import DivergenceError, MicroBatchError
 from actors.recovery.training.lr_schedule import lr_at
 from actors.recovery.training.train_context import TrainContext
 from actors.recovery.training.training_data import check_vocabulary, training_data, training_order
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-class DivergenceError(WorkError):
-    """The loss or its gradient is no longer a number; trying again would end the same."""
-
-
-class MicroBatchError(WorkError):
-    """A micro-batch did not fit into memory; a smaller one is noted for the next try."""
 
 
 @dataclass
@@ -85,8 +78,10 @@ def train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
     Raises:
         RequestError: the request cannot be trained as it stands.
         DivergenceError: a loss or gradient is not finite.
+        StopRequestedError: it was asked to stop; the last step is in a checkpoint.
         MicroBatchError: call again, with as many workers, to go on with smaller micro-batches.
-        WorkError: memory does not suffice for a single sequence, or the disk for a checkpoint.
+        MemoryExhaustedError: memory does not suffice for a single sequence.
+        WorkError: the disk does not suffice for a checkpoint.
     """
     objective = find_objective(spec.objective)
     if objective.solve is not None:
@@ -222,15 +217,28 @@ def _run_steps(run: TrainingRun, records: list[StepRecord]) -> list[StepRecord]:
         if run.context.rank == 0:
             run.context.progress(step + 1, run.num_steps, f"loss {records[-1].loss:.4g}")
         preemption_requested = run.context.preemption_requested()
-        if (step + 1) % every == 0 or step + 1 == run.num_steps or (preemption_requested and not left):
+        stops = _stops(run) and step + 1 < run.num_steps
+        due = (step + 1) % every == 0 or step + 1 == run.num_steps
+        if due or stops or (preemption_requested and not left):
             state = {
                 "settings": settings_fingerprint(run.spec),
                 "steps": [asdict(record) for record in records],
             }
             run.context.save_checkpoint(step + 1, partial(run.engine.save, state=state))
             run.checkpoints.append(step + 1)
+        if stops:
+            raise StopRequestedError(
+                f"the recovery of {run.spec.model.source.path!r} stopped on request after step {step + 1} of "
+                f"{run.num_steps}, where its checkpoint is"
+            )
         left = preemption_requested
     return records
+
+
+def _stops(run: TrainingRun) -> bool:
+    """Return whether the training is to end here; the same on all workers, of which rank 0 is told."""
+    requested = run.context.rank == 0 and run.context.stop_requested()
+    return run.engine.max_over_workers(requested) > 0
 
 
 def _run_step(run: TrainingRun, step: int) -> StepRecord:
@@ -292,11 +300,11 @@ def _halve_micro_batch(run: TrainingRun, step: int) -> str:
     """Halve the micro-batch, for this run and for later tries, and return the message for the log.
 
     Raises:
-        WorkError: there is nothing left to halve.
+        MemoryExhaustedError: there is nothing left to halve.
     """
     before = run.micro_batch_size
     if before == 1:
-        raise WorkError(
+        raise MemoryExhaustedError(
             f"step {step + 1} of the recovery of {run.spec.model.source.path!r} does not fit into memory "
             f"even with micro-batches of one sequence of {run.spec.sequence_length} tokens; make "
             "sequence_length smaller, set recovery.gradient_checkpointing, shard or offload "

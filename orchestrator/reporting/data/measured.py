@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 DENSE, PRUNED, RECOVERED = "dense", "pruned", "recovered"
-NOT_A_SCORE = ("parameters", "seconds")
+NOT_A_SCORE = ("parameters", "seconds", "waited_s")
 CODE_CLASSES = ("malformed_fences", "unbalanced_parentheses", "other_syntax", "undefined_names")
 LOWER_IS_BETTER = (
     "perplexity",

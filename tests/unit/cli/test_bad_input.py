@@ -13,7 +13,10 @@ import torch
 
 from orchestrator.config import ExecutionConfig, parse_config
 from orchestrator.errors import ClusterTooSmallError
-from orchestrator.execution.cluster import Capacity, check_resources, with_autoscaling
+from orchestrator.execution.cluster import node_types
+from orchestrator.scheduling.admission import check_resources
+from orchestrator.scheduling.packing import Node, with_node_types
+from orchestrator.scheduling.resources import stage_resources
 from orchestrator.storage.run_manifest import open_run
 from orchestrator.storage.stage_store import Store
 from tests.support.tiny_campaign import NUM_LAYERS, tiny_campaign, write_campaign
@@ -472,12 +475,12 @@ def test_a_disk_without_space_is_reported(place: Path, tmp_path: Path, small_dis
     assert list(small_disk.iterdir()) == []
 
 
-TWO_CPUS = Capacity(cpus=2, gpus=0, node_cpus=2, node_gpus=0)
-TWO_NODES = Capacity(cpus=16, gpus=2, node_cpus=8, node_gpus=1)
+TWO_CPUS = [Node("n", 2)]
+TWO_NODES = [Node("n", 8, 1), Node("m", 8, 1)]
 
 
 @pytest.mark.parametrize(
-    ("execution", "capacity", "message"),
+    ("execution", "nodes", "message"),
     [
         (
             {"training": {"workers": 3}},
@@ -492,27 +495,27 @@ TWO_NODES = Capacity(cpus=16, gpus=2, node_cpus=8, node_gpus=1)
     ],
 )
 def test_a_cluster_that_is_too_small_is_reported(
-    execution: dict[str, Any], capacity: Capacity, message: str
+    execution: dict[str, Any], nodes: list[Node], message: str
 ) -> None:
     with pytest.raises(ClusterTooSmallError, match=message) as refused:
-        check_resources(ExecutionConfig.model_validate(execution), capacity)
+        check_resources(stage_resources(ExecutionConfig.model_validate(execution)), nodes)
     assert refused.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
-    ("execution", "capacity"),
+    ("execution", "nodes"),
     [
         ({"training": {"workers": 2}}, TWO_CPUS),
         ({"scoring": {"actors": 100, "cpus": 1.0}}, TWO_CPUS),  # a pool takes what there is
         ({"training": {"workers": 2, "gpus": 1.0, "cpus": 8.0}}, TWO_NODES),
-        ({"evaluation": {"gpus": 2.0}}, Capacity(16, 2, 8, 1, can_grow=True)),
+        ({"evaluation": {"gpus": 2.0}}, [*TWO_NODES, Node("may start", 8, 2, is_up=False)]),
     ],
 )
-def test_a_cluster_that_is_large_enough_is_taken(execution: dict[str, Any], capacity: Capacity) -> None:
-    check_resources(ExecutionConfig.model_validate(execution), capacity)
+def test_a_cluster_that_is_large_enough_is_taken(execution: dict[str, Any], nodes: list[Node]) -> None:
+    check_resources(stage_resources(ExecutionConfig.model_validate(execution)), nodes)
 
 
-NO_WORKERS = Capacity(cpus=0, gpus=0, node_cpus=0, node_gpus=0)
+NO_WORKERS = [Node("head")]
 
 
 def test_what_an_autoscaler_can_still_start_is_not_refused() -> None:
@@ -520,8 +523,8 @@ def test_what_an_autoscaler_can_still_start_is_not_refused() -> None:
         {"training": {"workers": 8, "gpus": 4.0}, "cluster_maximum": {"nodes": 8, "cpus": 48, "gpus": 4}}
     )
     with pytest.raises(ClusterTooSmallError, match=r"execution\.cluster_maximum"):
-        check_resources(execution, NO_WORKERS)
-    check_resources(execution, with_autoscaling(NO_WORKERS, execution.cluster_maximum))
+        check_resources(stage_resources(execution), NO_WORKERS)
+    check_resources(stage_resources(execution), with_node_types(NO_WORKERS, node_types(execution)))
 
 
 @pytest.mark.parametrize(
@@ -532,7 +535,7 @@ def test_what_an_autoscaler_can_never_start_is_refused(training: dict[str, Any])
         {"training": training, "cluster_maximum": {"nodes": 8, "cpus": 48, "gpus": 4}}
     )
     with pytest.raises(ClusterTooSmallError, match=r"execution\.training needs"):
-        check_resources(execution, with_autoscaling(NO_WORKERS, execution.cluster_maximum))
+        check_resources(stage_resources(execution), with_node_types(NO_WORKERS, node_types(execution)))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What names a Ray cluster is understood or refused by name, and nothing waits for one that is not there."""
 
 import json
+import logging
 import os
 import re
 import resource
@@ -14,14 +15,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from ray._private.worker import _merge_runtime_env
 
 from orchestrator.errors import RequestError
-from orchestrator.execution.cluster import find_cluster
+from orchestrator.execution import cluster as cluster_module
+from orchestrator.execution.cluster import cluster, find_cluster
 from orchestrator.execution.connection import (
     LEAST_OPEN_FILES,
     check_token_file,
     cluster_address,
     ray_temp_dir,
+    without_variables_of_job,
 )
 from tests.support.tiny_campaign import tiny_campaign, write_campaign
 from tests.unit.cli.command import iterabre
@@ -202,3 +206,34 @@ def test_a_campaign_is_refused_before_anything_starts(
     assert message in answer.err
     assert "Traceback" not in answer.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_a_jobs_runtime_env_sets_is_not_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_job = {"env_vars": {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "true", "OTHER": "1"}}
+    given: dict[str, str] = {}
+
+    def init(runtime_env: dict[str, dict[str, str]], **_: object) -> None:
+        """As `ray.init` of a driver that is a job."""
+        merged = _merge_runtime_env(of_job, runtime_env, override=False)
+        if merged is None:
+            raise ValueError(f"Failed to merge the Job's runtime env {of_job} with {runtime_env}")
+        given.update(merged["env_vars"])
+
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": of_job, "metadata": {}}))
+    monkeypatch.setattr(cluster_module.ray, "init", init)
+    monkeypatch.setattr(cluster_module.ray, "shutdown", lambda: None)
+    with cluster("local"):
+        assert given["TOKENIZERS_PARALLELISM"] == "true"
+        assert given["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
+
+
+def test_a_job_that_sets_what_workers_need_is_warned(caplog: pytest.LogCaptureFixture) -> None:
+    ours = {"ITERABRE_DRIVER_DIRECTORY": "/a", "ITERABRE_PLUGINS": "{}", "TQDM_DISABLE": "1"}
+    of_job = {"ITERABRE_DRIVER_DIRECTORY": "/b", "ITERABRE_PLUGINS": "{}", "TQDM_DISABLE": "0"}
+    job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": of_job}})}
+    caplog.set_level(logging.WARNING)
+    assert without_variables_of_job(ours, job) == {}
+    assert without_variables_of_job(ours, {}) == ours
+    assert without_variables_of_job(ours, {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"runtime_env": null}'}) == ours
+    (said,) = caplog.messages
+    assert "ITERABRE_DRIVER_DIRECTORY to '/b', but workers need '/a'" in said

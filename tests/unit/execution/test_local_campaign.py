@@ -1,5 +1,6 @@
 """A whole campaign in this process, through the command line, on a tiny random Llama."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_an_upgrade_of_packages_writes_no_export_again(
 ) -> None:
     before = _times(copied)
     newer = {"iterabre": "99.0", "torch": "99.0"}
-    for module in ("orchestrator.export.provenance", "orchestrator.storage.stage_store"):
+    for module in ("orchestrator.export.provenance", "orchestrator.storage.run_manifest"):
         monkeypatch.setattr(f"{module}.installed_versions", lambda: newer)
     assert _resume(config, copied).exit_code == 0
     assert _times(copied) == before
@@ -163,12 +164,16 @@ def test_other_numbers_are_told_beside_an_export_that_stays(copied: Path, config
 
 
 def test_an_export_of_an_earlier_version_is_not_written_again(copied: Path, config: str) -> None:
-    """Until 0.2 the key of an export held its card and provenance, and the payload its files."""
+    """Its key held its card and provenance, its payload their files, and its result was a file of its own."""
     for number, stage in enumerate(sorted((copied / "stages/export").iterdir())):
         manifest = json.loads((stage / "manifest.json").read_text())
         directory = manifest["inputs"].pop("directory")
         manifest["inputs"] |= {"card": "another wording", "provenance": "{}"}
-        manifest["key"] = f"{number}" * 64
+        manifest |= {"key": f"{number}" * 64, "format": 1}
+        result = json.dumps(manifest["result"]).encode()
+        (stage / "result.json").write_bytes(result)
+        digest = hashlib.sha256(result).hexdigest()
+        manifest["result"] = {"name": "result.json", "size_bytes": len(result), "sha256": digest}
         card = copied / "models" / directory / "README.md"
         manifest["payload"]["files"].append({"name": card.name, "size_bytes": 1, "sha256": "0"})
         (stage / "manifest.json").write_text(json.dumps(manifest))

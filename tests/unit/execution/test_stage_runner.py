@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from actors.contracts import EvaluationResult, EvaluationSpec, Metric, Progress
-from actors.errors import WorkError
+from actors.errors import MemoryExhaustedError, WorkError
 from orchestrator.config import parse_config
 from orchestrator.execution.resolvers import ComputeResolver
 from orchestrator.execution.stage_runner import StageRunner
@@ -31,7 +31,7 @@ class SlowBackend:
         assert self.may_go_on.wait(60)
         if self.left_to_fail:
             self.left_to_fail -= 1
-            raise WorkError("no place")
+            raise MemoryExhaustedError("no memory")
         return EvaluationResult((Metric("arc/acc", 0.6 if spec.model.dropped else 0.8, stderr=0.1),), 100)
 
 
@@ -105,14 +105,16 @@ def test_the_board_shows_the_perplexity_of_the_newest_healed_model(
     assert shown == [{"fox": 9.0}, {"fox": 9.0}, {"fox": 12.0}]
 
 
-def test_a_failed_evaluation_is_tried_once_more_by_itself(plan: TrajectoryPlan, tmp_path: Path) -> None:
+def test_an_evaluation_without_memory_is_tried_once_more_by_itself(
+    plan: TrajectoryPlan, tmp_path: Path
+) -> None:
     for failures, fails in ((1, False), (2, True)):
         store, backend = Store(str(tmp_path / f"runs{failures}")), SlowBackend(failures)
         stages, _ = stages_of(plan, store, backend)
         backend.may_go_on.set()
         stages.evaluate(DENSE, plan.dense, "dense")
         if fails:
-            with pytest.raises(WorkError, match="no place"):
+            with pytest.raises(WorkError, match="no memory"):
                 stages.wait()
         else:
             stages.wait()

@@ -11,6 +11,8 @@ from orchestrator.errors import ConfigError, RequestError
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.planner import build_plan
 from orchestrator.planning.pruning_schedule import target_depth
+from orchestrator.storage.layout import shortened
+from orchestrator.storage.ledger import Ledger
 from tests.support.tiny_campaign import tiny_campaign
 
 
@@ -145,3 +147,49 @@ def test_targets_by_parameters_that_cannot_be_are_reported() -> None:
     ):
         with pytest.raises(RequestError, match=asked):
             target_depth(TargetConfig(**target), info)
+
+
+def test_a_search_metric_that_nothing_measures_is_refused(place: Path) -> None:
+    raw = tiny_campaign(place) | {"search": {"scheduler": "asha", "metric": "fox/perplexity"}}
+    raw["execution"] |= {"backend": "ray"}
+    with pytest.raises(
+        RequestError, match=r"unknown search\.metric 'fox/perplexity'; did you mean fox/token_pe"
+    ):
+        build_plan(parse_config(raw, "campaign.yaml"))
+
+
+@pytest.mark.parametrize("of_model", [False, True], ids=["of all", "of the model"])
+def test_a_search_is_asked_for_its_metric_only_where_it_is_measured(place: Path, of_model: bool) -> None:
+    raw = tiny_campaign(place) | {"search": {"scheduler": "asha", "metric": "fox/token_perplexity"}}
+    raw["execution"] |= {"backend": "ray"}
+    raw["targets"] = [{"layers": 2}]
+    if of_model:
+        raw["models"][0]["overrides"] = {"evaluation": {"at": "targets"}}
+    else:
+        raw["evaluation"]["at"] = "targets"
+    plan = build_plan(parse_config(raw, "campaign.yaml"))
+    (trajectory,) = plan.trajectories
+    assert [iteration.is_measured for iteration in trajectory.iterations] == [False, True]
+    (note,) = plan.notes
+    assert "will give up no trajectory: none is measured before its last iteration" in note
+
+
+def test_long_names_give_ids_whose_files_have_names_that_can_be(place: Path) -> None:
+    campaign = tiny_campaign(place)
+    campaign["name"], campaign["models"][0]["id"] = "c" * 60, "m" * 60
+    method = campaign["methods"][0]
+    others = {"n" * 99 + "1": {}, "n" * 99 + "2": {}, "d" * 100: {"schedule": {"mode": "direct"}}}
+    campaign["methods"] = [method | {"name": name} | more for name, more in others.items()]
+    campaign["seeds"] = [2**31 - 1]
+    ids = [trajectory.id for trajectory in _plan(campaign).trajectories]
+    assert len(set(ids)) == len(ids) == 2 + len(campaign["targets"])
+    ledger = Ledger(str(place / "ledger"))
+    for trajectory in ids:
+        ledger.append(f"{trajectory}-001-evaluate-recovered-{'0' * 16}", [])
+        assert len(ledger.parts(f"{trajectory}-")) == 1
+
+
+def test_ids_of_runs_that_are_there_stay() -> None:
+    assert shortened("x" * 160) == "x" * 160
+    assert len(shortened("x" * 161)) == 160
+    assert shortened("x" * 161) != shortened("x" * 162)

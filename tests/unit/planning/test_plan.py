@@ -305,6 +305,14 @@ def test_a_trajectorys_stages_and_bytes(place: Path) -> None:
     assert 2 * weights_bytes <= plan.needed_bytes() <= 3 * weights_bytes
 
 
+def test_full_fine_tuning_needs_space_for_full_weights(place: Path) -> None:
+    adapters, full = tiny_campaign(place), tiny_campaign(place)
+    full["methods"][0]["recovery"]["adapter"] = {"kind": "full"}
+    plan = _plan(full)
+    parameters = plan.trajectories[0].model.num_parameters
+    assert plan.needed_bytes() == _plan(adapters).needed_bytes() + 2 * 4 * parameters + 2 * 12 * parameters
+
+
 def test_deeper_model_needs_its_own_depths(tmp_path: Path) -> None:
     campaign = tiny_campaign(tmp_path)
     deep = save_tiny(tmp_path / "deep", num_layers=6)

@@ -28,7 +28,7 @@ from actors.contracts import (
 from actors.recovery import find_objective
 from actors.scoring import find_criterion
 from orchestrator.config import CampaignConfig, load_config, parse_config
-from orchestrator.planning.changes import compare
+from orchestrator.planning.changes import Effect, compare
 from orchestrator.planning.keys import stage_key
 from orchestrator.planning.plan import Traits, TrajectoryPlan
 from orchestrator.planning.planner import evaluation_spec
@@ -131,7 +131,9 @@ def test_a_result_is_read_by_the_names_it_was_stored_under(tmp_path: Path) -> No
     home = tmp_path / "stages" / "export" / "a" / "result.json"
     home.parent.mkdir(parents=True)
     home.write_text(json.dumps(result))
-    (home.parent / "manifest.json").write_text("{}")
+    described = {"kind": "export", "key": "a", "inputs": {}, "result": {}, "payload": None, "seconds": 1.0}
+    described |= {"format": 1, "created_at": "2026-01-01T00:00:00+00:00", "host": "h", "versions": {}}
+    (home.parent / "manifest.json").write_text(json.dumps(described))
     read = store.peek("export", "a", ExportResult)
     assert read is not None
     assert read.num_zeroed_parameters == 4096
@@ -153,7 +155,9 @@ def test_the_recorded_run_is_resumed_by_the_same_campaign(tmp_path: Path) -> Non
     def changes() -> list[str]:
         config = parse_config(raw, "campaign.yaml").model_dump(mode="json")
         now = record_of(config, [], recorded.record.versions)
-        return [f"{change.effect.name} {change}" for change in compare(recorded.record, now)]
+        found = compare(recorded.record, now)
+        # Defaults of how it runs may be others today.
+        return [f"{each.effect.name} {each}" for each in found if each.effect is not Effect.HARMLESS]
 
     assert changes() == []
     raw["methods"][0]["recovery"]["adapter"]["rank"] = 5

@@ -10,19 +10,23 @@ from orchestrator.execution.cluster import TRIAL_BYTES, trajectories_at_a_time
 from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.coordinator import (
     LEASE_S,
+    PATIENCE_S,
+    SETTLE_S,
     Coordinator,
     LeaseReply,
     LeaseRequest,
-    Leases,
-    LimitReachedError,
 )
+from orchestrator.scheduling.leases import Leases, LimitReachedError
 from orchestrator.scheduling.limits import Limits
+from orchestrator.scheduling.packing import Node
 from orchestrator.scheduling.resources import ResourceBundle, ResourceRequest, stage_resources
 
-HELD = {"recover": ResourceBundle(1, 4), "score": ResourceBundle(1, 2), "evaluate": ResourceBundle(1, 1)}
-FOUR_GPUS = AdmissionController(
-    lambda: ResourceBundle(100, 4), {kind: ResourceRequest(bundle, bundle) for kind, bundle in HELD.items()}
-)
+HELD = {
+    "recover": ResourceRequest(ResourceBundle(1, 1), 4, 4),
+    "score": ResourceRequest(ResourceBundle(1, 1), 2, 2),
+    "evaluate": ResourceRequest(ResourceBundle(1, 1)),
+}
+FOUR_GPUS = AdmissionController(lambda: [Node("node", 100, 4)], HELD)
 
 
 class _Clock:
@@ -49,7 +53,7 @@ def test_a_lease_lasts_as_long_as_its_holder_renews_it() -> None:
     first, second, third = (LeaseRequest("score", "key", holder) for holder in ("first", "second", "third"))
     coordinator.try_acquire(first)
     clock.now = LEASE_S - 1
-    coordinator.renew("first")
+    assert coordinator.renew([first]) == []
     clock.now = 2 * LEASE_S - 2
     assert not coordinator.try_acquire(second).granted
     clock.now = 2 * LEASE_S
@@ -85,7 +89,6 @@ def test_stages_wait_for_admission_and_a_nearly_done_trajectory_goes_first() -> 
     small = LeaseRequest("evaluate", "d", "d", 9)
     assert not any(coordinator.try_acquire(request).granted for request in (early, late, small))
     coordinator.release(training, 1.0)
-    # Nothing that would fit overtakes a wider stage whose turn it is, which would else wait for ever.
     assert not coordinator.try_acquire(small).granted
     assert not coordinator.try_acquire(early).granted
     assert coordinator.try_acquire(late).granted
@@ -111,45 +114,42 @@ def test_a_stage_that_another_computes_keeps_no_place_in_the_queue() -> None:
 def test_a_request_that_is_not_repeated_expires() -> None:
     clock = _Clock()
     coordinator = Coordinator(Limits(), admission=FOUR_GPUS, clock=clock)
-    coordinator.try_acquire(LeaseRequest("evaluate", "a", "a"))
-    assert not coordinator.try_acquire(LeaseRequest("recover", "dead", "dead", 1)).granted
-    waiting = LeaseRequest("evaluate", "b", "b", 2)
+    at_work = LeaseRequest("evaluate", "a", "a")
+    dead, waiting = (LeaseRequest("recover", name, name, left) for name, left in (("b", 1), ("c", 2)))
+    assert coordinator.try_acquire(at_work).granted
+    assert not coordinator.try_acquire(dead).granted
     assert not coordinator.try_acquire(waiting).granted
-    coordinator.renew("a")
+    clock.now = LEASE_S - 1
+    coordinator.renew([at_work])
+    assert not coordinator.try_acquire(waiting).granted
     clock.now = LEASE_S
-    coordinator.renew("a")
+    coordinator.release(at_work, 1.0)
     assert coordinator.try_acquire(waiting).granted
 
 
-def test_a_stage_wider_than_the_cluster_runs_alone() -> None:
-    coordinator = Coordinator(
-        Limits(), admission=AdmissionController(lambda: ResourceBundle(8, 2), FOUR_GPUS.requests)
-    )
-    request = LeaseRequest("recover", "a", "a")
-    assert coordinator.try_acquire(request).granted
-    assert not coordinator.try_acquire(LeaseRequest("evaluate", "b", "b")).granted
-    coordinator.release(request, 1.0)
+def test_a_stage_wider_than_the_cluster_waits_in_ray_and_holds_nothing() -> None:
+    """Ray has to ask an autoscaler for the nodes; what is there goes on with other stages."""
+    admission = AdmissionController(lambda: [Node("n", 8, 2)], HELD)
+    coordinator = Coordinator(Limits(), admission=admission)
+    assert coordinator.try_acquire(LeaseRequest("recover", "a", "a")).granted
     assert coordinator.try_acquire(LeaseRequest("evaluate", "b", "b")).granted
 
 
 def test_a_cluster_that_grows_takes_more() -> None:
-    capacities = [ResourceBundle(8, 1)]
-    coordinator = Coordinator(
-        Limits(), admission=AdmissionController(lambda: capacities[-1], FOUR_GPUS.requests)
-    )
+    clock, gpus = _Clock(), [1.0]
+    admission = AdmissionController(lambda: [Node("n", 8, gpus[-1])], HELD)
+    coordinator = Coordinator(Limits(), admission=admission, clock=clock)
     assert coordinator.try_acquire(LeaseRequest("evaluate", "a", "a")).granted
     assert not coordinator.try_acquire(LeaseRequest("evaluate", "b", "b")).granted
-    capacities.append(ResourceBundle(8, 2))
+    gpus.append(2)
+    clock.now = 1.0
     assert coordinator.try_acquire(LeaseRequest("evaluate", "b", "b")).granted
 
 
 def test_a_pool_begins_with_what_there_is() -> None:
-    pool = {
-        **FOUR_GPUS.requests,
-        "score": ResourceRequest(ResourceBundle(1, 1), ResourceBundle(8, 8)),
-        "recover": ResourceRequest(ResourceBundle(1, 2), ResourceBundle(1, 2)),
-    }
-    coordinator = Coordinator(Limits(), admission=AdmissionController(lambda: ResourceBundle(100, 4), pool))
+    one = ResourceBundle(1, 1)
+    pool = HELD | {"score": ResourceRequest(one, 1, 8), "recover": ResourceRequest(one, 2, 2)}
+    coordinator = Coordinator(Limits(), admission=AdmissionController(lambda: [Node("n", 100, 4)], pool))
     training, evaluation = LeaseRequest("recover", "a", "a", 5), LeaseRequest("evaluate", "c", "c", 5)
     assert coordinator.try_acquire(training).granted
     assert coordinator.try_acquire(LeaseRequest("score", "b", "b", 5)).granted
@@ -161,12 +161,97 @@ def test_a_pool_begins_with_what_there_is() -> None:
     assert coordinator.try_acquire(evaluation).granted
 
 
+def test_a_small_stage_passes_a_wide_one_but_not_for_ever() -> None:
+    clock = _Clock()
+    coordinator = Coordinator(Limits(), admission=FOUR_GPUS, clock=clock)
+    small = [LeaseRequest("evaluate", f"{i}", f"{i}", 9) for i in range(5)]
+    wide = LeaseRequest("recover", "wide", "wide", 5)
+    assert coordinator.try_acquire(small[0]).granted
+    reply = coordinator.try_acquire(wide)
+    assert (reply.granted, reply.waits_for) == (False, "4 x 1 GPU; free are 3 of 4 GPU on 1 node")
+    clock.now = 1.0
+    assert coordinator.try_acquire(small[1]).granted  # it fits, and passes
+    for clock.now in range(2, 62, 10):
+        coordinator.renew(small[:2])
+        assert not coordinator.try_acquire(wide).granted
+    assert clock.now < 1 + PATIENCE_S
+    assert coordinator.try_acquire(small[2]).granted
+    clock.now = 1 + PATIENCE_S
+    coordinator.renew(small[:3])
+    assert not coordinator.try_acquire(wide).granted
+    assert not coordinator.try_acquire(small[3]).granted
+    for held in small[:3]:
+        coordinator.release(held, 1.0)
+        assert not coordinator.try_acquire(small[3]).granted
+    assert coordinator.try_acquire(wide).granted
+
+
+def test_what_waits_for_room_goes_on_when_others_leave() -> None:
+    """Another driver holds the cluster: nothing of ours is admitted, and nothing fails."""
+    clock, others = _Clock(), [4.0]
+    admission = AdmissionController(lambda: [Node("n", 100, 4, others=(0, others[-1], 0))], HELD)
+    coordinator = Coordinator(Limits(), admission=admission, clock=clock)
+    request = LeaseRequest("score", "a", "a")
+    for clock.now in range(0, 10_000, 5):
+        assert not coordinator.try_acquire(request).granted
+    assert coordinator.try_acquire(request).waits_for == "2 x 1 GPU; free are 0 of 4 GPU on 1 node"
+    others.append(1.0)
+    clock.now += 1
+    assert coordinator.try_acquire(request).granted
+
+
+def test_a_priority_goes_before_how_many_stages_are_left() -> None:
+    coordinator = Coordinator(
+        Limits(), admission=FOUR_GPUS, priority=lambda trajectory: 1 if trajectory == "urgent" else 0
+    )
+    training, late, urgent = (
+        LeaseRequest("recover", key, key, left, key) for key, left in (("a", 5), ("b", 1), ("urgent", 9))
+    )
+    assert coordinator.try_acquire(training).granted
+    assert not coordinator.try_acquire(late).granted
+    assert not coordinator.try_acquire(urgent).granted
+    coordinator.release(training, 1.0)
+    assert not coordinator.try_acquire(late).granted
+    assert coordinator.try_acquire(urgent).granted
+
+
+def test_a_coordinator_that_was_started_again_remembers() -> None:
+    """Spending and failures are told to it, its clock goes on, and leases come back as they are renewed."""
+    clock = _Clock()
+    limits = Limits(max_failures=2, time_limit_s=100.0, budget=5.0)
+    again = Coordinator(limits, 3.0, None, clock, failed=["a"], elapsed_s=80.0, settle_s=SETTLE_S)
+    held, other = LeaseRequest("score", "key", "first"), LeaseRequest("score", "key", "second")
+    new = LeaseRequest("score", "new", "third")
+    assert not again.try_acquire(other).granted
+    assert "started again" in again.try_acquire(new).waits_for
+    assert again.renew([held]) == []
+    clock.now = SETTLE_S
+    # A plain new one would grant it: two would compute the same stage.
+    assert not again.try_acquire(other).granted
+    assert again.try_acquire(new).granted
+    clock.now = 20.0
+    assert again.try_acquire(new).limit == "100 s have passed (execution.time_limit_s: 100)"
+    again.fail("b")
+    assert again.try_acquire(new).limit == "2 trajectories failed (execution.max_failures: 2)"
+
+
+def test_a_lease_that_another_has_taken_is_reported_to_its_holder() -> None:
+    clock = _Clock()
+    coordinator = Coordinator(Limits(), clock=clock)
+    first, second = (LeaseRequest("score", "key", holder) for holder in ("first", "second"))
+    assert coordinator.try_acquire(first).granted
+    clock.now = LEASE_S
+    assert coordinator.renew([first]) == []  # it has expired, but nobody wanted it
+    clock.now = 2 * LEASE_S
+    assert coordinator.try_acquire(second).granted
+    assert coordinator.renew([first]) == ["key"]
+
+
 def test_fractions_of_a_gpu_fill_it() -> None:
     coordinator = Coordinator(
         Limits(),
         admission=AdmissionController(
-            lambda: ResourceBundle(8, 1),
-            {"evaluate": ResourceRequest(ResourceBundle(0, 0.1), ResourceBundle(0, 0.1))},
+            lambda: [Node("n", 8, 1)], {"evaluate": ResourceRequest(ResourceBundle(0, 0.1))}
         ),
     )
     granted = [coordinator.try_acquire(LeaseRequest("evaluate", f"{i}", f"{i}")).granted for i in range(11)]
@@ -223,7 +308,7 @@ def test_as_many_trajectories_as_keep_the_cluster_busy(
             "max_concurrent_trajectories": asked,
         }
     )
-    admission = AdmissionController(
-        lambda: ResourceBundle(1000 if gpus else 1, gpus), stage_resources(execution)
-    )
-    assert trajectories_at_a_time(execution, admission, head_gb * 2 * TRIAL_BYTES) == expected
+    nodes = [Node("n", 1000 if gpus else 1, gpus)]
+    admission = AdmissionController(lambda: nodes, stage_resources(execution))
+    keep_busy = admission.concurrent_trajectories(nodes)
+    assert trajectories_at_a_time(execution, keep_busy, head_gb * 2 * TRIAL_BYTES) == expected

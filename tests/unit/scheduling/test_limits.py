@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.config import ExecutionConfig
 from orchestrator.scheduling.limits import Limits, Spent, backoff_s, limit_reached, start_order
-from orchestrator.scheduling.resources import TASK_SCORING, devices_held
+from orchestrator.scheduling.resources import CLOSED_FORM, MERGE_SCORING, TASK_SCORING, devices_held
 
 ALL = Limits(max_failures=2, time_limit_s=100.0, budget=5.0)
 
@@ -29,7 +29,8 @@ def test_a_stage_costs_its_devices() -> None:
     )
     limits = Limits(price_per_hour=3.0, devices=devices_held(execution))
     assert limits.devices == {
-        "score": 2.0, TASK_SCORING: 0.0, "generate": 0.0, "recover": 2.0, "evaluate": 0.0, "export": 0.0,
+        "score": 2.0, MERGE_SCORING: 0.5, TASK_SCORING: 0.0, "generate": 0.0, "recover": 2.0,
+        CLOSED_FORM: 1.0, "evaluate": 0.0, "export": 0.0,
     }  # fmt: skip
     assert limits.price("recover", 1800) == 3.0
     assert limits.price("prune", 1800) == 0

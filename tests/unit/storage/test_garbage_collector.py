@@ -48,7 +48,6 @@ def test_what_no_manifest_names_goes_and_the_rest_stays(store: Store, tmp_path: 
     collect(store)
     assert _files(store) == {
         "stages/recover/done/manifest.json",
-        "stages/recover/done/result.json",
         "stages/recover/done/payload-2/adapter.safetensors",
         "stages/quarantine/score-x/result.json",
         "stages/set-aside/score-x/result.json",

@@ -59,10 +59,43 @@ def test_a_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path
     store = Store(str(tmp_path))
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    _write(store, socket.gethostname(), dead.pid)
+    run_lock._write(store, run_lock.Lock("other", "any", dead.pid, pids=run_lock.pid_namespace()))
     started = time.monotonic()
     check_unlocked(store)
     assert time.monotonic() - started < run_lock.LOCK_LEASE_S / 2
+
+
+HOLDER = """
+import sys, time
+from orchestrator.storage.run_lock import locked
+from orchestrator.storage.stage_store import Store
+with locked(Store(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_driver_in_another_container_of_the_same_host_name_keeps_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A PID namespace of its own, where the driver's process has a number that runs nothing here."""
+    isolated = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("PID namespaces are not permitted here")
+    command = [*isolated, sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "locked\n"
+            lock = json.loads((tmp_path / "driver.lock").read_text())
+            assert lock["host"] == socket.gethostname()
+            # A number that is none of ours.
+            (tmp_path / "driver.lock").write_text(json.dumps(lock | {"pid": 2**22 - 3}))
+            monkeypatch.setattr(run_lock, "LOCK_LEASE_S", 12.0)
+            with pytest.raises(RunInUseError):
+                check_unlocked(Store(str(tmp_path)))
+        finally:
+            holder.kill()
 
 
 def test_of_two_that_start_at_once_one_gets_the_run(store: Store) -> None:

@@ -1,18 +1,21 @@
 """A stage is done if, and only if, its manifest matches what is stored."""
 
+import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.artifacts import publish, read_bytes, write_bytes
+from actors.artifacts import fetch, publish, read_bytes, write_bytes
 from actors.contracts import (
     ArtifactRef,
     EvaluationResult,
@@ -22,7 +25,7 @@ from actors.contracts import (
     ScoreResult,
     StepRecord,
 )
-from actors.errors import RequestError, WorkError
+from actors.errors import DamagedArtifactError, RequestError, WorkError
 from orchestrator.errors import RunExistsError
 from orchestrator.planning.keys import stage_key
 from orchestrator.storage.layout import safe_name
@@ -95,9 +98,7 @@ def test_without_a_manifest_there_is_no_result(store: Store, tmp_path: Path) -> 
     assert store.load("recover", "k", RecoveryResult).result == result
 
 
-@pytest.mark.parametrize(
-    "damaged", ["payload-0/adapter.safetensors", "result.json", "manifest.json"], ids=os.path.basename
-)
+@pytest.mark.parametrize("damaged", ["payload-0/adapter.safetensors", "manifest.json"], ids=os.path.basename)
 def test_flipped_byte_sets_the_stage_aside(
     store: Store, tmp_path: Path, damaged: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -106,7 +107,7 @@ def test_flipped_byte_sets_the_stage_aside(
     content = bytearray(read_bytes(place))
     content[0] ^= 1
     write_bytes(place, bytes(content))
-    assert store.load("recover", "k", RecoveryResult) is None
+    assert Store(store.uri, verify=True).load("recover", "k", RecoveryResult) is None
     assert "quarantined" in caplog.text
     aside = caplog.text.split("quarantined in ")[1].split(" ")[0]
     assert read_bytes(f"{aside}/{damaged}") == bytes(content)
@@ -280,3 +281,93 @@ def test_a_job_of_a_cluster_keeps_no_run_in_its_own_directory(monkeypatch: pytes
             Store.of_campaign(relative, "demo")
     for lasting in ("/nfs/runs", "~/runs", "file:///nfs/runs"):
         assert Store.of_campaign(lasting, "demo").uri.endswith("/runs/demo")
+
+
+def test_of_two_committers_the_second_takes_the_result_of_the_first(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is faster: it commits while the first one is about to write its manifest."""
+    mine, theirs = replace(SCORES, num_tokens=1), replace(SCORES, num_tokens=2)
+    rival: list[Any] = []
+
+    def hostname() -> str:
+        if not rival:
+            rival.append(None)
+            rival[0] = Store(store.uri).commit("score", "k", theirs, INPUTS, None, 1.0)
+        return "host"
+
+    monkeypatch.setattr("socket.gethostname", hostname)
+    assert store.commit("score", "k", mine, INPUTS, None, 1.0).result == theirs
+    assert rival[0].result == theirs
+    assert store.load("score", "k", ScoreResult).result == theirs
+
+
+def test_a_finished_stage_is_not_hashed_again_unless_asked_for(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _commit_recovery(store, tmp_path, "k")
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("the payload was read")
+
+    monkeypatch.setattr("orchestrator.storage.stage_store.sha256_of", refused)
+    assert store.load("recover", "k", RecoveryResult) is not None
+    with pytest.raises(AssertionError, match="the payload was read"):
+        Store(store.uri, verify=True).load("recover", "k", RecoveryResult)
+
+
+def test_a_payload_with_another_etag_is_read_and_taken_if_the_same(store: Store, tmp_path: Path) -> None:
+    """As after a copy to another bucket: ETags of uploads in parts depend on the parts."""
+    _commit_recovery(store, tmp_path, "k")
+    uri = f"{store.stage_uri('recover', 'k')}/manifest.json"
+    manifest = json.loads(read_bytes(uri))
+    assert ("etags" in manifest) == store.uri.startswith("s3://")
+    write_bytes(uri, json.dumps(manifest | {"etags": {"adapter.safetensors": "other"}}).encode())
+    assert store.load("recover", "k", RecoveryResult) is not None
+
+
+def test_a_damaged_payload_is_found_where_it_is_used_and_the_stage_quarantined(
+    local_store: Store, tmp_path: Path
+) -> None:
+    result = _commit_recovery(local_store, tmp_path, "k")
+    Path(result.artifact.uri, "adapter.safetensors").write_bytes(b"WEIGHTS")
+    assert local_store.load("recover", "k", RecoveryResult) is not None
+    with pytest.raises(DamagedArtifactError) as damaged:
+        fetch(result.artifact)
+    assert pickle.loads(pickle.dumps(damaged.value)).uri == result.artifact.uri
+    assert local_store.quarantine_artifact(damaged.value.uri)
+    assert local_store.load("recover", "k", RecoveryResult) is None
+    assert not local_store.quarantine_artifact("/elsewhere/payload-0")
+
+
+FORMER_MANIFEST = {
+    "format": 1,
+    "kind": "score",
+    "key": "k",
+    "inputs": INPUTS,
+    "payload": None,
+    "seconds": 2.5,
+    "created_at": "2026-11-01T00:00:00+00:00",
+    "host": "node",
+    "versions": {"pyarrow": "26"},
+}
+
+
+def test_a_stage_of_the_version_before_is_loaded(local_store: Store) -> None:
+    home = Path(local_store.stage_uri("score", "k"))
+    home.mkdir(parents=True)
+    content = json.dumps(asdict(replace(SCORES, scores=(0.5, 0.25)))).encode()
+    named = {"name": "result.json", "size_bytes": len(content), "sha256": sha256(content).hexdigest()}
+    (home / "result.json").write_bytes(content)
+    (home / "manifest.json").write_text(json.dumps(FORMER_MANIFEST | {"result": named}))
+    stored = local_store.load("score", "k", ScoreResult)
+    assert (stored.result.scores, stored.seconds, stored.waited_s) == ((0.5, 0.25), 2.5, 0.0)
+    assert local_store.peek("score", "k", ScoreResult) == stored.result
+    (home / "result.json").write_bytes(content.replace(b"0.5", b"0.6"))
+    assert local_store.load("score", "k", ScoreResult) is None
+
+
+def test_waiting_is_stored_beside_the_seconds(local_store: Store) -> None:
+    local_store.commit("score", "k", SCORES, INPUTS, None, 1.0, waited_s=7.0)
+    stored = local_store.load("score", "k", ScoreResult)
+    assert (stored.seconds, stored.waited_s) == (1.0, 7.0)

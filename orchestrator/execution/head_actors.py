@@ -1,0 +1,91 @@
+"""The actors of a campaign that live on the head: its coordinator and its progress board.
+
+The head outlives the workers, which may be spot machines. An actor that Ray has to start again there takes
+what it must remember from the store, from the arguments it was made with, and from its clients.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from orchestrator.execution.cluster import HEAD
+from orchestrator.execution.progress import ProgressBoard
+from orchestrator.scheduling.admission import AdmissionController
+from orchestrator.scheduling.coordinator import SETTLE_S, Coordinator, LeaseReply, LeaseRequest
+from orchestrator.scheduling.limits import Limits, spent_before
+from orchestrator.storage.ledger import Ledger
+from orchestrator.storage.stage_store import Store
+from orchestrator.storage.trajectory_status import failed_since
+
+ON_HEAD: dict[str, Any] = {
+    "num_cpus": 0,
+    "resources": {HEAD: 0.001},
+    "max_restarts": -1,
+    "max_task_retries": -1,
+    "scheduling_strategy": "DEFAULT",
+}
+
+
+def start_board() -> Any:
+    """Start the board that trajectories report to; return its handle."""
+    return ray.remote(**ON_HEAD)(ProgressBoard).remote()
+
+
+def start_coordinator(
+    limits: Limits, admission: AdmissionController | None, store: Store, at_a_time: int
+) -> "RayCoordinatorClient":
+    """Start the coordinator of a campaign with so many trajectories at a time."""
+    # A trajectory may wait for a stage and for one in the background, and renews its leases meanwhile.
+    many = {"max_concurrency": 3 * at_a_time + 8}
+    actor = ray.remote(**ON_HEAD, **many)(HeadCoordinator).remote(limits, admission, store, time.time())
+    return RayCoordinatorClient(actor)
+
+
+class HeadCoordinator(Coordinator):
+    """A coordinator that knows after a restart what was spent and has failed since the campaign's start.
+
+    `started_at` is the time of that start. Leases that are held come back as they are renewed.
+    """
+
+    def __init__(
+        self, limits: Limits, admission: AdmissionController | None, store: Store, started_at: float
+    ):
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        super().__init__(
+            limits,
+            spent_before(Ledger(store.ledger_uri).read(), limits),
+            admission,
+            failed=failed_since(store, started_at),
+            elapsed_s=time.time() - started_at,
+            settle_s=SETTLE_S if again else 0.0,
+        )
+
+
+class RayCoordinatorClient:
+    """A `CoordinatorClient` of a coordinator that a Ray actor holds."""
+
+    def __init__(self, actor: Any):
+        self._actor = actor
+
+    def try_acquire(self, request: LeaseRequest, wait_s: float = 0.0) -> LeaseReply:
+        return ray.get(self._actor.try_acquire.remote(request, wait_s))
+
+    def release(self, request: LeaseRequest, seconds: float) -> None:
+        ray.get(self._actor.release.remote(request, seconds))
+
+    def renew(self, held: Sequence[LeaseRequest]) -> Sequence[str]:
+        return ray.get(self._actor.renew.remote(held))
+
+    def fail(self, trajectory: str) -> None:
+        ray.get(self._actor.fail.remote(trajectory))
+
+    def ended_by(self) -> str | None:
+        return ray.get(self._actor.ended_by.remote())
+
+    def stop(self, reason: str) -> None:
+        ray.get(self._actor.stop.remote(reason))
+
+    def stopping(self) -> bool:
+        return ray.get(self._actor.stopping.remote())
