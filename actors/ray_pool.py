@@ -41,6 +41,7 @@ from actors.contracts import (
 )
 from actors.errors import FAULT, IterabreError, UnexpectedError, WorkError, last_line, unexpected
 from actors.out_of_memory import is_out_of_memory
+from actors.stage_output import RunningStage, begin_output, output_of, running_stage
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,8 @@ class ActorPool:
     def __enter__(self) -> Self:
         spec, asked = self._spec, time.monotonic()
         remote = ray.remote(_placed(self._actor_class)).options(**_resources(spec), max_restarts=3)
-        self._actors = [remote.remote(*self._arguments) for _ in range(spec.actors)]
+        stage = running_stage()
+        self._actors = [remote.remote(stage, *self._arguments) for _ in range(spec.actors)]
         try:
             starting = {actor.place.remote(): actor for actor in self._actors}
             with reporting_wait(self._progress, _needs(spec), "GPU" if spec.gpus else "CPU"):
@@ -174,7 +176,7 @@ class ActorPool:
         Raises:
             WorkError: all actors are lost.
         """
-        submit = submit or (lambda actor, shard: actor.work.remote(shard))
+        submit = submit or (lambda actor, shard: actor.work.options(**task_name()).remote(shard))
         waiting = deque(shards)
         num_left = len(waiting)
         idle: list[ActorHandle] = []
@@ -216,12 +218,21 @@ class ActorPool:
 
 
 def _placed(actor_class: type) -> type:
-    """Return the class with a method that says where the actor is and since when."""
+    """Return the class with a method that says where the actor is and since when.
+
+    Its first argument is the stage that the output of its actors is for, which names them in the dashboard.
+    """
 
     class Placed(actor_class):  # type: ignore[misc]
-        def __init__(self, *arguments: Any):
+        def __init__(self, stage: RunningStage | None, *arguments: Any):
             self._placed_at = time.monotonic()
+            self._of_stage = stage
+            if stage is not None:
+                begin_output(stage)
             super().__init__(*arguments)
+
+        def __repr__(self) -> str:
+            return actor_class.__name__ if self._of_stage is None else self._of_stage.name
 
         def place(self) -> Place:
             return Place(here(), time.monotonic() - self._placed_at)
@@ -264,19 +275,31 @@ def run_in_task(
     waits: it would else keep the libraries of every stage loaded.
     """
     task = ray.remote(_counting_waits).options(
-        num_cpus=0, max_retries=3, scheduling_strategy="DEFAULT", name=work.__name__
+        num_cpus=0, max_retries=3, scheduling_strategy="DEFAULT", **task_name(work.__name__)
     )
-    result, waited_s = result_of(task.remote(work, arguments, named, progress))
+    result, waited_s = result_of(task.remote(running_stage(), work, arguments, named, progress))
     on_cluster(progress).waited(waited_s)
     return result
 
 
 def _counting_waits(
-    work: Callable[..., ResultT], arguments: tuple[Any, ...], named: Mapping[str, Any], progress: Progress
+    stage: RunningStage | None,
+    work: Callable[..., ResultT],
+    arguments: tuple[Any, ...],
+    named: Mapping[str, Any],
+    progress: Progress,
 ) -> tuple[ResultT, float]:
     """Return the result of the work, and for how long it waited: the caller's progress is another copy."""
     counting = WaitingTime(progress)
-    return work(*arguments, progress=counting, **named), counting.waited_s
+    with output_of(stage):
+        return work(*arguments, progress=counting, **named), counting.waited_s
+
+
+def task_name(otherwise: str | None = None) -> dict[str, Any]:
+    """Return the option by which Ray's dashboard shows the stage that a task or a call of an actor is for."""
+    stage = running_stage()
+    name = otherwise if stage is None else stage.name
+    return {} if name is None else {"name": name}
 
 
 def result_of(object_ref: ray.ObjectRef) -> Any:

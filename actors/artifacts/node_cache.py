@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,19 +88,23 @@ def make_space(needed_bytes: int) -> None:
     """Remove downloads that nobody uses, the least recently used first, until so many bytes more fit."""
     root = cache_dir() / ARTIFACTS
     entries = [entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    cached = [CachedArtifact(entry.name, _size_of(entry), _last_used(entry)) for entry in entries]
+    cached = [
+        CachedArtifact(entry.name, _size_of(entry), _last_used(entry), not _unused(entry, lambda _: None))
+        for entry in entries
+    ]
     disk = shutil.disk_usage(root)
     for name in expendable(cached, needed_bytes, limit_bytes(disk.total), disk.free):
-        _evict(root / name)
+        _unused(root / name, _evict)
 
 
 @dataclass(frozen=True)
 class CachedArtifact:
-    """A downloaded artifact, its size, and when a process last asked for it."""
+    """A downloaded artifact, its size, when a process last asked for it, and whether one has it in use."""
 
     name: str
     size_bytes: int
     last_used: float
+    in_use: bool = False
 
 
 def expendable(
@@ -117,6 +121,8 @@ def expendable(
     for each in by_use:
         if excess <= 0:
             break
+        if each.in_use:
+            continue
         chosen.append(each.name)
         excess -= each.size_bytes
     return chosen
@@ -137,21 +143,27 @@ def limit_bytes(disk_bytes: int) -> int:
         raise RequestError(f"{LIMIT_VARIABLE}={given!r} is no number of GB") from error
 
 
-def _evict(entry: Path) -> None:
-    """Remove a downloaded artifact, unless a process has it in use."""
-    opened = os.open(_lock_file(entry), os.O_RDWR | os.O_CREAT, 0o666)
+def _unused(entry: Path, then: Callable[[Path], None]) -> bool:
+    """Return whether no process has a downloaded artifact in use; call `then` while none can begin to."""
+    lock = _lock_file(entry)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    opened = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        then(entry)
     except BlockingIOError:
-        return
-    else:
-        log.info("removing the download %s: others need its space", entry)
-        going = entry.with_name(f".evicted-{entry.name}")
-        with suppress(FileNotFoundError):
-            entry.rename(going)
-        shutil.rmtree(going, ignore_errors=True)
+        return False
     finally:
         os.close(opened)
+    return True
+
+
+def _evict(entry: Path) -> None:
+    log.info("removing the download %s: others need its space", entry)
+    going = entry.with_name(f".evicted-{entry.name}")
+    with suppress(FileNotFoundError):
+        entry.rename(going)
+    shutil.rmtree(going, ignore_errors=True)
 
 
 def _lock_file(entry: Path) -> Path:

@@ -11,8 +11,10 @@ from tempfile import TemporaryDirectory
 from ray import train as ray_train
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import (
+    CollectiveTimeoutError,
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckTimeoutError,
 )
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupContext
@@ -48,8 +50,12 @@ from actors.recovery.training.failures import (
     worker_counts,
 )
 from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, TrainContext, WriteShard
+from actors.stage_output import RunningStage, output_of, running_stage
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+
+HANGS = (WorkerHealthCheckTimeoutError, CollectiveTimeoutError, ray_train.WorkerGroupError)
+"""What Ray Train raises when workers do not answer, or not one another; the last one if it gives no cause."""
 
 NEVER_S = 1e8
 """Three years: Ray Train knows no wait without an end."""
@@ -110,6 +116,7 @@ class _Job:
     micro_batch_hint_uri: str
     progress: ClusterProgress
     workers: int
+    stage: RunningStage | None
 
 
 def recover_on_ray(
@@ -160,7 +167,7 @@ def recover_on_ray(
     """
     progress = on_cluster(progress_handle or no_progress)
     hint_uri = join(storage_path, name, "micro_batch_size")
-    job = _Job(spec, adapter_uri, hint_uri, progress, workers)
+    job = _Job(spec, adapter_uri, hint_uri, progress, workers, running_stage())
     scaling = ScalingConfig(
         num_workers=workers,
         use_gpu=gpus_per_worker > 0,
@@ -236,8 +243,8 @@ def _fit(
     except ray_train.PreemptionError as error:
         raise _WorkersLostError(last_line(error), announced=True) from error
     except ray_train.WorkerGroupError as error:
-        causes = [cause_of(getattr(e, "_base_exc", e)) for _, e in sorted(error.worker_failures.items())]
-        raise _cause_of_failure(job, str(run_config.name), causes) from error
+        causes = [_error_of_worker(each) for _, each in sorted(error.worker_failures.items())]
+        raise _cause_of_failure(job, str(run_config.name), causes or [error]) from error
     except ray_train.ControllerError as error:
         failure = error.controller_failure
         if isinstance(failure, WorkerGroupStartupTimeoutError):
@@ -255,6 +262,13 @@ def _fit(
     return returned, waited_s
 
 
+def _error_of_worker(error: BaseException) -> BaseException:
+    """Return what a worker raised, or what Ray says of its end, without Ray Train's wrappers."""
+    for wrapped in ("_base_exc", "health_check_failure"):
+        error = getattr(error, wrapped, error)
+    return cause_of(error)
+
+
 def _cause_of_failure(job: _Job, name: str, causes: Sequence[BaseException]) -> IterabreError:
     """Return what is to be raised for the failures of workers: one's own error rather than a lost peer."""
     for cause in causes:
@@ -262,14 +276,19 @@ def _cause_of_failure(job: _Job, name: str, causes: Sequence[BaseException]) -> 
             return cause
     if any(map(is_out_of_memory, causes)):
         return _with_smaller_micro_batch(job, name, next(filter(is_out_of_memory, causes)))
-    if (lost := [cause for cause in causes if is_loss(cause)]) or all(map(is_lost_peer, causes)):
+    if (lost := [cause for cause in causes if is_loss(cause)]) or all(map(_only_waited, causes)):
         announced = bool(lost) and all(getattr(cause, "preempted", False) for cause in lost)
         return _WorkersLostError(last_line([*lost, *causes][0]), announced)
-    own = next(cause for cause in causes if not is_lost_peer(cause))
+    own = next(cause for cause in causes if not _only_waited(cause))
     return UnexpectedError(
         f"recovery {name!r} failed: {type(own).__name__}: {last_line(own)}: {FAULT}. Finished steps are kept "
         "up to the last checkpoint"
     )
+
+
+def _only_waited(cause: BaseException) -> bool:
+    """Return whether a worker failed because another did not answer, or hung itself."""
+    return is_lost_peer(cause) or isinstance(cause, HANGS)
 
 
 def _with_smaller_micro_batch(job: _Job, name: str, error: BaseException) -> IterabreError:
@@ -289,7 +308,8 @@ def _with_smaller_micro_batch(job: _Job, name: str, error: BaseException) -> Ite
 
 def _train_worker(config: dict[str, _Job]) -> tuple[RecoveryResult | IterabreError, float]:
     """Train in one worker; return the result, and for how long its workers waited for their places."""
-    return _train(config["job"]), _waited["s"]
+    with output_of(config["job"].stage):
+        return _train(config["job"]), _waited["s"]
 
 
 def _train(job: _Job) -> RecoveryResult | IterabreError:

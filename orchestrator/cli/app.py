@@ -12,10 +12,12 @@ import warnings
 import typer
 
 from orchestrator.cli.campaign import campaign, compress
+from orchestrator.cli.control import cancel, continue_, pause, prioritise
 from orchestrator.cli.error_boundary import BoundedGroup, close_output
 from orchestrator.cli.evaluate import evaluate
 from orchestrator.cli.examples import epilog
 from orchestrator.cli.export import export
+from orchestrator.cli.logs import logs
 from orchestrator.cli.output import err
 from orchestrator.cli.plan import plan
 from orchestrator.cli.prune import prune
@@ -30,6 +32,11 @@ COMMANDS = (
     compress,
     campaign,
     status,
+    logs,
+    cancel,
+    pause,
+    continue_,
+    prioritise,
     report,
     score,
     prune,
@@ -51,7 +58,8 @@ app = typer.Typer(
     add_completion=True,
 )
 for command in COMMANDS:
-    app.command(epilog=epilog(command.__name__))(command)
+    name = command.__name__.rstrip("_")
+    app.command(name, epilog=epilog(name))(command)
 
 
 def quiet_libraries() -> None:

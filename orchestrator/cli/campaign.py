@@ -65,6 +65,7 @@ def _run(
     from orchestrator.execution.campaign import run_campaign
     from orchestrator.execution.cluster import find_cluster
     from orchestrator.planning.planner import build_plan
+    from orchestrator.storage.control import read_control
     from orchestrator.storage.run_manifest import read_run
     from orchestrator.storage.stage_store import Store
 
@@ -77,6 +78,8 @@ def _run(
             plan = build_plan(config)
             for note in plan.notes:
                 err.print(f"Note: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+            if read_control(store).paused:
+                err.print(f"Note: the run is paused; `iterabre continue {store.uri}` goes on", soft_wrap=True)
             outcome = run_campaign(
                 config,
                 plan,
@@ -97,5 +100,5 @@ def _run(
     if outcome.limit:
         raise WorkError(f"ended early: {outcome.limit}; finished stages are kept, --resume continues")
     if outcome.failures:
-        err.print(f"Logs     {store.logs_dir}", style="dim", soft_wrap=True)
+        err.print(f"Logs     {store.logs_uri}; iterabre logs {store.uri}", style="dim", soft_wrap=True)
         raise typer.Exit(1)

@@ -28,8 +28,25 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("leave the file as it is, change a field", "iterabre campaign c.yaml --set seeds.0=1"),
     ),
     "status": (
-        ("numbers so far", "iterabre status runs/smollm2-demo"),
+        ("what runs and waits, and numbers so far", "iterabre status runs/smollm2-demo"),
+        ("while it runs, from any machine", "iterabre status s3://bucket/runs/llama --watch"),
         ("for a program", "iterabre status s3://bucket/runs/llama --json"),
+    ),
+    "logs": (
+        ("which there are", "iterabre logs runs/smollm2-demo"),
+        ("what a recovery said", "iterabre logs runs/q --trajectory q--kd--seed0 --stage recover"),
+        ("all that is said from now on", "iterabre logs s3://bucket/runs/llama --follow"),
+        ("of the driver itself", "iterabre logs runs/q --stage driver --lines 50"),
+    ),
+    "cancel": (("the others go on", "iterabre cancel runs/q --trajectory q--kd--seed0"),),
+    "pause": (("for as long as others need the cluster", "iterabre pause s3://bucket/runs/llama"),),
+    "continue": (
+        ("after a pause", "iterabre continue runs/q"),
+        ("take up what was cancelled, then --resume", "iterabre continue runs/q --trajectory q--kd--seed0"),
+    ),
+    "prioritise": (
+        ("a method before all others", "iterabre prioritise runs/q 10 --method kd"),
+        ("a model after all others", "iterabre prioritise runs/q --model q -- -5"),
     ),
     "report": (("at any time, also while it runs", "iterabre report runs/smollm2-demo"),),
     "score": (

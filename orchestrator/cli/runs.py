@@ -1,19 +1,30 @@
 """The commands `status` and `report`, and what other commands show of a run."""
 
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from orchestrator.cli.options import Json, Run
 from orchestrator.cli.output import err, out, print_json
 
 if TYPE_CHECKING:
+    from orchestrator.reporting.data.run_status import RunStatus
     from orchestrator.storage.stage_store import Store
 
+WATCH_INTERVAL_S = 2.0
 
-def status(run: Run, as_json: Json = False) -> None:
-    """Show the numbers a run has so far, from its ledger, and what became of its trajectories."""
+
+def status(
+    run: Run,
+    as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew until the run has ended.")] = False,
+) -> None:
+    """Show where every trajectory of a run is, what waits and what failed, and the numbers so far."""
+    from orchestrator.reporting.tables.status import status_text
     from orchestrator.reporting.tables.tables import iteration_table
     from orchestrator.storage.ledger import Ledger
     from orchestrator.storage.stage_store import Store
@@ -23,10 +34,47 @@ def status(run: Run, as_json: Json = False) -> None:
     if as_json:
         lines = iteration_table(Ledger(store.ledger_uri).read())
         statuses = {trajectory: asdict(ended) for trajectory, ended in read_statuses(store).items()}
-        print_json({"iterations": lines, "outcomes": statuses})
+        shown = asdict(_run_status(store))
+        print_json({"iterations": lines, "outcomes": statuses, "run": shown})
         return
+    if watch:
+        _watch(store)
+    else:
+        out.print(status_text(_run_status(store), time.time(), with_reasons=False), soft_wrap=True)
     show_results(run)
     show_statuses(store)
+
+
+def _run_status(store: "Store") -> "RunStatus":
+    from orchestrator.reporting.data.run_status import run_status
+    from orchestrator.storage.control import read_control
+    from orchestrator.storage.run_manifest import existing_run
+    from orchestrator.storage.run_progress import read_progress
+    from orchestrator.storage.trajectory_status import read_statuses
+
+    planned = existing_run(store).get("planned") or {}
+    statuses, saved, control = read_statuses(store), read_progress(store), read_control(store)
+    return run_status(planned, statuses, saved, control, time.time())
+
+
+def _watch(store: "Store") -> None:
+    """Show the state of a run until it has ended: in place in a terminal, else whenever it changes."""
+    from rich.live import Live
+
+    from orchestrator.reporting.tables.status import status_text
+
+    before = None
+    with Live(console=out, auto_refresh=False, vertical_overflow="ellipsis") as live:
+        while True:
+            now = _run_status(store)
+            if out.is_terminal:
+                live.update(status_text(now, time.time()), refresh=True)
+            elif now.trajectories != before:
+                out.print(status_text(now, time.time()), soft_wrap=True)
+            if now.state == "ended":
+                return
+            before = now.trajectories
+            time.sleep(WATCH_INTERVAL_S)
 
 
 def report(run: Run) -> None:
@@ -63,13 +111,16 @@ def show_results(run: str) -> None:
 
 
 def show_statuses(store: "Store") -> None:
-    """Name the trajectories that failed or were given up, with the reason."""
+    """Name the trajectories that failed, were cancelled or given up, with the reason."""
+    from actors.artifacts import join
     from orchestrator.storage.trajectory_status import read_statuses
 
     for trajectory, ended in read_statuses(store).items():
         if ended.state != "done":
             line = f"{ended.state}: {trajectory}: {ended.reason}"
             err.print(line, style="red", markup=False, soft_wrap=True)
+            if ended.log:
+                err.print(f"  its log: {join(store.logs_uri, ended.log)}", style="dim", soft_wrap=True)
 
 
 def build_report(run: str) -> str:

@@ -82,7 +82,7 @@ class SearchConfig(Section):
     )
     seed: int = Field(0, ge=0, description="Decides what is drawn.")
     scheduler: Literal["none", "asha", "median_stopping"] = Field(
-        "none", description="Ray Tune's rule that stops trajectories between iterations."
+        "none", description="Rule that stops trajectories between iterations, from the ledger."
     )
     metric: str = Field(
         "wikitext2/token_perplexity", description="What the scheduler compares, after recovery."

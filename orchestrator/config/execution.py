@@ -38,7 +38,7 @@ class ExportConfig(ActorConfig):
 
 
 class TrainingConfig(ActorConfig):
-    """The workers of one recovery; they start together or not at all."""
+    """The workers of one recovery; they start together or not at all, and go on with fewer after a loss."""
 
     workers: int = Field(1, ge=1, description="Workers that share a batch.")
     deepspeed: Annotated[str | None, LocalPath()] = Field(

@@ -57,6 +57,7 @@ class SourceModelConfig(ModelConfig):
     """A source model of the grid."""
 
     overrides: OverridesConfig = OverridesConfig()
+    priority: Annotated[int, Doc("Its stages go before those of lower priority; added to the method's.")] = 0
 
 
 class ScheduleConfig(Section):
@@ -92,6 +93,9 @@ class MethodConfig(Section):
     scoring: ScoringSettings = ScoringSettings()
     schedule: ScheduleConfig = ScheduleConfig()
     recovery: RecoveryConfig = RecoveryConfig()
+    priority: int = Field(
+        0, description="Its stages go before those of lower priority; added to the model's."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

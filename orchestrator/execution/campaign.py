@@ -9,6 +9,7 @@ from typing import Any
 
 from actors.artifacts import PATIENCE_VARIABLE
 from actors.evaluation import check_task_data
+from actors.stage_output import LOG_FORMAT
 from orchestrator.config import CampaignConfig
 from orchestrator.execution.cluster import (
     QUIET,
@@ -21,11 +22,12 @@ from orchestrator.execution.cluster import (
     trajectories_at_a_time,
     workers_output_to,
 )
+from orchestrator.execution.control import control_reader
 from orchestrator.execution.dry_run import campaign_stages, unfinished_trajectories
 from orchestrator.execution.local import LocalBackend
 from orchestrator.execution.progress import ProgressBoard, live_view
 from orchestrator.execution.stopping import StopRequest
-from orchestrator.execution.tune import LOG_FORMAT, CampaignOutcome, run_trial, run_trials
+from orchestrator.execution.tune import CampaignOutcome, run_trial, run_trials
 from orchestrator.planning.changes import Change, described
 from orchestrator.planning.cost_model import machine_of
 from orchestrator.planning.plan import CampaignPlan
@@ -39,6 +41,8 @@ from orchestrator.storage.garbage_collector import collect
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.run_lock import check_unlocked, locked
 from orchestrator.storage.run_manifest import check_run, open_run, update_run
+from orchestrator.storage.run_progress import progress_written
+from orchestrator.storage.stage_logs import DRIVER_LOG, LogWriter, StageLogHandler, WorkerOutput
 from orchestrator.storage.stage_store import Store
 from orchestrator.tracking.publisher import Tracker, published
 from orchestrator.tracking.trackers import make_trackers
@@ -90,7 +94,7 @@ def run_campaign(
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":
-        with _running(config, plan, store, trackers, changes) as stop:
+        with _running(config, plan, store, trackers, LogWriter(store), changes) as stop:
             return _run_in_this_process(config, plan, store, limits, stop)
     with cluster(address):
         requests, nodes = stage_resources(execution), cluster_nodes(execution)
@@ -100,8 +104,11 @@ def run_campaign(
         at_a_time = trajectories_at_a_time(
             execution, admission.concurrent_trajectories(nodes), head_memory_bytes()
         )
-        workers_log = store.logs_dir / "workers.log"
-        with _running(config, plan, store, trackers, changes) as stop, workers_output_to(workers_log):
+        logs = LogWriter(store)
+        with (
+            _running(config, plan, store, trackers, logs, changes) as stop,
+            workers_output_to(WorkerOutput(logs)),
+        ):
             return run_trials(config, plan, store, limits, at_a_time, admission, stop=stop)
 
 
@@ -111,11 +118,12 @@ def _running(
     plan: CampaignPlan,
     store: Store,
     trackers: Mapping[str, Tracker],
+    logs: LogWriter,
     changes: Sequence[Change],
 ) -> Iterator[StopRequest]:
     """Open the run, hold it alone, publish its numbers; then remove what interrupted attempts left."""
     stop = StopRequest(config.execution.stop_timeout_s)
-    with _run_log(store, config, plan), locked(store), stop.on_signals():
+    with _run_log(store, config, plan, logs), locked(store), logs.uploading(), stop.on_signals():
         record_trajectories(store, plan.trajectories)
         if changes:
             update_run(store, *_manifest(config, plan), [str(change) for change in changes])
@@ -147,31 +155,39 @@ def _run_in_this_process(
 ) -> CampaignOutcome:
     board = ProgressBoard()
     price = spent_before(Ledger(store.ledger_uri).read(), limits)
-    coordinator = Coordinator(limits, price)
+    coordinator = Coordinator(limits, price, control=control_reader(config, plan, store))
     failures: dict[str, str] = {}
     backend = LocalBackend(config.execution, store)
-    with live_view(board.snapshot), stop.calls(coordinator.stop):
+    with (
+        live_view(board.snapshot),
+        progress_written(store, board.snapshot),
+        stop.calls(coordinator.stop),
+    ):
         for trajectory_id in unfinished_trajectories(plan, store):
             failure = run_trial(plan.find(trajectory_id), backend, store, board.post, coordinator)
             failures |= {trajectory_id: failure} if failure else {}
-    return CampaignOutcome(failures, limit=coordinator.ended_by())
+    cancelled = tuple(each.id for each in plan.trajectories if coordinator.is_cancelled(each.id))
+    return CampaignOutcome(failures, limit=coordinator.ended_by(), cancelled=cancelled)
 
 
 @contextmanager
-def _run_log(store: Store, config: CampaignConfig, plan: CampaignPlan) -> Iterator[None]:
+def _run_log(store: Store, config: CampaignConfig, plan: CampaignPlan, logs: LogWriter) -> Iterator[None]:
     """Open the run and keep this process's log in it."""
     open_run(store, *_manifest(config, plan))
     store.logs_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(store.logs_dir / "driver.log")
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    driver_log = logging.FileHandler(store.logs_dir / DRIVER_LOG)
+    driver_log.setFormatter(logging.Formatter(LOG_FORMAT))
+    handlers = (driver_log, StageLogHandler(logs))
     root = logging.getLogger()
-    root.addHandler(handler)
     root.setLevel(logging.INFO)
+    for handler in handlers:
+        root.addHandler(handler)
     try:
         yield
     finally:
-        root.removeHandler(handler)
-        handler.close()
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
 
 
 def _manifest(

@@ -7,10 +7,9 @@ import textwrap
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -63,6 +62,9 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
+
+LAST_LINES_S = 0.5
+"""Longer than what a worker prints takes to the driver."""
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 """What Tune would hand on to trials in their runtime environment: lists of processes show that, and the
@@ -146,24 +148,21 @@ def _in_one_line(error: Exception) -> str:
 
 
 @contextmanager
-def workers_output_to(file: Path) -> Iterator[None]:
-    """Send what workers print to `file` instead of this terminal."""
+def workers_output_to(write: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
+    """Give what workers print to `write` instead of this terminal: lines, and the process they are from."""
 
-    def write(data: Mapping[str, Any]) -> None:
-        if data.get("pid") == "autoscaler":
-            return
-        name = data.get("actor_name") or data.get("task_name") or "worker"
-        who = f"{name} pid={data.get('pid')} {data.get('ip')}"
-        stream.writelines(f"({who}) {line}\n" for line in data.get("lines", []) if line.strip())
-        stream.flush()
+    def write_workers(data: Mapping[str, Any]) -> None:
+        if data.get("pid") != "autoscaler":
+            write(data)
 
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
-    with file.open("a", encoding="utf-8") as stream:
-        global_worker_stdstream_dispatcher.add_handler("iterabre_log", write)
-        try:
-            yield
-        finally:
-            global_worker_stdstream_dispatcher.remove_handler("iterabre_log")
+    global_worker_stdstream_dispatcher.add_handler("iterabre_log", write_workers)
+    try:
+        yield
+    finally:
+        # The last lines of a stage are under way.
+        time.sleep(LAST_LINES_S)
+        global_worker_stdstream_dispatcher.remove_handler("iterabre_log")
 
 
 HEAD = "node:__internal_head__"

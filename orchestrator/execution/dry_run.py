@@ -27,6 +27,7 @@ from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
 from orchestrator.planning.stages import PlannedStage
 from orchestrator.scheduling.limits import start_order
+from orchestrator.storage.control import read_control
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import read_statuses
 
@@ -106,13 +107,16 @@ def remaining_stages(plan: TrajectoryPlan, store: Store) -> int:
 
 
 def unfinished_trajectories(plan: CampaignPlan, store: Store, *, keep_ends: bool = False) -> Sequence[str]:
-    """Return the trajectories to run, a nearly done one first.
+    """Return the trajectories to run, a nearly done one first; not those that an operator has cancelled.
 
     Args:
         keep_ends: leave out those that a scheduler gave up before, and those that are done with all their
             stages, so that both stay as they ended.
     """
     states = {name: status.state for name, status in read_statuses(store).items()} if keep_ends else {}
-    going = [trajectory for trajectory in plan.trajectories if states.get(trajectory.id) != "stopped"]
+    given_up = {name for name, state in states.items() if state == "stopped"} | {
+        *read_control(store).cancelled
+    }
+    going = [trajectory for trajectory in plan.trajectories if trajectory.id not in given_up]
     left = {trajectory.id: remaining_stages(trajectory, store) for trajectory in going}
     return start_order({name: count for name, count in left.items() if count or states.get(name) != "done"})

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ray.util.metrics import Gauge
 
-from orchestrator.execution.progress import TrajectoryProgress
+from orchestrator.storage.run_progress import TrajectoryProgress
 
 TRAJECTORY = ("campaign", "trajectory")
 

@@ -5,7 +5,7 @@ what it must remember from the store, from the arguments it was made with, and f
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -15,6 +15,7 @@ from orchestrator.execution.progress import ProgressBoard
 from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.coordinator import SETTLE_S, Coordinator, LeaseReply, LeaseRequest
 from orchestrator.scheduling.limits import Limits, spent_before
+from orchestrator.storage.control import Directives
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import failed_since
@@ -34,12 +35,18 @@ def start_board() -> Any:
 
 
 def start_coordinator(
-    limits: Limits, admission: AdmissionController | None, store: Store, at_a_time: int
+    limits: Limits,
+    admission: AdmissionController | None,
+    store: Store,
+    at_a_time: int,
+    control: Callable[[], Directives] = Directives,
 ) -> "RayCoordinatorClient":
     """Start the coordinator of a campaign with so many trajectories at a time."""
     # A trajectory may wait for a stage and for one in the background, and renews its leases meanwhile.
     many = {"max_concurrency": 3 * at_a_time + 8}
-    actor = ray.remote(**ON_HEAD, **many)(HeadCoordinator).remote(limits, admission, store, time.time())
+    actor = ray.remote(**ON_HEAD, **many)(HeadCoordinator).remote(
+        limits, admission, store, time.time(), control
+    )
     return RayCoordinatorClient(actor)
 
 
@@ -50,7 +57,12 @@ class HeadCoordinator(Coordinator):
     """
 
     def __init__(
-        self, limits: Limits, admission: AdmissionController | None, store: Store, started_at: float
+        self,
+        limits: Limits,
+        admission: AdmissionController | None,
+        store: Store,
+        started_at: float,
+        control: Callable[[], Directives] = Directives,
     ):
         again = ray.get_runtime_context().was_current_actor_reconstructed
         super().__init__(
@@ -60,6 +72,7 @@ class HeadCoordinator(Coordinator):
             failed=failed_since(store, started_at),
             elapsed_s=time.time() - started_at,
             settle_s=SETTLE_S if again else 0.0,
+            control=control,
         )
 
 
@@ -89,3 +102,6 @@ class RayCoordinatorClient:
 
     def stopping(self) -> bool:
         return ray.get(self._actor.stopping.remote())
+
+    def is_cancelled(self, trajectory: str) -> bool:
+        return ray.get(self._actor.is_cancelled.remote(trajectory))

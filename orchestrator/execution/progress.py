@@ -4,9 +4,9 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TextIO
 
 from rich.console import Console, Group
@@ -15,40 +15,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.storage.run_progress import TrajectoryProgress
+
 log = logging.getLogger(__name__)
 
 POST_INTERVAL_S = 0.3
 STOP_POLL_S = 2.0
 PLAIN_INTERVAL_S = 15.0
 
-
-@dataclass(frozen=True)
-class TrajectoryProgress:
-    """Where one trajectory is.
-
-    Attributes:
-        key: of the stage that it is at.
-        waits_for: what the stage waits for; nothing while it runs.
-        places: where the stage runs, one an actor or worker.
-        perplexities: of the newest measured model, by text.
-    """
-
-    trajectory: str
-    iteration: int
-    iterations: int
-    stage: str
-    done: int = 0
-    total: int = 0
-    note: str = ""
-    started_at: float = 0.0
-    finished: bool = False
-    key: str = ""
-    waits_for: str = ""
-    places: Sequence[str] = ()
-    stages_done: int = 0
-    stages_total: int = 0
-    stages_reused: int = 0
-    perplexities: Mapping[str, float] = field(default_factory=dict)
+ENDS = ("failed", "cancelled", "ended early")
+"""In place of a stage: how a trajectory ended that is not done."""
 
 
 Report = Callable[[TrajectoryProgress], None]
@@ -58,15 +34,43 @@ class ProgressBoard:
     """The newest progress of every trajectory; a plain object, or held by an actor."""
 
     def __init__(self) -> None:
-        self._newest: dict[str, TrajectoryProgress] = {}
+        self._newest: dict[tuple[str, bool], TrajectoryProgress] = {}
 
     def post(self, progress: TrajectoryProgress) -> None:
         """Record where a trajectory is now."""
-        self._newest[progress.trajectory] = progress
+        place = (progress.trajectory, progress.background)
+        if progress.background and progress.finished:
+            self._newest.pop(place, None)
+        else:
+            if progress.finished:
+                self._newest.pop((progress.trajectory, True), None)
+            self._newest[place] = merged(self._newest.get(place), progress, time.time())
 
     def snapshot(self) -> list[TrajectoryProgress]:
-        """Return the newest progress of each trajectory, in the order of their ids."""
-        return [self._newest[name] for name in sorted(self._newest)]
+        """Return the newest progress of each trajectory, in the order of their ids.
+
+        What goes on in the background follows the trajectory's own.
+        """
+        return [self._newest[place] for place in sorted(self._newest)]
+
+
+def merged(before: TrajectoryProgress | None, now: TrajectoryProgress, time_s: float) -> TrajectoryProgress:
+    """Return what is known after a report: it may be of counts alone, or from a worker with old counts."""
+    if before is None:
+        return replace(now, waits_since=time_s if now.waits_for else 0.0)
+    waited_s = before.waited_s
+    if now.finished and not now.stages_total:  # from one who knows of the end alone
+        now = replace(before, stage=now.stage, finished=True, places=(), waits_for="")
+    if now.key and before.key == now.key and not now.finished:
+        if not now.started_at:
+            return replace(before, stages_done=now.stages_done, stages_reused=now.stages_reused)
+        if now.stages_done < before.stages_done:
+            now = replace(now, stages_done=before.stages_done, stages_reused=before.stages_reused)
+        if now.waits_for and before.waits_for:
+            return replace(now, waits_since=before.waits_since, waited_s=waited_s)
+    if before.waits_for:
+        waited_s += time_s - before.waits_since
+    return replace(now, waits_since=time_s if now.waits_for else 0.0, waited_s=waited_s)
 
 
 class RemoteReport:
@@ -98,6 +102,7 @@ class StageProgress:
         self._asked_at, self._stops = 0.0, False
         self._progress = replace(progress, started_at=time.time())
         self._posted_at = 0.0
+        self._logged_at = time.time()
         self.waited_s = 0.0
         report(self._progress)
 
@@ -106,6 +111,9 @@ class StageProgress:
         if now - self._posted_at < POST_INTERVAL_S and done != total:
             return
         self._posted_at = now
+        if now - self._logged_at > PLAIN_INTERVAL_S or done == total:
+            self._logged_at = now
+            log.info("%s: %d of %d %s", self._progress.stage, done, total, note)
         self._report(replace(self._progress, done=done, total=total, note=note, waits_for=""))
 
     def waits_for(self, reason: str) -> None:
@@ -131,10 +139,6 @@ class StageProgress:
             except Exception as error:  # a coordinator that is being started again
                 log.warning("whether to stop is not known for the moment: %s", error)
         return self._stops
-
-
-def unreported(progress: TrajectoryProgress) -> None:
-    """Report nothing: of what goes on in the background, beside what the trajectory waits for."""
 
 
 @contextmanager
@@ -166,10 +170,12 @@ def _show_lines(
     console: Console, snapshot: Callable[[], list[TrajectoryProgress]], stop: threading.Event
 ) -> None:
     """Print a line when a trajectory goes on to another stage, and now and then within a long one."""
-    shown: dict[str, tuple[tuple[int, str], float]] = {}
+    shown: dict[str, tuple[tuple[int, str, str], float]] = {}
     while not stop.wait(0.5):
         for progress in snapshot():
-            place = (progress.iteration, progress.stage)
+            if progress.background:
+                continue
+            place = (progress.iteration, progress.stage, progress.waits_for)
             before, when = shown.get(progress.trajectory, (None, 0.0))
             if place != before or time.time() - when > PLAIN_INTERVAL_S:
                 shown[progress.trajectory] = (place, time.time())
@@ -183,9 +189,23 @@ def line(progress: TrajectoryProgress) -> str:
         f"stage {min(progress.stages_done + 1, progress.stages_total)}/{progress.stages_total}",
         progress.stage,
     ]
-    if progress.total:
+    if progress.waits_for:
+        parts.append(f"waits for {progress.waits_for}")
+    elif progress.total:
         parts.append(f"{progress.done}/{progress.total} {progress.note}".rstrip())
     return ", ".join(parts)
+
+
+def shown_state(progress: TrajectoryProgress) -> str:
+    """Return the stage that a trajectory is at, or how it ended."""
+    if not progress.finished:
+        return progress.stage
+    return progress.stage if progress.stage in ENDS else "done"
+
+
+def shown_count(progress: TrajectoryProgress) -> str:
+    """Return how far the stage is, in its own units."""
+    return f"{progress.done}/{progress.total} {progress.note}".rstrip() if progress.total else ""
 
 
 def render(trajectories: list[TrajectoryProgress]) -> Group:
@@ -194,15 +214,17 @@ def render(trajectories: list[TrajectoryProgress]) -> Group:
     for heading in ("trajectory", "iteration", "stages", "now", "", "", "since"):
         table.add_column(heading, style="bold" if heading == "trajectory" else "")
     for progress in trajectories:
+        if progress.background:
+            continue
         reused = f" ({progress.stages_reused} reused)" if progress.stages_reused else ""
         minutes, seconds = divmod(int(time.time() - progress.started_at), 60)
         table.add_row(
             progress.trajectory,
             f"{progress.iteration}/{progress.iterations}",
             f"{progress.stages_done}/{progress.stages_total}{reused}",
-            "done" if progress.finished else progress.stage,
+            shown_state(progress),
             ProgressBar(total=max(progress.total, 1), completed=progress.done, width=12),
-            f"{progress.done}/{progress.total} {progress.note}" if progress.total else "",
+            f"waits for {progress.waits_for}" if progress.waits_for else shown_count(progress),
             f"{minutes}:{seconds:02d}" if progress.started_at else "",
         )
     return Group(table, Text("Ctrl-C ends in good order; --resume continues.", style="dim"))

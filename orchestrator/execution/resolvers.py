@@ -9,8 +9,9 @@ from threading import Lock
 from typing import Any
 
 from actors.contracts import EvaluationResult, ExportSpec, ModelRef, Removal
-from orchestrator.errors import RequestError
-from orchestrator.execution.progress import Report, StageProgress, TrajectoryProgress, unreported
+from actors.stage_output import RunningStage, at_work_on
+from orchestrator.errors import IterabreError, RequestError
+from orchestrator.execution.progress import Report, StageProgress, TrajectoryProgress
 from orchestrator.execution.stage_kinds import (
     EVALUATE,
     EXPORT,
@@ -28,6 +29,7 @@ from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
 from orchestrator.scheduling.leases import Leases
 from orchestrator.scheduling.resources import resource_kind
+from orchestrator.storage.layout import stage_log
 from orchestrator.storage.ledger import Ledger, Row
 from orchestrator.storage.stage_manifest import StoredStage
 from orchestrator.storage.stage_store import Store
@@ -71,15 +73,23 @@ class ComputeResolver:
         """Return the result of a stage from the store, or computed now; write its numbers to the ledger."""
         kind = stage.kind.name
         with self._counting:
-            now = replace(self.progress, iteration=stage.iteration.index, stage=kind, key=stage.key)
+            now = replace(
+                self.progress,
+                iteration=stage.iteration.index,
+                stage=kind,
+                key=stage.key,
+                background=stage.background,
+            )
             if not stage.background:  # the progress shows what the trajectory waits for
                 self.progress = now
-        report = unreported if stage.background else self._report
-        progress = StageProgress(report, now, self._leases.stopping)
+        progress = StageProgress(self._report, now, self._leases.stopping)
         stored = self._store.load(kind, stage.key, stage.kind.result_type)
         reused = stored is not None
         if stored is None:
-            stored, reused = self._compute(stage, progress)
+            with at_work_on(self._running(stage)):
+                stored, reused = self._compute(stage, progress)
+        if stage.background:
+            self._report(replace(now, finished=True))
         self._count(reused)
         numbers = [*stage.kind.numbers(stored.result), ("seconds", stored.seconds, "s", {})]
         if stored.waited_s:
@@ -92,6 +102,14 @@ class ComputeResolver:
             with self._counting:
                 self.progress = replace(self.progress, perplexities=found)
         return stored.result
+
+    def _running(self, stage: StageRequest[ResultT]) -> RunningStage:
+        iteration, kind = stage.iteration.index, stage.kind.name
+        phase = f" ({stage.phase})" if stage.phase else ""
+        return RunningStage(
+            f"{kind}{phase} {self._plan.id} iteration {iteration}",
+            stage_log(self._plan.id, iteration, kind, stage.key),
+        )
 
     def _compute(
         self, stage: StageRequest[ResultT], progress: StageProgress
@@ -111,6 +129,10 @@ class ComputeResolver:
             started = time.monotonic()
             try:
                 result = stage.kind.compute(self._backend, stage, progress, uri)
+            except Exception as error:
+                expected = isinstance(error, IterabreError)
+                log.error("%s iteration %d: %s %s failed: %s", *at, error, exc_info=not expected)
+                raise
             finally:
                 # What waits for room on the cluster computes nothing, and is not paid for.
                 seconds = max(0.0, time.monotonic() - started - progress.waited_s)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from ray import tune
 from actors.errors import DamagedArtifactError, StopRequestedError, StorageUnavailableError, last_line
 from actors.out_of_memory import is_out_of_memory
 from actors.ray_pool import cause_of, is_loss
+from actors.stage_output import LOG_FORMAT, MarkingFormatter
 from orchestrator.config import CampaignConfig, ExecutionConfig, SearchConfig
 from orchestrator.errors import (
     IterabreError,
@@ -28,6 +30,7 @@ from orchestrator.errors import (
     unknown_name,
 )
 from orchestrator.execution.cluster import HEAD, QUIET
+from orchestrator.execution.control import control_reader, watching_for_cancellation
 from orchestrator.execution.dry_run import planned_stages, unfinished_trajectories
 from orchestrator.execution.gauges import CampaignGauges
 from orchestrator.execution.head_actors import start_board, start_coordinator
@@ -46,10 +49,12 @@ from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.coordinator import CoordinatorClient
-from orchestrator.scheduling.leases import Leases, LimitReachedError
+from orchestrator.scheduling.leases import Leases, LimitReachedError, TrajectoryCancelledError
 from orchestrator.scheduling.limits import Limits, backoff_s
 from orchestrator.scheduling.search import Measured, measured_of, why_given_up
+from orchestrator.storage.layout import stage_log
 from orchestrator.storage.ledger import Ledger
+from orchestrator.storage.run_progress import progress_written
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import TrajectoryStatus, write_status
 
@@ -65,8 +70,6 @@ and has finished no stage since."""
 MOST_QUARANTINES = 3
 """How often a trajectory goes on after a damaged artifact was quarantined."""
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
-
 MakeBackend = Callable[[ExecutionConfig, Store], Backend]
 
 
@@ -75,12 +78,14 @@ class CampaignOutcome:
     """How a campaign ended.
 
     `failures` has the reason of every trajectory that failed, `stopped` the trajectories that
-    the scheduler gave up, `limit` the limit that ended the campaign early.
+    the scheduler gave up, `limit` the limit that ended the campaign early, `cancelled` the trajectories
+    that an operator ended.
     """
 
     failures: Mapping[str, str]
     stopped: Sequence[str] = ()
     limit: str | None = None
+    cancelled: Sequence[str] = ()
 
 
 def run_trials(
@@ -104,7 +109,9 @@ def run_trials(
     if not trajectories:
         return CampaignOutcome({})
     stopper = LedgerStopper(config.search, plan, Ledger(store.ledger_uri)) if searching else None
-    board, coordinator = start_board(), start_coordinator(limits, admission, store, at_a_time)
+    control = control_reader(config, plan, store)
+    board = start_board()
+    coordinator = start_coordinator(limits, admission, store, at_a_time, control)
     trainable = tune.with_parameters(
         trial,
         plan=plan,
@@ -137,20 +144,27 @@ def run_trials(
         gauges.show(shown)
         return shown
 
-    with live_view(snapshot), stop.calls(coordinator.stop) if stop else nullcontext():
+    with (
+        live_view(snapshot),
+        progress_written(store, snapshot),
+        stop.calls(coordinator.stop) if stop else nullcontext(),
+    ):
         results = tuner.fit()
-    return _campaign_outcome(results, store, coordinator.ended_by(), stopper.reasons if stopper else {})
+    return _campaign_outcome(results, store, coordinator, stopper.reasons if stopper else {})
 
 
 def _campaign_outcome(
-    results: tune.ResultGrid, store: Store, limit: str | None, given_up: Mapping[str, str]
+    results: tune.ResultGrid, store: Store, coordinator: CoordinatorClient, given_up: Mapping[str, str]
 ) -> CampaignOutcome:
     """Collect how the trials ended; those that reported no end of their own were given up or lost."""
     failures: dict[str, str] = {}
     stopped: list[str] = []
+    cancelled: list[str] = []
     for result in results:
         trajectory, metrics = result.config["trajectory"], result.metrics or {}
-        if result.error:
+        if metrics.get("cancelled") or (result.error and coordinator.is_cancelled(trajectory)):
+            cancelled.append(trajectory)
+        elif result.error:
             failures[trajectory] = last_line(result.error)
             write_status(store, trajectory, TrajectoryStatus("failed", failures[trajectory]))
         elif metrics.get("failure"):
@@ -160,7 +174,7 @@ def _campaign_outcome(
             reason = f"{after}: {given_up[trajectory]}" if trajectory in given_up else after
             write_status(store, trajectory, TrajectoryStatus("stopped", reason))
             stopped.append(trajectory)
-    return CampaignOutcome(failures, tuple(stopped), limit)
+    return CampaignOutcome(failures, tuple(stopped), coordinator.ended_by(), tuple(cancelled))
 
 
 class LedgerStopper(tune.Stopper):
@@ -206,7 +220,9 @@ def trial(
     metric: str | None,
 ) -> None:
     """Run one trajectory as a trial of Tune. What was lost is tried again; what is wrong is reported."""
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    handler = logging.StreamHandler()
+    handler.setFormatter(MarkingFormatter(LOG_FORMAT))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     trajectory = plan.find(parameters["trajectory"])
 
     def on_iteration(iteration: int, metrics: Mapping[str, float]) -> None:
@@ -218,22 +234,31 @@ def trial(
     if coordinator.stopping():
         tune.report({"failure": "", "ended": True})
         return
+
+    def end() -> None:
+        end_cancelled(trajectory, store, RemoteReport(board))
+        # Tune starts the trial again, and that finds the trajectory cancelled.
+        os._exit(0)
+
+    is_cancelled, cancelled = partial(coordinator.is_cancelled, trajectory.id), False
     try:
-        failure = run_trial(
-            trajectory,
-            make_backend(execution, store),
-            store,
-            RemoteReport(board),
-            coordinator,
-            on_iteration if metric else None,
-            execution.overlap_evaluation,
-        )
+        with watching_for_cancellation(is_cancelled, end):
+            failure = run_trial(
+                trajectory,
+                make_backend(execution, store),
+                store,
+                RemoteReport(board),
+                coordinator,
+                on_iteration if metric else None,
+                execution.overlap_evaluation,
+            )
+        cancelled = failure is None and is_cancelled()
     except Exception as error:
         if is_loss(error):
             raise  # of the coordinator: Tune begins the trial again
         log.exception("%s ends", trajectory.id)
         failure = str(_shown(error))
-    tune.report({"failure": failure or "", "ended": True})
+    tune.report({"failure": failure or "", "ended": True, "cancelled": cancelled})
 
 
 def run_trial(
@@ -258,7 +283,12 @@ def run_trial(
         resolver = ComputeResolver(trajectory, store, backend, report, leases, stages_total)
         stages = StageRunner(trajectory, resolver, on_iteration, overlap)
         try:
+            if coordinator.is_cancelled(trajectory.id):
+                raise TrajectoryCancelledError(f"{trajectory.id} was cancelled")
             run_trajectory(trajectory, stages)
+        except TrajectoryCancelledError:
+            end_cancelled(trajectory, store, report)
+            return None
         except (LimitReachedError, StopRequestedError) as limit:
             log.warning("%s ends at iteration %d: %s", trajectory.id, resolver.progress.iteration, limit)
             report(replace(resolver.progress, stage="ended early", finished=True))
@@ -289,6 +319,15 @@ def run_trial(
             stages.close()
 
 
+def end_cancelled(trajectory: TrajectoryPlan, store: Store, report: Report) -> None:
+    """Record that an operator ended the trajectory."""
+    log.warning("%s was cancelled", trajectory.id)
+    iterations = len(trajectory.iterations)
+    report(TrajectoryProgress(trajectory.id, 0, iterations, "cancelled", finished=True))
+    reason = f"by an operator; `iterabre continue RUN --trajectory {trajectory.id}`, then --resume, goes on"
+    write_status(store, trajectory.id, TrajectoryStatus("cancelled", reason))
+
+
 def _failed(
     trajectory: TrajectoryPlan,
     error: Exception,
@@ -303,7 +342,8 @@ def _failed(
     reason = f"{shown}{where}"
     log.error("%s failed: %s", trajectory.id, reason, exc_info=error if shown is not error else None)
     report(replace(progress, stage="failed", finished=True))
-    write_status(store, trajectory.id, TrajectoryStatus("failed", reason))
+    at = stage_log(trajectory.id, progress.iteration, progress.stage, progress.key) if progress.key else ""
+    write_status(store, trajectory.id, TrajectoryStatus("failed", reason, at))
     coordinator.fail(trajectory.id)
     return reason
 

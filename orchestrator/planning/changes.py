@@ -96,11 +96,12 @@ def compare(recorded: RunRecord, now: RunRecord) -> list[Change]:
     ]
     contents = {path: now.contents.get(path) for path in recorded.contents}
     same = {path for path, text in contents.items() if text == recorded.contents[path]}
+    explained: set[Path] = set()
     for path in edited:
         effect = _effect(path, before.get(path), after.get(path))
         effect = Effect.HARMLESS if _named_by(path) & same else effect
         changes.append(_change(effect, path, before.get(path), after.get(path)))
-    explained = {named for path in edited for named in _named_by(path)}
+        explained |= set() if effect is Effect.HARMLESS else _named_by(path)
     for path, text in sorted(contents.items()):
         # The field is written as before: a file was edited, or a branch has a new commit.
         if text is not None and path not in same | explained:

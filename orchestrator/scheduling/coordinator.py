@@ -15,9 +15,12 @@ from typing import Protocol
 
 from orchestrator.scheduling.admission import AdmissionController, Candidate
 from orchestrator.scheduling.limits import Limits, Spent, limit_reached
+from orchestrator.storage.control import Directives
 
 LEASE_S = 30.0
 RENEWAL_S = 5.0
+PAUSED = "the run is paused; `iterabre continue` goes on"
+
 EXPIRY_CHECK_S = 0.5
 """While a request waits: how often expired leases, limits and the room on the cluster are looked at."""
 
@@ -46,11 +49,13 @@ class LeaseRequest:
 class LeaseReply:
     """Whether the stage may be computed now; `limit` says why no stage may start any more.
 
-    `waits_for` says what a stage waits for that is not granted.
+    `waits_for` says what a stage waits for that is not granted; none of a trajectory that is `cancelled`
+    ever is.
     """
 
     granted: bool
     limit: str | None = None
+    cancelled: bool = False
     waits_for: str = field(default="", compare=False)
 
 
@@ -78,6 +83,9 @@ class CoordinatorClient(Protocol):
     def stopping(self) -> bool:
         """Return whether the campaign is to stop."""
 
+    def is_cancelled(self, trajectory: str) -> bool:
+        """Return whether an operator has cancelled the trajectory."""
+
 
 @dataclass
 class _Waiting:
@@ -98,7 +106,7 @@ class Coordinator:
         elapsed_s: seconds since that start.
         settle_s: grants nothing for so long, as leases may be held that it does not know.
         admission: without it, every stage is admitted.
-        priority: of a trajectory; a higher one goes first.
+        control: gives what an operator wants: pauses, cancellations, priorities.
         clock: gives seconds that never run backwards.
     """
 
@@ -112,12 +120,12 @@ class Coordinator:
         failed: Sequence[str] = (),
         elapsed_s: float = 0.0,
         settle_s: float = 0.0,
-        priority: Callable[[str], int] = lambda trajectory: 0,
+        control: Callable[[], Directives] = Directives,
     ):
         self._limits = limits
         self._admission = admission
         self._clock = clock
-        self._priority = priority
+        self._control = control
         self._started = clock() - elapsed_s
         self._settled_at = clock() + settle_s
         self._price = price
@@ -138,7 +146,7 @@ class Coordinator:
         deadline = self._clock() + wait_s
         with self._changed:
             reply = self._reply(request)
-            while not reply.granted and not reply.limit and (left := deadline - self._clock()) > 0:
+            while reply == LeaseReply(False) and (left := deadline - self._clock()) > 0:
                 self._changed.wait(min(left, EXPIRY_CHECK_S))
                 reply = self._reply(request)
             return reply
@@ -187,6 +195,10 @@ class Coordinator:
         """Return whether the campaign is to stop."""
         return self._stopped_by is not None
 
+    def is_cancelled(self, trajectory: str) -> bool:
+        """Return whether an operator has cancelled the trajectory."""
+        return trajectory in self._control().cancelled
+
     def _look_again(self) -> None:
         self._looked_at = None
         self._changed.notify_all()
@@ -197,7 +209,10 @@ class Coordinator:
         if limit := self._stopped_by or limit_reached(self._limits, spent):
             self._ended_by = limit
             return LeaseReply(False, limit)
-        self._expire(now)
+        wanted = self._control()
+        self._expire(now, wanted)
+        if request.trajectory in wanted.cancelled:
+            return LeaseReply(False, cancelled=True)
         if request.key not in self._granted:
             if request not in self._waiting:
                 self._waiting[request] = _Waiting(now, now)
@@ -206,28 +221,39 @@ class Coordinator:
             waiting.last_asked = now
             if self._looked_at is None or now - self._looked_at >= EXPIRY_CHECK_S:
                 self._looked_at = now
-                self._grant_what_fits(now)
+                self._grant_what_fits(now, wanted)
         granted = self._granted.get(request.key)
         if granted is None:
             return LeaseReply(False, waits_for=waiting.reason)
         # A request that waits for another's result is not in the queue.
         self._waiting.pop(request, None)
         if granted.holder != request.holder:
-            return LeaseReply(False, waits_for="the same stage of another trajectory")
+            return LeaseReply(
+                False, waits_for=f"the same stage of {granted.trajectory or 'another trajectory'}"
+            )
         self._renewed[request.key] = now
         return LeaseReply(True)
 
-    def _expire(self, now: float) -> None:
-        """End leases that were not renewed, and requests that were not repeated, for the time of a lease."""
-        for key in [key for key in self._granted if now - self._renewed[key] >= LEASE_S]:
-            del self._granted[key]
-            self._looked_at = None
-        for request in [each for each, asked in self._waiting.items() if now - asked.last_asked >= LEASE_S]:
-            del self._waiting[request]
-            self._looked_at = None
+    def _expire(self, now: float, wanted: Directives) -> None:
+        """End leases that were not renewed, and requests that were not repeated, for the time of a lease.
 
-    def _grant_what_fits(self, now: float) -> None:
+        Those of cancelled trajectories end at once.
+        """
+        for key, granted in list(self._granted.items()):
+            if now - self._renewed[key] >= LEASE_S or granted.trajectory in wanted.cancelled:
+                del self._granted[key]
+                self._looked_at = None
+        for request, asked in list(self._waiting.items()):
+            if now - asked.last_asked >= LEASE_S or request.trajectory in wanted.cancelled:
+                del self._waiting[request]
+                self._looked_at = None
+
+    def _grant_what_fits(self, now: float, wanted: Directives) -> None:
         """Grant what the cluster has room for to those that wait, in the order of the queue."""
+        if wanted.paused:
+            for waiting in self._waiting.values():
+                waiting.reason = PAUSED
+            return
         if now < self._settled_at:
             for waiting in self._waiting.values():
                 waiting.reason = "the leases that were held before the coordinator was started again"
@@ -241,7 +267,7 @@ class Coordinator:
         def turn(request: LeaseRequest) -> tuple[float, ...]:
             asked, keeps = self._waiting[request].first_asked, request in keeping
             return (
-                -self._priority(request.trajectory),
+                -wanted.priorities.get(request.trajectory, 0),
                 not keeps,
                 asked if keeps else request.stages_left,
                 asked,

@@ -21,6 +21,10 @@ class LimitReachedError(WorkError):
     """A limit of the campaign is reached: this trajectory ends here and can be resumed."""
 
 
+class TrajectoryCancelledError(WorkError):
+    """An operator has cancelled this trajectory."""
+
+
 class Leases:
     """The leases of one trajectory, acquired from a coordinator.
 
@@ -48,10 +52,11 @@ class Leases:
     ) -> None:
         """Return when this trajectory may compute the stage, or when another has.
 
-        `waits_for` is called with what it waits for, when that changes.
+        `waits_for` is called with what it waits for, when that changes, and with nothing at the end.
 
         Raises:
             LimitReachedError: no further stage may start.
+            TrajectoryCancelledError: no further stage of this trajectory may.
         """
         request, told = LeaseRequest(kind, key, self._holder, stages_left, self._trajectory), ""
         with self._changed:
@@ -62,12 +67,16 @@ class Leases:
             while not (reply := self._coordinator.try_acquire(request, ACQUIRE_WAIT_S)).granted:
                 if reply.limit:
                     raise LimitReachedError(f"{reply.limit}; --resume continues")
+                if reply.cancelled:
+                    raise TrajectoryCancelledError(f"{self._trajectory} was cancelled")
                 if reply.waits_for != told:
                     told = reply.waits_for
                     waits_for(told)
         except BaseException:
             self._forget(key)
             raise
+        if told:
+            waits_for("")
         with self._changed:
             self._held[key] = request
             if not self._renewing:

@@ -7,7 +7,11 @@
     trajectories/<id>.json          how a trajectory ended
     trajectories/<id>.plan.json     what was decided for it
     driver.lock                     the driver that has the run open
-    ledger/  superseded/  models/  train/  tune/  report/  logs/  tensorboard/
+    control.json                    what an operator wants: pause, cancellations, priorities
+    progress.json                   how far the run is, as the driver last wrote it
+    logs/driver.log, workers.log    of the driver; of workers, what belongs to no stage
+    logs/<trajectory>/<iteration>-<stage>-<key>.log
+    ledger/  superseded/  models/  train/  tune/  report/  tensorboard/
     trackers/<name>.json            what of the ledger was published to a tracker
 
 <storage.cache>/stages/<kind>/<key>/  the same for stages that runs share, and last_use
@@ -55,6 +59,11 @@ def safe_name(name: str) -> str:
             "beginning with a letter or digit"
         )
     return name
+
+
+def stage_log(trajectory: str, iteration: int, stage: str, key: str) -> str:
+    """Return the name of a stage's log within the directory of logs."""
+    return f"{safe_name(trajectory)}/{iteration:03d}-{stage}-{key[:12]}.log"
 
 
 class RunLayout:
@@ -117,8 +126,24 @@ class RunLayout:
         return join(self.uri, "tune")
 
     @property
+    def control_uri(self) -> str:
+        """What an operator wants of the run, as JSON."""
+        return join(self.uri, "control.json")
+
+    @property
+    def progress_uri(self) -> str:
+        """How far the run is, as JSON."""
+        return join(self.uri, "progress.json")
+
+    @property
+    def logs_uri(self) -> str:
+        """Directory of the logs: of driver and workers, and one a trajectory for those of its stages."""
+        return join(self.uri, "logs")
+
+    @property
     def logs_dir(self) -> Path:
-        """Directory for log files; on this node when the run lies in an object store."""
+        """Directory that logs are written to; when the run lies in an object store, one of this node,
+        from which they are uploaded to `logs_uri`."""
         local = local_path(self.uri)
         return local / "logs" if local is not None else cache_entry("logs", digest(self.uri)[:16])
 

@@ -14,10 +14,14 @@ SUFFIX = ".json"
 
 @dataclass(frozen=True)
 class TrajectoryStatus:
-    """`stopped` is the scheduler's doing; a trajectory that a limit ended has no status yet."""
+    """`stopped` is the scheduler's doing, `cancelled` an operator's; one ended by a limit has none.
 
-    state: Literal["done", "failed", "stopped"]
+    `log` is that of the stage at which it failed, by its name in the run's directory of logs.
+    """
+
+    state: Literal["done", "failed", "stopped", "cancelled"]
     reason: str = ""
+    log: str = ""
 
 
 def write_status(store: Store, trajectory: str, status: TrajectoryStatus) -> None:
@@ -41,7 +45,7 @@ def failed_since(store: Store, started_at: float) -> list[str]:
 def read_statuses(store: Store) -> dict[str, TrajectoryStatus]:
     """Return the status of every trajectory that has one, by its id."""
     return {
-        trajectory: TrajectoryStatus(stored["state"], stored["reason"])
+        trajectory: TrajectoryStatus(stored["state"], stored["reason"], stored.get("log", ""))
         for trajectory, stored in _stored(store).items()
     }
 

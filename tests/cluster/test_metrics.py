@@ -1,7 +1,7 @@
 """The board's numbers for Prometheus, as Ray's metrics agent gives them."""
 
 from orchestrator.execution.gauges import CampaignGauges
-from orchestrator.execution.progress import TrajectoryProgress
+from orchestrator.storage.run_progress import TrajectoryProgress
 from tests.cluster.exported import exported
 
 

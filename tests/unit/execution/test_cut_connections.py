@@ -60,7 +60,7 @@ def test_an_upload_that_is_cut_is_no_result_and_resume_completes(
             store = Store.of_campaign(uri, "tiny")
             # Room for manifests and ledger, not for the weights of an adapter.
             cutting.after_bytes = 12_000
-            cut = iterabre(*command)
+            cut = iterabre(*command, "--set", "storage.retry_s=3")
             assert cutting.cuts > 0
             assert cut.exit_code == 1, cut.err
             assert "cannot write" in " ".join(cut.out.split() + cut.err.split())

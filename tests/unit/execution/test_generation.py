@@ -10,13 +10,13 @@ from actors.contracts import TextSpec
 from orchestrator.config import parse_config
 from orchestrator.execution.dry_run import planned_stages
 from orchestrator.execution.local import LocalBackend
-from orchestrator.execution.progress import TrajectoryProgress
 from orchestrator.execution.stage_runner import StageRunner
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.keys import stage_key
 from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.planner import build_plan
 from orchestrator.storage.ledger import Ledger
+from orchestrator.storage.run_progress import TrajectoryProgress
 from orchestrator.storage.stage_store import Store
 from tests.support.tiny_campaign import resolver_of_one, tiny_campaign
 from tests.support.tiny_models import tiny_tokenizer

@@ -15,6 +15,7 @@ from orchestrator.execution.progress import (
     TrajectoryProgress,
     line,
     live_view,
+    merged,
     render,
 )
 
@@ -96,3 +97,53 @@ def test_without_a_terminal_each_stage_is_a_line() -> None:
         "llama--a--seed0: iteration 1/3, stage 6/19, score",
         "llama--a--seed0: iteration 1/3, stage 6/19, recover",
     ]
+
+
+STAGE = replace(PROGRESS, key="k", started_at=100.0, done=0, total=0)
+
+
+def test_the_board_keeps_what_a_report_of_counts_alone_does_not_say() -> None:
+    places = replace(STAGE, places=("w1 GPU 0",), done=20, total=40)
+    counts = replace(STAGE, started_at=0.0, stages_done=5, stages_reused=1)
+    assert merged(places, counts, 0.0) == replace(places, stages_done=5, stages_reused=1)
+    # A worker got its copy before an evaluation in the background was finished.
+    late = replace(places, done=21)
+    assert merged(replace(places, stages_done=5), late, 0.0) == replace(late, stages_done=5)
+
+
+def test_the_board_adds_up_how_long_stages_wait() -> None:
+    first = merged(None, replace(STAGE, waits_for="room"), 10.0)
+    assert (first.waits_since, first.waited_s) == (10.0, 0.0)
+    still = merged(first, replace(STAGE, waits_for="2 GPU"), 15.0)
+    assert (still.waits_since, still.waited_s) == (10.0, 0.0)
+    running = merged(still, STAGE, 30.0)
+    assert (running.waits_since, running.waited_s) == (0.0, 20.0)
+    later = merged(running, replace(STAGE, key="l", waits_for="room"), 40.0)
+    ended = merged(later, replace(STAGE, key="l", finished=True), 45.0)
+    assert ended.waited_s == 25.0
+
+
+def test_what_goes_on_in_the_background_is_shown_until_it_ends() -> None:
+    board = ProgressBoard()
+    background = replace(STAGE, stage="evaluate", key="e", background=True)
+    board.post(STAGE)
+    board.post(background)
+    assert [each.stage for each in board.snapshot()] == ["recover", "evaluate"]
+    board.post(replace(background, finished=True))
+    assert [each.stage for each in board.snapshot()] == ["recover"]
+    board.post(background)
+    # The trial has ended; it knows of no counts.
+    board.post(TrajectoryProgress(STAGE.trajectory, 0, 3, "cancelled", finished=True))
+    assert [(each.stage, each.stages_done) for each in board.snapshot()] == [("cancelled", 4)]
+
+
+def test_a_stage_tells_what_it_waits_for_and_where_it_runs() -> None:
+    board = ProgressBoard()
+    progress = StageProgress(board.post, replace(PROGRESS, key="k"))
+    progress.waits_for("2 GPU on one node; free are 1 of 4")
+    (waiting,) = board.snapshot()
+    assert line(waiting).endswith("recover, waits for 2 GPU on one node; free are 1 of 4")
+    progress.runs_on(["w1 GPU 0"])
+    progress(40, 40, "steps")
+    (running,) = board.snapshot()
+    assert (running.waits_for, list(running.places), running.done) == ("", ["w1 GPU 0"], 40)

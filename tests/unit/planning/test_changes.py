@@ -110,6 +110,12 @@ def test_another_model_under_the_same_id_contradicts() -> None:
     assert changes(record(contents=other)) == [
         ("CONTRADICTION", f"models.m (content): {'a' * 12} → {'e' * 12}")
     ]
+    # Another change of the entry does not hide it.
+    rank = edited(lambda c: c["models"][0].update(trust_remote_code=True))
+    assert changes(record(rank, contents=other))[0] == (
+        "CONTRADICTION",
+        f"models.m (content): {'a' * 12} → {'e' * 12}",
+    )
     moved = edited(lambda c: c["models"][0].update(path="/elsewhere/model"))
     line = 'models.m.path: "org/model" → "/elsewhere/model"'
     assert changes(record(moved, contents=other)) == [("CONTRADICTION", line)]

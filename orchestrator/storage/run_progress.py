@@ -1,0 +1,120 @@
+"""How far a run is, as its driver last wrote it: `progress.json`. To read it takes no cluster."""
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from actors.artifacts import local_path, read_bytes, write_bytes
+from orchestrator.storage.layout import RunLayout
+
+log = logging.getLogger(__name__)
+
+WRITE_INTERVAL_S = 10.0
+LOCAL_WRITE_INTERVAL_S = 2.0
+"""On a file system, where a write costs nothing."""
+
+
+@dataclass(frozen=True)
+class TrajectoryProgress:
+    """Where one trajectory is; or, with `background`, its evaluation that goes on beside that.
+
+    Attributes:
+        key: of the stage that it is at.
+        waits_for: what the stage waits for; nothing while it runs.
+        waits_since: when that wait began.
+        waited_s: seconds that stages of this trajectory have waited since the driver started.
+        places: where the stage runs, one an actor or worker.
+        perplexities: of the newest measured model, by text.
+    """
+
+    trajectory: str
+    iteration: int
+    iterations: int
+    stage: str
+    done: int = 0
+    total: int = 0
+    note: str = ""
+    started_at: float = 0.0
+    finished: bool = False
+    key: str = ""
+    waits_for: str = ""
+    places: Sequence[str] = ()
+    stages_done: int = 0
+    stages_total: int = 0
+    stages_reused: int = 0
+    perplexities: Mapping[str, float] = field(default_factory=dict)
+    background: bool = False
+    waits_since: float = 0.0
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """What the driver, on `host`, wrote last; `ended` if that was its last word."""
+
+    written_at: float
+    host: str
+    ended: bool
+    trajectories: Sequence[TrajectoryProgress]
+
+
+def write_progress(store: RunLayout, progress: RunProgress) -> None:
+    """Write how far the run is."""
+    write_bytes(store.progress_uri, json.dumps(asdict(progress)).encode())
+
+
+def read_progress(store: RunLayout) -> RunProgress | None:
+    """Return how far the run was when its driver last wrote it; None if it never did, or unreadably."""
+    content = read_bytes(store.progress_uri)
+    if content is None:
+        return None
+    known = {each.name for each in fields(TrajectoryProgress)}
+    try:
+        stored: dict[str, Any] = json.loads(content)
+        trajectories = tuple(
+            TrajectoryProgress(**{name: value for name, value in each.items() if name in known})
+            for each in stored["trajectories"]
+        )
+        return RunProgress(stored["written_at"], stored["host"], stored["ended"], trajectories)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        log.warning("%s cannot be read: %s", store.progress_uri, error)
+        return None
+
+
+@contextmanager
+def progress_written(
+    store: RunLayout,
+    snapshot: Callable[[], Sequence[TrajectoryProgress]],
+    interval_s: float | None = None,
+) -> Iterator[None]:
+    """Write the progress now and then while the body runs, and at its end; what fails is tried again."""
+    if interval_s is None:
+        interval_s = WRITE_INTERVAL_S if local_path(store.uri) is None else LOCAL_WRITE_INTERVAL_S
+    ended = threading.Event()
+
+    def write() -> None:
+        try:
+            now = RunProgress(time.time(), socket.gethostname(), ended.is_set(), tuple(snapshot()))
+            write_progress(store, now)
+        except Exception as error:
+            log.warning("%s could not be written: %s", store.progress_uri, error)
+
+    def keep_writing() -> None:
+        while not ended.wait(interval_s):
+            write()
+
+    thread = threading.Thread(target=keep_writing, name="progress", daemon=True)
+    write()
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        write()
