@@ -16,8 +16,8 @@ from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.coordinator import SETTLE_S, Coordinator, LeaseReply, LeaseRequest
 from orchestrator.scheduling.limits import Limits, spent_before
 from orchestrator.storage.control import Directives
-from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
+from orchestrator.storage.superseded import paid_rows
 from orchestrator.storage.trajectory_status import failed_since
 
 ON_HEAD: dict[str, Any] = {
@@ -67,7 +67,7 @@ class HeadCoordinator(Coordinator):
         again = ray.get_runtime_context().was_current_actor_reconstructed
         super().__init__(
             limits,
-            spent_before(Ledger(store.ledger_uri).read(), limits),
+            spent_before(paid_rows(store), limits),
             admission,
             failed=failed_since(store, started_at),
             elapsed_s=time.time() - started_at,

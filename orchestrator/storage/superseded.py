@@ -7,8 +7,10 @@ their place, under the same iteration. What they cost was paid all the same.
 import re
 from collections.abc import Collection, Iterable
 
+import pyarrow as pa
+
 from actors.artifacts import delete_file, join, read_bytes, write_bytes
-from orchestrator.storage.ledger import SUFFIX
+from orchestrator.storage.ledger import SUFFIX, Ledger
 from orchestrator.storage.stage_store import Store
 
 ORDER = (
@@ -55,6 +57,12 @@ def superseded_parts(
         if int(match[1]) > iteration or (int(match[1]) == iteration and (match[2], match[3]) in later)
     ]
     return [*replaced, *followed]
+
+
+def paid_rows(store: Store) -> pa.Table:
+    """Return the rows of all stages that the run has paid for: those of the ledger, and the superseded ones."""
+    ledgers = (Ledger(uri) for uri in (store.ledger_uri, store.superseded_uri))
+    return pa.concat_tables([ledger.read() for ledger in ledgers])
 
 
 def move_superseded(store: Store, parts: Iterable[str]) -> None:

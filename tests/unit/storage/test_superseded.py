@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.storage.ledger import Ledger, Row
 from orchestrator.storage.stage_store import Store
-from orchestrator.storage.superseded import move_superseded, superseded_parts
+from orchestrator.storage.superseded import move_superseded, paid_rows, superseded_parts
 
 PARTS = [
     "t-000-evaluate-dense-aaaa",
@@ -56,3 +56,4 @@ def test_they_are_moved_beside_the_ledger(tmp_path: object) -> None:
         move_superseded(store, ["t-001-score-all-aaaa"])
     assert ledger.parts() == ["t-001-score-all-bbbb"]
     assert Ledger(store.superseded_uri).read()["value"].to_pylist() == [3.0]
+    assert paid_rows(store)["value"].to_pylist() == [3.0, 3.0]
