@@ -60,7 +60,7 @@ def superseded_parts(
 
 
 def paid_rows(store: Store) -> pa.Table:
-    """Return the rows of all stages that the run has paid for: those of the ledger, and the superseded ones."""
+    """Return the rows of all stages that the run has paid for: of the ledger, and the superseded ones."""
     ledgers = (Ledger(uri) for uri in (store.ledger_uri, store.superseded_uri))
     return pa.concat_tables([ledger.read() for ledger in ledgers])
 
