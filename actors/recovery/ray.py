@@ -20,7 +20,7 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupContext
 from ray.util import placement_group_table
 
-from actors.artifacts import explained, join, read_bytes, write_bytes
+from actors.artifacts import explained, join, read_bytes, retrying_filesystem, write_bytes
 from actors.contracts import (
     ClusterProgress,
     Progress,
@@ -179,9 +179,11 @@ def recover_on_ray(
         accelerator_type=accelerator,
         label_selector=dict(labels) if labels else None,
     )
+    filesystem, path = retrying_filesystem(storage_path)
     run_config = RunConfig(
         name=name,
-        storage_path=storage_path,
+        storage_path=path,
+        storage_filesystem=filesystem,
         # Ray Train would try again whatever failed, and only with as many workers.
         failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_TO_KEEP),

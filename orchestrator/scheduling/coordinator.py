@@ -25,6 +25,9 @@ PAUSED = "the run is paused; `iterabre continue` goes on"
 EXPIRY_CHECK_S = 0.5
 """While a request waits: how often expired leases, limits and the room on the cluster are looked at."""
 
+PRESENT_S = 5.0
+"""A request that was not repeated for so long is granted nothing: its process may have ended."""
+
 PATIENCE_S = 60.0
 """How long others may pass a stage that does not fit; then it keeps the room that becomes free."""
 
@@ -289,7 +292,8 @@ class Coordinator:
 
         first: dict[str, LeaseRequest] = {}
         for request in sorted(self._waiting, key=turn):
-            if request.key not in self._granted:
+            present = now - self._waiting[request].last_asked <= PRESENT_S
+            if present and request.key not in self._granted:
                 first.setdefault(request.key, request)
         queue = list(first.values())
         reasons: list[str | None] = [None] * len(queue)
