@@ -7,9 +7,8 @@ from orchestrator.scheduling.coordinator import (
     Coordinator,
     LeaseReply,
     LeaseRequest,
-    Leases,
-    TrajectoryCancelledError,
 )
+from orchestrator.scheduling.leases import Leases, TrajectoryCancelledError
 from orchestrator.scheduling.limits import Limits
 from orchestrator.storage.control import Directives
 
