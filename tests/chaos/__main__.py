@@ -278,7 +278,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, default=Path("runs/chaos"))
     asked = parser.parse_args()
-    runs = asked.runs or (10 if asked.storage_faults else 25)
+    runs = asked.runs if asked.runs is not None else 10 if asked.storage_faults else 25
     directory = asked.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     os.environ |= environment(directory)
