@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import textwrap
 import threading
 import time
@@ -277,13 +278,18 @@ def nodes_at(address: str | None) -> list[Node]:
         return cluster_nodes()
 
 
+OUR_DRIVER = re.compile(r"(^|[/\s])(iterabre|orchestrator\.cli|orchestrator/cli/__main__\.py)(\s|$)")
+"""In the command line of a driver that Ray keeps for a job."""
+
+
 def end_helpers_of_dead_drivers() -> None:
     """End the process that Ray Train leaves for ever if its driver is killed while a training starts.
 
     The helper outlives its training, in order to clean up after it; one that had not yet received what
-    to watch when all others ended waits for that.
+    to watch when all others ended waits for that. Those of drivers that are no campaign's are left alone.
     """
-    dead = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
+    jobs = ray._private.state.jobs()
+    dead = {job["JobID"] for job in jobs if job["IsDead"] and OUR_DRIVER.search(job["Entrypoint"])}
     for actor in ray._private.state.actors().values():
         left = actor["State"] == "ALIVE" and actor["JobID"] in dead
         if left and actor["ActorClassName"] == LEFT_HELPER:
