@@ -36,7 +36,7 @@ from orchestrator.scheduling.resources import devices_held, stage_resources
 from orchestrator.storage.garbage_collector import collect
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.run_lock import check_unlocked, locked
-from orchestrator.storage.run_manifest import check_run, open_run
+from orchestrator.storage.run_manifest import check_run, open_run, started_at_first
 from orchestrator.storage.run_progress import progress_written
 from orchestrator.storage.stage_logs import DRIVER_LOG, LogWriter, StageLogHandler, WorkerOutput
 from orchestrator.storage.stage_store import Store
@@ -134,7 +134,7 @@ def _run_in_this_process(
     config: CampaignConfig, plan: CampaignPlan, store: Store, limits: Limits, stop: StopRequest
 ) -> CampaignOutcome:
     board = ProgressBoard()
-    price = spent_before(Ledger(store.ledger_uri).read(), limits)
+    price = spent_before(Ledger(store.ledger_uri).read(), limits, started_at_first(store))
     coordinator = Coordinator(limits, price, control=control_reader(config, plan, store))
     failures: dict[str, str] = {}
     backend = LocalBackend(config.execution, store)

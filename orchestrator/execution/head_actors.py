@@ -17,6 +17,7 @@ from orchestrator.scheduling.coordinator import SETTLE_S, Coordinator, LeaseRepl
 from orchestrator.scheduling.limits import Limits, spent_before
 from orchestrator.storage.control import Directives
 from orchestrator.storage.ledger import Ledger
+from orchestrator.storage.run_manifest import started_at_first
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import failed_since
 
@@ -67,7 +68,7 @@ class HeadCoordinator(Coordinator):
         again = ray.get_runtime_context().was_current_actor_reconstructed
         super().__init__(
             limits,
-            spent_before(Ledger(store.ledger_uri).read(), limits),
+            spent_before(Ledger(store.ledger_uri).read(), limits, started_at_first(store)),
             admission,
             failed=failed_since(store, started_at),
             elapsed_s=time.time() - started_at,

@@ -5,8 +5,10 @@ Pure decisions; `orchestrator.execution.campaign` carries them out.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from orchestrator.scheduling.resources import TASK_SCORING
 from orchestrator.storage.ledger import measured_seconds
@@ -66,8 +68,13 @@ def backoff_s(attempt: int) -> float:
     return min(FIRST_BACKOFF_S * 2**attempt, LONGEST_BACKOFF_S)
 
 
-def spent_before(ledger: pa.Table, limits: Limits) -> float:
-    """Return the price of all stages that a run has finished so far."""
+def spent_before(ledger: pa.Table, limits: Limits, since: datetime | None = None) -> float:
+    """Return the price of all stages that a run has finished so far.
+
+    Those of before `since`, when the run began, were found in a cache: another campaign has paid for them.
+    """
+    if since is not None:
+        ledger = ledger.filter(pc.greater_equal(ledger["when"], pa.scalar(since, ledger["when"].type)))
     columns = ledger.select(["stage", "method", "key"]).to_pydict().values()
     by_task = {key for _, method, key in zip(*columns, strict=True) if method in limits.task_methods}
     return sum(
