@@ -101,9 +101,12 @@ def delete_file(uri: str, limit_s: float | None = None) -> None:
     """Delete one file, if it is there."""
 
     def delete() -> None:
-        fs, path = filesystem(uri)
+        if (path := local_path(uri)) is not None:
+            path.unlink(missing_ok=True)
+            return
+        store, key = _object(uri)
         with suppress(FileNotFoundError):
-            fs.delete_file(path)
+            store.delete(key)
 
     attempt(uri, "delete", delete, limit_s)
 
