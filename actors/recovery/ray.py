@@ -116,7 +116,7 @@ class _Job:
     micro_batch_hint_uri: str
     progress: ClusterProgress
     workers: int
-    stage: RunningStage | None
+    stage: RunningStage | None = None
 
 
 def recover_on_ray(
@@ -280,7 +280,7 @@ def _cause_of_failure(job: _Job, name: str, causes: Sequence[BaseException]) -> 
         return _with_smaller_micro_batch(job, name, next(filter(is_out_of_memory, causes)))
     if (lost := [cause for cause in causes if is_loss(cause)]) or all(map(_only_waited, causes)):
         announced = bool(lost) and all(getattr(cause, "preempted", False) for cause in lost)
-        return _WorkersLostError(last_line([*lost, *causes][0]), announced)
+        return _WorkersLostError(last_line([*lost, *causes][0]).partition(". ")[0], announced)
     own = next(cause for cause in causes if not _only_waited(cause))
     return UnexpectedError(
         f"recovery {name!r} failed: {type(own).__name__}: {last_line(own)}: {FAULT}. Finished steps are kept "

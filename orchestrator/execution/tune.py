@@ -153,6 +153,7 @@ def run_trials(
         stop.calls(coordinator.stop) if stop else nullcontext(),
     ):
         results = tuner.fit()
+    coordinator.save_usage()
     return _campaign_outcome(results, store, coordinator, stopper.reasons if stopper else {})
 
 
@@ -278,7 +279,8 @@ def run_trial(
     What was lost, and storage that was away, is tried again after a growing pause; a damaged artifact is
     quarantined, so that its stage is computed anew. Any other exception ends the trajectory.
     """
-    stages_total = len(planned_stages(trajectory))
+    # Of an evaluation in parts, the store tells which parts there are.
+    stages_total = len(planned_stages(trajectory, store if trajectory.former_evaluations else None))
     tries = quarantined = 0
     while True:
         leases = Leases(coordinator, trajectory.id)

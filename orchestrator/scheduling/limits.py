@@ -5,10 +5,8 @@ Pure decisions; `orchestrator.execution.campaign` carries them out.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from orchestrator.scheduling.resources import TASK_SCORING
 from orchestrator.storage.ledger import measured_seconds
@@ -35,7 +33,11 @@ class Limits:
 
     def price(self, kind: str, seconds: float) -> float:
         """Return what a stage that took so long has cost."""
-        return self.devices.get(kind, 0.0) * seconds / 3600 * self.price_per_hour
+        return self.price_of(self.devices.get(kind, 0.0) * seconds)
+
+    def price_of(self, device_s: float) -> float:
+        """Return the price of so many device seconds."""
+        return device_s / 3600 * self.price_per_hour
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,8 @@ def backoff_s(attempt: int) -> float:
     return min(FIRST_BACKOFF_S * 2**attempt, LONGEST_BACKOFF_S)
 
 
-def spent_before(ledger: pa.Table, limits: Limits, since: datetime | None = None) -> float:
-    """Return the price of all stages that a run has finished so far.
-
-    Those of before `since`, when the run began, were found in a cache: another campaign has paid for them.
-    """
-    if since is not None:
-        ledger = ledger.filter(pc.greater_equal(ledger["when"], pa.scalar(since, ledger["when"].type)))
+def spent_before(ledger: pa.Table, limits: Limits) -> float:
+    """Return the price of all stages that a run has finished so far."""
     columns = ledger.select(["stage", "method", "key"]).to_pydict().values()
     by_task = {key for _, method, key in zip(*columns, strict=True) if method in limits.task_methods}
     return sum(

@@ -1,16 +1,11 @@
 """When a campaign ends early, and what goes first."""
 
-from datetime import UTC, datetime, timedelta
-
-import pyarrow as pa
 import pytest
 
 from orchestrator.config import ExecutionConfig
-from orchestrator.scheduling.limits import Limits, Spent, backoff_s, limit_reached, spent_before, start_order
+from orchestrator.scheduling.limits import Limits, Spent, backoff_s, limit_reached, start_order
 from orchestrator.scheduling.resources import CLOSED_FORM, MERGE_SCORING, TASK_SCORING, devices_held
-from orchestrator.storage.ledger import SCHEMA
 
-DAY = timedelta(days=1)
 ALL = Limits(max_failures=2, time_limit_s=100.0, budget=5.0)
 
 
@@ -49,16 +44,3 @@ def test_a_nearly_done_trajectory_starts_first() -> None:
 
 def test_pauses_grow_and_end() -> None:
     assert [backoff_s(attempt) for attempt in (0, 1, 2, 3, 20)] == [5, 10, 20, 40, 300]
-
-
-def test_what_another_campaign_computed_is_not_paid_again() -> None:
-    began = datetime(2026, 11, 28, 12, tzinfo=UTC)
-    rows = [
-        {"stage": "score", "method": "m", "key": key, "metric": "seconds", "value": 3600.0, "when": when}
-        for key, when in (("shared", began - timedelta(days=3)), ("own", began), ("later", began + DAY))
-    ]
-    fields = [field for field in SCHEMA if field.name in rows[0]]
-    ledger = pa.Table.from_pylist(rows, schema=pa.schema(fields))
-    limits = Limits(price_per_hour=2.0, devices={"score": 1.0})
-    assert spent_before(ledger, limits) == 6.0
-    assert spent_before(ledger, limits, began) == 4.0
