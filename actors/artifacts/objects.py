@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from actors.artifacts.filesystem import filesystem, local_path, s3_endpoint
 from actors.artifacts.retries import attempt
-from actors.errors import WorkError
+from actors.errors import RequestError, WorkError
 
 if TYPE_CHECKING:
     from obstore.store import GCSStore, S3Store
@@ -101,9 +101,12 @@ def delete_file(uri: str, limit_s: float | None = None) -> None:
     """Delete one file, if it is there."""
 
     def delete() -> None:
-        fs, path = filesystem(uri)
+        if (path := local_path(uri)) is not None:
+            path.unlink(missing_ok=True)
+            return
+        store, key = _object(uri)
         with suppress(FileNotFoundError):
-            fs.delete_file(path)
+            store.delete(key)
 
     attempt(uri, "delete", delete, limit_s)
 
@@ -248,6 +251,10 @@ def _bucket_named(uri: str) -> Iterator[None]:
 def _object(uri: str) -> tuple[Any, str]:
     """Return the bucket of an object as obstore knows it, and the object's key."""
     scheme, _, place = uri.partition("://")
+    if scheme not in ("s3", "gs", "gcs"):
+        raise RequestError(
+            f"cannot use {uri!r} as a storage location; give a local path, s3://, gs:// or file://"
+        )
     bucket, _, key = place.partition("/")
     return _bucket(scheme, bucket, os.getpid(), s3_endpoint(), os.environ.get("AWS_ACCESS_KEY_ID")), key
 

@@ -119,8 +119,8 @@ def explained(place: str, doing: str) -> Iterator[None]:
             raise
         if is_transient(error):
             raise StorageUnavailableError(
-                f"cannot {doing} {place}: the storage does not answer as it should ({one_line(error)}). "
-                "Then continue with --resume"
+                f"cannot {doing} {place}: the storage is away or overloaded ({one_line(error)}). "
+                "When it answers again, continue with --resume"
             ) from error
         remedies = {
             errno.ENOSPC: "the disk is full; free some space or move the storage path",

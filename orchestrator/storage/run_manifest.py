@@ -85,6 +85,12 @@ def read_run(store: Store) -> dict[str, Any] | None:
     return None if text is None else json.loads(text)
 
 
+def started_at_first(store: Store) -> datetime | None:
+    """Return when the run was started for the first time; None if there is none."""
+    stored = read_run(store)
+    return None if stored is None else datetime.fromisoformat(stored["created_at"])
+
+
 def existing_run(store: Store, named: str | None = None) -> dict[str, Any]:
     """Return what `open_run` wrote, as `read_run`.
 

@@ -8,9 +8,11 @@ import re
 from collections.abc import Collection, Iterable
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from actors.artifacts import delete_file, join, read_bytes, write_bytes
 from orchestrator.storage.ledger import SUFFIX, Ledger
+from orchestrator.storage.run_manifest import started_at_first
 from orchestrator.storage.stage_store import Store
 
 ORDER = (
@@ -60,9 +62,15 @@ def superseded_parts(
 
 
 def paid_rows(store: Store) -> pa.Table:
-    """Return the rows of all stages that the run has paid for: of the ledger, and the superseded ones."""
+    """Return the rows of all stages that the run has paid for: of the ledger, and the superseded ones.
+
+    What was finished before the run began, it found in a cache: another campaign has paid for that.
+    """
     ledgers = (Ledger(uri) for uri in (store.ledger_uri, store.superseded_uri))
-    return pa.concat_tables([ledger.read() for ledger in ledgers])
+    rows = pa.concat_tables([ledger.read() for ledger in ledgers])
+    if (began := started_at_first(store)) is None:
+        return rows
+    return rows.filter(pc.greater_equal(rows["when"], pa.scalar(began, rows["when"].type)))
 
 
 def move_superseded(store: Store, parts: Iterable[str]) -> None:

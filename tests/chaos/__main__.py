@@ -7,6 +7,9 @@ left alone: it shows what comes out, and when which processes live. Every furthe
 one loses the process that its number and the seed decide, then the same command
 runs again with --resume. DIR keeps the undisturbed run, so that the rest can be
 done in pieces, and `kills.jsonl`. Exit code 1 if any run was not as it should be.
+
+With --storage-faults nobody is killed: the campaign's storage is an S3-speaking server whose
+calls fail at random, and the command, given once, has to end as undisturbed.
 """
 
 import argparse
@@ -25,6 +28,7 @@ import yaml
 
 from tests.chaos.audit import faults, manifests, repeats, starts
 from tests.chaos.nodes import TITLES, LocalCluster, adopt_orphans, alive, at_work, environment
+from tests.chaos.storage import BUCKET, download, faulty_storage
 from tests.support.tiny_models import save_tiny
 
 VICTIMS = ("driver", "trial", "score", "train", "evaluate", "raylet", "gcs_server")
@@ -54,8 +58,11 @@ class Kill:
     faults: list[str]
 
 
-def campaign(directory: Path, storage: Path) -> Path:
-    """A file of two trajectories, 5 → 3 layers, that share what they can: one with recovery, one without."""
+def campaign(directory: Path, storage: Path, uri: str | None = None) -> Path:
+    """A file of two trajectories, 5 → 3 layers, that share what they can: one with recovery, one without.
+
+    It is stored at `uri`, if given, and else in `storage`.
+    """
     text, model = directory / "text.txt", directory / "model"
     if not model.exists():
         save_tiny(model, num_layers=5)
@@ -89,7 +96,7 @@ def campaign(directory: Path, storage: Path) -> Path:
             "training": {"workers": 2, "cpus": 0.25},
             "evaluation": {"cpus": 0.25},
         },
-        "storage": {"path": str(storage)},
+        "storage": {"path": uri or str(storage)},
     }
     file = storage.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config))
@@ -181,6 +188,32 @@ def disturbed(directory: Path, number: int, victim: str, moment: Moment) -> Kill
     return Kill(number, victim, moment, title or NOBODY, exit_code, resumed, repeats(begun), seconds, wrong)
 
 
+def on_faulty_storage(directory: Path, number: int, seed: int) -> Kill:
+    """Run on storage whose calls fail, and audit."""
+    storage, started = directory / f"faulty-{number:03d}", time.monotonic()
+    uri = f"s3://{BUCKET}/run-{number:03d}"
+    wrong: list[str] = []
+    with faulty_storage(seed) as (clean, injected):
+        cluster = LocalCluster()
+        try:
+            file = campaign(directory, storage, uri)
+            exit_code = Driver(file, cluster.address).wait()
+            wrong += [f"outlived the driver: {line}" for line in _still_at_work()]
+        finally:
+            wrong += [f"outlived the cluster: {line}" for line in cluster.stop()]
+        download(clean, f"{uri}/chaos", storage / "chaos")
+    begun = starts([cluster.directory])
+    wrong += faults(storage / "chaos", directory / "undisturbed" / "chaos", begun)
+    if exit_code != 0:
+        wrong.insert(0, f"the command ended with {exit_code}: see {file.with_suffix('.txt')}")
+    if not wrong:
+        cluster.forget()
+    title = ", ".join(f"{count} {fault}" for fault, count in sorted(injected.done.items()))
+    title = f"{title} of {injected.calls} calls"
+    seconds = time.monotonic() - started
+    return Kill(number, "storage", (0, 0.0), title, exit_code, exit_code, repeats(begun), seconds, wrong)
+
+
 def _kill(cluster: LocalCluster, driver: Driver, clock: Clock, victim: str, moment: Moment) -> str | None:
     """Kill the first process that plays `victim` once the run is as far as `moment`; its id and role.
 
@@ -217,21 +250,35 @@ def order_of(seed: int) -> list[str]:
 def line_of(kill: Kill) -> str:
     """One run as a line of the table."""
     verdict = "as undisturbed" if not kill.faults else "; ".join(kill.faults[:3])
-    when = f"{kill.moment[0]:2d} stages + {kill.moment[1]:4.1f} s"
+    when = f"{kill.moment[0]:2d} stages + {kill.moment[1]:4.1f} s" if kill.victim != "storage" else kill.title
     return (
         f"{kill.run:3d}  {kill.victim:10}  {when}  exit {kill.exit_code:3d}  "
         f"begun again {kill.repeated}  {kill.seconds:5.0f} s  {verdict}"
     )
 
 
+def _with_somebody_killed(
+    directory: Path, number: int, seed: int, victim: str, moments: dict[str, list[Moment]]
+) -> Kill:
+    draw = random.Random(f"{seed}-{number}")
+    for _ in range(DRAWS):
+        count, offset = draw.choice(moments[victim])
+        kill = disturbed(directory, number, victim, (count, offset))
+        if kill.title != NOBODY:
+            break
+    return kill
+
+
 def main() -> int:
     """Print a line for every run and how many were as they should be."""
     parser = argparse.ArgumentParser(description="Kill processes of a small campaign, resume, compare.")
-    parser.add_argument("--runs", type=int, default=25)
+    parser.add_argument("--runs", type=int, help="25, or 10 with --storage-faults")
+    parser.add_argument("--storage-faults", action="store_true", help="kill nobody; have storage fail")
     parser.add_argument("--first", type=int, default=0, help="number of the first run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, default=Path("runs/chaos"))
     asked = parser.parse_args()
+    runs = asked.runs if asked.runs is not None else 10 if asked.storage_faults else 25
     directory = asked.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     os.environ |= environment(directory)
@@ -240,19 +287,16 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     moments, order = undisturbed(directory), order_of(asked.seed)
     bad = 0
-    for number in range(asked.first, asked.first + asked.runs):
-        victim = order[number % len(order)]
-        draw = random.Random(f"{asked.seed}-{number}")
-        for _ in range(DRAWS):
-            count, offset = draw.choice(moments[victim])
-            kill = disturbed(directory, number, victim, (count, offset))
-            if kill.title != NOBODY:
-                break
+    for number in range(asked.first, asked.first + runs):
+        if asked.storage_faults:
+            kill = on_faulty_storage(directory, number, asked.seed * 1000 + number)
+        else:
+            kill = _with_somebody_killed(directory, number, asked.seed, order[number % len(order)], moments)
         with (directory / "kills.jsonl").open("a") as file:
             file.write(json.dumps(asdict(kill)) + "\n")
         print(line_of(kill), flush=True)
         bad += bool(kill.faults)
-    print(f"{asked.runs - bad} of {asked.runs} as undisturbed")
+    print(f"{runs - bad} of {runs} as undisturbed")
     return 1 if bad else 0
 
 

@@ -12,6 +12,7 @@ from actors.contracts import EvaluationResult, ExportResult, RecoveryResult, Sco
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
 from tests.support.cutting_proxy import cutting_proxy
+from tests.support.faulty_s3 import faulty_s3
 from tests.support.object_store import loopback_s3
 from tests.support.tiny_campaign import tiny_campaign, write_campaign
 from tests.unit.cli.command import iterabre
@@ -79,3 +80,26 @@ def test_an_upload_that_is_cut_is_no_result_and_resume_completes(
             assert numbers_in(store) == pytest.approx(numbers_in(undisturbed), rel=1e-6)
             fs, root = filesystem(store.uri)
             assert fs.get_file_info(f"{root}/driver.lock").type.name == "NotFound"
+
+
+def test_on_storage_that_fails_at_random_a_campaign_is_as_undisturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ITERABRE_CACHE", str(tmp_path / "cache"))
+    campaign = tiny_campaign(tmp_path) | {"targets": [{"layers": 3}]}
+    file = write_campaign(campaign, tmp_path / "campaign.yaml")
+    assert iterabre("campaign", file).exit_code == 0
+    undisturbed = Store.of_campaign(campaign["storage"]["path"], "tiny")
+    with (
+        loopback_s3(monkeypatch) as uri,
+        faulty_s3(os.environ["AWS_ENDPOINT_URL"], seed=1, rate=0.1) as faults,
+    ):
+        clean = os.environ["AWS_ENDPOINT_URL"]
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.endpoint)
+        done = iterabre("campaign", file, "--set", f"storage.path={uri}")
+        assert done.exit_code == 0, done.err
+        assert sum(faults.done.values()) > 5
+        monkeypatch.setenv("AWS_ENDPOINT_URL", clean)
+        store = Store.of_campaign(uri, "tiny")
+        assert _finished(store).keys() == _finished(undisturbed).keys()
+        assert numbers_in(store) == pytest.approx(numbers_in(undisturbed), rel=1e-6)

@@ -1,8 +1,10 @@
 """Stages that runs share by key, and the cache that they lie in."""
 
+import json
 import os
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,11 @@ from actors.contracts import ExportResult, RecoveryResult, ScoreResult
 from orchestrator.config import StorageConfig
 from orchestrator.storage.garbage_collector import collect
 from orchestrator.storage.layout import RunLayout
+from orchestrator.storage.ledger import Ledger, Row
+from orchestrator.storage.run_manifest import open_run
 from orchestrator.storage.stage_cache import CachedStage, cached_stages, prunable, verified_stages
 from orchestrator.storage.stage_store import Store
+from orchestrator.storage.superseded import paid_rows
 from tests.support.object_store import loopback_s3
 
 SCORES = ScoreResult((0, 1), (0.5, 0.25), (1, 0), 1, 8, 3)
@@ -84,6 +89,20 @@ def test_a_damaged_stage_of_the_cache_is_found_and_computed_again(place: str, tm
     assert store.load("recover", "b", RecoveryResult) is None
     kinds = {stage.kind: stage.finished for stage in cached_stages(RunLayout(f"{place}/cache"))}
     assert kinds == {"recover": True, "score": True, "quarantine": False}
+
+
+def test_what_another_campaign_computed_is_not_paid_again(tmp_path: Path) -> None:
+    store, began = Store(str(tmp_path)), datetime(2026, 11, 28, 12, tzinfo=UTC)
+    open_run(store, {"name": "demo"})
+    recorded = json.loads((tmp_path / "campaign.json").read_text())
+    (tmp_path / "campaign.json").write_text(json.dumps(recorded | {"created_at": began.isoformat()}))
+    for key, when in (("shared", began - timedelta(days=3)), ("own", began)):
+        row = Row(
+            campaign="c", trajectory="t", model="m", method="i", seed=0, iteration=1, stage="score",
+            key=key, metric="seconds", value=1.0, when=when,
+        )  # fmt: skip
+        Ledger(store.ledger_uri).append(key, [row])
+    assert paid_rows(store)["key"].to_pylist() == ["own"]
 
 
 def test_use_is_noted(tmp_path: Path) -> None:
