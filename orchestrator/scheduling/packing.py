@@ -164,7 +164,7 @@ def _subtract(free: list[float], bundle: ResourceBundle) -> None:
 def with_node_types(nodes: Sequence[Node], types: Sequence[tuple[Node, int]]) -> list[Node]:
     """Return the nodes with those that an autoscaler may still start, of so many of each type.
 
-    Every node that is up counts as one of the type that it is most like.
+    Every node that is up counts as one of the type that it is most like; a small head as none.
     """
     kinds = [node_type for node_type, _ in types]
     left = [count for _, count in types]
