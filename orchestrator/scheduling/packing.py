@@ -175,6 +175,7 @@ def with_node_types(nodes: Sequence[Node], types: Sequence[tuple[Node, int]]) ->
             if left[position]
             and kind.accelerators <= node.accelerators
             and (kind.gpus > 0) == (node.gpus > 0)
+            and node.cpus >= kind.cpus / 2
         ]
         if like:
             left[min(like)[-1]] -= 1
