@@ -32,7 +32,7 @@ from orchestrator.planning.recorded import record_trajectories
 from orchestrator.scheduling.admission import AdmissionController, check_resources, check_speeds_compare
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits, spent_before
-from orchestrator.scheduling.resources import devices_held, stage_resources
+from orchestrator.scheduling.resources import devices_held, held_kinds, stage_resources
 from orchestrator.storage.garbage_collector import collect
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.run_lock import check_unlocked, locked
@@ -128,7 +128,7 @@ def limits_of(config: CampaignConfig) -> Limits:
         budget=execution.budget,
         price_per_hour=machine_of(config.cost, config.cost.machine).price_per_hour,
         devices=devices_held(execution),
-        task_methods={method.name for method in methods if method.scoring.task is not None},
+        held_kinds=held_kinds(methods),
     )
 
 
