@@ -65,6 +65,9 @@ QUIET = {
 LAST_LINES_S = 0.5
 """Longer than what a worker prints takes to the driver."""
 
+OUT_OF_MEMORY = {"RAY_task_oom_retries": "1"}
+"""A task that Ray ended because its node was short of memory would else be tried again for ever."""
+
 CREDENTIALS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 """What Tune would hand on to trials in their runtime environment: lists of processes show that, and the
 dashboard. Every node has credentials of its own."""
@@ -107,7 +110,7 @@ def cluster(address: str | None) -> Iterator[None]:
     own = found == LOCAL
     ENV_VARS_TO_PROPAGATE.difference_update(CREDENTIALS)
     environment_of_workers = QUIET | environment() | {DRIVER_DIRECTORY: os.getcwd()}
-    environment_of_workers |= {PATIENCE_VARIABLE: str(patience_s())}
+    environment_of_workers |= {PATIENCE_VARIABLE: str(patience_s()), **OUT_OF_MEMORY}
     try:
         ray.init(
             address=found,

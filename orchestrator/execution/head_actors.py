@@ -18,8 +18,8 @@ from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.coordinator import SETTLE_S, Coordinator, LeaseReply, LeaseRequest
 from orchestrator.scheduling.limits import Limits, spent_before
 from orchestrator.storage.control import Directives
-from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
+from orchestrator.storage.superseded import paid_rows
 from orchestrator.storage.trajectory_status import failed_since
 from orchestrator.storage.usage import usage_before, usage_since, write_usage
 
@@ -77,7 +77,7 @@ class HeadCoordinator(Coordinator):
         failed_s = usage.failed_s + usage_before(store, started_at).failed_s
         super().__init__(
             limits,
-            spent_before(Ledger(store.ledger_uri).read(), limits) + limits.price_of(failed_s),
+            spent_before(paid_rows(store), limits) + limits.price_of(failed_s),
             admission,
             failed=failed_since(store, started_at),
             elapsed_s=time.time() - started_at,

@@ -246,9 +246,8 @@ class Coordinator:
         # A request that waits for another's result is not in the queue.
         self._waiting.pop(request, None)
         if granted.holder != request.holder:
-            return LeaseReply(
-                False, waits_for=f"the same stage of {granted.trajectory or 'another trajectory'}"
-            )
+            other = granted.trajectory or "another trajectory"
+            return LeaseReply(False, waits_for=f"the same stage, which {other} computes")
         self._renewed[request.key] = now
         return LeaseReply(True)
 

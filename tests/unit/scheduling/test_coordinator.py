@@ -218,9 +218,8 @@ def test_what_waits_for_room_goes_on_when_others_leave() -> None:
 
 
 def test_a_priority_goes_before_how_many_stages_are_left() -> None:
-    coordinator = Coordinator(
-        Limits(), admission=FOUR_GPUS, control=lambda: Directives(priorities={"urgent": 1})
-    )
+    wanted = Directives(priorities={"urgent": 1})
+    coordinator = Coordinator(Limits(), admission=FOUR_GPUS, control=lambda: wanted)
     training, late, urgent = (
         LeaseRequest("recover", key, key, left, key) for key, left in (("a", 5), ("b", 1), ("urgent", 9))
     )
