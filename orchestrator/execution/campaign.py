@@ -36,7 +36,7 @@ from orchestrator.planning.stages import StageCounts, count_stages
 from orchestrator.scheduling.admission import AdmissionController, check_resources, check_speeds_compare
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits, spent_before
-from orchestrator.scheduling.resources import devices_held, stage_resources
+from orchestrator.scheduling.resources import devices_held, held_kinds, stage_resources
 from orchestrator.storage.garbage_collector import collect
 from orchestrator.storage.run_lock import check_unlocked, locked
 from orchestrator.storage.run_manifest import check_run, open_run, update_run
@@ -148,7 +148,7 @@ def limits_of(config: CampaignConfig) -> Limits:
         budget=execution.budget,
         price_per_hour=machine_of(config.cost, config.cost.machine).price_per_hour,
         devices=devices_held(execution),
-        task_methods={method.name for method in methods if method.scoring.task is not None},
+        held_kinds=held_kinds(methods),
     )
 
 
