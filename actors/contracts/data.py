@@ -19,6 +19,7 @@ class TextSettings(Settings):
     ] = None
     config: Annotated[str | None, Doc("Configuration name of a hub data set.")] = None
     split: Annotated[str, Doc("Split of a hub data set.")] = "train"
+    revision: Annotated[str | None, Doc("Branch, tag or commit of a hub data set.")] = None
     text_column: Annotated[str, Doc("Column that holds the text.")] = "text"
     prompt_column: Annotated[str | None, Doc("Column with prompts, for training on answers.")] = None
     input_column: Annotated[str | None, Doc("Column added to the prompt where it is not empty.")] = None
@@ -49,11 +50,13 @@ class TextSpec(TextSettings):
     With `streaming`, records are read as they are needed and never all held.
 
     A plan adds what it found: the text's `fingerprint`, so that another text in its
-    place is refused where it is read, and the content `template` of a Jinja file.
+    place is refused where it is read, the `commit` of a hub data set, which is read from then on, and
+    the content `template` of a Jinja file.
     """
 
     generated: ArtifactRef | None = None
     fingerprint: str | None = field(default=None, compare=False)
+    commit: str | None = field(default=None, compare=False)
     template: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:

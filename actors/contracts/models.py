@@ -31,8 +31,13 @@ class ModelSettings(Settings):
 
 @dataclass(frozen=True)
 class ModelSpec(ModelSettings):
-    """Where a source model comes from and how it is loaded."""
+    """Where a source model comes from and how it is loaded.
 
+    A plan adds what it found: the `commit` that the revision of a hub model stood for, which is read from
+    then on, and the hash of the model's files.
+    """
+
+    commit: str | None = field(default=None, compare=False)
     contents: str | None = field(default=None, compare=False)
     """Hash of the model's files as `describe_model` found them; if it is given, they must still be those."""
 
@@ -142,24 +147,21 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """Write `model` as an ordinary Hugging Face directory.
-
-    `card` is the README.md text and `provenance` the `iterabre.json` content.
-    """
+    """Write `model` as an ordinary Hugging Face directory."""
 
     model: ModelRef
-    card: str
-    provenance: str
 
 
 @dataclass(frozen=True)
 class ExportResult(Stored):
     """The exported directory.
 
-    `num_zeroed_parameters` of its parameters are stored and add nothing.
+    `num_zeroed_parameters` of its parameters are stored and add nothing. `note` is for users of runtimes
+    that compute the layers' kinds by themselves.
     """
 
     artifact: ArtifactRef
     num_layers: int
     num_parameters: int
     num_zeroed_parameters: Annotated[int, StoredAs("num_emptied_parameters")] = 0
+    note: str | None = None

@@ -25,6 +25,8 @@ from actors.errors import IterabreError, RequestError
 SAVED_SPLITS, SAVED_STATE = "dataset_dict.json", "state.json"
 """Files that `DatasetDict.save_to_disk` and `Dataset.save_to_disk` leave."""
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
 METADATA = ("dataset_info.json", "dataset_infos.json", SAVED_SPLITS, SAVED_STATE)
 
 
@@ -37,7 +39,7 @@ def open_dataset(spec: TextSpec) -> tuple[Dataset, str]:
     with dataset_errors(spec):
         if _saved_to_disk(spec):
             return _load_saved(spec), _saved_fingerprint(spec)
-        dataset = load_dataset(_dataset_path(spec), spec.config, split=spec.split)
+        dataset = load_dataset(_dataset_path(spec), spec.config, split=spec.split, revision=_revision(spec))
         return dataset, dataset._fingerprint
 
 
@@ -48,7 +50,9 @@ def stream_dataset(spec: TextSpec) -> IterableDataset:
             saved = _load_saved(spec)
             shards = min(len(saved.cache_files), len(saved))
             return saved.to_iterable_dataset(num_shards=max(1, shards))
-        return load_dataset(_dataset_path(spec), spec.config, split=spec.split, streaming=True)
+        return load_dataset(
+            _dataset_path(spec), spec.config, split=spec.split, revision=_revision(spec), streaming=True
+        )
 
 
 def dataset_fingerprint(spec: TextSpec) -> str:
@@ -57,6 +61,18 @@ def dataset_fingerprint(spec: TextSpec) -> str:
         if _saved_to_disk(spec):
             return _saved_fingerprint(spec)
         return _builder(spec)._get_dataset_fingerprint(spec.split)
+
+
+def dataset_commit(spec: TextSpec) -> str | None:
+    """Return the commit of the hub that the data set is of; None for a directory.
+
+    Out of reach of the hub, it is that of what lies in the cache.
+    """
+    if Path(_dataset_path(spec)).is_dir():
+        return None
+    with dataset_errors(spec):
+        found = _builder(spec).hash
+    return found if found is not None and COMMIT.fullmatch(found) else None
 
 
 @contextmanager
@@ -114,7 +130,11 @@ def _dataset_path(spec: TextSpec) -> str:
 
 
 def _builder(spec: TextSpec) -> DatasetBuilder:
-    return load_dataset_builder(_dataset_path(spec), spec.config)
+    return load_dataset_builder(_dataset_path(spec), spec.config, revision=_revision(spec))
+
+
+def _revision(spec: TextSpec) -> str | None:
+    return spec.commit or spec.revision
 
 
 def _saved_to_disk(spec: TextSpec) -> bool:

@@ -36,7 +36,13 @@ from actors.data.files import (
     stream_rows,
     suffix_of,
 )
-from actors.data.hf_datasets import dataset_errors, dataset_fingerprint, open_dataset, stream_dataset
+from actors.data.hf_datasets import (
+    dataset_commit,
+    dataset_errors,
+    dataset_fingerprint,
+    open_dataset,
+    stream_dataset,
+)
 from actors.errors import ChangedError, RequestError, unknown_name
 
 BUILTIN_TEXTS = ("iterabre-appendix-a", "wikitext-2-raw-test", "wikitext-2-raw-validation")
@@ -63,10 +69,13 @@ def describe_text(spec: TextSpec) -> TextInfo:
 
     Raises:
         RequestError: no source or two, unknown built-in, file missing or
-            empty, no such column, data set unknown or out of reach.
+            empty, no such column, data set unknown or out of reach, a revision of what is no hub data set.
         ChangedError: the fingerprint is not the one that `spec` expects.
     """
     num_rows = None
+    _check_revision(spec)
+    if spec.commit is None and spec.generated is None and _file_of(spec) is None:
+        spec = replace(spec, commit=dataset_commit(spec))
     if spec.generated is not None:
         fingerprint = digest([spec.generated.sha256, *_format(spec)])
     elif spec.streaming:
@@ -240,6 +249,18 @@ def _check_columns(there: Iterable[str], names: Iterable[str], spec: TextSpec, p
             raise RequestError(
                 f"{spec.name!r}{place} has no column {name!r} ({field}); its columns are: {', '.join(there)}"
             )
+
+
+def _check_revision(spec: TextSpec) -> None:
+    """Refuse a revision of anything but a hub data set."""
+    local = (
+        spec.builtin is not None or Path(spec.path or "").expanduser().exists() or "://" in (spec.path or "")
+    )
+    if spec.revision is not None and local:
+        raise RequestError(
+            f"the text {spec.name!r} is no data set of the hub and has no revision {spec.revision!r}: "
+            "revisions are branches, tags and commits of the hub; leave it out"
+        )
 
 
 def _check_unchanged(spec: TextSpec, fingerprint: str) -> None:

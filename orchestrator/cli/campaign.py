@@ -1,5 +1,6 @@
 """The commands `compress` and `campaign`: run a campaign file."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -14,6 +15,13 @@ from orchestrator.errors import RequestError, WorkError
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run that is there; start one if there is none.")
 ]
+AcceptChanges = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changes",
+        help="Let --resume go on though the run is of something else, such as another model under an id.",
+    ),
+]
 
 Verify = Annotated[
     bool,
@@ -24,6 +32,7 @@ Verify = Annotated[
 def compress(
     config: Config,
     resume: Resume = False,
+    accept_changes: AcceptChanges = False,
     verify: Verify = False,
     address: Address = None,
     set_: Set = None,
@@ -35,21 +44,24 @@ def compress(
             f"{config} has {len(loaded.models)} models and {len(loaded.methods)} methods; "
             "`compress` takes one of each, `iterabre campaign` takes many"
         )
-    _run(loaded, resume, verify, address)
+    _run(loaded, resume, accept_changes, verify, address)
 
 
 def campaign(
     config: Config,
     resume: Resume = False,
+    accept_changes: AcceptChanges = False,
     verify: Verify = False,
     address: Address = None,
     set_: Set = None,
 ) -> None:
     """Run a campaign file: models × methods × seeds, with stops at the targets."""
-    _run(load_config(config, set_), resume, verify, address)
+    _run(load_config(config, set_), resume, accept_changes, verify, address)
 
 
-def _run(config: CampaignConfig, resume: bool, verify: bool, address: str | None) -> None:
+def _run(
+    config: CampaignConfig, resume: bool, accept_changes: bool, verify: bool, address: str | None
+) -> None:
     from orchestrator.execution.campaign import run_campaign
     from orchestrator.execution.cluster import find_cluster
     from orchestrator.planning.planner import build_plan
@@ -68,7 +80,15 @@ def _run(config: CampaignConfig, resume: bool, verify: bool, address: str | None
                 err.print(f"Note: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
             if read_control(store).paused:
                 err.print(f"Note: the run is paused; `iterabre continue {store.uri}` goes on", soft_wrap=True)
-            outcome = run_campaign(config, plan, store, resume=resume, address=address)
+            outcome = run_campaign(
+                config,
+                plan,
+                store,
+                resume=resume,
+                address=address,
+                accept_changes=accept_changes,
+                tell=partial(err.print, markup=False, highlight=False, soft_wrap=True),
+            )
         except KeyboardInterrupt as stopped:
             raise WorkError("stopped; finished stages are kept, --resume continues") from stopped
     show_results(store.uri)

@@ -36,6 +36,7 @@ def plan(
     from orchestrator.planning.cost_model import parse_machine
     from orchestrator.planning.estimate import plan_summary
     from orchestrator.planning.planner import build_plan
+    from orchestrator.planning.recorded import continue_plan
     from orchestrator.storage.run_manifest import read_run
     from orchestrator.storage.stage_store import Store
 
@@ -46,9 +47,10 @@ def plan(
     store = Store.of_config(loaded.storage, loaded.name)
     existing = store if store.cache is not None or read_run(store) is not None else None
     factors = _factors(calibrate, machines[0][1]) if calibrate else {}
-    built = build_plan(loaded)
+    built, changes = continue_plan(build_plan(loaded), loaded, store)
     stages = campaign_stages(built, existing)
     summary = plan_summary(built, loaded, machines, stages, factors) | {"notes": built.notes}
+    summary["changes"] = [f"{change} ({change.effect.value})" for change in changes]
     if as_json:
         print_json(summary)
         return
@@ -104,6 +106,10 @@ def _show(summary: dict[str, Any]) -> None:
         "price": [f"{row['price']:,.2f}" for row in machines],
     }
     print_table(columns, "Estimate; docs/campaigns.md says what it assumes")
+    for change in summary["changes"]:
+        out.print(
+            f"Changed since the run was recorded: {change}", markup=False, highlight=False, soft_wrap=True
+        )
     for note in summary["notes"]:
         out.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
     if summary["calibration"]:

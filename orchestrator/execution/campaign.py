@@ -2,8 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from typing import Any
 
 from actors.artifacts import PATIENCE_VARIABLE
 from actors.evaluation import check_task_data
@@ -21,25 +23,27 @@ from orchestrator.execution.cluster import (
     workers_output_to,
 )
 from orchestrator.execution.control import control_reader
-from orchestrator.execution.dry_run import unfinished_trajectories
+from orchestrator.execution.dry_run import campaign_stages, unfinished_trajectories
 from orchestrator.execution.local import LocalBackend
 from orchestrator.execution.progress import ProgressBoard, live_view
 from orchestrator.execution.stopping import StopRequest
 from orchestrator.execution.tune import CampaignOutcome, run_trial, run_trials
+from orchestrator.planning.changes import Change, described
 from orchestrator.planning.cost_model import machine_of
 from orchestrator.planning.plan import CampaignPlan
-from orchestrator.planning.recorded import record_trajectories
-from orchestrator.scheduling.admission import AdmissionController, check_resources
+from orchestrator.planning.recorded import check_changes, continue_plan, record_trajectories
+from orchestrator.planning.stages import StageCounts, count_stages
+from orchestrator.scheduling.admission import AdmissionController, check_resources, check_speeds_compare
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits, spent_before
 from orchestrator.scheduling.resources import devices_held, stage_resources
 from orchestrator.storage.garbage_collector import collect
-from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.run_lock import check_unlocked, locked
-from orchestrator.storage.run_manifest import check_run, open_run
+from orchestrator.storage.run_manifest import check_run, open_run, update_run
 from orchestrator.storage.run_progress import progress_written
 from orchestrator.storage.stage_logs import DRIVER_LOG, LogWriter, StageLogHandler, WorkerOutput
 from orchestrator.storage.stage_store import Store
+from orchestrator.storage.superseded import paid_rows
 from orchestrator.tracking.publisher import Tracker, published
 from orchestrator.tracking.trackers import make_trackers
 
@@ -47,7 +51,14 @@ log = logging.getLogger(__name__)
 
 
 def run_campaign(
-    config: CampaignConfig, plan: CampaignPlan, store: Store, *, resume: bool, address: str | None = None
+    config: CampaignConfig,
+    plan: CampaignPlan,
+    store: Store,
+    *,
+    resume: bool,
+    address: str | None = None,
+    accept_changes: bool = False,
+    tell: Callable[[str], None] = log.info,
 ) -> CampaignOutcome:
     """Run every trajectory of `plan` that is not finished in `store`.
 
@@ -57,6 +68,8 @@ def run_campaign(
     Args:
         resume: go on with the run that `store` holds.
         address: a Ray cluster to join; RAY_ADDRESS or a cluster of this machine's own if None.
+        accept_changes: go on even if what the run is of has changed, such as a model under its id.
+        tell: is called with what has changed since the run was recorded, in words for the user.
 
     Raises:
         RequestError: `store` cannot be written, holds another run, or is in use; data of a task or what
@@ -65,7 +78,11 @@ def run_campaign(
     """
     execution = config.execution
     os.environ[PATIENCE_VARIABLE] = str(config.storage.retry_s)
-    check_run(store, config.model_dump(mode="json"), resume, config.directories)
+    check_run(store, resume)
+    plan, changes = continue_plan(plan, config, store)
+    check_changes(store, changes, accept_changes)
+    if changes:
+        tell(_told(changes, count_stages(chain(*campaign_stages(plan, store).values()))))
     limits = limits_of(config)
     check_unlocked(store)
     for evaluation in {trajectory.evaluation for trajectory in plan.trajectories}:
@@ -77,11 +94,13 @@ def run_campaign(
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":
-        with _running(config, plan, store, trackers, LogWriter(store)) as stop:
+        with _running(config, plan, store, trackers, LogWriter(store), changes) as stop:
             return _run_in_this_process(config, plan, store, limits, stop)
     with cluster(address):
         requests, nodes = stage_resources(execution), cluster_nodes(execution)
         check_resources(requests, nodes, execution.max_devices)
+        if any(trajectory.evaluation.throughput for trajectory in plan.trajectories):
+            check_speeds_compare(requests["evaluate"], nodes)
         end_helpers_of_dead_drivers()
         admission = AdmissionController(ClusterNodes(node_types(execution)), requests, execution.max_devices)
         at_a_time = trajectories_at_a_time(
@@ -89,7 +108,7 @@ def run_campaign(
         )
         logs = LogWriter(store)
         with (
-            _running(config, plan, store, trackers, logs) as stop,
+            _running(config, plan, store, trackers, logs, changes) as stop,
             workers_output_to(WorkerOutput(logs)),
         ):
             return run_trials(config, plan, store, limits, at_a_time, admission, stop=stop)
@@ -102,11 +121,14 @@ def _running(
     store: Store,
     trackers: Mapping[str, Tracker],
     logs: LogWriter,
+    changes: Sequence[Change],
 ) -> Iterator[StopRequest]:
     """Open the run, hold it alone, publish its numbers; then remove what interrupted attempts left."""
     stop = StopRequest(config.execution.stop_timeout_s)
     with _run_log(store, config, plan, logs), locked(store), logs.uploading(), stop.on_signals():
         record_trajectories(store, plan.trajectories)
+        if changes:
+            update_run(store, *_manifest(config, plan), [str(change) for change in changes])
         with published(trackers, plan, store):
             yield stop
         collect(store)
@@ -134,7 +156,7 @@ def _run_in_this_process(
     config: CampaignConfig, plan: CampaignPlan, store: Store, limits: Limits, stop: StopRequest
 ) -> CampaignOutcome:
     board = ProgressBoard()
-    price = spent_before(Ledger(store.ledger_uri).read(), limits)
+    price = spent_before(paid_rows(store), limits)
     coordinator = Coordinator(limits, price, control=control_reader(config, plan, store))
     failures: dict[str, str] = {}
     backend = LocalBackend(config.execution, store)
@@ -153,17 +175,7 @@ def _run_in_this_process(
 @contextmanager
 def _run_log(store: Store, config: CampaignConfig, plan: CampaignPlan, logs: LogWriter) -> Iterator[None]:
     """Open the run and keep this process's log in it."""
-    planned = {trajectory.id: len(trajectory.iterations) for trajectory in plan.trajectories}
-    trajectories = [
-        {
-            "trajectory": trajectory.id,
-            "model": trajectory.model_id,
-            "method": trajectory.method.name,
-            "depths": [round_.layers_left for round_ in trajectory.iterations if round_.is_measured],
-        }
-        for trajectory in plan.trajectories
-    ]
-    open_run(store, config.model_dump(mode="json"), True, planned, config.directories, trajectories)
+    open_run(store, *_manifest(config, plan))
     store.logs_dir.mkdir(parents=True, exist_ok=True)
     driver_log = logging.FileHandler(store.logs_dir / DRIVER_LOG)
     driver_log.setFormatter(logging.Formatter(LOG_FORMAT))
@@ -178,3 +190,28 @@ def _run_log(store: Store, config: CampaignConfig, plan: CampaignPlan, logs: Log
         for handler in handlers:
             root.removeHandler(handler)
             handler.close()
+
+
+def _manifest(
+    config: CampaignConfig, plan: CampaignPlan
+) -> tuple[dict[str, Any], dict[str, int], Sequence[str], list[dict[str, Any]]]:
+    """Return what is recorded of a campaign, as the arguments of `open_run`."""
+    planned = {trajectory.id: len(trajectory.iterations) for trajectory in plan.trajectories}
+    trajectories: list[dict[str, Any]] = [
+        {
+            "trajectory": trajectory.id,
+            "model": trajectory.model_id,
+            "method": trajectory.method.name,
+            "depths": [round_.layers_left for round_ in trajectory.iterations if round_.is_measured],
+        }
+        for trajectory in plan.trajectories
+    ]
+    return config.model_dump(mode="json"), planned, config.directories, trajectories
+
+
+def _told(changes: Sequence[Change], stages: StageCounts) -> str:
+    """Return what has changed since the run was recorded and what is left to do, in words for the user."""
+    return (
+        f"Changed since this run was recorded:\n{described(changes)}\n"
+        f"Stages: {stages.finished} of {stages.distinct} are finished, {stages.to_run} are to be computed."
+    )

@@ -10,10 +10,18 @@ turn out to be the same more often than that (when two criteria choose the same 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from actors.contracts import EvaluationResult, GenerationResult, ModelRef, RecoveryResult, Removal, digest
-from orchestrator.execution.stage_kinds import ResultT, StageRequest
+from actors.contracts import (
+    EvaluationResult,
+    ExportResult,
+    GenerationResult,
+    ModelRef,
+    RecoveryResult,
+    Removal,
+)
+from orchestrator.execution.stage_kinds import ResultT, StageKind, StageRequest
 from orchestrator.execution.stage_runner import NOT_SCORED, StageRunner, placeholder
 from orchestrator.execution.trajectory import run_trajectory
+from orchestrator.export.former import find_former_export
 from orchestrator.planning.keys import stage_key
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
@@ -42,16 +50,25 @@ class PlaceholderResolver:
         self._note(kind, key, stage.iteration, stage.layers, stage.spec, result is not None)
         return PLACEHOLDERS[kind](key) if result is None else result
 
+    def holds(self, kind: StageKind[Any], key: str) -> bool:
+        """Return whether the store holds a stage."""
+        return self._store is not None and self._store.peek(kind.name, key, kind.result_type) is not None
+
     def prune(self, iteration: IterationPlan, pruned: ModelRef, removal: Removal) -> None:
         """Record a choice, which is not computed: it is known as soon as the scores are."""
         key, known = stage_key("prune", self._plan.key_inputs(pruned)), removal.placeholder is None
         self._note("prune", key, iteration, iteration.layers_left, pruned, known)
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
-        """Record an export. Its card is of this trajectory alone, so it is never shared."""
+        """Record an export. Its directory is of this trajectory alone, so it is never shared."""
         plan, store = self._plan, self._store
-        key = digest([plan.id, plan.key_inputs(model), iteration.layers_left])
-        done = store is not None and store.has_export(plan.id, iteration.layers_left, plan.unit)
+        inputs = plan.export_inputs(model, iteration)
+        key = stage_key("export", inputs)
+        uri = store.models_uri(plan.id, iteration.layers_left, plan.unit) if store is not None else ""
+        done = store is not None and (
+            store.peek("export", key, ExportResult) is not None
+            or find_former_export(store, inputs, uri) is not None
+        )
         self._note("export", key, iteration, iteration.layers_left, model, done)
 
     def _note(

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import datetime
 from threading import Lock
@@ -19,6 +19,7 @@ from orchestrator.execution.stage_kinds import (
     Backend,
     Numbers,
     ResultT,
+    StageKind,
     StageRequest,
 )
 from orchestrator.execution.stage_runner import StageRunner
@@ -32,6 +33,7 @@ from orchestrator.storage.layout import stage_log
 from orchestrator.storage.ledger import Ledger, Row
 from orchestrator.storage.stage_manifest import StoredStage
 from orchestrator.storage.stage_store import Store
+from orchestrator.storage.superseded import move_superseded, superseded_parts
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class ComputeResolver:
         self._report = report
         self._leases = leases
         self._ledger = Ledger(store.ledger_uri)
+        self._former_parts = self._ledger.parts(f"{plan.id}-")
         self._counting = Lock()
         self.progress = TrajectoryProgress(
             plan.id, 0, len(plan.iterations), "starting", stages_total=stages_total
@@ -92,7 +95,7 @@ class ComputeResolver:
         if stored.waited_s:
             numbers.append(("waited_s", stored.waited_s, "s", {}))
         where = {"when": datetime.fromisoformat(stored.created_at), "where": stored.host}
-        self._record(stage.iteration, kind, stage.key, numbers, stage.phase, where)
+        self._record(stage.iteration, kind, stage.key, numbers, stage.phase, where, stage.beside)
         if isinstance(stored.result, EvaluationResult) and stage.phase != "pruned":
             ending, metrics = "/token_perplexity", stored.result.metrics
             found = {m.name.removesuffix(ending): m.value for m in metrics if m.name.endswith(ending)}
@@ -115,9 +118,10 @@ class ComputeResolver:
         kind, key = stage.kind.name, stage.key
         stages_left = self.progress.stages_total - self.progress.stages_done
         self._leases.acquire(resource_kind(kind, stage.spec), key, stages_left, progress.waits_for)
-        seconds, at = 0.0, (self._plan.id, stage.iteration.index, kind, key[:12])
+        failed, seconds, at = True, 0.0, (self._plan.id, stage.iteration.index, kind, key[:12])
         try:
             if stored := self._store.load(kind, key, stage.kind.result_type):
+                failed = False
                 return stored, True
             log.info("%s iteration %d: %s %s starts", *at)
             uri = self._store.payload_uri(kind, key, time.time_ns())
@@ -138,10 +142,15 @@ class ComputeResolver:
             stored = self._store.commit(kind, key, result, stage.inputs, artifact, seconds, progress.waited_s)
             if stage.kind is RECOVER:
                 self._store.drop_training(key)
+            failed = False
         finally:
-            self._leases.release(key, seconds)
+            self._leases.release(key, seconds, failed)
         log.info("%s iteration %d: %s %s took %.1f s", *at, seconds)
         return stored, False
+
+    def holds(self, kind: StageKind[Any], key: str) -> bool:
+        """Return whether the store holds a stage."""
+        return self._store.peek(kind.name, key, kind.result_type) is not None
 
     def prune(self, iteration: IterationPlan, pruned: ModelRef, removal: Removal) -> None:
         """Record what was removed."""
@@ -151,20 +160,24 @@ class ComputeResolver:
             ("layers", iteration.layers_left, "", {}),
         ]
         self._record(iteration, "prune", stage_key("prune", self._plan.key_inputs(pruned)), numbers)
+        if not self._plan.recovers(iteration):
+            for phase in ("start", "all"):
+                self._replace((iteration.index, "recover", phase), ())
         self._count(reused=False)
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
-        """Write `model` as a Hugging Face directory, with its card and provenance."""
-        from orchestrator.export.model_card import model_card
-        from orchestrator.export.provenance import provenance
+        """Write `model` as a Hugging Face directory; then, beside it, its card and provenance."""
+        from orchestrator.export.description import describe_export
+        from orchestrator.export.former import adopt_former_export
 
-        plan = self._plan
-        rows = self._ledger.read(f"{plan.id}-").to_pylist()
-        card, made = model_card(plan, iteration, model, rows), provenance(plan, iteration, model, rows)
-        spec = ExportSpec(model, card=card, provenance=made)
-        inputs = plan.key_inputs(spec)
+        plan, layers = self._plan, iteration.layers_left
+        uri = self._store.models_uri(plan.id, layers, plan.unit)
+        inputs = plan.export_inputs(model, iteration)
         key = stage_key(EXPORT.name, inputs)
-        self.resolve(StageRequest(EXPORT, key, inputs, spec, iteration, iteration.layers_left))
+        adopt_former_export(self._store, key, inputs, uri)
+        result = self.resolve(StageRequest(EXPORT, key, inputs, ExportSpec(model), iteration, layers))
+        rows = self._ledger.read(f"{plan.id}-").to_pylist()
+        describe_export(uri, plan, iteration, model, rows, result)
 
     def _count(self, reused: bool) -> None:
         with self._counting:
@@ -182,8 +195,10 @@ class ComputeResolver:
         numbers: Numbers,
         phase: str | None = None,
         where: Mapping[str, Any] | None = None,
+        beside: tuple[str, ...] = (),
     ) -> None:
-        """Write a stage's numbers to the ledger, once."""
+        """Write a stage's numbers to the ledger, once; what it takes the place of is moved away."""
+        self._replace((iteration.index, kind, phase or "all"), (key, *beside))
         part = f"{self._plan.id}-{iteration.index:03d}-{kind}-{phase or 'all'}-{key[:16]}"
         if self._ledger.has(part):
             return
@@ -201,6 +216,13 @@ class ComputeResolver:
         }
         rows = [Row(**common, metric=m, value=float(v), unit=u, **more) for m, v, u, more in numbers]
         self._ledger.append(part, rows)
+
+    def _replace(self, slot: tuple[int, str, str], keys: Collection[str]) -> None:
+        """Move what stages with other keys have recorded in this place, and what followed from it."""
+        with self._counting:
+            replaced = superseded_parts(self._former_parts, self._plan.id, slot, keys)
+            move_superseded(self._store, replaced)
+            self._former_parts = [name for name in self._former_parts if name not in replaced]
 
 
 class LookUpResolver:
@@ -227,6 +249,10 @@ class LookUpResolver:
                 "--resume first"
             )
         return stored.result
+
+    def holds(self, kind: StageKind[Any], key: str) -> bool:
+        """Return true: evaluations are passed over."""
+        return True
 
     def prune(self, iteration: IterationPlan, pruned: ModelRef, removal: Removal) -> None:
         """Pass over the record of a choice."""

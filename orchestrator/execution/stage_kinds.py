@@ -62,6 +62,7 @@ class StageRequest(Generic[ResultT]):
         layers: depth of the model that it works on.
         phase: as in `orchestrator.storage.ledger.Row`.
         background: other stages of the trajectory go on meanwhile.
+        beside: keys of all stages that together are the one requested, if it is in parts.
     """
 
     kind: StageKind[ResultT]
@@ -72,6 +73,7 @@ class StageRequest(Generic[ResultT]):
     layers: int
     phase: str | None = None
     background: bool = False
+    beside: tuple[str, ...] = ()
 
 
 def score_numbers(result: ScoreResult) -> Numbers:

@@ -16,7 +16,9 @@ from actors import models
 from actors.contracts import (
     BLOCK,
     ArtifactRef,
+    EvaluationSpec,
     FileRef,
+    Metric,
     ModelRef,
     RecoverySpec,
     Removal,
@@ -52,6 +54,9 @@ class Resolver(Protocol):
 
     def resolve(self, stage: StageRequest[ResultT]) -> ResultT:
         """Return the result of a stage."""
+
+    def holds(self, kind: StageKind[Any], key: str) -> bool:
+        """Return whether the result of a stage is there."""
 
     def prune(self, iteration: IterationPlan, pruned: ModelRef, removal: Removal) -> None:
         """Take note of what was removed; nothing is computed for it."""
@@ -138,10 +143,17 @@ class StageRunner:
             self._evaluations.append((self._background.submit(measure), measure))
 
     def _evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
-        spec = self._plan.evaluation_spec(model)
-        result = self._resolve(EVALUATE, spec, iteration, iteration.layers_left, phase)
+        def key(part: EvaluationSpec) -> str:
+            return stage_key(EVALUATE.name, self._plan.key_inputs(part))
+
+        parts = self._plan.evaluation_parts(model, lambda part: self._resolver.holds(EVALUATE, key(part)))
+        beside = tuple(map(key, parts))
+        metrics: list[Metric] = []
+        for part in parts:
+            result = self._resolve(EVALUATE, part, iteration, iteration.layers_left, phase, beside)
+            metrics += result.metrics
         if phase == "recovered":
-            self._recovered = {metric.name: metric.value for metric in result.metrics}
+            self._recovered = {metric.name: metric.value for metric in metrics}
 
     def wait(self) -> None:
         """Return when all evaluations are finished."""
@@ -186,6 +198,7 @@ class StageRunner:
         iteration: IterationPlan,
         layers: int,
         phase: str | None = None,
+        beside: tuple[str, ...] = (),
     ) -> ResultT:
         inputs = self._plan.key_inputs(spec)
         background = kind is EVALUATE and self._background is not None
@@ -194,7 +207,7 @@ class StageRunner:
             self._settle()
         return self._resolver.resolve(
             StageRequest(
-                kind, stage_key(kind.name, inputs), inputs, spec, iteration, layers, phase, background
+                kind, stage_key(kind.name, inputs), inputs, spec, iteration, layers, phase, background, beside
             )
         )
 

@@ -12,7 +12,6 @@ from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
 from orchestrator.reporting.tables.tables import show
 
-# In the key of an export stands its card: another wording would write finished exports anew.
 EMPTIED = (
     "An emptied sub-block is stored as zeros and adds nothing: the model computes what one without it would, "
     "but in plain transformers it takes as much memory and time as before."
@@ -21,9 +20,17 @@ EMPTIED = (
 
 
 def model_card(
-    plan: TrajectoryPlan, iteration: IterationPlan, model: ModelRef, rows: Iterable[LedgerRow]
+    plan: TrajectoryPlan,
+    iteration: IterationPlan,
+    model: ModelRef,
+    rows: Iterable[LedgerRow],
+    note: str | None = None,
 ) -> str:
-    """Return the README.md of an exported model, with the hub's metadata block."""
+    """Return the README.md of an exported model, with the hub's metadata block.
+
+    Args:
+        note: for users of some runtimes, as in `ExportResult`.
+    """
     rows = list(rows)
     before = scores_of(rows, plan.id, 0, "dense")
     after = scores_of(rows, plan.id, iteration.index, "recovered")
@@ -68,6 +75,7 @@ def model_card(
         "",
         "`iterabre.json` holds the settings, data hashes, versions and scores.",
         "",
+        *(["## Runtimes", "", f"Note: {note}.", ""] if note else []),
     ]
     return "\n".join(lines)
 

@@ -1,6 +1,5 @@
 """What an exported model is and how to make it again: `iterabre.json`."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,22 +9,36 @@ from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
 from orchestrator.storage.stage_manifest import installed_versions
 
+CARD, PROVENANCE = "README.md", "iterabre.json"
+"""Files beside an exported model."""
+
 LedgerRow = Mapping[str, Any]
+
+MODEL = (
+    "dropped_source_layers",
+    "emptied_sub_blocks",
+    "merges",
+    "adapters_sha256",
+    "weights_sha256",
+)
+"""The fields that say, with the source's fingerprint, which model it is."""
+
+SCORES = ("scores", "scores_of_source")
 
 
 def provenance(
     plan: TrajectoryPlan, iteration: IterationPlan, model: ModelRef, rows: Iterable[LedgerRow]
-) -> str:
-    """Return all that is needed to say what the exported model is and to make it again, as JSON."""
+) -> dict[str, Any]:
+    """Return all that is needed to say what the exported model is and to make it again, as JSON values."""
     rows = list(rows)
-    content = {
+    return {
         "source_model": asdict(plan.model.spec) | {"fingerprint": plan.model.fingerprint},
         "source_layers": plan.model.num_layers,
         "layers": iteration.layers_left,
         "dropped_source_layers": list(model.dropped),
         "granularity": plan.granularity,
         "emptied_sub_blocks": [list(sub_block) for sub_block in model.zeroed],
-        "merges": [asdict(merge) for merge in model.merges],
+        "merges": [{**asdict(merge), "merged": list(merge.merged)} for merge in model.merges],
         "adapters_sha256": [adapter.sha256 for adapter in model.adapters],
         "weights_sha256": model.weights and model.weights.sha256,
         "campaign": plan.campaign,
@@ -41,9 +54,19 @@ def provenance(
         },
         "scores": scores_of(rows, plan.id, iteration.index, "recovered"),
         "scores_of_source": scores_of(rows, plan.id, 0, "dense"),
-        "versions": installed_versions(),
+        "versions": dict(installed_versions()),
     }
-    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def is_of(provenance: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two provenances are of one model, however and whenever it was made."""
+    sources = [each.get("source_model", {}).get("fingerprint") for each in (provenance, other)]
+    return sources[0] == sources[1] and all(provenance.get(name) == other.get(name) for name in MODEL)
+
+
+def with_scores(provenance: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `provenance` with the scores of `measured`."""
+    return {**provenance, **{name: measured[name] for name in SCORES}}
 
 
 def scores_of(rows: Iterable[LedgerRow], trajectory: str, iteration: int, phase: str) -> dict[str, float]:

@@ -25,7 +25,7 @@ STAGE_VERSION: Mapping[str, int] = {
     "generate": 1,
     "recover": 1,
     "evaluate": 1,
-    "export": 2,
+    "export": 3,
 }
 """Raise a kind's number when its results change meaning: old ones are then computed anew."""
 
@@ -67,8 +67,9 @@ def key_inputs(spec: Any, fingerprints: Mapping[TextSpec | ModelSpec, str]) -> A
 
 def _fields_in_key(spec: Any) -> Iterator[tuple[str, Any]]:
     """Yield the fields that are in the key, by the names that they have there; see `contracts.settings`."""
+    cls: Any = type(spec)
     for field in fields(spec):
-        value, marked = getattr(spec, field.name), marks(type(spec), field.name)
+        value, marked = getattr(spec, field.name), marks(cls, field.name)
         if NotInKey() in marked or AddedLater(value) in marked:
             continue
         yield next((m.name for m in marked if isinstance(m, InKeyAs | StoredAs)), field.name), value

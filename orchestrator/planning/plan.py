@@ -1,7 +1,7 @@
 """What a campaign will do: trajectories, and the specs of their stages."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
@@ -11,6 +11,7 @@ from pydantic_core import to_jsonable_python
 from actors.contracts import (
     BLOCK,
     EvaluationSpec,
+    ExportSpec,
     GenerationSpec,
     ModelInfo,
     ModelRef,
@@ -21,9 +22,11 @@ from actors.contracts import (
     TaskSpec,
     TextSettings,
     TextSpec,
+    digest,
     extend,
 )
 from orchestrator.config import MethodConfig
+from orchestrator.planning.evaluation_parts import evaluation_parts
 from orchestrator.planning.keys import key_inputs
 from orchestrator.planning.pruning_schedule import IterationPlan
 
@@ -55,7 +58,8 @@ class TrajectoryPlan:
     """One model taken by one method, with one seed, from full depth to the deepest target.
 
     `any_layers` if the model's config can be without any of its layers, not only some.
-    `texts` gives each text as it was found, so that another in its place is refused.
+    `texts` gives each text as it was found, so that another in its place is refused. `former_evaluations`
+    are what earlier forms of the campaign asked for: what they measured is taken over.
     """
 
     id: str
@@ -73,6 +77,7 @@ class TrajectoryPlan:
     any_layers: bool
     origin: Origin
     texts: Mapping[TextSpec, TextSpec] = field(default_factory=dict)
+    former_evaluations: tuple[EvaluationSpec, ...] = ()
 
     @property
     def dense(self) -> ModelRef:
@@ -179,9 +184,43 @@ class TrajectoryPlan:
         """Return the request for evaluating `model`."""
         return replace(self.evaluation, model=model)
 
+    def evaluation_parts(
+        self, model: ModelRef, is_stored: Callable[[EvaluationSpec], bool]
+    ) -> list[EvaluationSpec]:
+        """Return requests that together evaluate `model`, such that what is stored is not measured again."""
+        former = [replace(evaluation, model=model) for evaluation in self.former_evaluations]
+        return evaluation_parts(self.evaluation_spec(model), former, is_stored)
+
+    def continued(self, recorded: Sequence["TrajectoryPlan"]) -> "TrajectoryPlan":
+        """Return the plan as it goes on from those that the run recorded before.
+
+        Evaluations that were asked for of the same model are taken over, and with them their seed.
+        """
+        if not recorded:
+            return self
+        evaluation = replace(self.evaluation, seed=recorded[0].evaluation.seed)
+        same = [plan for plan in recorded if plan.model.fingerprint == self.model.fingerprint]
+        former = [each for plan in same for each in (*plan.former_evaluations, plan.evaluation)]
+        known = {digest(self.key_inputs(evaluation))}
+        kept: list[EvaluationSpec] = []
+        for each in former:
+            if (identity := digest(self.key_inputs(replace(each, model=self.dense)))) not in known:
+                known.add(identity)
+                kept.append(each)
+        return replace(self, evaluation=evaluation, former_evaluations=tuple(kept))
+
     def key_inputs(self, spec: Any) -> Any:
         """Return all that a spec's result depends on, as JSON values; see `keys.key_inputs`."""
-        return key_inputs(spec, {**self.fingerprints, self.model.spec: self.model.fingerprint})
+        known = {**self.fingerprints, self.model.spec: self.model.fingerprint}
+        if isinstance(spec, EvaluationSpec):  # an earlier one may be of a text that was another then
+            found = {text.data: text.data.fingerprint for text in spec.perplexity}
+            known |= {text: fingerprint for text, fingerprint in found.items() if fingerprint is not None}
+        return key_inputs(spec, known)
+
+    def export_inputs(self, model: ModelRef, iteration: IterationPlan) -> Any:
+        """Return what the export of `model` depends on: the model, and where in the run it is written."""
+        directory = f"{self.id}/{iteration.layers_left}-{self.unit}"
+        return {**self.key_inputs(ExportSpec(model)), "directory": directory}
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values, from which `from_json` makes an equal one."""

@@ -1,14 +1,22 @@
-"""The plans that a run recorded when it began: what was decided, with no model or text read again."""
+"""What a run recorded when it began: its plans, and of what models and texts they are."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from actors.artifacts import list_files, read_bytes, write_bytes
-from orchestrator.errors import RequestError, unknown_name
-from orchestrator.planning.plan import TrajectoryPlan
+from actors.contracts import ModelSpec, TextSettings, TextSpec, extend
+from orchestrator.config import CampaignConfig, parse_config
+from orchestrator.errors import ConfigError, RequestError, RunExistsError, unknown_name
+from orchestrator.planning.changes import Change, Effect, Path, RunRecord, compare
+from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.storage.layout import PLAN_SUFFIX
-from orchestrator.storage.run_manifest import existing_run
+from orchestrator.storage.run_manifest import existing_run, read_run
+from orchestrator.storage.stage_manifest import installed_versions
 from orchestrator.storage.stage_store import Store
 
 WRITERS = 16
@@ -24,6 +32,115 @@ def record_trajectories(store: Store, trajectories: Iterable[TrajectoryPlan]) ->
 
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(record, trajectories))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run as it was recorded, with a plan of each of its models and methods."""
+
+    record: RunRecord
+    plans: Sequence[TrajectoryPlan]
+
+
+def read_recorded(store: Store) -> Recorded | None:
+    """Return what the run at `store` recorded, or None if there is no run.
+
+    Runs of earlier versions may hold no plans that this one can read: then what lies behind a field of
+    their configuration is not known.
+    """
+    stored = read_run(store)
+    if stored is None:
+        return None
+    pairs = {(each.get("model"), each.get("method")): each for each in stored.get("trajectories") or ()}
+    names = [str(each["trajectory"]) for each in pairs.values()]
+    with ThreadPoolExecutor(WRITERS) as pool:
+        plans = [plan for plan in pool.map(partial(_read_plan, store), names) if plan is not None]
+    config: Mapping[str, Any] = stored["config"]
+    with suppress(ConfigError):  # of an earlier version: as it stands
+        config = parse_config(stored["config"], "campaign.json").model_dump(mode="json")
+    return Recorded(record_of(config, plans, stored.get("versions") or {}), plans)
+
+
+def continue_plan(
+    plan: CampaignPlan, config: CampaignConfig, store: Store
+) -> tuple[CampaignPlan, list[Change]]:
+    """Return the plan as it goes on from what the run at `store` recorded, and what has changed since."""
+    if (recorded := read_recorded(store)) is None:
+        return plan, []
+    now = record_of(config.model_dump(mode="json"), plan.trajectories, installed_versions())
+    changes = compare(recorded.record, now)
+    going_on = tuple(trajectory.continued(recorded.plans) for trajectory in plan.trajectories)
+    return replace(plan, trajectories=going_on), changes
+
+
+def check_changes(store: Store, changes: Sequence[Change], accepted: bool) -> None:
+    """Refuse changes that contradict what a run is of, unless they are accepted.
+
+    Raises:
+        RunExistsError: names the fields, and how to go on.
+    """
+    wrong = [change for change in changes if change.effect is Effect.CONTRADICTION]
+    if wrong and not accepted:
+        raise RunExistsError(
+            f"{store.uri} is a run of something else:\n"
+            + "\n".join(f"  {change}" for change in wrong)
+            + "\nundo this (`revision` keeps a model or text of the hub at a commit), give another id to the "
+            "model or another name to the campaign, or go on with --accept-changes, which computes anew what "
+            "depends on it, under the same names"
+        )
+
+
+def record_of(
+    config: Mapping[str, Any], plans: Iterable[TrajectoryPlan], versions: Mapping[str, str]
+) -> RunRecord:
+    """Return what a run of `config` is of, as its plans found it."""
+    plans = list(plans)
+    overrides = {model["id"]: model.get("overrides") or {} for model in config.get("models", ())}
+    found = [each for plan in plans for each in _found_behind_fields(plan, overrides.get(plan.model_id, {}))]
+    contents = {field: value for field, value, _ in found if value is not None}
+    commits = {field: commit for field, _, commit in found if commit is not None}
+    deepspeed = json.loads(plans[0].deepspeed) if plans else None
+    return RunRecord(config, contents, deepspeed, versions, commits)
+
+
+def _found_behind_fields(
+    plan: TrajectoryPlan, overrides: Mapping[str, Any]
+) -> Iterator[tuple[Path, str | None, str | None]]:
+    """Yield each field that names a model, text or folder, with the hash of its content and its commit."""
+
+    def field(place: Path, section: str, name: str) -> Path:
+        if name in overrides.get(section, {}):
+            return ("models", plan.model_id, "overrides", section, name)
+        return (*place, name)
+
+    def text(settings: TextSettings) -> tuple[str | None, str | None]:
+        spec = extend(TextSpec, settings)
+        return plan.fingerprints.get(spec), plan.texts.get(spec, spec).commit
+
+    scoring, recovery, evaluation = plan.method.scoring, plan.method.recovery, plan.evaluation
+    method: Path = ("methods", plan.method.name)
+    yield ("models", plan.model_id), plan.model.fingerprint, plan.model.spec.commit
+    yield field((*method, "scoring"), "scoring", "calibration"), *text(scoring.calibration)
+    yield field((*method, "recovery"), "recovery", "data"), *text(recovery.data)
+    if recovery.teacher is not None:
+        wanted = extend(ModelSpec, recovery.teacher)
+        teacher = next((spec for spec in plan.fingerprints if spec == wanted), None)
+        if isinstance(teacher, ModelSpec):
+            place = field((*method, "recovery"), "recovery", "teacher")
+            yield place, plan.fingerprints[teacher], teacher.commit
+    yield field(("evaluation",), "evaluation", "include_path"), evaluation.tasks_fingerprint, None
+    for measured in evaluation.perplexity:
+        place = (*field(("evaluation",), "evaluation", "perplexity"), measured.name)
+        place = (*place, "data") if place[0] == "evaluation" else place
+        yield place, *text(measured.data)
+
+
+def _read_plan(store: Store, trajectory_id: str) -> TrajectoryPlan | None:
+    content = read_bytes(store.trajectory_plan_uri(trajectory_id))
+    try:
+        return None if content is None else TrajectoryPlan.from_json(json.loads(content))
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def recorded_trajectory(store: Store, trajectory_id: str) -> TrajectoryPlan:

@@ -11,7 +11,7 @@
     progress.json                   how far the run is, as the driver last wrote it
     logs/driver.log, workers.log    of the driver; of workers, what belongs to no stage
     logs/<trajectory>/<iteration>-<stage>-<key>.log
-    ledger/  models/  train/  tune/  report/  tensorboard/
+    ledger/  superseded/  models/  train/  tune/  report/  tensorboard/
     trackers/<name>.json            what of the ledger was published to a tracker
 
 <storage.cache>/stages/<kind>/<key>/  the same for stages that runs share, and last_use
@@ -111,9 +111,19 @@ class RunLayout:
         return join(self.uri, "ledger")
 
     @property
+    def superseded_uri(self) -> str:
+        """Directory of the ledger's parts that other stages took the place of."""
+        return join(self.uri, "superseded")
+
+    @property
     def report_uri(self) -> str:
         """Directory of the report."""
         return join(self.uri, "report")
+
+    @property
+    def usage_uri(self) -> str:
+        """Directory of what each start of the driver has used of the cluster, as JSON."""
+        return join(self.uri, "usage")
 
     @property
     def tune_uri(self) -> str:

@@ -179,10 +179,6 @@ class Store(RunLayout):
         except WorkError as error:
             log.warning("checkpoints of a finished recovery remain in %s: %s", uri, error)
 
-    def has_export(self, trajectory: str, count: int, unit: str = "layers") -> bool:
-        """Return whether a checkpoint of that trajectory and depth was written."""
-        return read_bytes(join(self.models_uri(trajectory, count, unit), "config.json")) is not None
-
     def check_writable(self, needed_bytes: int = 0) -> None:
         """Write and delete a small file; on a local disk, also check the free space.
 

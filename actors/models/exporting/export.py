@@ -81,7 +81,7 @@ def save_pretrained(
 
 
 def export_model(spec: ExportSpec, uri: str) -> ExportResult:
-    """Publish the model that `spec` describes, with its card, licence and `iterabre.json`, at `uri`."""
+    """Publish the model that `spec` describes, with its licence, at `uri`."""
     model, _ = build_model(spec.model)
     source = source_files(spec.model.source)
     with tempfile.TemporaryDirectory(prefix="iterabre-export-") as scratch:
@@ -89,9 +89,6 @@ def export_model(spec: ExportSpec, uri: str) -> ExportResult:
         note = save_with_files(model, directory, source, spec.model.kept(depth(source.config)))
         for file in licence_files(spec.model.source):
             shutil.copy(file, directory)
-        card = f"{spec.card}\n## Runtimes\n\nNote: {note}.\n" if note else spec.card
-        (directory / "README.md").write_text(card, encoding="utf-8")
-        (directory / "iterabre.json").write_text(spec.provenance, encoding="utf-8")
         artifact = publish(directory, uri)
     num_layers = depth(model.config)
     blocks = find_layers(model).modules
@@ -102,7 +99,7 @@ def export_model(spec: ExportSpec, uri: str) -> ExportResult:
         for layer in zeroed_layers(spec.model, kind, kept)
         for parameter in sub_block_weights(blocks[layer], kind).values()
     )
-    return ExportResult(artifact, num_layers, model.num_parameters(), num_zeroed)
+    return ExportResult(artifact, num_layers, model.num_parameters(), num_zeroed, note)
 
 
 def save_with_files(

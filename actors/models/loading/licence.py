@@ -41,7 +41,7 @@ def origin(spec: ModelSpec) -> Origin:
     if source.is_dir():
         return _of_directory(source)
     try:
-        readme = Path(hf_hub_download(spec.path, "README.md", revision=spec.revision))
+        readme = Path(hf_hub_download(spec.path, "README.md", revision=spec.commit or spec.revision))
     except (OSError, ValueError):  # no such file, no way to the hub, or no name that a hub could have
         return Origin(base_model=spec.path)
     return _of_readme(readme, base_model=spec.path)

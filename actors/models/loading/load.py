@@ -178,12 +178,13 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
     config = load_config(spec)
     model = empty_model(spec, config)
     contents = _contents(spec)
+    commit = None if Path(resolve(spec)).is_dir() else directory.name
     with opening(spec, "its config.json"):
         blocks = find_layers(model).modules
         decoder = text_config(config)
         hidden_size, heads = _number(decoder, "hidden_size"), _number(decoder, "num_attention_heads") or 1
         return ModelInfo(
-            spec=replace(spec, contents=digest(contents)),
+            spec=replace(spec, contents=digest(contents), commit=commit),
             model_type=config.model_type,
             num_layers=depth(config),
             num_parameters=model.num_parameters(),

@@ -29,7 +29,7 @@ def snapshot(spec: ModelSpec, *, weights: bool = True) -> Path:
     if Path(path).is_dir():
         return Path(path)
     with opening(spec):
-        return _download(path, spec.revision, weights)
+        return _download(path, spec.commit or spec.revision, weights)
 
 
 @lru_cache(maxsize=32)

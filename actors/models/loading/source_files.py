@@ -75,7 +75,7 @@ def source_files(spec: ModelSpec) -> SourceFiles:
     config, path = load_config(spec), resolve(spec)
     if Path(path).is_dir():
         return SourceFiles(Path(path), config, spec.trust_remote_code)
-    revision = getattr(config, "_commit_hash", None) or spec.revision
+    revision = getattr(config, "_commit_hash", None) or spec.commit or spec.revision
     try:
         directory = snapshot_download(path, revision=revision, allow_patterns=[CONFIG, *KEPT_FILES, "*.py"])
     except (OSError, ValueError) as error:

@@ -341,7 +341,7 @@ def test_a_credential_that_an_older_run_recorded_is_not_reported(place: Path, tm
     (run / "campaign.json").write_text(json.dumps({"format": 1, "config": recorded, "versions": {}}))
     answer = iterabre("campaign", write_campaign(campaign, tmp_path / "c.yaml"), "--resume")
     assert answer.exit_code == 2
-    assert "models.0.path: (a credential) → " in answer.err
+    assert "models.llama.path: (a credential) → " in answer.err
     assert "plantedsecret" not in answer.err + answer.out
 
 
@@ -415,7 +415,7 @@ def foreign(place: Path, tmp_path: Path) -> tuple[Path, Campaign]:
     """A directory with a run in it, and the campaign that started it."""
     campaign = tiny_campaign(place) | {"storage": {"path": str(tmp_path / "runs")}}
     config = parse_config(campaign, "c.yaml")
-    open_run(Store.of_campaign(config.storage.path, config.name), config.model_dump(mode="json"), False)
+    open_run(Store.of_campaign(config.storage.path, config.name), config.model_dump(mode="json"))
     return tmp_path / "runs", campaign
 
 
@@ -427,16 +427,17 @@ def test_another_run_is_left_alone(foreign: tuple[Path, Campaign], tmp_path: Pat
     assert _tree(runs) == before
 
 
-def test_resume_with_other_settings_says_which(foreign: tuple[Path, Campaign], tmp_path: Path) -> None:
+def test_resume_with_another_model_under_the_same_id_is_refused(
+    foreign: tuple[Path, Campaign], tmp_path: Path
+) -> None:
     runs, campaign = foreign
     file = write_campaign(campaign, tmp_path / "c.yaml")
     before = _tree(runs)
-    other = ("--set", "methods.0.recovery.max_tokens=128", "--set", "seeds=[1]")
     _refused(
-        iterabre("campaign", file, "--resume", *other),
-        "was started with another configuration",
-        "methods.0.recovery.max_tokens: 96 → 128",
-        "seeds.0: 0 → 1",
+        iterabre("campaign", file, "--resume", "--set", "models.0.dtype=bfloat16"),
+        "is a run of something else",
+        'models.llama.dtype: "float32" → "bfloat16"',
+        "--accept-changes",
     )
     assert _tree(runs) == before
 

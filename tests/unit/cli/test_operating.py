@@ -224,9 +224,7 @@ def _planned_only(campaign: dict[str, Any], tmp_path: Path) -> None:
     trajectories = [
         {"trajectory": name, "model": "llama", "method": name.split("--")[1]} for name in (FIRST, SECOND)
     ]
-    open_run(
-        store, config.model_dump(mode="json"), False, dict.fromkeys((FIRST, SECOND), 1), (), trajectories
-    )
+    open_run(store, config.model_dump(mode="json"), dict.fromkeys((FIRST, SECOND), 1), (), trajectories)
 
 
 def _at_the_first_scoring(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import yaml
 
 from actors.contracts import LocalPath, ModelSpec, TextSpec
 from orchestrator.config import (
@@ -17,9 +16,9 @@ from orchestrator.config import (
     with_absolute_paths,
 )
 from orchestrator.config.section import SECTIONS, fields_of
-from orchestrator.errors import RunExistsError
 from orchestrator.planning.planner import build_plan
-from orchestrator.storage.run_manifest import check_run, open_run, recorded_config
+from orchestrator.planning.recorded import continue_plan, record_trajectories
+from orchestrator.storage.run_manifest import open_run, recorded_config
 from orchestrator.storage.stage_store import Store
 from tests.support.tiny_campaign import tiny_campaign, write_campaign
 from tests.support.tiny_models import save_tiny
@@ -171,83 +170,58 @@ def test_keys_do_not_depend_on_how_a_path_is_written(tmp_path: Path, monkeypatch
     assert len(keys) == 1
 
 
-def _write(directory: Path, raw: dict[str, Any]) -> Path:
-    directory.mkdir(exist_ok=True)
-    file = directory / "campaign.yaml"
-    file.write_text(yaml.safe_dump(raw))
-    return file
-
-
 def _record(config: CampaignConfig, store: Store) -> None:
-    open_run(store, config.model_dump(mode="json"), resume=False, directories=config.directories)
+    plan = build_plan(config)
+    made = [{"trajectory": t.id, "model": t.model_id, "method": t.method.name} for t in plan.trajectories]
+    open_run(store, config.model_dump(mode="json"), None, config.directories, made)
+    record_trajectories(store, plan.trajectories)
 
 
-def _check(config: CampaignConfig, store: Store) -> None:
-    check_run(store, config.model_dump(mode="json"), True, config.directories)
+def _changes(config: CampaignConfig, store: Store) -> list[str]:
+    _, changes = continue_plan(build_plan(config), config, store)
+    return [f"{change.effect.name} {change}" for change in changes]
 
 
 def test_a_run_goes_on_from_another_directory_and_by_another_name_of_the_same_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = _write(tmp_path / "project", {**MINIMAL, "models": [{"id": "m", "path": "org/m"}]})
-    (tmp_path / "project/org/m").mkdir(parents=True)
-    (tmp_path / "project/other").mkdir()
+    place = tmp_path / "project"
+    raw = tiny_campaign(place / "org")
+    raw["models"][0]["path"] = "org/model"
+    file = write_campaign(raw, place / "campaign.yaml")
+    save_tiny(place / "other/model", num_layers=3)
     store = Store(str(tmp_path / "run"))
-    monkeypatch.chdir(tmp_path / "project")
+    monkeypatch.chdir(place)
     _record(load_config(file), store)
-    _check(load_config(file, [f"models.0.path={tmp_path}/project/org/m"]), store)
+    assert _changes(load_config(file), store) == []
+    line = 'models.llama.path: "org/model" → '
+    moved = f"{place}/org/model"
+    assert _changes(load_config(file, [f"models.0.path={moved}"]), store) == [f'HARMLESS {line}"{moved}"']
     monkeypatch.chdir(tmp_path)
-    _check(load_config(file), store)
-    _check(load_config(file, ["models.0.path=project/org/m"]), store)
-    with pytest.raises(RunExistsError, match=r"models\.0\.path: \"org/m\" → \"project/other\""):
-        _check(load_config(file, ["models.0.path=project/other"]), store)
-
-
-def test_a_run_does_not_go_on_with_a_hub_model_in_place_of_a_directory_or_the_reverse(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = _write(tmp_path / "files", {**MINIMAL, "models": [{"id": "m", "path": "org/m"}]})
-    (tmp_path / "project/org/m").mkdir(parents=True)
-    local, hub = Store(str(tmp_path / "local")), Store(str(tmp_path / "hub"))
-    other = r"other paths were found than here: models\.0\.path;"
-    monkeypatch.chdir(tmp_path / "project")
-    _record(load_config(file), local)
-    monkeypatch.chdir(tmp_path)
-    _record(load_config(file), hub)
-    with pytest.raises(RunExistsError, match=other):
-        _check(load_config(file), local)
-    monkeypatch.chdir(tmp_path / "project")
-    with pytest.raises(RunExistsError, match=other):
-        _check(load_config(file), hub)
-    _check(load_config(file), local)
+    assert _changes(load_config(file), store) == []
+    other = ["models.0.path=project/other/model", "targets=[{layers: 2}]"]
+    found = _changes(load_config(file, other), store)
+    assert found[0] == f'CONTRADICTION {line}"project/other/model"'
 
 
 def test_a_run_that_moves_with_its_model_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "old/org/m").mkdir(parents=True)
-    file = _write(tmp_path / "old", {**MINIMAL, "models": [{"id": "m", "path": "org/m"}]})
+    raw = tiny_campaign(tmp_path / "old")
+    raw["models"][0]["path"] = "model"
+    text = str(tmp_path / "text.txt")
+    os.rename(tmp_path / "old/text.txt", text)
+    raw["methods"][0]["scoring"]["calibration"]["path"] = text
+    raw["methods"][0]["recovery"]["data"]["path"] = text
+    raw["evaluation"]["perplexity"][0]["data"]["path"] = text
+    write_campaign(raw, tmp_path / "old/campaign.yaml")
     monkeypatch.chdir(tmp_path / "old")
-    _record(load_config(file), Store("run"))
+    _record(load_config("campaign.yaml"), Store("run"))
     os.rename(tmp_path / "old", tmp_path / "new")
     monkeypatch.chdir(tmp_path / "new")
-    _check(load_config("campaign.yaml"), Store("run"))
+    assert _changes(load_config("campaign.yaml"), Store("run")) == []
     recorded = recorded_config(Store("run"))
     assert recorded is not None
     located = with_absolute_paths(recorded, recorded.directories)
-    assert located.models[0].path == str(tmp_path / "new/org/m")
-
-
-def test_a_run_recorded_without_directories_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = _write(tmp_path / "project", {**MINIMAL, "models": [{"id": "m", "path": "org/m"}]})
-    (tmp_path / "project/org/m").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "project")
-    store = Store(str(tmp_path / "run"))
-    _record(load_config(file), store)
-    header = json.loads((tmp_path / "run/campaign.json").read_text())
-    del header["directories"]
-    (tmp_path / "run/campaign.json").write_text(json.dumps(header))
-    monkeypatch.chdir(tmp_path)
-    _check(load_config(file), store)
-    _check(load_config(file, [f"models.0.path={tmp_path}/project/org/m"]), store)
+    assert located.models[0].path == str(tmp_path / "new/model")
 
 
 def test_a_run_is_exported_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ def test_export_waits_for_the_numbers_that_its_card_tells(plan: TrajectoryPlan, 
     stages.evaluate(FIRST, plan.dense.without((2,)), "recovered")
     seen: list[int] = []
 
-    def export(_spec: object, _uri: str) -> None:
+    def export(_spec: object, _uri: str, _progress: object) -> None:
         seen.append(len(measured(store)))
         raise WorkError("seen enough")
 

@@ -39,23 +39,20 @@ def test_a_model_that_came_from_gguf_is_saved_as_an_ordinary_one(tmp_path: Path)
 
 
 @torch.no_grad()
-def test_an_export_holds_model_card_and_provenance(tmp_path: Path) -> None:
+def test_an_export_is_a_directory_of_transformers(tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "model")
     source, tokenizer = tiny_llama()
     with skipped(source, [0, 3]):
         want = source(tiny_ids(), use_cache=False).logits
     removed = sum(p.numel() for i in (0, 3) for p in source.model.layers[i].parameters())
 
-    card, provenance = "# A smaller model\n\n0 → 3\n", '{"dropped": [0, 3]}'
-    spec = ExportSpec(ModelRef(ModelSpec(path), dropped=(0, 3)), card, provenance)
+    spec = ExportSpec(ModelRef(ModelSpec(path), dropped=(0, 3)))
     result = export_model(spec, str(tmp_path / "export"))
 
     export = tmp_path / "export"
     assert result.num_layers == 2
     assert result.num_parameters == sum(p.numel() for p in source.parameters()) - removed
     assert {file.name for file in result.artifact.files} == {file.name for file in export.iterdir()}
-    assert (export / "README.md").read_text(encoding="utf-8") == card
-    assert (export / "iterabre.json").read_text(encoding="utf-8") == provenance
     opened = AutoModelForCausalLM.from_pretrained(export)
     torch.testing.assert_close(opened(tiny_ids()).logits, want)
     assert AutoTokenizer.from_pretrained(export)(SENTENCE).input_ids == tokenizer(SENTENCE).input_ids
@@ -75,7 +72,7 @@ def _pruned(
         save_pretrained(remove_layers(model, layers), output, tokenizer=tokenizer)
     else:
         ref = ModelRef(ModelSpec(str(source), trust_remote_code=trust), dropped=layers)
-        export_model(ExportSpec(ref, "card\n", "{}"), str(output))
+        export_model(ExportSpec(ref), str(output))
     return output
 
 
@@ -226,8 +223,6 @@ def test_windows_that_move_are_reported(way: str, tmp_path: Path, caplog: pytest
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     _pruned(way, tmp_path / "model", tmp_path / "even", (0, 1))
     assert "llama.cpp" not in caplog.text
-    output = _pruned(way, tmp_path / "model", tmp_path / "odd", (1,))
+    _pruned(way, tmp_path / "model", tmp_path / "odd", (1,))
     assert "layer_types" in caplog.text
     assert "llama.cpp" in caplog.text
-    if way == "export":
-        assert "llama.cpp" in (output / "README.md").read_text(encoding="utf-8")

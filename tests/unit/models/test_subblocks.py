@@ -84,7 +84,7 @@ def test_a_reference_drops_layers_and_empties_by_source_layer(tmp_path: Path) ->
     assert ref.zeroed == ((0, "mlp"), (3, "attention"))
     assert ref.candidates("attention", 4) == (0,)
     assert ref.candidates("block", 4) == (0, 3)
-    exported = export_model(ExportSpec(ref, "card", "{}"), str(tmp_path / "out"))
+    exported = export_model(ExportSpec(ref), str(tmp_path / "out"))
 
     model, _ = load_model(source.path)
     with (

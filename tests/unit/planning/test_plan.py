@@ -400,7 +400,7 @@ def test_only_results_that_have_changed_have_another_key() -> None:
             "probes": EvaluationSpec(model=model, probes=("degeneration",)),
             "score": ScoreSpec(model=model, calibration=text),
             "task_metric": ScoreSpec(model=model, calibration=text, task=TaskSpec("blimp")),
-            "export": ExportSpec(model, "card", "provenance"),
+            "export": ExportSpec(model),
         }
         new = {"softmax", "adapters_summed_in", "decoding"}
         return {name: new & key_inputs(spec, fingerprints).keys() for name, spec in specs.items()}

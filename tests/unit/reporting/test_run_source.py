@@ -16,7 +16,7 @@ EVALUATE = {"model": {"source": "aa"}, "perplexity": [{"name": "wikitext2", "dat
 def test_hashes_come_from_manifests_and_sweeps_from_their_directory(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "run"))
     planned = [{"trajectory": "t", "model": "smol", "method": "a", "depths": [9, 8, 7]}]
-    open_run(store, {"name": "demo"}, resume=False, planned={"t": 3}, trajectories=planned)
+    open_run(store, {"name": "demo"}, planned={"t": 3}, trajectories=planned)
     write_status(store, "gone", TrajectoryStatus("stopped", "given up"))
     place = {"campaign": "demo", "trajectory": "t", "model": "smol", "method": "a", "seed": 0, "iteration": 1}
     rows = []

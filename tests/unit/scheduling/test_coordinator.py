@@ -11,6 +11,7 @@ from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.coordinator import (
     LEASE_S,
     PATIENCE_S,
+    PRESENT_S,
     SETTLE_S,
     Coordinator,
     LeaseReply,
@@ -124,6 +125,21 @@ def test_a_request_that_is_not_repeated_expires() -> None:
     coordinator.renew([at_work])
     assert not coordinator.try_acquire(waiting).granted
     clock.now = LEASE_S
+    coordinator.release(at_work, 1.0)
+    assert coordinator.try_acquire(waiting).granted
+
+
+def test_a_request_whose_process_has_ended_gets_nothing() -> None:
+    clock = _Clock()
+    coordinator = Coordinator(Limits(), admission=FOUR_GPUS, clock=clock)
+    at_work = LeaseRequest("recover", "a", "a")
+    dead, waiting = (LeaseRequest("recover", name, name, left) for name, left in (("b", 1), ("c", 2)))
+    assert [coordinator.try_acquire(each).granted for each in (at_work, dead, waiting)] == [
+        True,
+        False,
+        False,
+    ]
+    clock.now = PRESENT_S + 1
     coordinator.release(at_work, 1.0)
     assert coordinator.try_acquire(waiting).granted
 

@@ -30,7 +30,7 @@ from orchestrator.errors import RunExistsError
 from orchestrator.planning.keys import stage_key
 from orchestrator.storage.layout import safe_name
 from orchestrator.storage.ledger import Ledger, Row
-from orchestrator.storage.run_manifest import open_run, read_run
+from orchestrator.storage.run_manifest import check_run, open_run, read_run, update_run
 from orchestrator.storage.stage_store import Store
 from tests.support.object_store import loopback_s3
 
@@ -172,41 +172,43 @@ def test_every_path_lies_within_the_run(local_store: Store) -> None:
 
 def test_run_is_opened_once_then_resumed(store: Store) -> None:
     config: dict[str, Any] = {"name": "demo", "seeds": (0, 1), "execution": {"backend": "ray"}}
-    open_run(store, config, resume=False)
+    check_run(store, resume=False)
+    open_run(store, config)
     assert read_run(store)["config"]["seeds"] == [0, 1]
     with pytest.raises(RunExistsError, match=r"demo holds a run; continue it with --resume"):
-        open_run(store, config, resume=False)
-    open_run(store, config, resume=True)
-    open_run(store, config | {"execution": {"backend": "local"}, "storage": {"path": "x"}}, resume=True)
+        check_run(store, resume=False)
+    check_run(store, resume=True)
+    open_run(store, {"name": "other"})
+    assert read_run(store)["config"]["name"] == "demo"
 
 
-def test_resume_lists_what_differs(local_store: Store) -> None:
-    old = {"targets": [{"fraction": 0.1}], "scoring": {"criterion": "taylor", "seed": 0}}
-    new = {"targets": [{"fraction": 0.1}, {"layers": 15}], "scoring": {"criterion": "random", "seed": 0}}
-    open_run(local_store, old, resume=False)
-    with pytest.raises(RunExistsError) as caught:
-        open_run(local_store, new, resume=True)
-    assert str(caught.value).splitlines()[1:] == [
-        '  scoring.criterion: "taylor" → "random"',
-        "  targets.1.layers: (absent) → 15",
+def test_a_run_that_goes_on_changed_keeps_what_it_was(local_store: Store) -> None:
+    open_run(local_store, {"name": "demo", "seeds": [0]}, {"t": 1})
+    started = read_run(local_store)["created_at"]
+    update_run(local_store, {"name": "demo", "seeds": [0, 1]}, {"t": 1, "u": 1}, (), [], ["seeds: 1"])
+    update_run(local_store, {"name": "demo", "seeds": [1]}, {"u": 1}, (), [], ["seeds: 0"])
+    header = read_run(local_store)
+    assert (header["created_at"], header["planned"]) == (started, {"u": 1})
+    assert [(former["config"]["seeds"], former["changes"]) for former in header["former"]] == [
+        ([0], ["seeds: 1"]),
+        ([0, 1], ["seeds: 0"]),
     ]
 
 
 def test_resume_of_nothing_starts_a_run(local_store: Store) -> None:
-    open_run(local_store, {"name": "demo"}, resume=True)
-    assert read_run(local_store)["config"] == {"name": "demo"}
+    check_run(local_store, resume=True)
 
 
 def test_directory_of_something_else_is_left_alone(store: Store) -> None:
     write_bytes(f"{store.uri}/photos/cat.jpg", b"cat")
     for resume in (False, True):
         with pytest.raises(RunExistsError, match="is not empty and holds no run"):
-            open_run(store, {}, resume)
+            check_run(store, resume)
 
 
 def test_storage_is_checked_before_work_starts(store: Store) -> None:
     store.check_writable(needed_bytes=1)
-    open_run(store, {}, resume=False)
+    check_run(store, resume=False)
 
 
 def test_too_little_space_is_reported(local_store: Store) -> None:
