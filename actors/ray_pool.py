@@ -197,8 +197,6 @@ class ActorPool:
             try:
                 result = result_of(done)
             except RayActorError as error:
-                if error.actor_init_failed:
-                    raise WorkError(f"a {self._setting} actor could not start: {last_line(error)}") from error
                 if submitted:
                     log.warning("a %s actor was lost (%s); its shard goes to another", self._setting, error)
                     waiting.extend(submitted)
@@ -312,6 +310,10 @@ def result_of(object_ref: ray.ObjectRef) -> Any:
     """
     try:
         return ray.get(object_ref)
+    except RayActorError as error:
+        if error.actor_init_failed:
+            raise UnexpectedError(f"an actor could not start: {last_line(error)}: {FAULT}") from error
+        raise
     except RayTaskError as error:
         cause = cause_of(error)
         if isinstance(cause, IterabreError):

@@ -50,6 +50,7 @@ from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.planner import build_plan
 from orchestrator.planning.stages import count_stages, distinct_stages
 from orchestrator.scheduling.admission import AdmissionController
+from orchestrator.scheduling.packing import Node
 from orchestrator.scheduling.resources import ResourceBundle, ResourceRequest
 from orchestrator.storage.stage_store import Store
 from tests.support.simulated import Simulation
@@ -58,6 +59,7 @@ from tests.support.tiny_campaign import tiny_campaign
 DEVICE = "made_up_gpu"
 DEVICES = {"score": 2, "recover": 4, "evaluate": 1, "export": 1}
 SPREAD = 0.2
+GPUS_OF_A_NODE = 8
 FEW = 8
 """Trajectories that tell the time between stages: no more than find their resources free."""
 
@@ -223,10 +225,12 @@ def main() -> None:
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="iterabre-scheduling-"))
     config = campaign(scratch, arguments.trajectories)
-    held = {kind: ResourceBundle(0, devices) for kind, devices in DEVICES.items()}
-    requests = {kind: ResourceRequest(bundle, bundle) for kind, bundle in held.items()}
-    admission = AdmissionController(partial(ResourceBundle, 0, arguments.gpus), requests)
-    concurrent = arguments.concurrent or admission.concurrent_trajectories()
+    requests = {kind: ResourceRequest(ResourceBundle(0, devices)) for kind, devices in DEVICES.items()}
+    nodes = [
+        Node(f"node {number}", gpus=GPUS_OF_A_NODE) for number in range(arguments.gpus // GPUS_OF_A_NODE)
+    ]
+    admission = AdmissionController(partial(list, nodes), requests)
+    concurrent = arguments.concurrent or admission.concurrent_trajectories(nodes)
     plan = build_plan(config)
     times = stage_times()
     planned = [stage for stages in campaign_stages(plan).values() for stage in stages]

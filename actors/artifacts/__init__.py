@@ -21,6 +21,7 @@ from actors.artifacts.objects import (
     write_bytes,
 )
 from actors.artifacts.retries import PATIENCE_VARIABLE, attempt, explained, is_transient, patience_s
+from actors.artifacts.retrying_filesystem import retrying_filesystem
 from actors.artifacts.transfer import fetch, publish, without_empty_directories
 
 DRIVER_DIRECTORY = "ITERABRE_DRIVER_DIRECTORY"
@@ -50,6 +51,7 @@ __all__ = [
     "place_and_date",
     "publish",
     "read_bytes",
+    "retrying_filesystem",
     "sha256_of",
     "stored_files",
     "without_empty_directories",

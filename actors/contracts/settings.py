@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
 
 
@@ -74,6 +75,7 @@ class StoredAs:
     name: str
 
 
+@cache
 def marks(cls: Any, name: str) -> tuple[Any, ...]:
     """Return the markers of a field; one that is declared anew keeps those of the classes above."""
     declared = (inspect.get_annotations(base).get(name) for base in cls.__mro__)

@@ -3,6 +3,7 @@
 import math
 from importlib.metadata import version
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contracts import (
@@ -101,6 +102,8 @@ def evaluate(
         beginning = "".join(load_texts(TIMED_TEXT))[: needed * CHARS_PER_TOKEN]
         timed_ids = tokenize_text([beginning], tokenizer, needed)
         metrics += throughput(model, dense, timed_ids, spec.throughput)
+        cuda = model.device.type == "cuda"
+        versions.append(("device", torch.cuda.get_device_name(model.device) if cuda else model.device.type))
     progress(total, total, "evaluated")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return EvaluationResult(tuple(metrics), num_parameters, tuple(versions))

@@ -20,7 +20,7 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupContext
 from ray.util import placement_group_table
 
-from actors.artifacts import explained, join, read_bytes, write_bytes
+from actors.artifacts import explained, join, read_bytes, retrying_filesystem, write_bytes
 from actors.contracts import (
     ClusterProgress,
     Progress,
@@ -116,7 +116,7 @@ class _Job:
     micro_batch_hint_uri: str
     progress: ClusterProgress
     workers: int
-    stage: RunningStage | None
+    stage: RunningStage | None = None
 
 
 def recover_on_ray(
@@ -179,9 +179,11 @@ def recover_on_ray(
         accelerator_type=accelerator,
         label_selector=dict(labels) if labels else None,
     )
+    filesystem, path = retrying_filesystem(storage_path)
     run_config = RunConfig(
         name=name,
-        storage_path=storage_path,
+        storage_path=path,
+        storage_filesystem=filesystem,
         # Ray Train would try again whatever failed, and only with as many workers.
         failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_TO_KEEP),
@@ -278,7 +280,7 @@ def _cause_of_failure(job: _Job, name: str, causes: Sequence[BaseException]) -> 
         return _with_smaller_micro_batch(job, name, next(filter(is_out_of_memory, causes)))
     if (lost := [cause for cause in causes if is_loss(cause)]) or all(map(_only_waited, causes)):
         announced = bool(lost) and all(getattr(cause, "preempted", False) for cause in lost)
-        return _WorkersLostError(last_line([*lost, *causes][0]), announced)
+        return _WorkersLostError(last_line([*lost, *causes][0]).partition(". ")[0], announced)
     own = next(cause for cause in causes if not _only_waited(cause))
     return UnexpectedError(
         f"recovery {name!r} failed: {type(own).__name__}: {last_line(own)}: {FAULT}. Finished steps are kept "

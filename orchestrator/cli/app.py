@@ -11,6 +11,7 @@ import warnings
 
 import typer
 
+from orchestrator.cli.cache import cache
 from orchestrator.cli.campaign import campaign, compress
 from orchestrator.cli.control import cancel, continue_, pause, prioritise
 from orchestrator.cli.error_boundary import BoundedGroup, close_output
@@ -60,6 +61,7 @@ app = typer.Typer(
 for command in COMMANDS:
     name = command.__name__.rstrip("_")
     app.command(name, epilog=epilog(name))(command)
+app.add_typer(cache, name="cache")
 
 
 def quiet_libraries() -> None:

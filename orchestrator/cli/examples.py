@@ -89,6 +89,14 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
             "iterabre sweep --model DIR --layers 0-9 --actors 4 --gpus 1 --address auto",
         ),
     ),
+    "cache": (
+        ("what campaigns share, and how large it is", "iterabre cache list /nfs/cache"),
+        ("read all of it", "iterabre cache verify s3://bucket/cache"),
+        (
+            "what nobody used for a month goes, and more above 2 TB",
+            "iterabre cache prune /nfs/cache --unused-days 30 --keep-gb 2000",
+        ),
+    ),
     "init": (
         ("asks", "iterabre init"),
         (

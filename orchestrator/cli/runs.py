@@ -43,6 +43,7 @@ def status(
         out.print(status_text(_run_status(store), time.time(), with_reasons=False), soft_wrap=True)
     show_results(run)
     show_statuses(store)
+    show_usage(store)
 
 
 def _run_status(store: "Store") -> "RunStatus":
@@ -108,6 +109,19 @@ def show_results(run: str) -> None:
         out.print(results_table(own, out.width))
     if not lines:
         err.print("No stage is finished yet.")
+
+
+def show_usage(store: "Store") -> None:
+    """Print what the run has cost so far, if it ran on a cluster."""
+    from orchestrator.planning.cost_model import machine_of
+    from orchestrator.storage.run_manifest import recorded_config
+    from orchestrator.storage.usage import Usage, total_usage, usage_text
+
+    usage = total_usage(store)
+    if usage != Usage():
+        cost = recorded_config(store).cost
+        text = usage_text(usage, machine_of(cost, cost.machine).price_per_hour)
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_statuses(store: "Store") -> None:

@@ -33,7 +33,7 @@ from orchestrator.planning.cost_model import machine_of
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.recorded import check_changes, continue_plan, record_trajectories
 from orchestrator.planning.stages import count_stages
-from orchestrator.scheduling.admission import AdmissionController, check_resources
+from orchestrator.scheduling.admission import AdmissionController, check_resources, check_speeds_compare
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits, spent_before
 from orchestrator.scheduling.resources import devices_held, stage_resources
@@ -104,6 +104,8 @@ def run_campaign(
     with cluster(address):
         requests, nodes = stage_resources(execution), cluster_nodes(execution)
         check_resources(requests, nodes, execution.max_devices)
+        if any(trajectory.evaluation.throughput for trajectory in plan.trajectories):
+            check_speeds_compare(requests["evaluate"], nodes)
         end_helpers_of_dead_drivers()
         admission = AdmissionController(ClusterNodes(node_types(execution)), requests, execution.max_devices)
         at_a_time = trajectories_at_a_time(

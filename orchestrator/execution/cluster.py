@@ -6,17 +6,16 @@ import os
 import textwrap
 import threading
 import time
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-import grpc
 import psutil
 import ray
 from ray._private import ray_constants, services
-from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.state import state
 from ray._raylet import GcsClient
@@ -29,7 +28,7 @@ from actors.contracts import ActorPoolSpec, EvaluationResult, EvaluationSpec
 from actors.evaluation.ray import evaluate_all_on_ray
 from actors.plugins import environment
 from orchestrator.config import ExecutionConfig
-from orchestrator.errors import RequestError
+from orchestrator.errors import ClusterTooSmallError, RequestError
 from orchestrator.execution.connection import (
     CONNECT_TIMEOUT_S,
     LOCAL,
@@ -42,8 +41,8 @@ from orchestrator.execution.connection import (
     without_variables_of_job,
 )
 from orchestrator.execution.task_scoring import EvaluateAll
-from orchestrator.scheduling.packing import Node, with_node_types
-from orchestrator.scheduling.resources import GB
+from orchestrator.scheduling.packing import Node, Packing, with_node_types
+from orchestrator.scheduling.resources import GB, ResourceBundle, ResourceRequest
 from orchestrator.scheduling.snapshots import NodeReport, Snapshots, node_of
 
 log = logging.getLogger(__name__)
@@ -65,6 +64,9 @@ QUIET = {
 
 LAST_LINES_S = 0.5
 """Longer than what a worker prints takes to the driver."""
+
+OUT_OF_MEMORY = {"RAY_task_oom_retries": "1"}
+"""A task that Ray ended because its node was short of memory would else be tried again for ever."""
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 """What Tune would hand on to trials in their runtime environment: lists of processes show that, and the
@@ -108,12 +110,13 @@ def cluster(address: str | None) -> Iterator[None]:
     own = found == LOCAL
     ENV_VARS_TO_PROPAGATE.difference_update(CREDENTIALS)
     environment_of_workers = QUIET | environment() | {DRIVER_DIRECTORY: os.getcwd()}
-    environment_of_workers |= {PATIENCE_VARIABLE: str(patience_s())}
+    environment_of_workers |= {PATIENCE_VARIABLE: str(patience_s()), **OUT_OF_MEMORY}
     try:
         ray.init(
             address=found,
             include_dashboard=False if own else None,
             logging_level=logging.ERROR,
+            namespace=f"{NAMESPACE}{uuid.uuid4().hex}",
             runtime_env={"env_vars": without_variables_of_job(environment_of_workers)},
             _temp_dir=ray_temp_dir() if own else None,
         )
@@ -134,6 +137,9 @@ def _check_speaks_grpc(address: str) -> None:
     Raises:
         ConnectionError: it could not.
     """
+    import grpc  # a trial's process, which loads this module, need not pay for it
+    from ray._private.grpc_utils import init_grpc_channel
+
     with init_grpc_channel(address, ray_constants.GLOBAL_GRPC_OPTIONS) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
@@ -167,6 +173,9 @@ def workers_output_to(write: Callable[[Mapping[str, Any]], None]) -> Iterator[No
 
 HEAD = "node:__internal_head__"
 """The resource that marks the head node."""
+
+NAMESPACE = "iterabre-"
+"""What Ray's namespaces of our drivers begin with. Each has one of its own, as Ray gives to any driver."""
 
 LEFT_HELPER = "PlacementGroupCleaner"
 """The class of Ray Train's that can outlive a killed driver."""
@@ -258,10 +267,19 @@ def head_memory_bytes() -> float:
 
 
 def evaluate_on_cluster(address: str | None, pool: ActorPoolSpec) -> EvaluateAll:
-    """Return what evaluates many models on actors of the cluster at `address`, or of this machine if None."""
+    """Return what evaluates many models on actors of the cluster at `address`, or of this machine if None.
+
+    It raises ClusterTooSmallError if no node can ever hold an actor.
+    """
 
     def evaluate_all(specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
+        request = ResourceRequest(ResourceBundle(pool.cpus, pool.gpus))
         with cluster(address):
+            if not Packing(cluster_nodes(), empty=True).fits(request):
+                raise ClusterTooSmallError(
+                    f"an actor needs {pool.cpus:g} CPU and {pool.gpus:g} GPU, and no node of the cluster has "
+                    "that; lower --cpus and --gpus"
+                )
             yield from evaluate_all_on_ray(specs, pool)
 
     return evaluate_all
@@ -278,12 +296,17 @@ def nodes_at(address: str | None) -> list[Node]:
 
 
 def end_helpers_of_dead_drivers() -> None:
-    """End the process that Ray Train leaves for ever if its driver is killed while a training starts.
+    """End the process that Ray Train leaves for ever if a driver of ours is killed while a training starts.
 
+    Those of other users' jobs are left alone: ours are known by their namespace.
     The helper outlives its training, in order to clean up after it; one that had not yet received what
     to watch when all others ended waits for that.
     """
-    dead = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
+    accessor = state._connect_and_get_accessor()
+    stored = accessor.get_job_table(skip_submission_job_info_field=True, skip_is_running_tasks_field=True)
+    jobs = [gcs_pb2.JobTableData.FromString(job) for job in stored]
+    ours = [job for job in jobs if job.config.ray_namespace.startswith(NAMESPACE)]
+    dead = {job.job_id.hex() for job in ours if job.is_dead}
     for actor in ray._private.state.actors().values():
         left = actor["State"] == "ALIVE" and actor["JobID"] in dead
         if left and actor["ActorClassName"] == LEFT_HELPER:

@@ -114,9 +114,8 @@ def unfinished_trajectories(plan: CampaignPlan, store: Store, *, keep_ends: bool
             stages, so that both stay as they ended.
     """
     states = {name: status.state for name, status in read_statuses(store).items()} if keep_ends else {}
-    given_up = {name for name, state in states.items() if state == "stopped"} | {
-        *read_control(store).cancelled
-    }
+    given_up = {name for name, state in states.items() if state == "stopped"}
+    given_up |= {*read_control(store).cancelled}
     going = [trajectory for trajectory in plan.trajectories if trajectory.id not in given_up]
     left = {trajectory.id: remaining_stages(trajectory, store) for trajectory in going}
     return start_order({name: count for name, count in left.items() if count or states.get(name) != "done"})

@@ -4,6 +4,8 @@ The head outlives the workers, which may be spot machines. An actor that Ray has
 what it must remember from the store, from the arguments it was made with, and from its clients.
 """
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +21,12 @@ from orchestrator.storage.control import Directives
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.superseded import paid_rows
 from orchestrator.storage.trajectory_status import failed_since
+from orchestrator.storage.usage import usage_before, usage_since, write_usage
+
+log = logging.getLogger(__name__)
+
+USAGE_S = 60.0
+"""How often the coordinator writes what has been used of the cluster."""
 
 ON_HEAD: dict[str, Any] = {
     "num_cpus": 0,
@@ -65,15 +73,37 @@ class HeadCoordinator(Coordinator):
         control: Callable[[], Directives] = Directives,
     ):
         again = ray.get_runtime_context().was_current_actor_reconstructed
+        usage = usage_since(store, started_at)
+        failed_s = usage.failed_s + usage_before(store, started_at).failed_s
         super().__init__(
             limits,
-            spent_before(paid_rows(store), limits),
+            spent_before(paid_rows(store), limits) + limits.price_of(failed_s),
             admission,
             failed=failed_since(store, started_at),
             elapsed_s=time.time() - started_at,
             settle_s=SETTLE_S if again else 0.0,
+            usage=usage,
             control=control,
         )
+        self._store, self._started_at = store, started_at
+        self._counted_at, self._saving = time.monotonic(), threading.Lock()
+        threading.Thread(target=self._keep_usage, name="usage", daemon=True).start()
+
+    def save_usage(self) -> None:
+        """Write to the store what has been used of the cluster since the campaign's start."""
+        with self._saving:
+            now = time.monotonic()
+            usage = self.count_nodes(now - self._counted_at)
+            self._counted_at = now
+            write_usage(self._store, self._started_at, usage)
+
+    def _keep_usage(self) -> None:
+        while True:
+            time.sleep(USAGE_S)
+            try:
+                self.save_usage()
+            except Exception as error:  # the storage may be away for a moment
+                log.warning("what was used of the cluster could not be written, trying again: %s", error)
 
 
 class RayCoordinatorClient:
@@ -85,14 +115,18 @@ class RayCoordinatorClient:
     def try_acquire(self, request: LeaseRequest, wait_s: float = 0.0) -> LeaseReply:
         return ray.get(self._actor.try_acquire.remote(request, wait_s))
 
-    def release(self, request: LeaseRequest, seconds: float) -> None:
-        ray.get(self._actor.release.remote(request, seconds))
+    def release(self, request: LeaseRequest, seconds: float, failed: bool = False) -> None:
+        ray.get(self._actor.release.remote(request, seconds, failed))
 
     def renew(self, held: Sequence[LeaseRequest]) -> Sequence[str]:
         return ray.get(self._actor.renew.remote(held))
 
     def fail(self, trajectory: str) -> None:
         ray.get(self._actor.fail.remote(trajectory))
+
+    def save_usage(self) -> None:
+        """Have the coordinator write what has been used of the cluster."""
+        ray.get(self._actor.save_usage.remote())
 
     def ended_by(self) -> str | None:
         return ray.get(self._actor.ended_by.remote())

@@ -4,7 +4,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TextIO
@@ -51,7 +51,15 @@ class ProgressBoard:
 
         What goes on in the background follows the trajectory's own.
         """
-        return [self._newest[place] for place in sorted(self._newest)]
+        now = time.time()
+        return [with_wait(self._newest[place], now) for place in sorted(self._newest)]
+
+
+def with_wait(progress: TrajectoryProgress, time_s: float) -> TrajectoryProgress:
+    """Return the progress with the wait that still goes on counted in."""
+    if not progress.waits_for or progress.finished:
+        return progress
+    return replace(progress, waited_s=progress.waited_s + time_s - progress.waits_since)
 
 
 def merged(before: TrajectoryProgress | None, now: TrajectoryProgress, time_s: float) -> TrajectoryProgress:
@@ -71,6 +79,17 @@ def merged(before: TrajectoryProgress | None, now: TrajectoryProgress, time_s: f
     if before.waits_for:
         waited_s += time_s - before.waits_since
     return replace(now, waits_since=time_s if now.waits_for else 0.0, waited_s=waited_s)
+
+
+def devices_in_use(places: Iterable[str]) -> int:
+    """Return how many GPUs these places have, each counted once, or places where they have none."""
+    gpus: set[tuple[str, str]] = set()
+    without = 0
+    for place in places:
+        host, *on_it = place.split(" GPU ")
+        gpus.update((host, gpu) for gpu in on_it)
+        without += not on_it
+    return len(gpus) + without
 
 
 class RemoteReport:

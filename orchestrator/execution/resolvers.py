@@ -118,9 +118,10 @@ class ComputeResolver:
         kind, key = stage.kind.name, stage.key
         stages_left = self.progress.stages_total - self.progress.stages_done
         self._leases.acquire(resource_kind(kind, stage.spec), key, stages_left, progress.waits_for)
-        seconds, at = 0.0, (self._plan.id, stage.iteration.index, kind, key[:12])
+        failed, seconds, at = True, 0.0, (self._plan.id, stage.iteration.index, kind, key[:12])
         try:
             if stored := self._store.load(kind, key, stage.kind.result_type):
+                failed = False
                 return stored, True
             log.info("%s iteration %d: %s %s starts", *at)
             uri = self._store.payload_uri(kind, key, time.time_ns())
@@ -141,8 +142,9 @@ class ComputeResolver:
             stored = self._store.commit(kind, key, result, stage.inputs, artifact, seconds, progress.waited_s)
             if stage.kind is RECOVER:
                 self._store.drop_training(key)
+            failed = False
         finally:
-            self._leases.release(key, seconds)
+            self._leases.release(key, seconds, failed)
         log.info("%s iteration %d: %s %s took %.1f s", *at, seconds)
         return stored, False
 

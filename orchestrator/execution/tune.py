@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from actors.artifacts import retrying_filesystem
 from actors.errors import DamagedArtifactError, StopRequestedError, StorageUnavailableError, last_line
 from actors.out_of_memory import is_out_of_memory
 from actors.ray_pool import cause_of, is_loss
@@ -122,6 +123,7 @@ def run_trials(
         make_backend=make_backend,
         metric=config.search.metric if searching else None,
     )
+    filesystem, tune_path = retrying_filesystem(store.tune_uri)
     tuner = tune.Tuner(
         tune.with_resources(trainable, TRIAL_RESOURCES),
         param_space={"trajectory": tune.grid_search(list(trajectories))},
@@ -131,7 +133,8 @@ def run_trials(
         ),
         run_config=tune.RunConfig(
             name=f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
-            storage_path=store.tune_uri,
+            storage_path=tune_path,
+            storage_filesystem=filesystem,
             verbose=0,
             stop=stopper,
             failure_config=tune.FailureConfig(max_failures=LOST_TRIAL_RETRIES),
@@ -150,6 +153,7 @@ def run_trials(
         stop.calls(coordinator.stop) if stop else nullcontext(),
     ):
         results = tuner.fit()
+    coordinator.save_usage()
     return _campaign_outcome(results, store, coordinator, stopper.reasons if stopper else {})
 
 

@@ -67,8 +67,9 @@ def key_inputs(spec: Any, fingerprints: Mapping[TextSpec | ModelSpec, str]) -> A
 
 def _fields_in_key(spec: Any) -> Iterator[tuple[str, Any]]:
     """Yield the fields that are in the key, by the names that they have there; see `contracts.settings`."""
+    cls: Any = type(spec)
     for field in fields(spec):
-        value, marked = getattr(spec, field.name), marks(type(spec), field.name)
+        value, marked = getattr(spec, field.name), marks(cls, field.name)
         if NotInKey() in marked or AddedLater(value) in marked:
             continue
         yield next((m.name for m in marked if isinstance(m, InKeyAs | StoredAs)), field.name), value

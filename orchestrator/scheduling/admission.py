@@ -7,7 +7,7 @@ Ray has the last word: what is admitted and finds no room after all waits there,
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.errors import ClusterTooSmallError
+from orchestrator.errors import ClusterTooSmallError, RequestError
 from orchestrator.scheduling.packing import Node, Packing
 from orchestrator.scheduling.resources import GB, ROUNDING, SECTIONS, ResourceRequest
 
@@ -84,6 +84,20 @@ class AdmissionController:
                 if self.max_devices is not None:
                     counts[-1] = min(counts[-1], int(self.max_devices / request.max.devices(on_gpus)))
         return max(counts)
+
+
+def check_speeds_compare(request: ResourceRequest, nodes: Sequence[Node]) -> None:
+    """Refuse to measure speeds where evaluations may land on GPUs of more than one type.
+
+    Raises:
+        RequestError: names the types.
+    """
+    types = set().union(*(node.accelerators for node in nodes if node.suits(request.bundle)))
+    if request.bundle.gpus and request.bundle.accelerator is None and len(types) > 1:
+        raise RequestError(
+            f"evaluation.throughput compares speeds, but evaluations may run on {', '.join(sorted(types))}; "
+            "set execution.evaluation.accelerator to one of them"
+        )
 
 
 def check_resources(

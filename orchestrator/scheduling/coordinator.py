@@ -16,6 +16,7 @@ from typing import Protocol
 from orchestrator.scheduling.admission import AdmissionController, Candidate
 from orchestrator.scheduling.limits import Limits, Spent, limit_reached
 from orchestrator.storage.control import Directives
+from orchestrator.storage.usage import Usage
 
 LEASE_S = 30.0
 RENEWAL_S = 5.0
@@ -23,6 +24,9 @@ PAUSED = "the run is paused; `iterabre continue` goes on"
 
 EXPIRY_CHECK_S = 0.5
 """While a request waits: how often expired leases, limits and the room on the cluster are looked at."""
+
+PRESENT_S = 5.0
+"""A request that was not repeated for so long is granted nothing: its process may have ended."""
 
 PATIENCE_S = 60.0
 """How long others may pass a stage that does not fit; then it keeps the room that becomes free."""
@@ -65,8 +69,8 @@ class CoordinatorClient(Protocol):
     def try_acquire(self, request: LeaseRequest, wait_s: float = 0.0) -> LeaseReply:
         """Return whether the stage may be computed, after a wait of up to `wait_s` seconds for it."""
 
-    def release(self, request: LeaseRequest, seconds: float) -> None:
-        """End a lease: the stage is committed or given up, after `seconds` of computing."""
+    def release(self, request: LeaseRequest, seconds: float, failed: bool = False) -> None:
+        """End a lease: the stage is committed, or has failed, after `seconds` of computing."""
 
     def renew(self, held: Sequence[LeaseRequest]) -> Sequence[str]:
         """Keep leases from expiring; return the keys of those that another holds by now."""
@@ -102,6 +106,7 @@ class Coordinator:
 
     Args:
         price: what was spent before.
+        usage: what has been used since the start of the campaign.
         failed: the trajectories that have failed since the start of the campaign.
         elapsed_s: seconds since that start.
         settle_s: grants nothing for so long, as leases may be held that it does not know.
@@ -121,6 +126,7 @@ class Coordinator:
         elapsed_s: float = 0.0,
         settle_s: float = 0.0,
         control: Callable[[], Directives] = Directives,
+        usage: Usage = Usage(),
     ):
         self._limits = limits
         self._admission = admission
@@ -129,6 +135,7 @@ class Coordinator:
         self._started = clock() - elapsed_s
         self._settled_at = clock() + settle_s
         self._price = price
+        self._usage = usage
         self._ended_by: str | None = None
         self._stopped_by: str | None = None
         self._failed = set(failed)
@@ -166,14 +173,25 @@ class Coordinator:
                     lost.append(request.key)
             return lost
 
-    def release(self, request: LeaseRequest, seconds: float) -> None:
-        """End a lease: the stage is committed or given up, after `seconds` of computing."""
+    def release(self, request: LeaseRequest, seconds: float, failed: bool = False) -> None:
+        """End a lease: the stage is committed, or has failed, after `seconds` of computing."""
         with self._changed:
             self._price += self._limits.price(request.kind, seconds)
+            device_s = self._limits.devices.get(request.kind, 0.0) * seconds
+            self._usage += Usage(failed_s=device_s) if failed else Usage(worked_s=device_s)
             granted = self._granted.get(request.key)
             if granted and granted.holder == request.holder:  # else it was slow, and another has taken over
                 del self._granted[request.key]
             self._look_again()
+
+    def count_nodes(self, seconds: float) -> Usage:
+        """Count the devices of nodes that were up for so long; return what has been used so far."""
+        nodes = self._admission.nodes() if self._admission else ()
+        on_gpus = any(node.gpus for node in nodes)
+        devices = sum(node.devices(on_gpus) for node in nodes if node.is_up)
+        with self._changed:
+            self._usage += Usage(up_s=devices * seconds)
+            return self._usage
 
     def fail(self, trajectory: str) -> None:
         """Count a trajectory that has failed for good."""
@@ -228,9 +246,8 @@ class Coordinator:
         # A request that waits for another's result is not in the queue.
         self._waiting.pop(request, None)
         if granted.holder != request.holder:
-            return LeaseReply(
-                False, waits_for=f"the same stage of {granted.trajectory or 'another trajectory'}"
-            )
+            other = granted.trajectory or "another trajectory"
+            return LeaseReply(False, waits_for=f"the same stage, which {other} computes")
         self._renewed[request.key] = now
         return LeaseReply(True)
 
@@ -275,7 +292,8 @@ class Coordinator:
 
         first: dict[str, LeaseRequest] = {}
         for request in sorted(self._waiting, key=turn):
-            if request.key not in self._granted:
+            present = now - self._waiting[request].last_asked <= PRESENT_S
+            if present and request.key not in self._granted:
                 first.setdefault(request.key, request)
         queue = list(first.values())
         reasons: list[str | None] = [None] * len(queue)

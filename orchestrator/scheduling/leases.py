@@ -88,11 +88,11 @@ class Leases:
         """What says whether the campaign is to stop."""
         return self._coordinator.stopping
 
-    def release(self, key: str, seconds: float) -> None:
-        """End the lease on the stage, after `seconds` of computing."""
+    def release(self, key: str, seconds: float, failed: bool = False) -> None:
+        """End the lease on the stage, which is committed or has failed, after `seconds` of computing."""
         try:
             with self._renewal:  # one under way would take the lease anew
-                self._coordinator.release(self._held.pop(key), seconds)
+                self._coordinator.release(self._held.pop(key), seconds, failed)
         finally:
             self._forget(key)
 

@@ -33,7 +33,11 @@ class Limits:
 
     def price(self, kind: str, seconds: float) -> float:
         """Return what a stage that took so long has cost."""
-        return self.devices.get(kind, 0.0) * seconds / 3600 * self.price_per_hour
+        return self.price_of(self.devices.get(kind, 0.0) * seconds)
+
+    def price_of(self, device_s: float) -> float:
+        """Return the price of so many device seconds."""
+        return device_s / 3600 * self.price_per_hour
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ class Node:
         """What it has in all."""
         return self.cpus, self.gpus, self.memory_bytes
 
+    def devices(self, on_gpus: bool) -> float:
+        """Return its GPUs, or its CPUs where no node has GPUs, that others do not hold."""
+        return max(0.0, self.gpus - self.others[1] if on_gpus else self.cpus - self.others[0])
+
     def suits(self, bundle: ResourceBundle) -> bool:
         """Return whether it is of the type that the bundle asks for."""
         if bundle.accelerator is not None and bundle.accelerator not in self.accelerators:

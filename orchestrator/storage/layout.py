@@ -121,6 +121,11 @@ class RunLayout:
         return join(self.uri, "report")
 
     @property
+    def usage_uri(self) -> str:
+        """Directory of what each start of the driver has used of the cluster, as JSON."""
+        return join(self.uri, "usage")
+
+    @property
     def tune_uri(self) -> str:
         """Ray Tune's directory: a cache of trial states, never the truth."""
         return join(self.uri, "tune")

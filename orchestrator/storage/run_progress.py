@@ -66,7 +66,7 @@ class RunProgress:
 
 def write_progress(store: RunLayout, progress: RunProgress) -> None:
     """Write how far the run is."""
-    write_bytes(store.progress_uri, json.dumps(asdict(progress)).encode())
+    write_bytes(store.progress_uri, json.dumps(asdict(progress)).encode(), limit_s=WRITE_INTERVAL_S)
 
 
 def read_progress(store: RunLayout) -> RunProgress | None:

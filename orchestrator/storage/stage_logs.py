@@ -126,7 +126,7 @@ class LogWriter:
                 former, content = self._former[name], (self._directory / name).read_bytes()
                 if not content.startswith(former):  # a driver on another machine wrote it
                     content = former + content[self._sizes_before[name] :]
-                write_bytes(uri, content)
+                write_bytes(uri, content, limit_s=UPLOAD_INTERVAL_S)
             except Exception as error:
                 self._uploaded[name] = (0, time.monotonic())
                 log.warning("log %s could not be uploaded: %s", name, error)

@@ -242,16 +242,47 @@ def test_stopped_and_killed_again_and_again_it_resumes_without_repeating_finishe
 
 
 def _wait_until_starts(run: Path, moment: str, process: subprocess.Popen[str]) -> None:
-    """Return while a stage such as `iteration 1: score` is running: seen from the trial's own log."""
-    log = run / "logs" / "workers.log"
+    """Return while a stage such as `iteration 1: score` is running: seen from the trial's own logs."""
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stdout and process.stdout.read()
-        lines = log.read_text().splitlines() if log.exists() else []
+        logs = [log for log in (run / "logs").rglob("*.log") if log.name != "driver.log"]
+        lines = [line for log in logs for line in log.read_text().splitlines()]
         if any(moment in line and line.endswith("starts") for line in lines):
             return
         time.sleep(0.05)
     raise AssertionError(f"{moment} never started")
+
+
+@pytest.mark.long
+def test_ctrl_c_lets_a_stage_finish_and_a_second_one_does_not(root: Path, tmp_path: Path) -> None:
+    """As a terminal sends it: to the driver and to all processes of its Ray."""
+    file = campaign(root, "interrupted")
+    run = root / "runs" / "interrupted"
+    process = start(file)
+    _wait_until_starts(run, "iteration 1: score", process)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1, output
+    said = " ".join(output.split())
+    assert "Stopping (Ctrl-C): no further stage starts; those at work have 120 s" in said
+    assert "ended early: stopped by Ctrl-C; finished stages are kept, --resume continues" in said
+    assert "Traceback" not in output
+    after = finished_stages(run)
+    assert any("/score/" in name for name in after), after
+    process = start(file, "--resume")
+    _wait_until_starts(run, "iteration 1: recover", process)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    before = time.monotonic()
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1, output
+    assert "--resume continues" in output
+    assert time.monotonic() - before < 30
+    finish(start(file, "--resume"))
+    final = finished_stages(run)
+    assert {name: final[name] for name in after} == after
 
 
 def test_request_larger_than_the_cluster_is_refused_before_anything_is_written(root: Path) -> None:

@@ -6,14 +6,14 @@ import time
 
 import ray
 
-from orchestrator.execution.cluster import end_helpers_of_dead_drivers
+from orchestrator.execution.cluster import NAMESPACE, end_helpers_of_dead_drivers
 
 DRIVER = """
 import os, sys, ray
 from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
 
-ray.init(address=sys.argv[1], log_to_driver=False)
-helper = ray.remote(num_cpus=0)(PlacementGroupCleaner).options(lifetime="detached")
+ray.init(address=sys.argv[1], namespace=sys.argv[2], log_to_driver=False)
+helper = ray.remote(num_cpus=0)(PlacementGroupCleaner).options(name="left", lifetime="detached")
 ray.get(helper.remote("controller", 1.0, 1.0, None).__ray_ready__.remote())
 os._exit(0)
 """
@@ -21,17 +21,19 @@ os._exit(0)
 
 def _helpers() -> list[str]:
     actors = ray._private.state.actors().values()
-    return [a["State"] for a in actors if a["ActorClassName"] == "PlacementGroupCleaner"]
+    return sorted(a["State"] for a in actors if a["ActorClassName"] == "PlacementGroupCleaner")
 
 
 def test_a_helper_of_ray_train_that_was_never_reported_what_to_watch_is_ended(ray_two_cpus: None) -> None:
     address = ray.get_runtime_context().gcs_address
-    subprocess.run([sys.executable, "-c", DRIVER, address], check=True, timeout=120)
+    for namespace in (f"{NAMESPACE}1", "another user's"):
+        subprocess.run([sys.executable, "-c", DRIVER, address, namespace], check=True, timeout=120)
     deadline = time.monotonic() + 60
     while not all(job["IsDead"] for job in ray._private.state.jobs()[1:]) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert _helpers() == ["ALIVE"]
+    assert _helpers() == ["ALIVE", "ALIVE"]
     end_helpers_of_dead_drivers()
-    while _helpers() != ["DEAD"] and time.monotonic() < deadline:
+    while _helpers() != ["ALIVE", "DEAD"] and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert _helpers() == ["DEAD"]
+    assert _helpers() == ["ALIVE", "DEAD"]
+    ray.kill(ray.get_actor("left", "another user's"))

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from actors.contracts import ActorPoolSpec, ModelRef, ModelSpec, ScoreResult, ScoreSpec, TextSpec
-from actors.errors import WorkError
+from actors.errors import UnexpectedError, WorkError
+from actors.ray_pool import ActorPool
 from actors.scoring import ray as actor
 from actors.scoring import score_locally
 from actors.scoring.ray import ScoreActor, score_on_ray
@@ -123,3 +124,43 @@ def test_a_lost_node_costs_its_shard_alone(spec: ScoreSpec) -> None:
     assert found.startswith("nodes lost: 1 same order: True apart: ")
     assert float(found.rpartition(" ")[2]) < 1e-5
     assert len(set(forwards.split()[1:])) == 1
+
+
+class Odd(Exception):
+    """An exception that cannot be pickled."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("no such thing")
+
+
+class FailingActor:
+    """Fails when it is made, or at work."""
+
+    def __init__(self, when: str, log: str):
+        self._log = Path(log)
+        if when == "made":
+            raise ValueError("cannot be made")
+
+    def work(self, _shard: int) -> None:
+        with self._log.open("a") as file:
+            file.write("worked\n")
+        raise Odd("it is odd")
+
+
+@pytest.mark.parametrize(
+    ("when", "said", "times"),
+    [
+        ("made", r"an actor could not start: ValueError: cannot be made: this is a fault", 0),
+        ("at work", r"Odd: it is odd: this is a fault", 1),
+    ],
+)
+def test_an_error_of_an_actor_is_met_once(tmp_path: Path, when: str, said: str, times: int) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    spec = ActorPoolSpec(1, cpus=0.4, gpus=0)
+    with (
+        pytest.raises(UnexpectedError, match=said),
+        ActorPool(spec, FailingActor, when, str(log), setting="scoring") as pool,
+    ):
+        list(pool.dispatch(range(3)))
+    assert len(log.read_text().splitlines()) == times

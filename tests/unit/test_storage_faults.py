@@ -3,14 +3,24 @@
 import errno
 import hashlib
 import os
+import pickle
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow.fs import FileSelector, FileType, LocalFileSystem, copy_files
 
-from actors.artifacts import create_bytes, fetch, list_files, publish, read_bytes, write_bytes
+from actors.artifacts import (
+    create_bytes,
+    fetch,
+    list_files,
+    publish,
+    read_bytes,
+    retrying_filesystem,
+    write_bytes,
+)
 from actors.errors import StorageUnavailableError, WorkError
 from tests.support.faulty_s3 import FAULTS, Faults, faulty_s3
 from tests.support.object_store import loopback_s3
@@ -72,6 +82,40 @@ def test_random_faults_leave_whole_files(bucket: str, faults: Faults) -> None:
         write_bytes(f"{bucket}/{number}", str(number).encode())
         assert read_bytes(f"{bucket}/{number}") == str(number).encode()
     assert sum(faults.done.values()) > 10
+
+
+def test_libraries_write_through_a_file_system_that_tries_again(
+    bucket: str, faults: Faults, tmp_path: Path
+) -> None:
+    """As Ray Train does: pickled, checked by a marker, a directory copied there and back."""
+    (tmp_path / "checkpoint/nested").mkdir(parents=True)
+    for name in ("a", "nested/b"):
+        (tmp_path / "checkpoint" / name).write_bytes(name.encode() * 100_000)
+    made, path = retrying_filesystem(f"{bucket}/train/")
+    assert path == "campaigns/train"
+    fs = pickle.loads(pickle.dumps(made))
+    assert fs == made
+    faults.rate, faults.seed = 0.3, 2
+    fs.create_dir(path)
+    with fs.open_output_stream(f"{path}/.marker"):
+        pass
+    assert fs.get_file_info(f"{path}/.marker").type == FileType.File
+    copy_files(
+        str(tmp_path / "checkpoint"), f"{path}/step_1",
+        source_filesystem=LocalFileSystem(), destination_filesystem=fs,
+    )  # fmt: skip
+    copy_files(
+        f"{path}/step_1", str(tmp_path / "back"),
+        source_filesystem=fs, destination_filesystem=LocalFileSystem(),
+    )  # fmt: skip
+    for name in ("a", "nested/b"):
+        assert (tmp_path / "back" / name).read_bytes() == name.encode() * 100_000
+    names = {info.base_name for info in fs.get_file_info(FileSelector(path, recursive=True))}
+    assert names == {".marker", "step_1", "a", "nested", "b"}
+    fs.delete_dir(f"{path}/step_1")
+    assert fs.get_file_info(f"{path}/step_1/a").type == FileType.NotFound
+    assert faults.done
+    assert retrying_filesystem(str(tmp_path)) == (None, str(tmp_path))
 
 
 def test_a_store_that_stays_away_is_named_after_the_stated_time(

@@ -13,6 +13,7 @@ from orchestrator.execution.progress import (
     RemoteReport,
     StageProgress,
     TrajectoryProgress,
+    devices_in_use,
     line,
     live_view,
     merged,
@@ -147,3 +148,9 @@ def test_a_stage_tells_what_it_waits_for_and_where_it_runs() -> None:
     progress(40, 40, "steps")
     (running,) = board.snapshot()
     assert (running.waits_for, list(running.places), running.done) == ("", ["w1 GPU 0"], 40)
+
+
+def test_devices_that_actors_share_are_counted_once() -> None:
+    places = ["w1 GPU 0", "w1 GPU 0", "w1 GPU 1 GPU 2", "w2 GPU 0", "w3", "w3"]
+    assert devices_in_use(places) == 6
+    assert devices_in_use([]) == 0

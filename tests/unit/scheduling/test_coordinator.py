@@ -11,6 +11,7 @@ from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.coordinator import (
     LEASE_S,
     PATIENCE_S,
+    PRESENT_S,
     SETTLE_S,
     Coordinator,
     LeaseReply,
@@ -20,6 +21,7 @@ from orchestrator.scheduling.leases import Leases, LimitReachedError
 from orchestrator.scheduling.limits import Limits
 from orchestrator.scheduling.packing import Node
 from orchestrator.scheduling.resources import ResourceBundle, ResourceRequest, stage_resources
+from orchestrator.storage.control import Directives
 
 HELD = {
     "recover": ResourceRequest(ResourceBundle(1, 1), 4, 4),
@@ -127,6 +129,21 @@ def test_a_request_that_is_not_repeated_expires() -> None:
     assert coordinator.try_acquire(waiting).granted
 
 
+def test_a_request_whose_process_has_ended_gets_nothing() -> None:
+    clock = _Clock()
+    coordinator = Coordinator(Limits(), admission=FOUR_GPUS, clock=clock)
+    at_work = LeaseRequest("recover", "a", "a")
+    dead, waiting = (LeaseRequest("recover", name, name, left) for name, left in (("b", 1), ("c", 2)))
+    assert [coordinator.try_acquire(each).granted for each in (at_work, dead, waiting)] == [
+        True,
+        False,
+        False,
+    ]
+    clock.now = PRESENT_S + 1
+    coordinator.release(at_work, 1.0)
+    assert coordinator.try_acquire(waiting).granted
+
+
 def test_a_stage_wider_than_the_cluster_waits_in_ray_and_holds_nothing() -> None:
     """Ray has to ask an autoscaler for the nodes; what is there goes on with other stages."""
     admission = AdmissionController(lambda: [Node("n", 8, 2)], HELD)
@@ -201,9 +218,8 @@ def test_what_waits_for_room_goes_on_when_others_leave() -> None:
 
 
 def test_a_priority_goes_before_how_many_stages_are_left() -> None:
-    coordinator = Coordinator(
-        Limits(), admission=FOUR_GPUS, priority=lambda trajectory: 1 if trajectory == "urgent" else 0
-    )
+    wanted = Directives(priorities={"urgent": 1})
+    coordinator = Coordinator(Limits(), admission=FOUR_GPUS, control=lambda: wanted)
     training, late, urgent = (
         LeaseRequest("recover", key, key, left, key) for key, left in (("a", 5), ("b", 1), ("urgent", 9))
     )

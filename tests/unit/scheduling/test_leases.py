@@ -89,7 +89,7 @@ def test_what_a_stage_waits_for_is_passed_on() -> None:
         second.acquire("score", "key", waits_for=said.append)
     finally:
         module.ACQUIRE_WAIT_S = module_wait
-    assert said == ["the same stage of another trajectory"]
+    assert said == ["the same stage, which another trajectory computes", ""]
     second.release("key", 1.0)
 
 

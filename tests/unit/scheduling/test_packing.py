@@ -2,8 +2,13 @@
 
 import pytest
 
-from orchestrator.errors import ClusterTooSmallError
-from orchestrator.scheduling.admission import AdmissionController, Candidate, check_resources
+from orchestrator.errors import ClusterTooSmallError, RequestError
+from orchestrator.scheduling.admission import (
+    AdmissionController,
+    Candidate,
+    check_resources,
+    check_speeds_compare,
+)
 from orchestrator.scheduling.packing import Node, Packing, with_node_types
 from orchestrator.scheduling.resources import ResourceBundle, ResourceRequest
 
@@ -141,6 +146,19 @@ def test_what_no_nodes_can_ever_hold_is_refused(
     with pytest.raises(ClusterTooSmallError, match=message):
         check_resources({"recover": request_}, nodes(*have))
     check_resources({"recover": gang(4, 2)}, nodes(4, 4))
+
+
+def test_speeds_are_measured_on_one_type_of_gpu() -> None:
+    types = [Node(name, 8, 4, accelerators=frozenset({name})) for name in ("A100", "H100")]
+    anywhere = ResourceRequest(GPU)
+    with pytest.raises(RequestError, match=r"may run on A100, H100; set execution.evaluation.accelerator"):
+        check_speeds_compare(anywhere, types)
+    for nodes_, request in (
+        (types[:1], anywhere),
+        (types, ResourceRequest(ResourceBundle(1))),
+        (types, ResourceRequest(ResourceBundle(1, 1, accelerator="A100"))),
+    ):
+        check_speeds_compare(request, nodes_)
 
 
 def test_a_quota_below_what_a_stage_needs_is_refused() -> None:
