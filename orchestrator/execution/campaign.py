@@ -28,11 +28,11 @@ from orchestrator.execution.local import LocalBackend
 from orchestrator.execution.progress import ProgressBoard, live_view
 from orchestrator.execution.stopping import StopRequest
 from orchestrator.execution.tune import CampaignOutcome, run_trial, run_trials
-from orchestrator.planning.changes import Change, described
+from orchestrator.planning.changes import Change, Effect, described
 from orchestrator.planning.cost_model import machine_of
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.recorded import check_changes, continue_plan, record_trajectories
-from orchestrator.planning.stages import StageCounts, count_stages
+from orchestrator.planning.stages import count_stages
 from orchestrator.scheduling.admission import AdmissionController, check_resources, check_speeds_compare
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits, spent_before
@@ -82,7 +82,12 @@ def run_campaign(
     plan, changes = continue_plan(plan, config, store)
     check_changes(store, changes, accept_changes)
     if changes:
-        tell(_told(changes, count_stages(chain(*campaign_stages(plan, store).values()))))
+        tell(f"Changed since this run was recorded:\n{described(changes)}")
+    if any(change.effect is not Effect.HARMLESS for change in changes):
+        stages = count_stages(chain(*campaign_stages(plan, store).values()))
+        tell(
+            f"Stages: {stages.finished} of {stages.distinct} are finished, {stages.to_run} are to be computed"
+        )
     limits = limits_of(config)
     check_unlocked(store)
     for evaluation in {trajectory.evaluation for trajectory in plan.trajectories}:
@@ -207,11 +212,3 @@ def _manifest(
         for trajectory in plan.trajectories
     ]
     return config.model_dump(mode="json"), planned, config.directories, trajectories
-
-
-def _told(changes: Sequence[Change], stages: StageCounts) -> str:
-    """Return what has changed since the run was recorded and what is left to do, in words for the user."""
-    return (
-        f"Changed since this run was recorded:\n{described(changes)}\n"
-        f"Stages: {stages.finished} of {stages.distinct} are finished, {stages.to_run} are to be computed."
-    )
