@@ -74,6 +74,8 @@ def merged(before: TrajectoryProgress | None, now: TrajectoryProgress, time_s: f
             return replace(before, stages_done=now.stages_done, stages_reused=now.stages_reused)
         if now.stages_done < before.stages_done:
             now = replace(now, stages_done=before.stages_done, stages_reused=before.stages_reused)
+        if not (now.places or now.waits_for or before.waits_for):
+            now = replace(now, places=before.places)
         if now.waits_for and before.waits_for:
             return replace(now, waits_since=before.waits_since, waited_s=waited_s)
     if before.waits_for:

@@ -112,6 +112,13 @@ def test_the_board_keeps_what_a_report_of_counts_alone_does_not_say() -> None:
     assert merged(replace(places, stages_done=5), late, 0.0) == replace(late, stages_done=5)
 
 
+def test_a_worker_that_was_not_told_its_place_is_still_shown_there() -> None:
+    placed = replace(STAGE, places=("w1 GPU 0",))
+    assert merged(placed, replace(STAGE, done=1, total=9), 0.0).places == ("w1 GPU 0",)
+    assert merged(placed, replace(STAGE, waits_for="1 GPU"), 0.0).places == ()
+    assert merged(placed, replace(STAGE, key="another"), 0.0).places == ()
+
+
 def test_the_board_adds_up_how_long_stages_wait() -> None:
     first = merged(None, replace(STAGE, waits_for="room"), 10.0)
     assert (first.waits_since, first.waited_s) == (10.0, 0.0)
