@@ -50,8 +50,8 @@ def start_coordinator(
     control: Callable[[], Directives] = Directives,
 ) -> "RayCoordinatorClient":
     """Start the coordinator of a campaign with so many trajectories at a time."""
-    # A trajectory may wait for a stage and for one in the background, and renews its leases meanwhile.
-    many = {"max_concurrency": 3 * at_a_time + 8}
+    # A trajectory may wait for two stages, renew its leases and look for its cancellation at a time.
+    many = {"max_concurrency": 4 * at_a_time + 8}
     actor = ray.remote(**ON_HEAD, **many)(HeadCoordinator).remote(
         limits, admission, store, time.time(), control
     )
