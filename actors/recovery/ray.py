@@ -310,6 +310,8 @@ def _with_smaller_micro_batch(job: _Job, name: str, error: BaseException) -> Ite
 
 def _train_worker(config: dict[str, _Job]) -> tuple[RecoveryResult | IterabreError, float]:
     """Train in one worker; return the result, and for how long its workers waited for their places."""
+    # It would log every checkpoint that is reported.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     with output_of(config["job"].stage):
         return _train(config["job"]), _waited["s"]
 
