@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -252,8 +252,10 @@ def reporting_wait(progress: ClusterProgress, needs: str, unit: str) -> Iterator
 
     def report() -> None:
         while not placed.wait(REPORT_S):
-            free, total = ray.available_resources(), ray.cluster_resources()
-            progress.waits_for(f"{needs}; free are {free.get(unit, 0):g} of {total.get(unit, 0):g} {unit}")
+            with suppress(Exception):  # the head may be away for a moment
+                free, total = ray.available_resources(), ray.cluster_resources()
+                said = f"free are {free.get(unit, 0):g} of {total.get(unit, 0):g} {unit}"
+                progress.waits_for(f"{needs}; {said}")
 
     reporting = threading.Thread(target=report, name="waiting", daemon=True)
     reporting.start()

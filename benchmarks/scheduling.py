@@ -40,7 +40,6 @@ from orchestrator.execution.dry_run import campaign_stages, planned_stages
 from orchestrator.execution.tune import run_trials
 from orchestrator.planning.cost_model import (
     MACHINES,
-    START_S,
     StageCost,
     block_flops,
     seconds,
@@ -104,7 +103,7 @@ def stage_times() -> dict[str, float]:
     a100 = MACHINES["A100-80G"]
     return {
         kind: seconds(StageCost(flops[kind], weights), kind, a100, DEVICES[kind], "bfloat16", 0.35)
-        for kind in START_S
+        for kind in DEVICES
     }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from actors.contracts import ActorPoolSpec, EvaluationResult, EvaluationSpec, Progress, no_progress
 from actors.evaluation.batch_size import batch_sizes
 from actors.out_of_memory import once_more_with_less
-from actors.ray_pool import ActorPool, result_of, run_in_task
+from actors.ray_pool import ActorPool, result_of, run_in_task, task_name
 
 if TYPE_CHECKING:
     from actors.evaluation.lm_eval.language_models import Responder
@@ -90,13 +90,18 @@ def _evaluate_on_pool(spec: EvaluationSpec, pool: ActorPool, progress: Progress)
         check_chat_template(tokenizer)
     without_tasks = _submit(pool.first, replace(spec, tasks=(), suites=()))
 
+    def named(actor: Any) -> Any:
+        return actor.respond.options(**task_name())
+
     def respond(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         size = -(-len(arguments) // (len(pool) * SHARDS_PER_ACTOR))
         shards = [arguments[first : first + size] for first in range(0, len(arguments), size)]
         responses: dict[int, list[Any]] = {}
         for shard, found in pool.dispatch(
             range(len(shards)),
-            submit=lambda actor, shard: actor.respond.remote(spec, kind, shards[shard]),
+            submit=lambda actor, shard: actor.respond.options(**task_name()).remote(
+                spec, kind, shards[shard]
+            ),
             busy=without_tasks,
         ):
             responses[shard] = found
@@ -130,4 +135,4 @@ def evaluate_all_on_ray(
 
 
 def _submit(actor: Any, spec: EvaluationSpec, progress: Progress = no_progress) -> Any:
-    return actor.evaluate.options(max_task_retries=RETRIES).remote(spec, progress)
+    return actor.evaluate.options(max_task_retries=RETRIES, **task_name()).remote(spec, progress)

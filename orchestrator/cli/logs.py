@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,10 +12,12 @@ from orchestrator.cli.runs import existing_run
 from orchestrator.errors import RequestError, unknown_name
 
 if TYPE_CHECKING:
-    from orchestrator.storage.stage_logs import StageLog
     from orchestrator.storage.stage_store import Store
 
 POLL_S = 2.0
+
+FOLLOWED_LINES = 10
+"""Of each log that is there when it begins to be followed."""
 
 
 def logs(
@@ -29,7 +30,9 @@ def logs(
         typer.Option(help="Kind of stage (score, recover, …), its key, or driver or workers for theirs."),
     ] = None,
     iteration: Annotated[int | None, typer.Option(help="Of this iteration only.", min=0)] = None,
-    lines: Annotated[int | None, typer.Option(help="Only so many lines at the end of each.", min=1)] = None,
+    lines: Annotated[
+        int | None, typer.Option(help="Only the last lines of each; 10 with --follow.", min=1)
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Go on with what comes; Ctrl-C ends it.")] = False,
 ) -> None:
     """Show the logs of a run's stages; without options, list which there are."""
@@ -40,54 +43,64 @@ def logs(
     if trajectory is stage is iteration is None and not follow:
         _list(store)
         return
-    shown: dict[str, int] = {}
-    names = _names(store, trajectory, stage, iteration)
-    if not names and not follow:
+    found = _found(store, trajectory, stage, iteration)
+    if not found and not follow:
         raise RequestError(_nothing_found(store, trajectory))
-    last = None
+    printer = _Printer(lines or (FOLLOWED_LINES if follow else None))
     while True:
-        for name in names:
-            content = read_log(store, name)
-            new = content[shown.get(name, 0) :]
-            if not follow or new.endswith(b"\n") or not new:
-                end = len(content)
-            else:  # an unfinished line waits for its end
-                end = len(content) - len(new) + new.rfind(b"\n") + 1
-                new = new[: new.rfind(b"\n") + 1]
-            if new or name not in shown:
-                if len(names) > 1 and name != last:
-                    sys.stdout.write(f"==> {name} <==\n")
-                last = name
-                sys.stdout.writelines(_tail(new, lines if name not in shown else None))
-                sys.stdout.flush()
-            shown[name] = end
+        for name, size in found.items():
+            if printer.has_news(name, size):
+                printer.show(name, read_log(store, name), complete=not follow, among=len(found))
         if not follow:
             return
+        printer.lines = None  # of logs that begin later, all
         time.sleep(POLL_S)
-        names = _names(store, trajectory, stage, iteration)
+        found = _found(store, trajectory, stage, iteration)
 
 
-def _names(store: "Store", trajectory: str | None, stage: str | None, iteration: int | None) -> list[str]:
-    """Return the names of the logs that are wanted."""
+class _Printer:
+    """Prints what is new in logs; of one that is shown for the first time, the last `lines`."""
+
+    def __init__(self, lines: int | None) -> None:
+        self.lines = lines
+        self._shown: dict[str, int] = {}
+        self._last = ""
+
+    def has_news(self, name: str, size: int | None) -> bool:
+        """Return whether a log of that size has more than was shown; one whose size is not known may."""
+        return size is None or size != self._shown.get(name)
+
+    def show(self, name: str, content: bytes, complete: bool, among: int) -> None:
+        """Print what is new of a log; an unfinished line waits for its end unless that is all."""
+        end = len(content) if complete else content.rfind(b"\n") + 1
+        new = content[self._shown.get(name, 0) : end].decode(errors="replace").splitlines(keepends=True)
+        if name not in self._shown and self.lines:
+            new = new[-self.lines :]
+        self._shown[name] = end
+        if new and among > 1 and name != self._last:
+            sys.stdout.write(f"==> {name} <==\n")
+        if new:
+            self._last = name
+            sys.stdout.writelines(new)
+            sys.stdout.flush()
+
+
+def _found(
+    store: "Store", trajectory: str | None, stage: str | None, iteration: int | None
+) -> dict[str, int | None]:
+    """Return the logs that are wanted, by name, with their sizes where these are known."""
     from orchestrator.storage.stage_logs import DRIVER_LOG, WORKERS_LOG, stage_logs
 
     of_all = {"driver": DRIVER_LOG, "workers": WORKERS_LOG}
     if stage in of_all:
-        return [of_all[stage]]
-
-    def wanted(found: "StageLog") -> bool:
-        return (
-            trajectory in (None, found.trajectory)
-            and iteration in (None, found.iteration)
-            and (stage in (None, found.stage) or found.key.startswith(str(stage)[:12]))
-        )
-
-    return [found.name for found in stage_logs(store) if wanted(found)]
-
-
-def _tail(content: bytes, lines: int | None) -> Iterator[str]:
-    found = content.decode(errors="replace").splitlines(keepends=True)
-    yield from found[-lines:] if lines else found
+        return {of_all[stage]: None}
+    return {
+        log.name: log.size_bytes
+        for log in stage_logs(store)
+        if trajectory in (None, log.trajectory)
+        and iteration in (None, log.iteration)
+        and (stage in (None, log.stage) or log.key.startswith(str(stage)[:12]))
+    }
 
 
 def _list(store: "Store") -> None:

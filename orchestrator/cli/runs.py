@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from orchestrator.reporting.data.run_status import RunStatus
     from orchestrator.storage.stage_store import Store
 
-WATCH_INTERVAL_S = 2.0
+WATCH_INTERVAL_S = 10.0
+LOCAL_WATCH_INTERVAL_S = 2.0
+"""As often as a driver writes how far it is."""
 
 
 def status(
@@ -62,8 +64,10 @@ def _watch(store: "Store") -> None:
     """Show the state of a run until it has ended: in place in a terminal, else whenever it changes."""
     from rich.live import Live
 
+    from actors.artifacts import local_path
     from orchestrator.reporting.tables.status import status_text
 
+    interval_s = WATCH_INTERVAL_S if local_path(store.uri) is None else LOCAL_WATCH_INTERVAL_S
     before = None
     with Live(console=out, auto_refresh=False, vertical_overflow="ellipsis") as live:
         while True:
@@ -75,7 +79,7 @@ def _watch(store: "Store") -> None:
             if now.state == "ended":
                 return
             before = now.trajectories
-            time.sleep(WATCH_INTERVAL_S)
+            time.sleep(interval_s)
 
 
 def report(run: Run) -> None:

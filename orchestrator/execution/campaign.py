@@ -28,15 +28,15 @@ from orchestrator.execution.local import LocalBackend
 from orchestrator.execution.progress import ProgressBoard, live_view
 from orchestrator.execution.stopping import StopRequest
 from orchestrator.execution.tune import CampaignOutcome, run_trial, run_trials
-from orchestrator.planning.changes import Change, described
+from orchestrator.planning.changes import Change, Effect, described
 from orchestrator.planning.cost_model import machine_of
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.recorded import check_changes, continue_plan, record_trajectories
-from orchestrator.planning.stages import StageCounts, count_stages
+from orchestrator.planning.stages import count_stages
 from orchestrator.scheduling.admission import AdmissionController, check_resources, check_speeds_compare
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits, spent_before
-from orchestrator.scheduling.resources import devices_held, stage_resources
+from orchestrator.scheduling.resources import devices_held, held_kinds, stage_resources
 from orchestrator.storage.garbage_collector import collect
 from orchestrator.storage.run_lock import check_unlocked, locked
 from orchestrator.storage.run_manifest import check_run, open_run, update_run
@@ -82,7 +82,12 @@ def run_campaign(
     plan, changes = continue_plan(plan, config, store)
     check_changes(store, changes, accept_changes)
     if changes:
-        tell(_told(changes, count_stages(chain(*campaign_stages(plan, store).values()))))
+        tell(f"Changed since this run was recorded:\n{described(changes)}")
+    if any(change.effect is not Effect.HARMLESS for change in changes):
+        stages = count_stages(chain(*campaign_stages(plan, store).values()))
+        tell(
+            f"Stages: {stages.finished} of {stages.distinct} are finished, {stages.to_run} are to be computed"
+        )
     limits = limits_of(config)
     check_unlocked(store)
     for evaluation in {trajectory.evaluation for trajectory in plan.trajectories}:
@@ -148,7 +153,7 @@ def limits_of(config: CampaignConfig) -> Limits:
         budget=execution.budget,
         price_per_hour=machine_of(config.cost, config.cost.machine).price_per_hour,
         devices=devices_held(execution),
-        task_methods={method.name for method in methods if method.scoring.task is not None},
+        held_kinds=held_kinds(methods),
     )
 
 
@@ -207,11 +212,3 @@ def _manifest(
         for trajectory in plan.trajectories
     ]
     return config.model_dump(mode="json"), planned, config.directories, trajectories
-
-
-def _told(changes: Sequence[Change], stages: StageCounts) -> str:
-    """Return what has changed since the run was recorded and what is left to do, in words for the user."""
-    return (
-        f"Changed since this run was recorded:\n{described(changes)}\n"
-        f"Stages: {stages.finished} of {stages.distinct} are finished, {stages.to_run} are to be computed."
-    )

@@ -1,28 +1,32 @@
 """Exports of earlier versions, whose keys held their card: found again, and not written once more."""
 
+import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from actors.artifacts import join, list_files, read_bytes
 from actors.contracts import ArtifactRef, ExportResult, digest
+from actors.errors import StorageUnavailableError, WorkError
 from orchestrator.export.provenance import CARD, PROVENANCE
 from orchestrator.storage.stage_store import Store
+
+log = logging.getLogger(__name__)
 
 KIND = "export"
 
 
-def find_former_export(
-    store: Store, inputs: Mapping[str, Any], uri: str
-) -> tuple[ExportResult, float] | None:
-    """Return an export of the same model to the same place, and what it took; None if there is none.
+def find_former_export(store: Store, inputs: Mapping[str, Any], uri: str) -> ExportResult | None:
+    """Return an export of the same model that still lies in the same place; None if there is none.
 
     Args:
         inputs: of the export's key: `model`, and `directory`, for which `uri` stands.
     """
-    if read_bytes(join(uri, PROVENANCE)) is None:
+    if (described := read_bytes(join(uri, PROVENANCE))) is None:
         return None
+    there = hashlib.sha256(described).hexdigest()
     wanted = digest({name: value for name, value in inputs.items() if name != "directory"})
     for file in list_files(join(store.uri, "stages", KIND), recursive=True):
         if file.base_name != "manifest.json":
@@ -35,8 +39,11 @@ def find_former_export(
         if digest({name: held[name] for name in held.keys() - {"card", "provenance"}}) != wanted:
             continue
         result = store.peek(KIND, key, ExportResult)
-        if result is not None and result.artifact.uri == uri:
-            return result, manifest["seconds"]
+        if result is None or result.artifact.uri != uri:
+            continue
+        # Another model may have been written there since.
+        if any(each.name == PROVENANCE and each.sha256 == there for each in result.artifact.files):
+            return result
     return None
 
 
@@ -44,9 +51,14 @@ def adopt_former_export(store: Store, key: str, inputs: dict[str, Any], uri: str
     """Commit under `key` what `find_former_export` finds, without card and provenance, if it is not there."""
     if store.peek(KIND, key, ExportResult) is not None:
         return
-    if (found := find_former_export(store, inputs, uri)) is None:
+    if (result := find_former_export(store, inputs, uri)) is None:
         return
-    result, seconds = found
     files = tuple(file for file in result.artifact.files if file.name not in (CARD, PROVENANCE))
     artifact = ArtifactRef(uri, files)
-    store.commit(KIND, key, replace(result, artifact=artifact), inputs, artifact, seconds)
+    try:
+        # What it took stands under its former key.
+        store.commit(KIND, key, replace(result, artifact=artifact), inputs, artifact, seconds=0.0)
+    except StorageUnavailableError:
+        raise
+    except WorkError as error:
+        log.warning("the export at %s is written again: %s", uri, error)

@@ -3,12 +3,11 @@
 Pure decisions; `orchestrator.execution.campaign` carries them out.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from orchestrator.scheduling.resources import TASK_SCORING
 from orchestrator.storage.ledger import measured_seconds
 
 FIRST_BACKOFF_S = 5.0
@@ -21,7 +20,8 @@ class Limits:
 
     `devices` is how many devices (GPUs, or CPUs where there are none) a stage of each
     kind holds, `price_per_hour` that of one device; kinds are those of `scheduling.resources`.
-    `task_methods` are the methods that score by a task.
+    `held_kinds` has the kinds of stages that hold other devices than their name says, by stage, phase and
+    method as in the ledger.
     """
 
     max_failures: int | None = None
@@ -29,7 +29,7 @@ class Limits:
     budget: float | None = None
     price_per_hour: float = 0.0
     devices: Mapping[str, float] = field(default_factory=dict)
-    task_methods: Collection[str] = ()
+    held_kinds: Mapping[tuple[str, str | None, str], str] = field(default_factory=dict)
 
     def price(self, kind: str, seconds: float) -> float:
         """Return what a stage that took so long has cost."""
@@ -72,9 +72,6 @@ def backoff_s(attempt: int) -> float:
 
 def spent_before(ledger: pa.Table, limits: Limits) -> float:
     """Return the price of all stages that a run has finished so far."""
-    columns = ledger.select(["stage", "method", "key"]).to_pydict().values()
-    by_task = {key for _, method, key in zip(*columns, strict=True) if method in limits.task_methods}
-    return sum(
-        limits.price(TASK_SCORING if kind == "score" and key in by_task else kind, took)
-        for (kind, key), took in measured_seconds(ledger).items()
-    )
+    columns = ledger.select(["stage", "phase", "method", "key"]).to_pydict().values()
+    kinds = {row[3]: limits.held_kinds.get(row[:3], row[0]) for row in zip(*columns, strict=True)}
+    return sum(limits.price(kinds[key], took) for (_, key), took in measured_seconds(ledger).items())

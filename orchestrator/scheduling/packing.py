@@ -164,7 +164,7 @@ def _subtract(free: list[float], bundle: ResourceBundle) -> None:
 def with_node_types(nodes: Sequence[Node], types: Sequence[tuple[Node, int]]) -> list[Node]:
     """Return the nodes with those that an autoscaler may still start, of so many of each type.
 
-    Every node that is up counts as one of the type that it is most like.
+    Every node that is up counts as one of the type that it is most like; a small head as none.
     """
     kinds = [node_type for node_type, _ in types]
     left = [count for _, count in types]
@@ -175,6 +175,7 @@ def with_node_types(nodes: Sequence[Node], types: Sequence[tuple[Node, int]]) ->
             if left[position]
             and kind.accelerators <= node.accelerators
             and (kind.gpus > 0) == (node.gpus > 0)
+            and node.cpus >= kind.cpus / 2
         ]
         if like:
             left[min(like)[-1]] -= 1

@@ -4,12 +4,12 @@ The one answer to that question: admission, the backend, `iterabre plan`, the bu
 cluster use it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.contracts import CLOSED_FORM_OBJECTIVES, MERGING_CRITERIA, RecoverySpec, ScoreSpec
-from orchestrator.config import ActorConfig, ExecutionConfig
+from orchestrator.config import ActorConfig, ExecutionConfig, MethodConfig
 
 ROUNDING = 1e-6
 """Fractions of a GPU do not add up exactly."""
@@ -94,6 +94,24 @@ def resource_kind(kind: str, spec: Any) -> str:
     if isinstance(spec, RecoverySpec) and spec.objective in CLOSED_FORM_OBJECTIVES:
         return CLOSED_FORM
     return kind
+
+
+def held_kinds(methods: Iterable[MethodConfig]) -> dict[tuple[str, str | None, str], str]:
+    """Return the kinds of stages that hold other devices than their name says.
+
+    By stage, phase and method: what the ledger has of a stage, in place of its spec.
+    """
+    kinds: dict[tuple[str, str | None, str], str] = {}
+    for method in methods:
+        if method.scoring.task is not None:
+            kinds["score", None, method.name] = TASK_SCORING
+        elif method.scoring.criterion in MERGING_CRITERIA:
+            kinds["score", None, method.name] = MERGE_SCORING
+        if method.recovery.objective in CLOSED_FORM_OBJECTIVES:
+            kinds["recover", None, method.name] = CLOSED_FORM
+        if method.recovery.start in CLOSED_FORM_OBJECTIVES:
+            kinds["recover", "start", method.name] = CLOSED_FORM
+    return kinds
 
 
 def stage_resources(execution: ExecutionConfig) -> dict[str, ResourceRequest]:

@@ -128,6 +128,11 @@ class Ledger:
 
         try:
             return attempt(self.uri, "read", rows)
+        except FileNotFoundError:
+            # Parts of stages that others took the place of may be moved between listing and reading.
+            if (left := [name for name in names if self.has(name)]) == list(names):
+                raise
+            return self.read_parts(left)
         except pa.ArrowException as error:
             raise WorkError(
                 f"ledger {self.uri} cannot be read ({error}); delete the part that is named and run again "

@@ -97,10 +97,15 @@ def progress_written(
     if interval_s is None:
         interval_s = WRITE_INTERVAL_S if local_path(store.uri) is None else LOCAL_WRITE_INTERVAL_S
     ended = threading.Event()
+    known: list[Sequence[TrajectoryProgress]] = [()]
 
     def write() -> None:
         try:
-            now = RunProgress(time.time(), socket.gethostname(), ended.is_set(), tuple(snapshot()))
+            known[0] = tuple(snapshot())
+        except Exception as error:  # at the end, the board may have ended before
+            log.warning("the progress could not be found out: %s", error)
+        try:
+            now = RunProgress(time.time(), socket.gethostname(), ended.is_set(), known[0])
             write_progress(store, now)
         except Exception as error:
             log.warning("%s could not be written: %s", store.progress_uri, error)

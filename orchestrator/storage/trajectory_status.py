@@ -1,6 +1,7 @@
 """How each trajectory of a run ended: one small file each, read by `iterabre status` and on resume."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -10,6 +11,9 @@ from orchestrator.storage.layout import PLAN_SUFFIX
 from orchestrator.storage.stage_store import Store
 
 SUFFIX = ".json"
+
+READERS = 16
+"""Files that are read at a time: an object store takes as long for each as for all of these."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,9 @@ def read_statuses(store: Store) -> dict[str, TrajectoryStatus]:
 
 
 def _stored(store: Store) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for info in list_files(store.trajectories_uri):
-        if not info.base_name.endswith(PLAN_SUFFIX):
-            trajectory = info.base_name.removesuffix(SUFFIX)
-            found[trajectory] = json.loads(read_bytes(store.trajectory_status_uri(trajectory)) or b"{}")
-    return found
+    names = [info.base_name for info in list_files(store.trajectories_uri)]
+    trajectories = [name.removesuffix(SUFFIX) for name in names if not name.endswith(PLAN_SUFFIX)]
+    with ThreadPoolExecutor(READERS) as pool:
+        contents = list(pool.map(read_bytes, map(store.trajectory_status_uri, trajectories)))
+    found = zip(trajectories, contents, strict=True)
+    return {trajectory: json.loads(content or b"{}") for trajectory, content in found}

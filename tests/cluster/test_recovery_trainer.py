@@ -128,6 +128,7 @@ def test_an_error_of_a_worker_ends_the_training_at_once(spec: RecoverySpec, tmp_
     assert [line.split()[0] for line in progress.lines] == ["1", "2", "3"]
 
 
+@pytest.mark.long
 def test_training_goes_on_with_fewer_workers_where_none_replaces_a_lost_one(
     spec: RecoverySpec, local: RecoveryResult, tmp_path: Path
 ) -> None:
@@ -155,6 +156,7 @@ def test_training_goes_on_with_fewer_workers_where_none_replaces_a_lost_one(
     assert "within 5 s: going on with 1 of 2 workers" in (tmp_path / "waits").read_text()
 
 
+@pytest.mark.long
 def test_a_training_that_is_asked_to_stop_does_so_at_a_checkpoint_and_goes_on_there(
     spec: RecoverySpec, local: RecoveryResult, tmp_path: Path
 ) -> None:

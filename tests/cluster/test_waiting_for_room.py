@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from actors.contracts import ActorPoolSpec, Progress, WaitingTime
+from actors.errors import WorkError
 from actors.ray_pool import STARTING_S, ActorPool, result_of, run_in_task
 
 pytestmark = pytest.mark.usefixtures("ray_two_cpus")
@@ -78,3 +79,16 @@ def test_waiting_within_a_task_comes_back_to_its_caller() -> None:
     quick = WaitingTime(Recorder())
     assert run_in_task(pooled, 3, progress=quick) == 12
     assert quick.waited_s == 0.0
+
+
+def test_labels_and_memory_decide_where_an_actor_is_placed() -> None:
+    (node,) = ray.nodes()
+    here = {"ray.io/node-id": node["NodeID"]}
+    with ActorPool(ActorPoolSpec(1, 0.5, 0, 60.0, 1e6, labels=here), Worker, setting="scoring") as pool:
+        assert result_of(pool.first.work.remote(1)) == 2
+    elsewhere = ActorPoolSpec(1, 0.5, 0, start_timeout_s=5.0, labels={"zone": "nowhere"})
+    with (
+        pytest.raises(WorkError, match="scoring got no place"),
+        ActorPool(elsewhere, Worker, setting="scoring"),
+    ):
+        pass

@@ -29,7 +29,7 @@ def status_text(status: RunStatus, now: float, with_reasons: bool = True) -> Tex
         "ended": f"its driver on {status.host} has ended, {duration(status.age_s)} ago",
         "silent": f"no word from its driver on {status.host} for {duration(status.age_s)}: it has ended or "
         "is cut off from the storage; --resume continues. Last known:",
-        "not started": "its driver has not reported yet",
+        "not started": "no driver has written how far it is",
     }
     text.append(f"{heads[status.state]}\n", "bold")
     if status.paused and status.state != "paused":

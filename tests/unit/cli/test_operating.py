@@ -13,6 +13,7 @@ from actors.contracts import Progress, ScoreResult, ScoreSpec
 from orchestrator.execution.local import LocalBackend
 from orchestrator.storage.control import Control, read_control, write_control
 from orchestrator.storage.run_progress import read_progress
+from orchestrator.storage.stage_logs import LogWriter
 from orchestrator.storage.stage_store import Store
 from tests.support.tiny_campaign import tiny_campaign, write_campaign
 from tests.unit.cli.command import iterabre
@@ -74,6 +75,41 @@ def test_a_run_leaves_its_progress_and_logs(campaign: dict[str, Any], tmp_path: 
         == 1
     )
     assert "starts" in iterabre("logs", run, "--stage", "driver").out
+
+
+def test_logs_are_followed_as_they_grow(
+    campaign: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _planned_only(campaign, tmp_path)
+    run = tmp_path / "runs/tiny"
+    writer = LogWriter(Store(str(run)))
+    writer.write("a/001-score-0123456789ab.log", [f"line {number}" for number in range(20)])
+    log = run / "logs/a/001-score-0123456789ab.log"
+    rounds = iter(range(3))
+
+    def grow(_seconds: float) -> None:
+        match next(rounds):
+            case 0:
+                with log.open("a") as target:
+                    target.write("half a ")
+                writer.write("b/001-score-0123456789ab.log", [f"{number} of b" for number in range(12)])
+            case 1:
+                with log.open("a") as target:
+                    target.write("line\nand one\n")
+            case _:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("orchestrator.cli.logs.time.sleep", grow)
+    answer = iterabre("logs", run, "--follow")
+    assert (answer.exit_code, answer.err.strip()) == (1, "iterabre: stopped")
+    assert answer.out.splitlines() == [
+        *(f"line {number}" for number in range(10, 20)),
+        "==> b/001-score-0123456789ab.log <==",
+        *(f"{number} of b" for number in range(12)),
+        "==> a/001-score-0123456789ab.log <==",
+        "half a line",
+        "and one",
+    ]
 
 
 @pytest.mark.parametrize(

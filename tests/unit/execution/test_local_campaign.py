@@ -169,13 +169,15 @@ def test_an_export_of_an_earlier_version_is_not_written_again(copied: Path, conf
         manifest = json.loads((stage / "manifest.json").read_text())
         directory = manifest["inputs"].pop("directory")
         manifest["inputs"] |= {"card": "another wording", "provenance": "{}"}
+        described = (copied / "models" / directory / "iterabre.json").read_bytes()
+        file = {"name": "iterabre.json", "size_bytes": 1, "sha256": hashlib.sha256(described).hexdigest()}
+        manifest["payload"]["files"].append(file)
+        manifest["result"]["artifact"]["files"].append(file)
         manifest |= {"key": f"{number}" * 64, "format": 1}
         result = json.dumps(manifest["result"]).encode()
         (stage / "result.json").write_bytes(result)
         digest = hashlib.sha256(result).hexdigest()
         manifest["result"] = {"name": "result.json", "size_bytes": len(result), "sha256": digest}
-        card = copied / "models" / directory / "README.md"
-        manifest["payload"]["files"].append({"name": card.name, "size_bytes": 1, "sha256": "0"})
         (stage / "manifest.json").write_text(json.dumps(manifest))
         stage.rename(stage.with_name(manifest["key"]))
     left = json.loads(iterabre("plan", config, "--set", f"storage.path={copied.parent}", "--json").out)
@@ -184,6 +186,16 @@ def test_an_export_of_an_earlier_version_is_not_written_again(copied: Path, conf
     assert _resume(config, copied).exit_code == 0
     assert {name: time for name, time in _times(copied).items() if name.startswith("models/")} == before
     assert len(list((copied / "stages/export").iterdir())) == 4
+
+
+def test_an_export_of_an_earlier_version_that_is_gone_is_written_again(copied: Path, config: str) -> None:
+    test_an_export_of_an_earlier_version_is_not_written_again(copied, config)
+    for stage in (copied / "stages/export").iterdir():
+        if len(set(stage.name)) > 1:
+            shutil.rmtree(stage)
+    (copied / f"models/{TRAJECTORY}/3-layers/model.safetensors").unlink()
+    assert _resume(config, copied).exit_code == 0
+    assert (copied / f"models/{TRAJECTORY}/3-layers/model.safetensors").is_file()
 
 
 def test_a_lost_recovery_alone_is_run_again(copied: Path, config: str) -> None:

@@ -40,7 +40,7 @@ from orchestrator.planning.plan import TextSize
 from orchestrator.planning.planner import build_plan
 from orchestrator.planning.stages import PlannedStage
 from orchestrator.scheduling.limits import Limits, spent_before
-from orchestrator.scheduling.resources import TASK_SCORING
+from orchestrator.scheduling.resources import CLOSED_FORM, TASK_SCORING
 from orchestrator.storage.ledger import Ledger, Row, measured_seconds
 from tests.support.tiny_campaign import tiny_campaign
 from tests.support.tiny_models import save_tiny, tiny_ids, tiny_llama, tiny_model, tiny_tokenizer
@@ -216,5 +216,8 @@ def test_what_a_run_has_spent_counts_a_shared_stage_once(tmp_path: Path) -> None
     devices = {"score": 1.0, TASK_SCORING: 8.0, "recover": 4.0}
     limits = Limits(price_per_hour=2.0, devices=devices)
     assert spent_before(table, limits) == 1.0 + 2 * 2.0
-    by_task = Limits(price_per_hour=2.0, devices=devices, task_methods={"x"})
+    by_task = replace(limits, held_kinds={("score", None, "x"): TASK_SCORING})
     assert spent_before(table, by_task) == 8.0 + 2 * 2.0
+    solving = devices | {CLOSED_FORM: 1.0}
+    in_closed_form = replace(limits, devices=solving, held_kinds={("recover", None, "x"): CLOSED_FORM})
+    assert spent_before(table, in_closed_form) == 1.0 + 2 * 0.5

@@ -124,7 +124,7 @@ def test_types_labels_and_memory_decide_where_a_stage_fits() -> None:
 def test_an_autoscaler_adds_what_is_not_up_yet() -> None:
     types = [(Node("gpu", 8, 4, is_up=False), 2), (Node("cpu", 16, is_up=False), 1)]
     up = [Node("head", 0), Node("w", 8, 4)]
-    assert [node.name for node in with_node_types(up, types)] == ["head", "w", "gpu 0"]
+    assert [node.name for node in with_node_types(up, types)] == ["head", "w", "gpu 0", "cpu 0"]
     assert [node.name for node in with_node_types([Node("w", 8, 4)], types)] == ["w", "gpu 0", "cpu 0"]
     # What is up is used first.
     packing = Packing(with_node_types([Node("w", 8, 4)], types))

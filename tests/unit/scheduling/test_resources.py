@@ -31,6 +31,7 @@ from orchestrator.scheduling.resources import (
     TASK_SCORING,
     ResourceBundle,
     ResourceRequest,
+    held_kinds,
     resource_kind,
     stage_resources,
 )
@@ -216,3 +217,15 @@ def test_what_a_stage_needs_to_begin_must_be_there(
         check_resources(stage_resources(_config(campaign, {section: asked}).execution), small)
     fits = _config(campaign, settings(pool(9), pool(9), training(2), pool(9)))
     check_resources(stage_resources(fits.execution), small)
+
+
+def test_kinds_are_known_from_the_ledger_alone(campaign: dict[str, Any]) -> None:
+    tiny, *others = campaign["methods"]
+    bridged = {**tiny, "name": "bridged", "recovery": {**tiny["recovery"], "start": "linear_bridge"}}
+    merged = {**tiny, "name": "merged", "scoring": {**tiny["scoring"], "criterion": "laco"}}
+    config = _config(campaign | {"methods": [tiny, *others, bridged, merged]}, {})
+    assert held_kinds(config.methods) == {
+        ("score", None, "task"): TASK_SCORING,
+        ("score", None, "merged"): MERGE_SCORING,
+        ("recover", "start", "bridged"): CLOSED_FORM,
+    }

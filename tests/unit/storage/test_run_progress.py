@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.errors import WorkError
 from orchestrator.storage.run_progress import (
     RunProgress,
     TrajectoryProgress,
@@ -59,12 +60,26 @@ def test_it_is_written_at_once_now_and_then_and_at_the_end(tmp_path: Path) -> No
     assert last.ended
 
 
-def test_a_failing_storage_or_board_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(str(tmp_path))
+def test_a_lost_board_and_a_failing_storage_stop_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, shown = Store(str(tmp_path)), [GOING]
 
-    def fail() -> list[TrajectoryProgress]:
-        raise RuntimeError("the board is lost")
+    def snapshot() -> list[TrajectoryProgress]:
+        if not shown:
+            raise RuntimeError("the board is lost")
+        return shown
 
-    with progress_written(store, fail, interval_s=0.01):
+    with progress_written(store, snapshot, interval_s=0.01):
+        shown = []
         time.sleep(0.05)
-    assert read_progress(store) is None
+    last = read_progress(store)
+    assert last is not None
+    assert (last.ended, [each.trajectory for each in last.trajectories]) == (True, ["a"])
+
+    def fail(_uri: str, _data: bytes) -> None:
+        raise WorkError("the disk is full")
+
+    monkeypatch.setattr("orchestrator.storage.run_progress.write_bytes", fail)
+    with progress_written(store, list, interval_s=0.01):
+        time.sleep(0.05)

@@ -56,4 +56,5 @@ def test_they_are_moved_beside_the_ledger(tmp_path: object) -> None:
         move_superseded(store, ["t-001-score-all-aaaa"])
     assert ledger.parts() == ["t-001-score-all-bbbb"]
     assert Ledger(store.superseded_uri).read()["value"].to_pylist() == [3.0]
+    assert ledger.read_parts(["t-001-score-all-aaaa", "t-001-score-all-bbbb"]).num_rows == 1
     assert paid_rows(store)["value"].to_pylist() == [3.0, 3.0]
