@@ -90,7 +90,7 @@ def attempt(place: str, doing: str, operation: Callable[[], T], limit_s: float |
         error = state.outcome.exception() if state.outcome else None
         log.warning(
             "cannot %s %s (%s); trying again in %.1f s",
-            doing, place, one_line(error) if error else "", state.upcoming_sleep,
+            doing, place, _said(error) if error else "", state.upcoming_sleep,
         )  # fmt: skip
 
     trying = Retrying(
@@ -119,7 +119,7 @@ def explained(place: str, doing: str) -> Iterator[None]:
             raise
         if is_transient(error):
             raise StorageUnavailableError(
-                f"cannot {doing} {place}: the storage is away or overloaded ({one_line(error)}). "
+                f"cannot {doing} {place}: the storage is away or overloaded ({_said(error)}). "
                 "When it answers again, continue with --resume"
             ) from error
         remedies = {
@@ -130,5 +130,10 @@ def explained(place: str, doing: str) -> Iterator[None]:
             errno.EROFS: "the file system is read-only; choose another path",
         }
         number = error.errno if isinstance(error, OSError) else None
-        reason = remedies.get(number or 0, one_line(error) if number is None else str(error))
+        reason = remedies.get(number or 0, _said(error) if number is None else str(error))
         raise WorkError(f"cannot {doing} {place}: {reason}. Then continue with --resume") from error
+
+
+def _said(error: BaseException) -> str:
+    """Return what an error says in one line, without the dump of its parts that obstore adds."""
+    return one_line(error).partition(" Debug source:")[0]
