@@ -281,7 +281,7 @@ def run_trial(
     """
     # Of an evaluation in parts, the store tells which parts there are.
     stages_total = len(planned_stages(trajectory, store if trajectory.former_evaluations else None))
-    tries = quarantined = 0
+    tries = quarantined = reached = 0
     while True:
         leases = Leases(coordinator, trajectory.id)
         resolver = ComputeResolver(trajectory, store, backend, report, leases, stages_total)
@@ -303,8 +303,8 @@ def run_trial(
             quarantined += 1
             log.warning("%s: %s; its stage is quarantined and computed anew", trajectory.id, damaged)
         except Exception as error:
-            if resolver.progress.stages_done > resolver.progress.stages_reused:
-                tries = 0  # it has got on since the last loss
+            if resolver.progress.stages_done > reached:  # it has got on since the last loss
+                tries, reached = 0, resolver.progress.stages_done
             if tries == LOST_TRIAL_RETRIES or not (
                 is_loss(error) or isinstance(cause_of(error), StorageUnavailableError)
             ):

@@ -139,6 +139,14 @@ def test_losses_without_progress_end_the_trajectory_and_those_with_progress_do_n
     assert len(pauses) == 10
 
 
+def test_what_is_lost_after_a_choice_of_layers_is_not_tried_for_ever(run: Any) -> None:
+    # The choice itself is no stage that was found in the store, in any attempt.
+    reason, backend, _, pauses = run(lambda number: None if number == 1 else StorageUnavailableError("away"))
+    assert "away" in reason
+    assert backend.evaluations == 1 + tune.LOST_TRIAL_RETRIES + 1
+    assert len(pauses) == tune.LOST_TRIAL_RETRIES
+
+
 def test_a_damaged_artifact_is_quarantined_and_its_stage_computed_anew(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
