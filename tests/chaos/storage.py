@@ -1,5 +1,6 @@
 """Runs of the small campaign on an S3-speaking server whose calls fail at random."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ def faulty_storage(seed: int) -> Iterator[tuple[S3FileSystem, Faults]]:
 
     What is started meanwhile finds the faulty server in its environment.
     """
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a call
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
