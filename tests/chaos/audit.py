@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.dataset as ds
 
 from actors.artifacts import is_temporary
+from actors.stage_output import MARK
 
 OF_THE_MACHINE = ("s", "tokens/s", "bytes")
 """Units of numbers that differ between two runs that did the same."""
@@ -18,7 +19,8 @@ CLOCKS_S = 0.05
 """Between the clock of the log and that of the file system, and the log's rounding."""
 
 STARTS = re.compile(
-    r"^(\S+ \S+) INFO orchestrator\.execution\.resolvers .*: (\w+) ([0-9a-f]{12}) starts$", re.MULTILINE
+    rf"^(?:{MARK}\S+\t)?(\S+ \S+) INFO orchestrator\.execution\.resolvers .*: (\w+) ([0-9a-f]{{12}}) starts$",
+    re.MULTILINE,
 )
 
 

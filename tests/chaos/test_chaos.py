@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from actors.contracts import ScoreResult
+from actors.stage_output import MARK
 from orchestrator.storage.ledger import Ledger, Row
 from orchestrator.storage.stage_store import Store
 from tests.chaos.audit import faults, manifests, starts
@@ -88,7 +89,8 @@ def test_every_start_is_read_from_the_logs_of_the_trials(tmp_path: Path) -> None
     logger = "orchestrator.execution.resolvers"
     line = f"2026-01-02 03:04:05,678 INFO {logger} t iteration 1: score 0123456789ab starts\n"
     (logs / "worker-a.err").write_text(line + "noise\n" + line.replace("starts", "took 1.0 s"))
-    (logs / "worker-b.err").write_text(line.replace("05,678", "06,000"))
+    mark = f"{MARK}t/001-score-0123456789ab.log\t"
+    (logs / "worker-b.err").write_text(mark + line.replace("05,678", "06,000"))
     os.symlink(tmp_path / "session_1", tmp_path / "session_latest")
     found = starts([tmp_path])
     assert [stage for stage, _ in found] == ["score/0123456789ab"] * 2
