@@ -118,8 +118,9 @@ def show_results(run: str) -> None:
 def show_usage(store: "Store") -> None:
     """Print what the run has cost so far, if it ran on a cluster."""
     from orchestrator.planning.cost_model import machine_of
+    from orchestrator.reporting.tables.status import usage_text
     from orchestrator.storage.run_manifest import recorded_config
-    from orchestrator.storage.usage import Usage, total_usage, usage_text
+    from orchestrator.storage.usage import Usage, total_usage
 
     usage = total_usage(store)
     if usage != Usage():

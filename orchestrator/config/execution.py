@@ -112,7 +112,7 @@ class ExecutionConfig(Section):
 
     @property
     def node_types(self) -> Sequence[ClusterMaximumConfig]:
-        """What the autoscaler may start, a node type each."""
+        """The node types that the autoscaler may start."""
         given = self.cluster_maximum
         return given if isinstance(given, list) else [given] if given else []
 

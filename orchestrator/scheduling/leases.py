@@ -85,7 +85,7 @@ class Leases:
 
     @property
     def stopping(self) -> Callable[[], bool]:
-        """What says whether the campaign is to stop."""
+        """The function that says whether the campaign is to stop."""
         return self._coordinator.stopping
 
     def release(self, key: str, seconds: float, failed: bool = False) -> None:

@@ -36,7 +36,7 @@ class Node:
 
     @property
     def total(self) -> Amounts:
-        """What it has in all."""
+        """The amounts that it has in all."""
         return self.cpus, self.gpus, self.memory_bytes
 
     def devices(self, on_gpus: bool) -> float:

@@ -73,12 +73,12 @@ class ResourceRequest:
 
     @property
     def min(self) -> ResourceBundle:
-        """What it needs to begin, in all."""
+        """The total that it needs to begin."""
         return self.bundle.times(self.min_count)
 
     @property
     def max(self) -> ResourceBundle:
-        """What it holds at most, in all."""
+        """The total that it holds at most."""
         return self.bundle.times(self.max_count)
 
     def __str__(self) -> str:

@@ -132,12 +132,12 @@ class RunLayout:
 
     @property
     def control_uri(self) -> str:
-        """What an operator wants of the run, as JSON."""
+        """The file of an operator's wishes for the run, as JSON."""
         return join(self.uri, "control.json")
 
     @property
     def progress_uri(self) -> str:
-        """How far the run is, as JSON."""
+        """The file of the run's progress, as JSON."""
         return join(self.uri, "progress.json")
 
     @property

@@ -53,15 +53,6 @@ def usage_before(run: RunLayout, started_at: float) -> Usage:
     return _sum([_read(uri) for uri in uris if uri != own])
 
 
-def usage_text(usage: Usage, price_per_hour: float) -> str:
-    """Return the cost of a run in words: at work, failed, idle."""
-    worked, failed, idle = (
-        f"{seconds / 3600:.2f} device hours ({seconds / 3600 * price_per_hour:.2f})"
-        for seconds in (usage.worked_s, usage.failed_s, usage.idle_s)
-    )
-    return f"cost: {worked} at work, {failed} in attempts that failed, {idle} idle"
-
-
 def _uri(run: RunLayout, started_at: float) -> str:
     return join(run.usage_uri, f"{started_at:.3f}{SUFFIX}")
 

@@ -71,7 +71,7 @@ class RunStatus:
 
     @property
     def counts(self) -> Mapping[TrajectoryState, int]:
-        """How many trajectories are in each state."""
+        """The number of trajectories in each state."""
         return Counter(each.state for each in self.trajectories)
 
 

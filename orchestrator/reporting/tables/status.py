@@ -5,6 +5,7 @@ from collections import Counter
 from rich.text import Text
 
 from orchestrator.reporting.data.run_status import Activity, RunStatus, TrajectoryView
+from orchestrator.storage.usage import Usage
 
 STYLES = {
     "running": "green",
@@ -87,3 +88,12 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02d}:{rest:02d}"
     return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
+
+
+def usage_text(usage: Usage, price_per_hour: float) -> str:
+    """Return the cost of a run in words: at work, failed, idle."""
+    worked, failed, idle = (
+        f"{seconds / 3600:.2f} device hours ({seconds / 3600 * price_per_hour:.2f})"
+        for seconds in (usage.worked_s, usage.failed_s, usage.idle_s)
+    )
+    return f"cost: {worked} at work, {failed} in attempts that failed, {idle} idle"

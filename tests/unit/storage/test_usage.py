@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from orchestrator.reporting.tables.status import usage_text
 from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.coordinator import Coordinator, LeaseRequest
 from orchestrator.scheduling.limits import Limits
@@ -12,7 +13,6 @@ from orchestrator.storage.usage import (
     total_usage,
     usage_before,
     usage_since,
-    usage_text,
     write_usage,
 )
 
