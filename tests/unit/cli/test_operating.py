@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,7 +100,8 @@ def test_logs_are_followed_as_they_grow(
             case _:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr("orchestrator.cli.logs.time.sleep", grow)
+    # Of this module only: threads that other tests left in this process sleep too.
+    monkeypatch.setattr("orchestrator.cli.logs.time", SimpleNamespace(sleep=grow))
     answer = iterabre("logs", run, "--follow")
     assert (answer.exit_code, answer.err.strip()) == (1, "iterabre: stopped")
     assert answer.out.splitlines() == [
