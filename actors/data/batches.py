@@ -4,7 +4,7 @@ Shape letters: S sequences of a data set, B sequences of a batch, T tokens, D hi
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import LongTensor, Tensor
@@ -70,7 +70,7 @@ class TokenBatch:
         Args:
             non_blocking: do not wait for the copies, which asks for pinned tensors.
         """
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in vars(self).items()
             if isinstance(value, (Tensor, TopK)) and name != "sequences_B"
