@@ -22,7 +22,7 @@ from actors.artifacts.objects import (
 )
 from actors.artifacts.retries import PATIENCE_VARIABLE, attempt, explained, is_transient, patience_s
 from actors.artifacts.retrying_filesystem import retrying_filesystem
-from actors.artifacts.transfer import fetch, publish, without_empty_directories
+from actors.artifacts.transfer import fetch, publish, publish_file, without_empty_directories
 
 DRIVER_DIRECTORY = "ITERABRE_DRIVER_DIRECTORY"
 """The variable that holds the driver's directory for workers, which have directories of their own."""
@@ -50,6 +50,7 @@ __all__ = [
     "patient_filesystem",
     "place_and_date",
     "publish",
+    "publish_file",
     "read_bytes",
     "retrying_filesystem",
     "sha256_of",

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from actors.artifacts.filesystem import filesystem, join, local_path
-from actors.artifacts.node_cache import artifact_entry, make_space
+from actors.artifacts.node_cache import artifact_entry, file_sha256, make_space
 from actors.artifacts.objects import flush_to_disk, sha256_of, write_file
 from actors.artifacts.retries import attempt, explained
 from actors.contracts import ArtifactRef, FileRef
@@ -31,11 +31,25 @@ def publish(local_dir: Path, uri: str) -> ArtifactRef:
     return ArtifactRef(uri=uri, files=tuple(files))
 
 
-def fetch(ref: ArtifactRef) -> Path:
+def publish_file(file: Path, uri: str) -> FileRef:
+    """Copy one file under its own name to the artifact at `uri`, of which others publish the rest.
+
+    Raises:
+        WorkError: the target cannot be written.
+    """
+    sha256, size_bytes = write_file(file, join(uri, file.name))
+    return FileRef(file.name, size_bytes, sha256)
+
+
+def fetch(ref: ArtifactRef, remember: bool = False) -> Path:
     """Return a local directory that holds the files of `ref`, verified.
 
     A local artifact is used where it is. Any other is downloaded once per node into the cache under the
     hash of its content, by the first process that needs it, and stays there while a process uses it.
+
+    Args:
+        remember: for large files, which many processes read in part: do not read a file to verify it whose
+            hash this node knows, as long as it is left alone.
 
     Raises:
         DamagedArtifactError: a file is missing or is not what was published.
@@ -48,17 +62,17 @@ def fetch(ref: ArtifactRef) -> Path:
                 f"artifact {ref.uri} is not on this machine; with several nodes the storage path "
                 "must be one that all of them see (NFS, s3:// or gs://)"
             )
-        _check(directory, ref)
+        _check(directory, ref, remember)
         return directory
     directory = artifact_entry(ref.sha256)
     if directory.is_dir():
         try:
-            _check(directory, ref)
+            _check(directory, ref, remember)
             return directory
         except DamagedArtifactError:  # the copy of this node alone, perhaps
             shutil.rmtree(directory, ignore_errors=True)
     _download(ref, directory)
-    _check(directory, ref)
+    _check(directory, ref, remember)
     return directory
 
 
@@ -74,7 +88,7 @@ def without_empty_directories(path: Path) -> Iterator[None]:
                 directory.rmdir()
 
 
-def _check(directory: Path, ref: ArtifactRef) -> None:
+def _check(directory: Path, ref: ArtifactRef, remember: bool) -> None:
     for file in ref.files:
         path = _inside(directory, file.name)
         if not path.is_file():
@@ -82,7 +96,7 @@ def _check(directory: Path, ref: ArtifactRef) -> None:
         if path.stat().st_size != file.size_bytes:
             found = f"has {path.stat().st_size} bytes, not {file.size_bytes}"
             raise _damaged(ref.uri, file.name, found)
-    _verify_hashes(str(directory), ref)
+    _verify_hashes(str(directory), ref, remember)
 
 
 def _download(ref: ArtifactRef, directory: Path) -> None:
@@ -122,12 +136,14 @@ def _download_file(ref: ArtifactRef, file: FileRef, target: Path) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _verify_hashes(directory: str, ref: ArtifactRef) -> None:
-    """Read every file once per process; a failure is not remembered."""
+def _verify_hashes(directory: str, ref: ArtifactRef, remember: bool) -> None:
+    """Read every file once per process, or once per node; a failure is not remembered."""
     for file in ref.files:
         path = Path(directory) / file.name
 
         def read(path: Path = path) -> str:
+            if remember:
+                return file_sha256(path)
             with path.open("rb") as reader:
                 return sha256_of(reader)[0]
 

@@ -21,6 +21,7 @@ from actors.contracts.evaluation import (
 from actors.contracts.generation import GenerationResult, GenerationSettings, GenerationSpec
 from actors.contracts.models import (
     BLOCK,
+    DTYPE_BYTES,
     Dtype,
     ExportResult,
     ExportSpec,
@@ -53,6 +54,7 @@ from actors.contracts.scoring import (
     TaskSpec,
 )
 from actors.contracts.settings import Doc, LocalPath, Name, Settings, extend
+from actors.contracts.teaching import LOG_PROBABILITIES_DTYPE, TeachResult, TeachSpec
 
 __all__ = [
     "CLOSED_FORM_OBJECTIVES",
@@ -62,6 +64,7 @@ __all__ = [
     "ArtifactRef",
     "BLOCK",
     "ClusterProgress",
+    "DTYPE_BYTES",
     "Doc",
     "Dtype",
     "EvaluationResult",
@@ -74,6 +77,7 @@ __all__ = [
     "GenerationResult",
     "GenerationSettings",
     "GenerationSpec",
+    "LOG_PROBABILITIES_DTYPE",
     "LocalPath",
     "LossSpec",
     "Merge",
@@ -99,6 +103,8 @@ __all__ = [
     "StepRecord",
     "TaskSettings",
     "TaskSpec",
+    "TeachResult",
+    "TeachSpec",
     "TextInfo",
     "TextSettings",
     "TextSpec",

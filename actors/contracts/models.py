@@ -9,6 +9,7 @@ from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.settings import Doc, LocalPath, Settings, Stored, StoredAs
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 BLOCK: Literal["block"] = "block"
 """The granularity at which whole blocks are removed; their layers are what depths count."""

@@ -73,6 +73,26 @@ class RecoverySettings(Settings):
     weight_decay: Annotated[float, Ge(0), Doc("AdamW's decoupled weight decay.")] = 0.0
     max_grad_norm: Annotated[float, Gt(0), Doc("Gradients are clipped to this norm.")] = 1.0
     max_tokens: Annotated[int, Ge(1), Doc("Tokens seen in one recovery.")] = 2_500_000
+    teacher_cache: Annotated[
+        Literal["auto", "off", "hidden", "topk"],
+        Doc(
+            "Run the teacher once over the data and keep its last hidden states, or its likeliest tokens "
+            "(`topk`, another result); `auto` keeps the former where that takes less time."
+        ),
+        NotInKey(),
+    ] = "auto"
+    teacher_cache_dtype: Annotated[
+        Dtype | None, Doc("Type of the kept hidden states; that of the computation if not given."), NotInKey()
+    ] = None
+    teacher_cache_blocks: Annotated[
+        tuple[int, ...],
+        Doc("Blocks of the unpruned model whose input is kept, too, so that recovery can begin there."),
+        NotInKey(),
+    ] = ()
+    teacher_cache_gb: Annotated[float, Gt(0), Doc("GB that they may take, at most."), NotInKey()] = 100.0
+    teacher_top_k: Annotated[
+        int, Ge(1), Doc("Tokens that `topk` keeps of each distribution."), NotInKey()
+    ] = 64
     precision: Annotated[Dtype | None, Doc("Type of the computation; the model's dtype if not given.")] = None
     gradient_checkpointing: Annotated[
         bool,
@@ -102,6 +122,8 @@ class RecoverySpec(RecoverySettings):
     seed: int = 0
     deepspeed: Annotated[str, NotInKey()] = "{}"
     """The user's DeepSpeed configuration, as JSON text."""
+    teacher_states: Annotated[ArtifactRef | None, NotInKey()] = None
+    """What a stage `teach` stored of the teacher, which then does not run."""
 
     def with_recovery(self, artifact: ArtifactRef | None) -> ModelRef:
         """Return the model that this recovery leaves, `artifact` being what it trained."""

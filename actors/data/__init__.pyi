@@ -10,6 +10,7 @@ from .packing import (
     shuffled,
     take_tokens,
 )
+from .teacher_states import TaughtData, TeacherStates, with_teacher_states
 from .text import (
     BUILTIN_TEXTS,
     builtin_file,
@@ -33,6 +34,8 @@ __all__ = [
     "BUILTIN_TEXTS",
     "BlockData",
     "PackedData",
+    "TaughtData",
+    "TeacherStates",
     "TokenSequence",
     "TokenBatch",
     "TopK",
@@ -60,4 +63,5 @@ __all__ = [
     "tokenize_text",
     "tokenizer_fingerprint",
     "take_tokens",
+    "with_teacher_states",
 ]

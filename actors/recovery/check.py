@@ -10,6 +10,31 @@ from actors.recovery.training.lr_schedule import lr_at
 from actors.recovery.training.training_data import check_data
 
 
+def cache_obstacle(spec: RecoverySpec, cache: str) -> str | None:
+    """Return why the teacher has to run in this recovery, in words after "because"; None if it need not.
+
+    Args:
+        cache: what of the teacher is stored: `hidden` or `topk`, as `recovery.teacher_cache` names it.
+    """
+    if spec.objective != "kd":
+        return f"the objective {spec.objective!r} has no use for the teacher's last hidden state"
+    if spec.loss.hidden or spec.loss.attention:
+        return "recovery.loss.hidden and recovery.loss.attention compare single layers"
+    if spec.adapter.kind == "qlora":
+        return "the teacher of recovery.adapter.kind qlora is the quantised model"
+    if cache == "topk":
+        if spec.loss.logit_loss == "mse":
+            return "recovery.loss.logit_loss mse needs the logits of the whole vocabulary"
+        return None
+    if spec.teacher is not None:
+        return "recovery.teacher has a head of its own; topk stores what comes out of it"
+    if spec.adapter.kind == "full":
+        return (
+            "recovery.adapter.kind full trains the head that would give the teacher's logits; topk does not"
+        )
+    return None
+
+
 def check_recovery(spec: RecoverySpec, workers: int) -> None:
     """Check all of a recovery's settings that can be checked without model and data.
 

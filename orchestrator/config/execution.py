@@ -24,7 +24,9 @@ class ActorConfig(Section):
 class PoolConfig(ActorConfig):
     """Actors that share a stage's work, and what each holds."""
 
-    actors: int = Field(2, ge=1, description="Actors that share the calibration sequences, or the prompts.")
+    actors: int = Field(
+        2, ge=1, description="Actors that share the calibration sequences, the prompts, or the recovery data."
+    )
 
 
 class WorkerConfig(ActorConfig):
@@ -70,6 +72,9 @@ class ExecutionConfig(Section):
     backend: Literal["ray", "local"] = Field("ray", description="On Ray, or all in this process.")
     scoring: PoolConfig = PoolConfig()
     generation: PoolConfig = PoolConfig()
+    teaching: PoolConfig | None = Field(
+        None, description="Actors that share the teacher's pass over the recovery data; as scoring if None."
+    )
     training: TrainingConfig = TrainingConfig()
     evaluation: WorkerConfig = WorkerConfig()
     export: ExportConfig = ExportConfig()

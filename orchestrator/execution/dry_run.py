@@ -17,6 +17,7 @@ from actors.contracts import (
     ModelRef,
     RecoveryResult,
     Removal,
+    TeachResult,
 )
 from orchestrator.execution.stage_kinds import ResultT, StageKind, StageRequest
 from orchestrator.execution.stage_runner import NOT_SCORED, StageRunner, placeholder
@@ -80,6 +81,7 @@ class PlaceholderResolver:
 PLACEHOLDERS: Mapping[str, Callable[[str], Any]] = {
     "score": lambda _key: NOT_SCORED,
     "generate": lambda key: GenerationResult(placeholder("generated", key), 0, 0, 0, 0),
+    "teach": lambda key: TeachResult(placeholder("taught", key), 0, 0, 0),
     "recover": lambda key: RecoveryResult(placeholder("recovered", key), (), 0, 0),
     "evaluate": lambda _key: EvaluationResult((), 0),
 }

@@ -1,6 +1,6 @@
 """The work of stages in this process, without Ray."""
 
-from actors import evaluation, generation, models, recovery, scoring
+from actors import evaluation, generation, models, recovery, scoring, teaching
 from actors.artifacts import cache_entry, local_path
 from actors.contracts import (
     EvaluationResult,
@@ -14,6 +14,8 @@ from actors.contracts import (
     RecoverySpec,
     ScoreResult,
     ScoreSpec,
+    TeachResult,
+    TeachSpec,
     no_progress,
 )
 from orchestrator.config import ExecutionConfig
@@ -36,6 +38,9 @@ class LocalBackend:
 
     def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult:
         return generation.generate_locally(spec, uri, progress)
+
+    def teach(self, spec: TeachSpec, uri: str, progress: Progress) -> TeachResult:
+        return teaching.teach_locally(spec, uri, progress)
 
     def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult:
         work_dir = local_path(self._store.train_uri(key)) or cache_entry("train", key)

@@ -17,6 +17,8 @@ from actors.contracts import (
     RecoverySpec,
     ScoreResult,
     ScoreSpec,
+    TeachResult,
+    TeachSpec,
 )
 from actors.evaluation.ray import evaluate_all_on_ray, evaluate_on_ray
 from actors.generation.ray import generate_on_ray
@@ -24,6 +26,7 @@ from actors.models.ray import export_on_ray
 from actors.ray_pool import run_in_task
 from actors.recovery.ray import recover_on_ray
 from actors.scoring.ray import score_on_ray
+from actors.teaching.ray import teach_on_ray
 from orchestrator.config import ExecutionConfig
 from orchestrator.execution.task_scoring import score_by_task
 from orchestrator.scheduling.resources import resource_kind, stage_resources
@@ -31,7 +34,7 @@ from orchestrator.storage.stage_store import Store
 
 
 class RayBackend:
-    """Scoring, generation, evaluation and export on actors, recovery as a Ray Train job.
+    """Scoring, generation, teaching, evaluation and export on actors, recovery as a Ray Train job.
 
     A stage's resources are released before the next stage requests its own, so trajectories that
     share a cluster never wait for each other in a circle.
@@ -51,6 +54,9 @@ class RayBackend:
 
     def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult:
         return run_in_task(generate_on_ray, spec, uri, self._pool("generate"), progress=progress)
+
+    def teach(self, spec: TeachSpec, uri: str, progress: Progress) -> TeachResult:
+        return run_in_task(teach_on_ray, spec, uri, self._pool("teach"), progress=progress)
 
     def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult:
         request = self._requests[resource_kind("recover", spec)]

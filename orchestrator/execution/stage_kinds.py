@@ -16,6 +16,8 @@ from actors.contracts import (
     RecoverySpec,
     ScoreResult,
     ScoreSpec,
+    TeachResult,
+    TeachSpec,
 )
 from orchestrator.planning.pruning_schedule import IterationPlan
 
@@ -30,6 +32,8 @@ class Backend(Protocol):
     def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult: ...
 
     def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult: ...
+
+    def teach(self, spec: TeachSpec, uri: str, progress: Progress) -> TeachResult: ...
 
     def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult: ...
 
@@ -93,6 +97,12 @@ def generation_numbers(result: GenerationResult) -> Numbers:
     yield "tokens", result.num_tokens, "tokens", {}
 
 
+def teaching_numbers(result: TeachResult) -> Numbers:
+    yield "sequences", result.num_sequences, "", {}
+    yield "tokens", result.num_tokens, "tokens", {}
+    yield "stored", result.num_bytes, "bytes", {}
+
+
 def recovery_numbers(result: RecoveryResult) -> Numbers:
     for record in result.steps:
         at = {"step": record.step}
@@ -133,6 +143,12 @@ GENERATE = StageKind(
     GenerationResult,
     lambda backend, stage, progress, uri: backend.generate(stage.spec, uri, progress),
     generation_numbers,
+)
+TEACH = StageKind(
+    "teach",
+    TeachResult,
+    lambda backend, stage, progress, uri: backend.teach(stage.spec, uri, progress),
+    teaching_numbers,
 )
 RECOVER = StageKind(
     "recover",

@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from orchestrator.execution.stage_kinds import (
     GENERATE,
     RECOVER,
     SCORE,
+    TEACH,
     ResultT,
     StageKind,
     StageRequest,
@@ -85,6 +87,7 @@ class StageRunner:
         self._on_iteration = on_iteration
         self._recovered: dict[str, float] = {}
         self._recovery_data: TextSpec | None = None
+        self._teacher_states: ArtifactRef | None = None
         self._background = ThreadPoolExecutor(1, "evaluation") if overlap else None
         self._evaluations: deque[tuple[Future[None], Callable[[], None]]] = deque()
 
@@ -128,7 +131,22 @@ class StageRunner:
             self._recovery_data = text
         if self._plan.method.recovery.start is not None:
             model = self._recover(iteration, self._plan.start_spec(model, self._recovery_data), "start")
-        return self._recover(iteration, self._plan.recovery_spec(model, self._recovery_data))
+        spec = self._plan.recovery_spec(model, self._recovery_data)
+        return self._recover(iteration, self._with_teacher_states(iteration, spec))
+
+    def _with_teacher_states(self, iteration: IterationPlan, spec: RecoverySpec) -> RecoverySpec:
+        """Return `spec` with what the teacher says of its data, stored once for all that train on them.
+
+        A recovery that is finished needs nothing of it: it has the same key with and without.
+        """
+        teach = self._plan.teach_spec()
+        key = stage_key(RECOVER.name, self._plan.key_inputs(spec))
+        if teach is None or self._resolver.holds(RECOVER, key):
+            return spec
+        if self._teacher_states is None:
+            taught = self._resolve(TEACH, teach, iteration, self._plan.model.num_layers)
+            self._teacher_states = taught.artifact
+        return replace(spec, teacher_states=self._teacher_states)
 
     def _recover(self, iteration: IterationPlan, spec: RecoverySpec, phase: str | None = None) -> ModelRef:
         result = self._resolve(RECOVER, spec, iteration, iteration.layers_left, phase)

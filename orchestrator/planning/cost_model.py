@@ -15,7 +15,6 @@ from orchestrator.errors import RequestError, unknown_name
 
 TFLOP = 1e12
 GB = 1e9
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ LOAD_GB_PER_S = 1.0
 START_S: Mapping[str, float] = {
     "score": 15.0,
     "generate": 15.0,
+    "teach": 15.0,
     "recover": 45.0,
     "evaluate": 15.0,
     "export": 5.0,

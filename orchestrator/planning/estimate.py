@@ -6,13 +6,20 @@ from typing import Any
 
 import pyarrow as pa
 
-from actors.contracts import EvaluationSpec, GenerationSpec, RecoverySpec, ScoreSpec, TextSpec
+from actors.contracts import (
+    DTYPE_BYTES,
+    EvaluationSpec,
+    GenerationSpec,
+    RecoverySpec,
+    ScoreSpec,
+    TeachSpec,
+    TextSpec,
+)
 from actors.recovery import find_objective
 from actors.scoring import TaskCriterion, find_criterion
 from orchestrator.config import CampaignConfig
 from orchestrator.planning.cost_model import (
     ADAM_BYTES,
-    BYTES,
     GB,
     Machine,
     StageCost,
@@ -29,12 +36,6 @@ from orchestrator.planning.plan import CampaignPlan, TextSize, TrajectoryPlan
 from orchestrator.planning.stages import PlannedStage, count_stages, distinct_stages
 from orchestrator.scheduling.resources import devices_held, resource_kind
 from orchestrator.storage.ledger import measured_seconds
-
-BYTES_PER_TOKEN = 4
-"""Assumption: length of a token in English text."""
-
-TOKENS_PER_ROW = 100
-"""Assumption: length of a row of a text whose size is not known."""
 
 TASK_DOCUMENTS, TASK_REQUESTS, TASK_TOKENS = 1000, 4, 100
 """Assumption: documents of an lm-eval task, requests a document, tokens a request."""
@@ -84,7 +85,7 @@ def score_cost(
 ) -> StageCost:
     spec: ScoreSpec = stage.spec
     info, criterion = trajectory.model, find_criterion(spec.criterion)
-    each, layers = BYTES[info.spec.dtype], stage.layers
+    each, layers = DTYPE_BYTES[info.spec.dtype], stage.layers
     weights = kept_parameters(info, layers) * each
     if isinstance(criterion, TaskCriterion) and spec.task:
         requests = float(layers * (spec.task.limit or TASK_DOCUMENTS) * TASK_REQUESTS * TASK_TOKENS)
@@ -92,7 +93,8 @@ def score_cost(
         return StageCost(flops, layers * weights, weights)
     if not criterion.uses_sequences:
         return StageCost(0.0, weights, weights)
-    rows, tokens = _rows_and_tokens(sizes.get(spec.calibration))
+    size = sizes.get(spec.calibration, TextSize())
+    rows, tokens = size.rows, size.tokens
     sequences = min(rows, spec.max_sequences or rows)
     length = min(spec.sequence_length, tokens / rows)
     flops = criterion.forwards(sequences, layers) * block_flops(info, length, length)
@@ -114,13 +116,14 @@ def recover_cost(
     info, layers, tokens = trajectory.model, stage.layers, float(trajectory.recovery_tokens)
     if not find_objective(spec.objective).applies_recovery:
         return StageCost()
-    each, length = BYTES[info.spec.dtype], spec.sequence_length
+    each, length = DTYPE_BYTES[info.spec.dtype], spec.sequence_length
     rank = None if spec.adapter.kind == "full" else spec.adapter.rank
     flops = layers * training_block_flops(info, tokens, length, rank)
     if spec.gradient_checkpointing:
         flops += layers * block_flops(info, tokens, length)
     taught = spec.objective not in WITHOUT_TEACHER
-    if taught:
+    runs_teacher = taught and spec.teacher_states is None
+    if runs_teacher:
         flops += info.num_layers * block_flops(info, tokens, length)
     if not taught or spec.loss.logit_loss != "mse":
         # Otherwise the head is never run: its error comes from the hidden states.
@@ -130,7 +133,7 @@ def recover_cost(
     micro = spec.micro_batch_size * length
     kept_layers = 1 if spec.gradient_checkpointing else layers
     memory = (
-        (info.num_parameters if taught else student) * each
+        (info.num_parameters if runs_teacher else student) * each
         + trained * ADAM_BYTES
         + kept_layers * activation_bytes(info, micro, length, each)
         + layers * micro * info.hidden_size * each
@@ -142,10 +145,10 @@ def evaluate_cost(
     stage: PlannedStage, trajectory: TrajectoryPlan, sizes: Mapping[TextSpec, TextSize]
 ) -> StageCost:
     spec: EvaluationSpec = stage.spec
-    info, layers, each = trajectory.model, stage.layers, BYTES[trajectory.model.spec.dtype]
+    info, layers, each = trajectory.model, stage.layers, DTYPE_BYTES[trajectory.model.spec.dtype]
     flops, longest = 0.0, 0
     for text in spec.perplexity:
-        _, tokens = _rows_and_tokens(sizes.get(text.data))
+        tokens = sizes.get(text.data, TextSize()).tokens
         tokens = min(tokens, text.max_tokens or tokens)
         flops += layers * block_flops(info, tokens, text.context) + head_flops(info, tokens)
         longest = max(longest, text.context)
@@ -165,9 +168,13 @@ def generate_cost(
     Every response is counted at its longest, and a token as one forward pass over itself.
     """
     spec: GenerationSpec = stage.spec
-    info, layers, each = trajectory.model, stage.layers, BYTES[trajectory.model.spec.dtype]
-    rows, tokens = _rows_and_tokens(sizes.get(spec.prompts))
-    prompt_tokens, responses = tokens / rows, min(rows, spec.max_prompts or rows) * spec.responses_per_prompt
+    info, layers, each = trajectory.model, stage.layers, DTYPE_BYTES[trajectory.model.spec.dtype]
+    size = sizes.get(spec.prompts, TextSize())
+    rows = size.rows
+    prompt_tokens, responses = (
+        size.tokens / rows,
+        min(rows, spec.max_prompts or rows) * spec.responses_per_prompt,
+    )
     length = prompt_tokens + spec.max_new_tokens
     flops = layers * block_flops(info, responses * prompt_tokens, prompt_tokens)
     # A new token attends to all before it: half of the longest sequence, on average, beside the prompt.
@@ -179,27 +186,38 @@ def generate_cost(
     return StageCost(flops, weights, weights + cache)
 
 
+def teach_cost(
+    stage: PlannedStage, trajectory: TrajectoryPlan, sizes: Mapping[TextSpec, TextSize]
+) -> StageCost:
+    """Return the cost of one pass over the data, and of writing its states as fast as weights are read."""
+    spec: TeachSpec = stage.spec
+    info, each = trajectory.model, DTYPE_BYTES[spec.precision]
+    tokens = float(spec.max_tokens or sizes.get(spec.data, TextSize()).tokens)
+    flops = info.num_layers * block_flops(info, tokens, spec.sequence_length)
+    if spec.top_k is not None:
+        flops += head_flops(info, tokens)
+    weights = info.num_parameters * each
+    stored = tokens * spec.bytes_per_token(info.hidden_size)
+    hidden = 2 * spec.batch_size * spec.sequence_length * info.hidden_size * each
+    return StageCost(flops, weights + stored, weights + hidden)
+
+
 def export_cost(
     stage: PlannedStage, trajectory: TrajectoryPlan, _sizes: Mapping[TextSpec, TextSize]
 ) -> StageCost:
-    weights = kept_parameters(trajectory.model, stage.layers) * BYTES[trajectory.model.spec.dtype]
+    weights = kept_parameters(trajectory.model, stage.layers) * DTYPE_BYTES[trajectory.model.spec.dtype]
     return StageCost(0.0, 2 * weights, weights)
 
 
 COSTS: dict[str, Callable[[PlannedStage, TrajectoryPlan, Mapping[TextSpec, TextSize]], StageCost]] = {
     "score": score_cost,
     "generate": generate_cost,
+    "teach": teach_cost,
     "recover": recover_cost,
     "evaluate": evaluate_cost,
     "export": export_cost,
 }
 """The cost model of each kind of stage; a prune only records."""
-
-
-def _rows_and_tokens(size: TextSize | None) -> tuple[int, float]:
-    rows = (size.num_rows if size else None) or 1000
-    known = size.num_bytes if size else None
-    return rows, known / BYTES_PER_TOKEN if known else rows * TOKENS_PER_ROW
 
 
 def stage_seconds(

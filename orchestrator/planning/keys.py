@@ -23,6 +23,7 @@ STAGE_VERSION: Mapping[str, int] = {
     "score": 1,
     "prune": 1,
     "generate": 1,
+    "teach": 1,
     "recover": 1,
     "evaluate": 1,
     "export": 3,
@@ -56,6 +57,8 @@ def key_inputs(spec: Any, fingerprints: Mapping[TextSpec | ModelSpec, str]) -> A
         if isinstance(spec, RecoverySpec):
             theirs = {k: v for k, v in json.loads(spec.deepspeed).items() if k in PRECISION}
             named["precision"] = [spec.precision, theirs]
+            if spec.teacher_cache == "topk":
+                named["teacher_top_k"] = spec.teacher_top_k
         named |= _computed_anew(spec)
         if plugged := releases(spec):
             named["plugins"] = plugged

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from actors.contracts import (
     BLOCK,
+    Dtype,
     EvaluationSpec,
     ExportSpec,
     GenerationSpec,
@@ -20,6 +21,7 @@ from actors.contracts import (
     RecoverySpec,
     ScoreSpec,
     TaskSpec,
+    TeachSpec,
     TextSettings,
     TextSpec,
     digest,
@@ -29,6 +31,15 @@ from orchestrator.config import MethodConfig
 from orchestrator.planning.evaluation_parts import evaluation_parts
 from orchestrator.planning.keys import key_inputs
 from orchestrator.planning.pruning_schedule import IterationPlan
+
+BYTES_PER_TOKEN = 4
+"""Assumption: length of a token in English text."""
+
+TOKENS_PER_ROW, UNKNOWN_ROWS = 100, 1000
+"""Assumption: length of a row of a text whose size is not known, and the rows of one of which nothing is."""
+
+DEFAULT_STATES: Dtype = "bfloat16"
+"""Type of hidden states where none are stored."""
 
 TRAINED_BYTES = 12
 """Of each trained parameter in a checkpoint: its value and two moments in float32."""
@@ -58,6 +69,7 @@ class TrajectoryPlan:
     """One model taken by one method, with one seed, from full depth to the deepest target.
 
     `any_layers` if the model's config can be without any of its layers, not only some.
+    `teacher_cache` is what recoveries read in place of running the teacher, as was decided for `auto`.
     `texts` gives each text as it was found, so that another in its place is refused. `former_evaluations`
     are what earlier forms of the campaign asked for: what they measured is taken over.
     """
@@ -77,6 +89,7 @@ class TrajectoryPlan:
     any_layers: bool
     origin: Origin
     texts: Mapping[TextSpec, TextSpec] = field(default_factory=dict)
+    teacher_cache: Literal["off", "hidden", "topk"] = "off"
     former_evaluations: tuple[EvaluationSpec, ...] = ()
 
     @property
@@ -143,6 +156,28 @@ class TrajectoryPlan:
         seed = self.seed if generation.temperature else 0
         return extend(
             GenerationSpec, generation, model=self.model.spec, prompts=self.recovery_text, seed=seed
+        )
+
+    def teach_spec(self) -> TeachSpec | None:
+        """Return what the teacher has to compute before the first recovery; None if it runs in each."""
+        if self.teacher_cache == "off":
+            return None
+        spec, topk = self.recovery_spec(self.dense), self.teacher_cache == "topk"
+        precision = spec.precision or self.model.spec.dtype
+        return TeachSpec(
+            model=spec.teacher or self.model.spec,
+            data=spec.data,
+            packing=spec.packing,
+            sequence_length=spec.sequence_length,
+            precision=precision,
+            # What makes no difference is left out, so that all share one stage.
+            states=DEFAULT_STATES if topk else spec.teacher_cache_dtype or precision,
+            top_k=spec.teacher_top_k if topk else None,
+            entering=() if topk else tuple(sorted({*spec.teacher_cache_blocks})),
+            max_tokens=spec.max_tokens if spec.data.streaming else None,
+            seed=self.seed if spec.data.streaming else 0,
+            batch_size=spec.micro_batch_size,
+            max_gb=spec.teacher_cache_gb,
         )
 
     def start_spec(self, model: ModelRef, data: TextSpec) -> RecoverySpec:
@@ -263,8 +298,18 @@ class _Fingerprints:
 class TextSize:
     """How long a text is, where that is known before it is read into tokens."""
 
-    num_rows: int | None
-    num_bytes: int | None
+    num_rows: int | None = None
+    num_bytes: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """The rows, or a guess."""
+        return self.num_rows or UNKNOWN_ROWS
+
+    @property
+    def tokens(self) -> float:
+        """Roughly the tokens."""
+        return self.num_bytes / BYTES_PER_TOKEN if self.num_bytes else self.rows * TOKENS_PER_ROW
 
 
 @dataclass(frozen=True)
@@ -276,13 +321,18 @@ class CampaignPlan:
     text_sizes: Mapping[TextSpec, TextSize] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def taught_tokens(self, spec: TeachSpec) -> float:
+        """Return roughly how many tokens a teacher is run on."""
+        return spec.max_tokens or self.text_sizes.get(spec.data, TextSize()).tokens
+
     def needed_bytes(self) -> int:
-        """Return the disk space of the exported models and of what recoveries leave, roughly.
+        """Return the disk space of the exported models and of what stages leave, roughly.
 
         Full fine-tuning leaves full weights at every recovery, and while it trains two checkpoints with
         the optimizer's state, which go when it is done: those of one recovery at a time are counted.
         """
         needed, training = 0, 0
+        taught: dict[str, float] = {}
         for trajectory in self.trajectories:
             bytes_per_parameter = 4 if trajectory.model.spec.dtype == "float32" else 2
             exports = sum(iteration.is_target for iteration in trajectory.iterations)
@@ -293,7 +343,10 @@ class CampaignPlan:
             if recoveries and trajectory.method.recovery.adapter.kind == "full":
                 needed += weights * recoveries
                 training = max(training, trajectory.model.num_parameters * TRAINED_BYTES * 2)
-        return needed + training
+            if (spec := trajectory.teach_spec()) is not None:
+                bytes_each = spec.bytes_per_token(trajectory.model.hidden_size)
+                taught[digest(trajectory.key_inputs(spec))] = self.taught_tokens(spec) * bytes_each
+        return needed + training + int(sum(taught.values()))
 
     def find(self, trajectory_id: str) -> TrajectoryPlan:
         """Return the trajectory of that id."""

@@ -24,6 +24,7 @@ from orchestrator.errors import RequestError, unknown_name
 from orchestrator.planning.checks import check_deepspeed, check_inputs
 from orchestrator.planning.grid import check_exclusions, trajectories_of
 from orchestrator.planning.plan import CampaignPlan, TextSize, Traits, TrajectoryPlan
+from orchestrator.planning.teaching import with_teacher_caches
 
 
 def build_plan(config: CampaignConfig) -> CampaignPlan:
@@ -85,7 +86,8 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     )
     _check(config, trajectories)
     sizes = {spec: TextSize(text.num_rows, _text_bytes(spec)) for spec, text in texts.items()}
-    notes = (*_search_notes(config, trajectories), *check_inputs(trajectories, teachers, sizes))
+    trajectories, taught = with_teacher_caches(trajectories, sizes, config)
+    notes = (*_search_notes(config, trajectories), *taught, *check_inputs(trajectories, teachers, sizes))
     return CampaignPlan(config.name, trajectories, sizes, notes)
 
 

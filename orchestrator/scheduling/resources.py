@@ -120,8 +120,9 @@ def stage_resources(execution: ExecutionConfig) -> dict[str, ResourceRequest]:
     A pool holds no more actors than `execution.max_devices` has devices for.
     """
     scoring, generation, training = execution.scoring, execution.generation, execution.training
+    teaching = execution.teaching or scoring
     evaluator, trainer = _bundle(execution.evaluation), _bundle(training)
-    sections = (scoring, generation, training, execution.evaluation)
+    sections = (scoring, generation, teaching, training, execution.evaluation)
     on_gpus = any(section.gpus for section in sections)
 
     def pool(actor: ResourceBundle, actors: int) -> ResourceRequest:
@@ -135,6 +136,7 @@ def stage_resources(execution: ExecutionConfig) -> dict[str, ResourceRequest]:
         MERGE_SCORING: ResourceRequest(_bundle(scoring)),
         TASK_SCORING: pool(evaluator, scoring.actors),
         "generate": pool(_bundle(generation), generation.actors),
+        "teach": pool(_bundle(teaching), teaching.actors),
         "recover": ResourceRequest(trainer, training.workers, training.workers),
         CLOSED_FORM: ResourceRequest(trainer),
         "evaluate": pool(evaluator, execution.evaluation.actors),
@@ -147,6 +149,7 @@ SECTIONS = {
     MERGE_SCORING: "scoring",
     TASK_SCORING: "evaluation",
     "generate": "generation",
+    "teach": "teaching",
     "recover": "training",
     CLOSED_FORM: "training",
     "evaluate": "evaluation",

@@ -21,14 +21,15 @@ ORDER = (
     ("evaluate", "pruned"),
     ("generate", "all"),
     ("recover", "start"),
+    ("teach", "all"),
     ("recover", "all"),
     ("evaluate", "recovered"),
     ("export", "all"),
 )
 """Kinds and phases of an iteration's stages, in the order in which they follow from one another."""
 
-MEASURING = ("evaluate", "export")
-"""Kinds from which nothing follows."""
+MEASURING = ("evaluate", "export", "teach")
+"""Kinds from which nothing follows; a recovery is the same with what was taught and without."""
 
 
 def superseded_parts(

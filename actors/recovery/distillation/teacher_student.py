@@ -56,7 +56,8 @@ def load_teacher_student(
 
     With adapters and the source as teacher, one model serves both. In all other
     cases the student is a model of its own, pruned, with the chain of adapters
-    merged into its weights: there, dropped layers take no memory.
+    merged into its weights: there, dropped layers take no memory. A teacher whose
+    states are stored is not loaded.
 
     Raises:
         RequestError: adapter targets that suit nothing, settings that contradict one
@@ -64,7 +65,7 @@ def load_teacher_student(
     """
     check_adapter(spec)
     check_teacher(spec, has_teacher)
-    if not has_teacher:
+    if not has_teacher or spec.teacher_states is not None:
         return _separate_student(spec, None, None)
     if spec.teacher is not None:
         teacher, teacher_tokenizer = open_model(spec.teacher)

@@ -45,6 +45,17 @@ UNSUPPORTED = {
 """DeepSpeed fields that would undo what recovery does itself."""
 
 
+TEACHER_CACHE = (
+    "teacher_cache",
+    "teacher_cache_dtype",
+    "teacher_cache_blocks",
+    "teacher_cache_gb",
+    "teacher_top_k",
+    "teacher_states",
+)
+"""Settings that change where the teacher's states come from; with `topk` alone what they are."""
+
+
 def deepspeed_config(
     spec: RecoverySpec, world_size: int, micro_batch_size: int | None = None
 ) -> dict[str, Any]:
@@ -173,12 +184,16 @@ def settings_fingerprint(spec: RecoverySpec) -> str:
         micro_batch_size=1,
         checkpoint_steps=1,
         gradient_checkpointing=False,
+        teacher_states=None,
         precision=precision_of(spec),
         deepspeed=json.dumps([optimizer_settings(spec), loss_scale_settings(spec)]),
     )
     settings = to_json(same)
     # Absent when checkpoints were written from which training may still resume.
     del settings["data"]["fingerprint"], settings["data"]["template"]
+    for name in TEACHER_CACHE:
+        if name != "teacher_top_k" or spec.teacher_cache != "topk":
+            del settings[name]
     return digest(settings)
 
 

@@ -28,7 +28,7 @@ def recover_locally(
         RequestError, WorkError: as `train_loop.train`.
     """
     # Neither how often a checkpoint is written nor how the work is cut changes its content.
-    same = replace(spec, micro_batch_size=1, checkpoint_steps=1, deepspeed="")
+    same = replace(spec, micro_batch_size=1, checkpoint_steps=1, deepspeed="", teacher_states=None)
     fingerprint = digest([settings_fingerprint(spec), to_json(same)])
     checkpoints = CheckpointDirectory(Path(work_dir) / f"recovery-{fingerprint[:16]}")
     context = TrainContext(

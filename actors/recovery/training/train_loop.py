@@ -23,7 +23,7 @@ from torch import distributed as dist
 
 from actors.artifacts import publish
 from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, StepRecord, digest
-from actors.data import TrainingData
+from actors.data import TrainingData, with_teacher_states
 from actors.errors import IterabreError, MemoryExhaustedError, RequestError, StopRequestedError
 from actors.models import LayerwisePass, load_tokenizer, save_weights
 from actors.recovery.adapters.lora import stage_seed
@@ -130,6 +130,8 @@ def _prepare(spec: RecoverySpec, context: TrainContext, build: BuildModule) -> T
     def load() -> tuple[TeacherStudent, nn.Module, TrainingData, LongTensor, int]:
         check_recovery(spec, context.world_size)
         data = training_data(spec, load_tokenizer(spec.model.source))
+        if spec.teacher_states is not None:
+            data = with_teacher_states(data, spec.teacher_states)
         order_SB = training_order(spec, data, stage_seed(spec))
         has_teacher = find_objective(spec.objective).has_teacher
         pair, _ = load_teacher_student(_with_compute_dtype(spec), has_teacher)

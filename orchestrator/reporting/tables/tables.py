@@ -12,7 +12,7 @@ from orchestrator.reporting.data.measured import PRUNED, RECOVERED, Number
 
 Line = dict[str, Any]
 
-STAGES = ("score", "prune", "generate", "recover", "evaluate", "export")
+STAGES = ("score", "prune", "generate", "teach", "recover", "evaluate", "export")
 LEADING = ("trajectory", "iteration", "phase", "layers", "dropped", "dropped score", "parameters")
 BEFORE_RECOVERY = " before recovery"
 NOT_MEASURED = "–"

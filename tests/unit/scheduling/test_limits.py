@@ -29,7 +29,7 @@ def test_a_stage_costs_its_devices() -> None:
     )
     limits = Limits(price_per_hour=3.0, devices=devices_held(execution))
     assert limits.devices == {
-        "score": 2.0, MERGE_SCORING: 0.5, TASK_SCORING: 0.0, "generate": 0.0, "recover": 2.0,
+        "score": 2.0, MERGE_SCORING: 0.5, TASK_SCORING: 0.0, "generate": 0.0, "teach": 2.0, "recover": 2.0,
         CLOSED_FORM: 1.0, "evaluate": 0.0, "export": 0.0,
     }  # fmt: skip
     assert limits.price("recover", 1800) == 3.0
