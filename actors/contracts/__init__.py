@@ -36,6 +36,7 @@ from actors.contracts.progress import ClusterProgress, Progress, WaitingTime, no
 from actors.contracts.recovery import (
     CLOSED_FORM_OBJECTIVES,
     AdapterSpec,
+    BelowCut,
     LossSpec,
     RecoveryResult,
     RecoverySettings,
@@ -59,6 +60,7 @@ __all__ = [
     "MERGING_CRITERIA",
     "ActorPoolSpec",
     "AdapterSpec",
+    "BelowCut",
     "ArtifactRef",
     "BLOCK",
     "ClusterProgress",

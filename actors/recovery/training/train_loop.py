@@ -152,9 +152,9 @@ def _with_compute_dtype(spec: RecoverySpec) -> RecoverySpec:
     """Return `spec` with its models loaded in the dtype of the computation.
 
     Weights that are trained are kept in float32 by the engine, so full fine-tuning
-    starts from them as they are.
+    starts from them as they are; so does DoRA, which is merged into them.
     """
-    if spec.adapter.kind == "full":
+    if spec.adapter.leaves_weights:
         return spec
     source = replace(spec.model.source, dtype=precision_of(spec))
     teacher = spec.teacher and replace(spec.teacher, dtype=precision_of(spec))
