@@ -37,6 +37,7 @@ from actors.contracts.progress import ClusterProgress, Progress, WaitingTime, no
 from actors.contracts.recovery import (
     CLOSED_FORM_OBJECTIVES,
     AdapterSpec,
+    BelowCut,
     LossSpec,
     RecoveryResult,
     RecoverySettings,
@@ -61,6 +62,7 @@ __all__ = [
     "MERGING_CRITERIA",
     "ActorPoolSpec",
     "AdapterSpec",
+    "BelowCut",
     "ArtifactRef",
     "BLOCK",
     "ClusterProgress",

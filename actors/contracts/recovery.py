@@ -8,7 +8,14 @@ from annotated_types import Ge, Gt, Lt
 from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSettings, TextSpec
 from actors.contracts.models import Dtype, ModelRef, ModelSpec
-from actors.contracts.settings import Doc, NotInKey, Settings
+from actors.contracts.settings import AddedLater, Doc, NotInKey, Settings
+
+
+@dataclass(frozen=True)
+class BelowCut(Settings):
+    """Adapters from `below_cut` blocks below the first removed block on."""
+
+    below_cut: Annotated[int, Ge(0), Doc("Blocks below the first removed one that are trained, too.")]
 
 
 @dataclass(frozen=True)
@@ -25,13 +32,34 @@ class AdapterSpec(Settings):
         str | tuple[str, ...], Doc("all-linear, ffn, attention, or a list of module names.")
     ] = "all-linear"
     double_quantization: Annotated[bool, Doc("For qlora: quantise the scales of NF4, too.")] = True
+    layers: Annotated[
+        Literal["all", "after_cut"] | BelowCut,
+        AddedLater("all"),
+        Doc(
+            "Blocks with an adapter: all, those after the first removed block, or with {below_cut: k} k more "
+            "below it. Blocks before them run once for teacher and student, without gradient."
+        ),
+    ] = "all"
+    rslora: Annotated[
+        bool, AddedLater(False), Doc("Scale by alpha / √rank in place of alpha / rank (arXiv 2312.03732).")
+    ] = False
+    dora: Annotated[
+        bool,
+        AddedLater(False),
+        Doc("For lora: train the length of each weight row apart (arXiv 2402.09353); leaves full weights."),
+    ] = False
+
+    @property
+    def leaves_weights(self) -> bool:
+        """True if what is trained is kept as full weights rather than as an adapter."""
+        return self.kind == "full" or self.dora
 
 
 @dataclass(frozen=True)
 class LossSpec(Settings):
     """Weights of the loss terms; 0 switches a term off.
 
-    `hidden`, `attention` and `logits` are those of distillation (IteRABRe §3.2).
+    `hidden`, `attention` and `logits` are those of distillation (IteRABRe §3.2), which `next_token` joins.
     """
 
     hidden: Annotated[float, Ge(0), Doc("Mean square error of the outputs of the paired blocks.")] = 1.0
@@ -40,11 +68,45 @@ class LossSpec(Settings):
     ] = 1.0
     logits: Annotated[float, Ge(0), Doc("Distance of the logits.")] = 1.0
     logit_loss: Annotated[
-        Literal["mse", "forward_kl", "reverse_kl", "jsd", "cross_entropy"],
+        Literal["mse", "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "cross_entropy"],
         Doc("What the distance of the logits is."),
     ] = "mse"
     temperature: Annotated[float, Gt(0), Doc("Divides the logits of all logit losses but mse.")] = 1.0
     auxiliary: Annotated[float, Ge(0), Doc("Weight of Gromov's Eq. 8, in healing_aux.")] = 1.0
+    next_token: Annotated[
+        float, Ge(0), AddedLater(0.0), Doc("Next token's cross-entropy, beside the distillation of kd.")
+    ] = 0.0
+    skew: Annotated[
+        float,
+        Gt(0),
+        Lt(1),
+        AddedLater(0.1),
+        Doc("Share of the other model in what skew_kl and skew_reverse_kl compare with."),
+    ] = 0.1
+    hidden_layers: Annotated[
+        Literal["all", "last"],
+        AddedLater("all"),
+        Doc("Whether `hidden` compares every pair of blocks, or the states after the final norm alone."),
+    ] = "all"
+    hidden_scale: Annotated[
+        Literal["raw", "normalised"],
+        AddedLater("raw"),
+        Doc("normalised divides each token's `hidden` error by the mean square of the teacher's state."),
+    ] = "raw"
+    last_hidden_state: Annotated[
+        Literal["after_norm", "before_norm"],
+        NotInKey(),
+        Doc(
+            "Where `hidden` takes the state of the last block: after the final norm, as hidden_states[-1] of "
+            "transformers, or before it."
+        ),
+    ] = "after_norm"
+    """In the key by `planning.keys`, of those recoveries alone whose loss it changes."""
+
+    @property
+    def compares_last_block(self) -> bool:
+        """True if `last_hidden_state` changes the loss."""
+        return self.hidden > 0 and self.hidden_layers == "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +193,20 @@ class RecoverySpec(RecoverySettings):
             return self.model
         if self.objective == "linear_bridge":
             return self.model.bridged(artifact)
-        return self.model.retrained(artifact) if self.adapter.kind == "full" else self.model.adapted(artifact)
+        trained = self.model.retrained if self.adapter.leaves_weights else self.model.adapted
+        return trained(artifact)
+
+    @property
+    def first_trainable(self) -> int:
+        """The position in the student of its first block that is trained, 0 if all are.
+
+        Below the first removed block, positions in the student and in its source are the same.
+        """
+        layers = self.adapter.layers
+        if self.adapter.kind == "full" or layers == "all" or not self.model.dropped:
+            return 0
+        below = layers.below_cut if isinstance(layers, BelowCut) else 0
+        return max(0, min(self.model.dropped) - below)
 
 
 @dataclass(frozen=True)

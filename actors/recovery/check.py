@@ -18,13 +18,18 @@ def cache_obstacle(spec: RecoverySpec, cache: str) -> str | None:
     """
     if spec.objective != "kd":
         return f"the objective {spec.objective!r} has no use for the teacher's last hidden state"
-    if spec.loss.hidden or spec.loss.attention:
+    loss = spec.loss
+    if loss.attention or (loss.hidden and loss.hidden_layers == "all"):
         return "recovery.loss.hidden and recovery.loss.attention compare single layers"
+    if not (loss.hidden or loss.logits):
+        return "recovery.loss compares nothing with the teacher"
     if spec.adapter.kind == "qlora":
         return "the teacher of recovery.adapter.kind qlora is the quantised model"
     if cache == "topk":
-        if spec.loss.logit_loss == "mse":
-            return "recovery.loss.logit_loss mse needs the logits of the whole vocabulary"
+        if loss.hidden:
+            return "recovery.loss.hidden compares states, and topk stores none"
+        if loss.logit_loss == "mse" or loss.temperature != 1:
+            return "topk stores probabilities at temperature 1, and no logits"
         return None
     if spec.teacher is not None:
         return "recovery.teacher has a head of its own; topk stores what comes out of it"

@@ -78,7 +78,10 @@ def _checked_for_packing(module: Student, spec: RecoverySpec) -> Student:
 
 OBJECTIVES: dict[str, Objective] = {
     "kd": Objective(
-        build_lockstep, "IteRABRe §3.2", weights=("hidden", "attention", "logits"), has_teacher=True
+        build_lockstep,
+        "IteRABRe §3.2",
+        weights=("hidden", "attention", "logits", "next_token"),
+        has_teacher=True,
     ),
     "healing": Objective(build_causal_lm, "Gromov et al. (arXiv 2403.17887) §3.2, App. A.1"),
     "healing_aux": Objective(

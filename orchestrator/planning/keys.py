@@ -81,6 +81,11 @@ def _fields_in_key(spec: Any) -> Iterator[tuple[str, Any]]:
 def _computed_anew(spec: Any) -> dict[str, str]:
     """Return what has come to be computed otherwise, for the specs alone whose results it changes."""
     changed: dict[str, str] = {}
+    if isinstance(spec, RecoverySpec):
+        last = spec.loss.last_hidden_state
+        if spec.objective == "kd" and spec.loss.compares_last_block and last != "before_norm":
+            changed["last_hidden_state"] = last
+        return changed
     if not isinstance(spec, EvaluationSpec | ExportSpec | ScoreSpec):
         return changed
     rounded = spec.model.source.dtype != "float32"

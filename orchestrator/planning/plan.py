@@ -340,7 +340,7 @@ class CampaignPlan:
             # Adapters and two training checkpoints with optimizer state are small beside full weights.
             needed += int(weights * (exports + 0.25))
             recoveries = sum(trajectory.recovers(iteration) for iteration in trajectory.iterations)
-            if recoveries and trajectory.method.recovery.adapter.kind == "full":
+            if recoveries and trajectory.method.recovery.adapter.leaves_weights:
                 needed += weights * recoveries
                 training = max(training, trajectory.model.num_parameters * TRAINED_BYTES * 2)
             if (spec := trajectory.teach_spec()) is not None:

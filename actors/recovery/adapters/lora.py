@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from actors.contracts import RecoverySpec
+from actors.contracts import AdapterSpec, BelowCut, RecoverySpec
 from actors.errors import RequestError, unknown_name
 from actors.models import Deltas, find_layers, join_deltas, read_deltas
 from actors.models.model_builder import ADAPTER_WEIGHTS, rename_layers
@@ -26,8 +26,12 @@ from actors.recovery.adapters.nf4 import quantize_blocks
 from actors.recovery.adapters.weight_deltas import weight_deltas
 
 CURRENT = "current"
-LORA_SETTINGS = frozenset({"rank", "alpha", "dropout", "targets"})
-SETTINGS = {"lora": LORA_SETTINGS, "qlora": LORA_SETTINGS | {"double_quantization"}, "full": frozenset()}
+LORA_SETTINGS = frozenset({"rank", "alpha", "dropout", "targets", "layers", "rslora"})
+SETTINGS = {
+    "lora": LORA_SETTINGS | {"dora"},
+    "qlora": LORA_SETTINGS | {"double_quantization"},
+    "full": frozenset(),
+}
 """Fields of `AdapterSpec` that each kind goes by."""
 
 ADAPTER_KINDS = tuple(SETTINGS)
@@ -63,10 +67,11 @@ def attach_adapters(model: PreTrainedModel, spec: RecoverySpec, kept: tuple[int,
     Args:
         model: the unpruned source model, changed in place. With QLoRA its blocks' linear
             layers are quantised, for the teacher as for the student.
-        kept: source indices of the student's layers; only these are adapted.
+        kept: source indices of the student's layers; only these are adapted, from
+            `spec.first_trainable` on.
 
     Raises:
-        RequestError: an unknown adapter kind, or targets that name no linear layer.
+        RequestError: an unknown adapter kind, targets that name no linear layer, or no layer to adapt.
     """
     path = find_layers(model).path
     frozen = {"weights": weight_deltas(model, spec.model.weights, kept)} if spec.model.weights else {}
@@ -87,9 +92,17 @@ def new_adapter(model: PreTrainedModel, spec: RecoverySpec, layers: tuple[int, .
     """Put a new, trainable adapter on those layers of `model`; all else is frozen.
 
     It is drawn from `stage_seed` alone: every worker draws the same.
+
+    Args:
+        layers: those of the student, of which those before `spec.first_trainable` get none.
     """
     check_adapter(spec)
-    adapter = spec.adapter
+    adapter, layers = spec.adapter, layers[spec.first_trainable :]
+    if not layers:
+        raise RequestError(
+            f"recovery.adapter.layers {_layers_text(adapter)}: no block is left after the first removed one, "
+            f"{min(spec.model.dropped)}; use {{below_cut: 3}}, or all"
+        )
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.rank if adapter.alpha is None else adapter.alpha,
@@ -97,6 +110,8 @@ def new_adapter(model: PreTrainedModel, spec: RecoverySpec, layers: tuple[int, .
         target_modules=target_paths(model, adapter.targets),
         layers_to_transform=list(layers),
         layers_pattern=find_layers(model).attribute,
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
         task_type="CAUSAL_LM",
     )
     if adapter.kind == "qlora":
@@ -138,9 +153,9 @@ def stage_seed(spec: RecoverySpec) -> int:
     """Return the seed of one recovery: each of a trajectory has other batches and another initialisation.
 
     With the same start, every adapter of a chain would see the same few directions.
-    Full fine-tuning leaves no chain, so there the layers dropped so far are token_weights.
+    Full weights leave no chain, so there the layers dropped so far are counted.
     """
-    stages = spec.model.dropped if spec.adapter.kind == "full" else spec.model.adapters
+    stages = spec.model.dropped if spec.adapter.leaves_weights else spec.model.adapters
     return spec.seed + len(stages)
 
 
@@ -195,6 +210,11 @@ def target_paths(model: PreTrainedModel, targets: str | tuple[str, ...]) -> list
             f"{model.config.model_type!r}; there are all-linear, attention, ffn, {', '.join(sorted(found))}"
         )
     return sorted(chosen)
+
+
+def _layers_text(adapter: AdapterSpec) -> str:
+    layers = adapter.layers
+    return f"{{below_cut: {layers.below_cut}}}" if isinstance(layers, BelowCut) else layers
 
 
 def _is_matrix(module: nn.Module) -> bool:

@@ -46,11 +46,11 @@ class AuxiliaryHealing(Lockstep):
     def forward(self, batch: TokenBatch) -> Terms:
         """Return `causal_lm`, `auxiliary`, and their weighted sum as `loss`."""
         student_pass, teacher_pass = self.layerwise_passes(batch)
-        student_BTD, teacher_BTD = student_pass.hidden_BTD, teacher_pass.hidden_BTD.detach()
+        student_BTD, teacher_BTD, first, done = self.enter(batch, student_pass, teacher_pass)
         token_weights, mismatch = distillation_weights(batch), torch.zeros((), device=student_BTD.device)
         # The teacher goes no further than to the last cut.
-        done = expected = 0
-        for position, entered in enumerate(self._entered):
+        expected = first
+        for position, entered in enumerate(self._entered[first:], start=first):
             if entered != expected:
                 teacher_BTD, _ = self.advance_teacher(teacher_pass, range(done, entered), teacher_BTD)
                 mismatch = mismatch + hidden_mse(student_BTD, teacher_BTD, token_weights)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,17 +12,32 @@ from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.models import LayerwisePass, depth, find_layers, text_config
 from actors.recovery.adapters.lora import adapters_disabled
+from actors.recovery.distillation.prefix import shared_prefix
 from actors.recovery.distillation.student import Student, layerwise_pass, run_block
 from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.attention_recorder import AttentionRecorder
+
+
+class Entered(NamedTuple):
+    """Where student and teacher part.
+
+    Attributes:
+        student_BTD, teacher_BTD: what enters their next blocks.
+        student_done, teacher_done: how many blocks each has behind it.
+    """
+
+    student_BTD: Tensor
+    teacher_BTD: Tensor
+    student_done: int
+    teacher_done: int
 
 
 class Lockstep(Student):
     """Base of the modules that compare the student with a teacher layer by layer.
 
     If the pair's teacher is its student with adapters off, both pass through the
-    same modules, and the frozen weights exist once. A separate teacher's depth
-    and width are its own.
+    same modules, and the frozen weights exist once; the first blocks, as long as they
+    are the same for both, run once. A separate teacher's depth and width are its own.
 
     Args:
         pair: student and teacher.
@@ -33,6 +49,7 @@ class Lockstep(Student):
         super().__init__(pair, gradient_checkpointing, attention)
         self.teacher = pair.teacher
         self._shared = pair.teacher is None
+        self._prefix = shared_prefix(pair)
         self._teacher_recorder = (
             AttentionRecorder(pair.teacher) if attention and pair.teacher is not None else self._recorder
         )
@@ -45,6 +62,22 @@ class Lockstep(Student):
             return student, student
         with torch.no_grad():
             return student, layerwise_pass(self.teacher, batch)
+
+    def enter(self, batch: TokenBatch, student: LayerwisePass, teacher: LayerwisePass) -> Entered:
+        """Run the blocks that are the same in student and teacher, or take what the batch has of them."""
+        if batch.entering_BTD is not None:
+            entering_BTD = batch.entering_BTD.to(student.hidden_BTD.dtype)
+            done = self.first_trainable
+            if self._shared:
+                return Entered(entering_BTD, entering_BTD, done, done)
+            return Entered(entering_BTD, teacher.hidden_BTD.detach(), done, 0)
+        if not self._prefix:
+            return Entered(student.hidden_BTD, teacher.hidden_BTD.detach(), 0, 0)
+        with torch.no_grad():
+            hidden_BTD = student.hidden_BTD
+            for layer in range(self._prefix):
+                hidden_BTD = student.block(layer, hidden_BTD)
+        return Entered(hidden_BTD, hidden_BTD, self._prefix, self._prefix)
 
     @torch.no_grad()
     def advance_teacher(
@@ -64,11 +97,12 @@ def check_comparable(pair: TeacherStudent, loss: LossSpec) -> None:
     Raises:
         RequestError: names the term and what differs.
     """
-    if (loss.hidden or loss.attention) and pair.teacher_layers is None:
+    by_layer = loss.attention or (loss.hidden and loss.hidden_layers == "all")
+    if by_layer and pair.teacher_layers is None:
         raise RequestError(
             "recovery.loss.hidden and recovery.loss.attention compare single layers, but nothing tells which "
             "layer of the teacher belongs to which of the student; give recovery.teacher_layers, or set both "
-            "to 0"
+            "to 0 (or recovery.loss.hidden_layers to last)"
         )
     check_layer_map(pair)
     if pair.teacher is None:

@@ -7,6 +7,7 @@ from actors.data import TokenBatch
 from actors.models import LayerwisePass, find_layers
 from actors.recovery.adapters.fused_lora import use_fused_forward
 from actors.recovery.adapters.lora import lora_layers
+from actors.recovery.distillation.prefix import first_trainable
 from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.attention_recorder import AttentionRecorder
 
@@ -23,6 +24,10 @@ class Student(nn.Module):
             dropout included, are the same.
         attention: read the student's attention matrices.
 
+    Attributes:
+        first_trainable: position of the student's first block that is trained; none before it takes part in
+            the backward pass, since nothing of them requires a gradient.
+
     Raises:
         RequestError: attention matrices are wanted and the family, or its
             attention implementation, has none.
@@ -35,6 +40,7 @@ class Student(nn.Module):
         self._checkpointing = gradient_checkpointing
         self._recorder = AttentionRecorder(pair.student) if attention else None
         self._lora = [lora_layers(block) for block in find_layers(pair.student).modules]
+        self.first_trainable = first_trainable(pair)
         for layers in self._lora:
             use_fused_forward(layers)
 
@@ -54,8 +60,10 @@ class Student(nn.Module):
     def hidden(self, batch: TokenBatch) -> Tensor:
         """Return the student's last hidden state after the final norm [B, T, D]."""
         layerwise = layerwise_pass(self.model, batch)
-        hidden_BTD = layerwise.hidden_BTD
-        for layer in self.pair.student_layers:
+        hidden_BTD, done = layerwise.hidden_BTD, 0
+        if batch.entering_BTD is not None:
+            hidden_BTD, done = batch.entering_BTD.to(hidden_BTD.dtype), self.first_trainable
+        for layer in self.pair.student_layers[done:]:
             hidden_BTD, _ = self.block(layerwise, layer, hidden_BTD)
         return layerwise.finish(hidden_BTD)
 

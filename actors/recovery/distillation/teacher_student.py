@@ -11,7 +11,13 @@ from actors.contracts import RecoverySpec
 from actors.errors import RequestError
 from actors.models import build_model, depth, device, find_layers, load_source, open_model, save_weights
 from actors.models.model_builder import rename_layers
-from actors.recovery.adapters.lora import attach_adapters, check_adapter, new_adapter, save_adapter
+from actors.recovery.adapters.lora import (
+    CURRENT,
+    attach_adapters,
+    check_adapter,
+    new_adapter,
+    save_adapter,
+)
 from actors.recovery.adapters.weight_deltas import can_share_weights
 
 
@@ -55,9 +61,9 @@ def load_teacher_student(
     """Load what `spec` trains and its teacher, with the tokenizer of both.
 
     With adapters and the source as teacher, one model serves both. In all other
-    cases the student is a model of its own, pruned, with the chain of adapters
-    merged into its weights: there, dropped layers take no memory. A teacher whose
-    states are stored is not loaded.
+    cases, that of DoRA included, whose change to a weight is none of low rank, the student is
+    a model of its own, pruned, with the chain of adapters merged into its weights: there, dropped
+    layers take no memory. A teacher whose states are stored is not loaded.
 
     Raises:
         RequestError: adapter targets that suit nothing, settings that contradict one
@@ -80,7 +86,7 @@ def load_teacher_student(
     source, tokenizer = load_source(spec.model)
     kept = spec.model.kept(depth(source.config))
     source = source.to(device())
-    if spec.adapter.kind != "full" and can_share_weights(source, spec.model):
+    if not spec.adapter.leaves_weights and can_share_weights(source, spec.model):
         return shared_teacher_student(attach_adapters(source, spec, kept), kept), tokenizer
     return _separate_student(spec, source.requires_grad_(False), kept)
 
@@ -102,11 +108,17 @@ def check_teacher(spec: RecoverySpec, has_teacher: bool) -> None:
 
 
 def save_trained(pair: TeacherStudent, directory: Path) -> None:
-    """Write what was trained: the adapter, or with full fine-tuning the weights; named by source layer."""
-    if pair.adapted is not None:
+    """Write what was trained: the adapter, or the weights that it leaves; named by source layer.
+
+    DoRA is merged into the weights, in place: the student is not trained any further then.
+    """
+    if pair.adapted is None:
+        save_weights(named_by_source(pair.student, pair.source_layers), directory)
+    elif pair.adapted.peft_config[CURRENT].use_dora:
+        merged = pair.adapted.merge_and_unload().requires_grad_(True)
+        save_weights(named_by_source(merged, pair.source_layers), directory)
+    else:
         save_adapter(pair.adapted, directory, pair.source_layers)
-        return
-    save_weights(named_by_source(pair.student, pair.source_layers), directory)
 
 
 def named_by_source(model: PreTrainedModel, source_layers: tuple[int, ...] | None) -> dict[str, Tensor]:

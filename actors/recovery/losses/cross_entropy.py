@@ -25,7 +25,8 @@ def next_token_cross_entropy(
     targets_N = weights.rows(next_ids_BT[..., None])[:, 0]
 
     def chunk_sum(hidden_ND: Tensor, rows: slice) -> Tensor:
-        return nn.functional.cross_entropy(head(hidden_ND).float(), targets_N[rows], reduction="sum")
+        logits_NV = head(hidden_ND).float()
+        return nn.functional.cross_entropy(logits_NV, targets_N[rows], reduction="sum")[None]
 
-    total = sum_over_chunks(weights.rows(hidden_BTD), chunk_sum, head, chunk_tokens)
+    total, _ = sum_over_chunks(weights.rows(hidden_BTD), chunk_sum, head, chunk_tokens)
     return weights.divided(total, next_ids_BT.numel())

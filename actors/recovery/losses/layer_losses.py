@@ -14,10 +14,23 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from actors.recovery.losses.token_weights import ALL_TOKENS, TokenWeights
 
 
-def hidden_mse(student_BTD: Tensor, teacher_BTD: Tensor, weights: TokenWeights = ALL_TOKENS) -> Tensor:
-    """Return the squared distance of hidden states; a token's value is the mean over D (IteRABRe §3.2)."""
+def hidden_mse(
+    student_BTD: Tensor, teacher_BTD: Tensor, weights: TokenWeights = ALL_TOKENS, normalised: bool = False
+) -> Tensor:
+    """Return the squared distance of hidden states; a token's value is the mean over D (IteRABRe §3.2).
+
+    Args:
+        normalised: divide each token's value by the mean over D of the teacher's squares, so that it is
+            |h_S − h_T|² / |h_T|². Raw states grow from block to block, and those of the last ones, and of
+            the few tokens that models use as sinks, outweigh all others.
+    """
     num_tokens, width = student_BTD[..., 0].numel(), student_BTD.shape[-1]
-    total = _WeightedSquares.apply(student_BTD, teacher_BTD, weights.weights_BT)
+    weights_BT = weights.weights_BT
+    if normalised:
+        squares_BT = torch.linalg.vector_norm(teacher_BTD, dim=-1, dtype=torch.float32).square() / width
+        scale_BT = squares_BT.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
+        weights_BT = scale_BT if weights_BT is None else weights_BT * scale_BT
+    total = _WeightedSquares.apply(student_BTD, teacher_BTD, weights_BT)
     return weights.divided(total / width, num_tokens)
 
 

@@ -131,7 +131,9 @@ def _prepare(spec: RecoverySpec, context: TrainContext, build: BuildModule) -> T
         check_recovery(spec, context.world_size)
         data = training_data(spec, load_tokenizer(spec.model.source))
         if spec.teacher_states is not None:
-            data = with_teacher_states(data, spec.teacher_states)
+            # A bridge or merged weights may have changed blocks below, so that other states enter there.
+            block = None if spec.model.weights else spec.first_trainable
+            data = with_teacher_states(data, spec.teacher_states, block)
         order_SB = training_order(spec, data, stage_seed(spec))
         has_teacher = find_objective(spec.objective).has_teacher
         pair, _ = load_teacher_student(_with_compute_dtype(spec), has_teacher)
@@ -154,9 +156,9 @@ def _with_compute_dtype(spec: RecoverySpec) -> RecoverySpec:
     """Return `spec` with its models loaded in the dtype of the computation.
 
     Weights that are trained are kept in float32 by the engine, so full fine-tuning
-    starts from them as they are.
+    starts from them as they are; so does DoRA, which is merged into them.
     """
-    if spec.adapter.kind == "full":
+    if spec.adapter.leaves_weights:
         return spec
     source = replace(spec.model.source, dtype=precision_of(spec))
     teacher = spec.teacher and replace(spec.teacher, dtype=precision_of(spec))

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
+from actors.data import TopK
 from actors.errors import RequestError
 from actors.recovery.losses.cross_entropy import next_token_cross_entropy
 from actors.recovery.losses.layer_losses import attention_mse, hidden_mse
 from actors.recovery.losses.logit_losses import (
     LOGIT_LOSSES,
+    NO_TARGET,
+    check_topk,
     chunked_logit_loss,
     find_logit_loss,
     gram_matrix,
@@ -57,14 +60,17 @@ def _logits(name: str, temperature: float = 1.0) -> Term:
         head = LinearHead(t.head_VD)
         distance = find_logit_loss(name, temperature)
         return chunked_logit_loss(
-            t.student_BTD[rows], t.teacher_BTD[rows], (head, head), distance, weights, 3
-        )
+            t.student_BTD[rows], t.teacher_BTD[rows], (head, head), distance, weights, chunk_tokens=3
+        )[0]
 
     return term
 
 
 TERMS: dict[str, Term] = {
     "hidden": lambda t, rows, weights: hidden_mse(t.student_BTD[rows], t.teacher_BTD[rows], weights),
+    "normalised": lambda t, rows, weights: hidden_mse(
+        t.student_BTD[rows], t.teacher_BTD[rows], weights, normalised=True
+    ),
     "attention": lambda t, rows, weights: attention_mse(
         t.student_BHTT[rows], t.teacher_BHTT[rows], weights, mask()[rows]
     ),
@@ -139,6 +145,19 @@ def test_hidden_mse_is_the_mean_over_tokens_and_features() -> None:
     torch.testing.assert_close(hidden_mse(t.student_BTD, t.teacher_BTD, TokenWeights(mask())), want)
 
 
+def test_the_normalised_hidden_error_is_relative_to_the_teachers_state_token_by_token() -> None:
+    t = Tensors()
+    tokens = [(b, q) for b in range(B) for q in range(LENGTHS[b])]
+    apart = [
+        (t.student_BTD[i] - t.teacher_BTD[i]).square().sum() / t.teacher_BTD[i].square().sum() for i in tokens
+    ]
+    got = hidden_mse(t.student_BTD, t.teacher_BTD, TokenWeights(mask()), normalised=True)
+    torch.testing.assert_close(got, torch.stack(apart).mean())
+    # Neither model's scale matters: a block whose states are a hundred times as large weighs the same.
+    scaled = hidden_mse(100 * t.student_BTD, 100 * t.teacher_BTD, TokenWeights(mask()), normalised=True)
+    torch.testing.assert_close(scaled, got)
+
+
 def test_attention_mse_is_the_mean_over_queries_of_the_mean_over_heads_and_real_keys() -> None:
     t = Tensors()
     squares = (t.student_BHTT - t.teacher_BHTT).detach() ** 2
@@ -151,7 +170,7 @@ def test_attention_mse_is_the_mean_over_queries_of_the_mean_over_heads_and_real_
 def _plain_logit_loss(name: str, z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
     """One token's value, by probabilities and sums."""
     p_s, p_t = (torch.exp(z / temperature) / torch.exp(z / temperature).sum() for z in (z_s, z_t))
-    middle = (p_s + p_t) / 2
+    middle, mix = (p_s + p_t) / 2, lambda p, q: 0.1 * p + 0.9 * q
     kl = lambda p, q: (p * torch.log(p / q)).sum()  # noqa: E731
     scale = temperature**2
     return {
@@ -159,6 +178,8 @@ def _plain_logit_loss(name: str, z_s: Tensor, z_t: Tensor, temperature: float) -
         "forward_kl": scale * kl(p_t, p_s),
         "reverse_kl": scale * kl(p_s, p_t),
         "jsd": scale * (kl(p_t, middle) + kl(p_s, middle)) / 2,
+        "skew_kl": scale * kl(p_t, mix(p_s, p_t)),
+        "skew_reverse_kl": scale * kl(p_s, mix(p_t, p_s)),
         "cross_entropy": -scale * (p_t * torch.log(p_s)).sum(),
     }[name]
 
@@ -173,18 +194,87 @@ def test_logit_losses_and_their_gradients(name: str, temperature: float, chunk_t
     want = torch.stack([_plain_logit_loss(name, z_s[i], z_t[i], temperature) for i in tokens]).mean()
     (want_gradient,) = torch.autograd.grad(want, t.student_BTD)
     head, distance = LinearHead(t.head_VD), find_logit_loss(name, temperature)
-    got = chunked_logit_loss(
-        t.student_BTD, t.teacher_BTD, (head, head), distance, TokenWeights(mask()), chunk_tokens
+    got, _ = chunked_logit_loss(
+        t.student_BTD,
+        t.teacher_BTD,
+        (head, head),
+        distance,
+        TokenWeights(mask()),
+        chunk_tokens=chunk_tokens,
     )
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     (gradient,) = torch.autograd.grad(3 * got, t.student_BTD)
     torch.testing.assert_close(gradient, 3 * want_gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_one_pass_through_the_head_gives_distance_and_next_token_in_their_proportion(trained: bool) -> None:
+    t, padding = Tensors(), mask() == 0
+    head = LinearHead(t.head_VD.requires_grad_(trained))
+    next_BT = t.next_BT.masked_fill(padding, NO_TARGET)
+    next_BT[0, 3] = NO_TARGET
+    tokens = [(b, q) for b in range(B) for q in range(LENGTHS[b])]
+    z_s, z_t = (hidden @ t.head_VD.T for hidden in (t.student_BTD, t.teacher_BTD))
+    distance = torch.stack([_plain_logit_loss("forward_kl", z_s[i], z_t[i].detach(), 1.0) for i in tokens])
+    likelihood = [cross_entropy(z_s[i], next_BT[i]) for i in tokens if next_BT[i] != NO_TARGET]
+    want = torch.stack([distance.sum(), torch.stack(likelihood).sum()]) / len(tokens)
+    total, parts = chunked_logit_loss(
+        t.student_BTD,
+        t.teacher_BTD,
+        (head, head),
+        find_logit_loss("forward_kl", 1.0),
+        TokenWeights(mask()),
+        (0.3, next_BT),
+        chunk_tokens=3,
+    )
+    torch.testing.assert_close(parts, want.detach())
+    torch.testing.assert_close(total, want[0] + 0.3 * want[1])
+    inputs = [t.student_BTD, t.head_VD] if trained else [t.student_BTD]
+    got = torch.autograd.grad(total, inputs, retain_graph=True)
+    for mine, theirs in zip(got, torch.autograd.grad(want[0] + 0.3 * want[1], inputs), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+PROBABILITY_LOSSES = [name for name, row in LOGIT_LOSSES.items() if row.compares_probabilities]
+
+
+def _topk(t: Tensors, k: int) -> TopK:
+    log_BTV = (t.teacher_BTD @ t.head_VD.T).log_softmax(-1)
+    values_BTK, ids_BTK = log_BTV.topk(k)
+    return TopK(ids_BTK, values_BTK)
+
+
+@pytest.mark.parametrize("name", PROBABILITY_LOSSES)
+@pytest.mark.parametrize("k", [5, V])
+def test_the_most_likely_tokens_and_any_other_are_what_is_compared(name: str, k: int) -> None:
+    """With K = V nothing is left over, and the loss is that of the whole vocabulary."""
+    t = Tensors()
+    topk, head = _topk(t, k), LinearHead(t.head_VD)
+    p_BTV = (t.student_BTD @ t.head_VD.T).softmax(-1)
+    values = []
+    for i in [(b, q) for b in range(B) for q in range(LENGTHS[b])]:
+        student, teacher = p_BTV[i][topk.ids_BTK[i]], topk.log_probabilities_BTK[i].exp()
+        if k < V:
+            student, teacher = (torch.cat([p, (1 - p.sum())[None]]) for p in (student, teacher))
+        values.append(_plain_logit_loss(name, student.log(), teacher.log(), 1.0))
+    want = torch.stack(values).mean()
+    weights = TokenWeights(mask())
+    got, _ = chunked_logit_loss(t.student_BTD, topk, (head, head), find_logit_loss(name, 1.0), weights)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    mine, theirs = (torch.autograd.grad(loss, t.student_BTD)[0] for loss in (got, want))
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "temperature"), [("mse", 1.0), ("forward_kl", 2.0)])
+def test_what_top_k_probabilities_do_not_tell_is_refused(name: str, temperature: float) -> None:
+    with pytest.raises(RequestError, match="teacher_cache: hidden"):
+        check_topk(name, temperature)
+
+
 @pytest.mark.parametrize("weights", [ALL_TOKENS, TokenWeights(mask()), TokenWeights(mask(), 7.0)])
 def test_the_gram_matrix_gives_the_logit_mse(weights: TokenWeights) -> None:
     t, head = Tensors(), LinearHead(Tensors().head_VD)
-    through_logits = chunked_logit_loss(
+    through_logits, _ = chunked_logit_loss(
         t.student_BTD, t.teacher_BTD, (head, head), find_logit_loss("mse", 1.0), weights
     )
     through_gram = logit_mse_from_hidden(t.student_BTD, t.teacher_BTD, gram_matrix(t.head_VD), weights)
