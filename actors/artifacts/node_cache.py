@@ -10,8 +10,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +82,15 @@ def artifact_entry(key: str) -> Path:
         _in_use[entry] = opened
     os.utime(lock)
     return entry
+
+
+@contextmanager
+def filling(entry: Path) -> Iterator[None]:
+    """Hold the sole right on this node to fill an entry: others wait for it, and then find it filled."""
+    lock = _lock_file(entry)
+    with lock.with_name(f"{lock.name}.filling").open("w") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
 
 
 def make_space(needed_bytes: int) -> None:

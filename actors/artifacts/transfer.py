@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from actors.artifacts.filesystem import filesystem, join, local_path
-from actors.artifacts.node_cache import artifact_entry, file_sha256, make_space
+from actors.artifacts.node_cache import artifact_entry, file_sha256, filling, make_space
 from actors.artifacts.objects import flush_to_disk, sha256_of, write_file
 from actors.artifacts.retries import attempt, explained
 from actors.contracts import ArtifactRef, FileRef
@@ -65,14 +65,16 @@ def fetch(ref: ArtifactRef, remember: bool = False) -> Path:
         _check(directory, ref, remember)
         return directory
     directory = artifact_entry(ref.sha256)
-    if directory.is_dir():
-        try:
-            _check(directory, ref, remember)
-            return directory
-        except DamagedArtifactError:  # the copy of this node alone, perhaps
+    with filling(directory):
+        if not directory.is_dir():
+            _download(ref, directory)
+    try:
+        _check(directory, ref, remember)
+    except DamagedArtifactError:  # the copy of this node alone, perhaps
+        with filling(directory):
             shutil.rmtree(directory, ignore_errors=True)
-    _download(ref, directory)
-    _check(directory, ref, remember)
+            _download(ref, directory)
+        _check(directory, ref, remember)
     return directory
 
 
