@@ -57,6 +57,12 @@ def test_the_switch_leaves_the_frozen_weights_alone() -> None:
     assert float((short(x) - off).detach().norm()) > 1
 
 
+def test_layers_with_dora_keep_pefts_forward() -> None:
+    config = LoraConfig(r=4, use_dora=True, target_modules=["0"])
+    adapted = get_peft_model(nn.Sequential(nn.Linear(24, 40)), config, adapter_name="current")
+    assert all("forward" not in vars(layer) for layer in lora_layers(_short(adapted)))
+
+
 def test_layers_with_dropout_keep_pefts_forward() -> None:
     short = _short(_adapted(dropout=0.5))
     assert all("forward" not in vars(layer) for layer in lora_layers(short))
