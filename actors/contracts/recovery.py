@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt, Lt
 from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSettings, TextSpec
 from actors.contracts.models import Dtype, ModelRef, ModelSpec
-from actors.contracts.settings import AddedLater, Doc, NotInKey, Settings
+from actors.contracts.settings import AddedLater, Doc, InKeyWhereUsed, NotInKey, Settings
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,12 @@ class LossSpec(Settings):
     ] = "raw"
     last_hidden_state: Annotated[
         Literal["after_norm", "before_norm"],
-        NotInKey(),
+        InKeyWhereUsed(),
         Doc(
             "Where `hidden` takes the state of the last block: after the final norm, as hidden_states[-1] of "
             "transformers, or before it."
         ),
     ] = "after_norm"
-    """In the key by `planning.keys`, of those recoveries alone whose loss it changes."""
 
     @property
     def compares_last_block(self) -> bool:

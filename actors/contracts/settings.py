@@ -62,6 +62,11 @@ class AddedLater:
 
 
 @dataclass(frozen=True)
+class InKeyWhereUsed:
+    """Mark a field that is in the key of those specs alone whose result it changes: see `planning.keys`."""
+
+
+@dataclass(frozen=True)
 class InKeyAs:
     """Mark a field that stands in the key in place of another, by whose name it is there."""
 

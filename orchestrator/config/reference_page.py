@@ -50,7 +50,7 @@ def _sections(section: type, path: str, shown: dict[type, str]) -> Iterator[str]
             or (f"See `{shown.get(nested) or inner[-1][0]}`." if nested else "")
         )
         default = list(field.default) if isinstance(field.default, tuple) else field.default
-        written = "" if nested and default else f"`{default!r}`"
+        written = "" if nested and default and not isinstance(default, str) else f"`{default!r}`"
         if field.is_required():
             written = "required"
         yield f"| `{name}` | {_type_name(field)} | {written} | {meaning} |"

@@ -16,7 +16,7 @@ from actors.contracts import (
     TextSpec,
     digest,
 )
-from actors.contracts.settings import AddedLater, InKeyAs, NotInKey, StoredAs, marks
+from actors.contracts.settings import AddedLater, InKeyAs, InKeyWhereUsed, NotInKey, StoredAs, marks
 from actors.plugins import releases
 
 STAGE_VERSION: Mapping[str, int] = {
@@ -73,7 +73,7 @@ def _fields_in_key(spec: Any) -> Iterator[tuple[str, Any]]:
     cls: Any = type(spec)
     for field in fields(spec):
         value, marked = getattr(spec, field.name), marks(cls, field.name)
-        if NotInKey() in marked or AddedLater(value) in marked:
+        if {NotInKey(), InKeyWhereUsed()} & set(marked) or AddedLater(value) in marked:
             continue
         yield next((m.name for m in marked if isinstance(m, InKeyAs | StoredAs)), field.name), value
 

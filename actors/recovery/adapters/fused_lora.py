@@ -5,10 +5,15 @@ and backward, and computes it in the adapter's own type, for weights in bfloat16
 a slow one. Here y = x Wᵀ + (x Aᵀ) Bᵀ is one autograd node that adds in place
 and computes in the type of W; A and B and their gradients keep theirs.
 
-N tokens, I inputs, O outputs, R ranks of all active adapters together.
+Frozen adapters of earlier recoveries cost no gradient of their own. Where a copy of W takes no more memory
+than they do, they are summed into one, in float32, and then cost nothing: seven as little as none. The
+teacher goes on with W itself.
+
+N tokens, I inputs, O outputs, R ranks of all trained adapters together, F of all frozen ones.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -33,6 +38,15 @@ def use_fused_forward(layers: Iterable[LoraLayer]) -> None:
             layer.forward = MethodType(_forward, layer)
 
 
+@dataclass(frozen=True)
+class _Frozen:
+    """What a layer computes with that is not trained: its weight, and perhaps a low-rank update of it."""
+
+    weight_OI: Tensor
+    down_FI: Tensor | None = None
+    up_OF: Tensor | None = None
+
+
 def _forward(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or not names:
@@ -41,32 +55,67 @@ def _forward(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     # DeepSpeed's third stage gathers weights in hooks of the modules that hold them.
     if x.dtype != base.weight.dtype or hasattr(base.weight, "ds_id"):
         return Linear.forward(layer, x, *args, **kwargs)
-    down_RI = torch.cat([layer.lora_A[name].weight for name in names])
-    up_OR = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for name in names], dim=1)
-    return _LowRankLinear.apply(x, base.weight, base.bias, down_RI.to(x.dtype), up_OR.to(x.dtype))
+    frozen = _frozen(layer, [name for name in names if not layer.lora_A[name].weight.requires_grad])
+    trained = [name for name in names if layer.lora_A[name].weight.requires_grad]
+    down_RI, up_OR = _factors(layer, trained)
+    return _LowRankLinear.apply(x, frozen, base.bias, down_RI.to(x.dtype), up_OR.to(x.dtype))
+
+
+def _factors(layer: LoraLayer, names: list[str]) -> tuple[Tensor, Tensor]:
+    """Return A and B, scaled, of those adapters as one; of rank 0 if there are none."""
+    base = layer.base_layer
+    down = [layer.lora_A[name].weight for name in names] or [base.weight.new_zeros(0, base.in_features)]
+    up = [layer.lora_B[name].weight * layer.scaling[name] for name in names]
+    return torch.cat(down), torch.cat(up or [base.weight.new_zeros(base.out_features, 0)], dim=1)
+
+
+@torch.no_grad()
+def _frozen(layer: LoraLayer, names: list[str]) -> _Frozen:
+    """Return the layer's frozen part; made once, as long as its weight stays where it is."""
+    weight_OI = layer.base_layer.weight
+    if not names:
+        return _Frozen(weight_OI)
+    made_of, frozen = getattr(layer, "_frozen_part", (None, None))
+    if made_of != (weight_OI.data_ptr(), *names):
+        down_FI, up_OF = _factors(layer, names)
+        factor_bytes = down_FI.nbytes + up_OF.nbytes
+        if weight_OI.nbytes <= factor_bytes:
+            frozen = _Frozen((weight_OI.float() + up_OF.float() @ down_FI.float()).to(weight_OI.dtype))
+        else:
+            frozen = _Frozen(weight_OI, down_FI.to(weight_OI.dtype), up_OF.to(weight_OI.dtype))
+        layer._frozen_part = ((weight_OI.data_ptr(), *names), frozen)
+    return frozen
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """x Wᵀ + b + (x Aᵀ) Bᵀ with W and b frozen."""
+    """x Wᵀ + b + (x Aᵀ) Bᵀ with W, b and what is in the place of W frozen."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, down_RI: Tensor, up_OR: Tensor
+        ctx: FunctionCtx, x: Tensor, frozen: _Frozen, bias_O: Tensor | None, down_RI: Tensor, up_OR: Tensor
     ) -> Tensor:
-        inner_NR = x.flatten(0, -2) @ down_RI.T
+        x_NI = x.flatten(0, -2)
+        inner_NR = x_NI @ down_RI.T
         # What is returned is no view: a family may change it in place.
-        y = nn.functional.linear(x, weight_OI, bias_O)
+        y = nn.functional.linear(x, frozen.weight_OI, bias_O)
         y.flatten(0, -2).addmm_(inner_NR, up_OR.T)
-        ctx.save_for_backward(x, weight_OI, down_RI, up_OR, inner_NR)
+        if frozen.down_FI is not None:
+            y.flatten(0, -2).addmm_(x_NI @ frozen.down_FI.T, frozen.up_OF.T)
+        ctx.save_for_backward(x, down_RI, up_OR, inner_NR)
+        ctx.frozen = frozen
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
-        x, weight_OI, down_RI, up_OR, inner_NR = ctx.saved_tensors
+        x, down_RI, up_OR, inner_NR = ctx.saved_tensors
+        frozen = ctx.frozen
         above_NO, x_NI = above.flatten(0, -2), x.flatten(0, -2)
         inner_above_NR = above_NO @ up_OR
         x_above = None
         if ctx.needs_input_grad[0]:
-            x_above = (above_NO @ weight_OI).addmm_(inner_above_NR, down_RI).view(x.shape)
+            x_above_NI = (above_NO @ frozen.weight_OI).addmm_(inner_above_NR, down_RI)
+            if frozen.down_FI is not None:
+                x_above_NI.addmm_(above_NO @ frozen.up_OF, frozen.down_FI)
+            x_above = x_above_NI.view(x.shape)
         return x_above, None, None, inner_above_NR.T @ x_NI, above_NO.T @ inner_NR

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from actors.contracts import BelowCut
 from orchestrator.config import CampaignConfig, load_config, parse_config
 from orchestrator.errors import ConfigError
 
@@ -108,6 +109,10 @@ def test_every_wrong_field_has_a_line() -> None:
     [
         ("methods.0.recovery.learning_rate=1e-4", lambda c: c.methods[0].recovery.learning_rate == 1e-4),
         ("methods.0.recovery.learning_rate=+1.E2", lambda c: c.methods[0].recovery.learning_rate == 100),
+        (
+            "methods.0.recovery.adapter.layers.below_cut=3",
+            lambda c: c.methods[0].recovery.adapter.layers == BelowCut(3),
+        ),
         ("methods.0.recovery.max_tokens=40_960", lambda c: c.methods[0].recovery.max_tokens == 40960),
         ("seeds=[1, 2]", lambda c: c.seeds == [1, 2]),
         ("targets=[{layers: 3}]", lambda c: c.targets[0].layers == 3),

@@ -335,9 +335,10 @@ KEY_FIELDS = {
     "score": f"""calibration confidence criterion granularity max_sequences merge {MODEL_FIELDS} num_remove
         pooling reference seed sequence_length task""",
     "recover": f"""adapter.alpha adapter.double_quantization adapter.dropout adapter.kind adapter.rank
-        adapter.targets batch_size data learning_rate loss.attention loss.auxiliary loss.hidden
-        loss.logit_loss loss.logits loss.temperature lr_schedule max_grad_norm max_tokens {MODEL_FIELDS}
-        objective packing precision seed sequence_length teacher teacher_layers warmup_steps weight_decay""",
+        adapter.targets batch_size data last_hidden_state learning_rate loss.attention loss.auxiliary
+        loss.hidden loss.logit_loss loss.logits loss.temperature lr_schedule max_grad_norm max_tokens
+        {MODEL_FIELDS} objective packing precision seed sequence_length teacher teacher_layers
+        warmup_steps weight_decay""",
     "evaluate": f"""allow_code_execution include_path limit max_length max_new_tokens {MODEL_FIELDS}
         num_fewshot perplexity.context perplexity.data perplexity.max_tokens perplexity.name probes seed
         suites task_suffix tasks throughput""",

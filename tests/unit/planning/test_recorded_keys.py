@@ -40,9 +40,16 @@ RECORDED: dict[str, Any] = json.loads((HERE / "stages.json").read_text())
 FINGERPRINTS: dict[str, str] = RECORDED["fingerprints"]
 
 
-def _plan(config: CampaignConfig, method_name: str, seed: int) -> TrajectoryPlan:
-    """Return the plan that the planner makes where the files have the recorded fingerprints."""
+def _plan(
+    config: CampaignConfig, method_name: str, seed: int, last_hidden_state: str = "before_norm"
+) -> TrajectoryPlan:
+    """Return the plan that the planner makes where the files have the recorded fingerprints.
+
+    That version distilled the last block's state as it is before the final norm.
+    """
     method = next(method for method in config.methods if method.name == method_name)
+    loss = replace(method.recovery.loss, last_hidden_state=last_hidden_state)
+    method = method.model_copy(update={"recovery": replace(method.recovery, loss=loss)})
     criterion, objective = find_criterion(method.scoring.criterion), find_objective(method.recovery.objective)
     source = extend(ModelSpec, config.models[0])
     evaluation = evaluation_spec(config.evaluation, source, min(config.seeds))
@@ -122,6 +129,23 @@ def test_a_stage_has_the_key_that_it_was_stored_under(stage: dict[str, Any]) -> 
     assert inputs == stage["inputs"]
     kind = "recover" if stage["stage"] == "start" else stage["stage"]
     assert stage_key(kind, inputs) == stage["key"]
+
+
+def test_with_the_last_state_after_the_norm_only_distillations_of_all_states_have_other_keys() -> None:
+    changed = set()
+    for stage in RECORDED["stages"]:
+        plan = _plan(CAMPAIGNS[stage["campaign"]], stage["method"], stage["seed"], "after_norm")
+        inputs = json.loads(json.dumps(plan.key_inputs(_spec(plan, stage))))
+        if inputs != stage["inputs"]:
+            assert inputs == {**stage["inputs"], "last_hidden_state": "after_norm"}
+            changed.add((stage["method"], stage["stage"]))
+    distilled = {
+        (stage["method"], stage["stage"])
+        for stage in RECORDED["stages"]
+        if stage["inputs"].get("objective") == "kd" and stage["inputs"]["loss"]["hidden"]
+    }
+    assert changed == distilled
+    assert len(distilled) > 1
 
 
 def test_a_result_is_read_by_the_names_it_was_stored_under(tmp_path: Path) -> None:

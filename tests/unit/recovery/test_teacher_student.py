@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from actors.artifacts import publish
-from actors.contracts import AdapterSpec, ArtifactRef, ModelRef, ModelSpec, RecoverySpec, TextSpec
+from actors.contracts import AdapterSpec, ArtifactRef, BelowCut, ModelRef, ModelSpec, RecoverySpec, TextSpec
 from actors.errors import RequestError, WorkError
 from actors.models import (
     LayerwisePass,
@@ -145,6 +145,36 @@ def test_full_fine_tuning_takes_in_the_chain(path: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("variant", [{"rslora": True}, {"dora": True}, {"dora": True, "rslora": True}])
+def test_other_adapters_of_peft_read_back_as_the_student_over_iterations(
+    path: str, tmp_path: Path, variant: dict[str, bool]
+) -> None:
+    """Plain LoRA first, then two of this kind on top, each with another layer dropped."""
+    spec = _spec(path)
+    for number, (dropped, more) in enumerate([((), {}), ((4,), variant), ((0,), variant)]):
+        spec = replace(spec, model=spec.model.without(dropped), adapter=replace(spec.adapter, **more))
+        pair, _ = load_teacher_student(spec)
+        _move(pair, seed=number)
+        want = _student_logits(pair)
+        scale = 2.0 if spec.adapter.rslora else 1.0
+        layer = lora_layers(find_layers(pair.student).modules[-1])[0]
+        assert layer.scaling["current"] == scale
+        spec = replace(spec, model=spec.with_recovery(_saved(pair, tmp_path / str(number))))
+        _assert_same(_logits(build_model(spec.model)[0]), want)
+    assert bool(spec.model.adapters) != spec.adapter.dora
+
+
+def test_dora_is_compared_with_the_unpruned_model(path: str) -> None:
+    spec = replace(_spec(path), adapter=AdapterSpec(rank=4, dora=True, layers=BelowCut(1)))
+    pair, _ = load_teacher_student(spec)
+    assert depth(pair.teacher.config) == 6
+    assert pair.teacher_layers == (0, 1, 3, 4, 5)
+    _assert_same(_student_logits(pair), _logits(build_model(spec.model)[0]))
+    trained = {name for name, p in pair.student.named_parameters() if p.requires_grad}
+    assert {name.split(".layers.")[1][0] for name in trained} == {"1", "2", "3", "4"}
+    assert any("magnitude" in name for name in trained)
+
+
 def test_weights_of_another_model_are_refused(path: str, tmp_path: Path) -> None:
     save_weights({"model.layers.0.mlp.down_proj.weight": torch.zeros(3, 3)}, tmp_path / "new")
     ref = ModelRef(ModelSpec(path)).bridged(publish(tmp_path / "new", str(tmp_path / "published")))
@@ -204,6 +234,8 @@ def test_a_teacher_with_another_tokenizer_is_refused(path: str, tmp_path: Path) 
         ({"adapter": AdapterSpec("full", rank=8)}, r"adapter\.rank .*'full'"),
         ({"adapter": AdapterSpec("full", targets="ffn")}, r"adapter\.targets .*'full'"),
         ({"adapter": AdapterSpec("lora", double_quantization=False)}, "double_quantization"),
+        ({"adapter": AdapterSpec("full", layers="after_cut")}, r"adapter\.layers .*'full'"),
+        ({"adapter": AdapterSpec("qlora", dora=True)}, r"adapter\.dora .*'qlora'"),
         ({"adapter": AdapterSpec(rank=0)}, "rank"),
     ],
 )
