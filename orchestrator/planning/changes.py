@@ -147,6 +147,11 @@ def _effect(path: Path, before: str | None, after: str | None) -> Effect:
     match path:
         case ("name",) | ("models", _, "path" | "dtype" | "revision"):
             return Effect.CONTRADICTION
+        # Not in the key but for `topk`, which stores less than the teacher says.
+        case ("methods", _, "recovery", "teacher_cache") if '"topk"' in (before, after):
+            return Effect.AGAIN
+        case ("methods", _, "recovery", "teacher_top_k"):
+            return Effect.AGAIN
         case ("methods", _, *rest) if rest != ["priority"] and _in_key(MethodConfig, rest):
             return Effect.AGAIN
         case ("evaluation", "at" | "also_before_recovery"):

@@ -58,6 +58,14 @@ def changes(now: RunRecord, recorded: RunRecord | None = None) -> list[tuple[str
         ),
         (lambda c: c["evaluation"].update(limit=5), ("AGAIN", "evaluation.limit: (not given) → 5")),
         (
+            lambda c: c["methods"][0]["recovery"].update(teacher_cache="topk"),
+            ("AGAIN", 'methods.iterabre.recovery.teacher_cache: "auto" → "topk"'),
+        ),
+        (
+            lambda c: c["methods"][0]["recovery"].update(teacher_cache="off"),
+            ("HARMLESS", 'methods.iterabre.recovery.teacher_cache: "auto" → "off"'),
+        ),
+        (
             lambda c: c["evaluation"].update(batch_size=5),
             ("HARMLESS", 'evaluation.batch_size: "auto" → 5'),
         ),
