@@ -45,13 +45,13 @@ def with_teacher_caches(
         RequestError: a cache is asked for where the teacher has to run.
     """
     decided = {plan.id: replace(plan, teacher_cache=_possible(plan)) for plan in trajectories}
-    open_ones = [
+    undecided = [
         plan
         for plan in decided.values()
         if plan.teacher_cache != "off" and plan.method.recovery.teacher_cache == "auto"
     ]
     notes = []
-    for sharing in shared_teachings(open_ones):
+    for sharing in shared_teachings(undecided):
         stored = taught_bytes(sharing, sizes)
         if stored <= (sharing.spec.max_gb or 0) * GB and saved_seconds(sharing, sizes, config) > 0:
             notes.append(
