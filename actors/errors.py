@@ -25,6 +25,10 @@ class RequestError(IterabreError):
     exit_code = 2
 
 
+class TooLargeError(RequestError):
+    """What is to be stored is larger than it may be, or than the disk has room for."""
+
+
 class WorkError(IterabreError):
     """The work failed; what was finished is kept and `--resume` continues."""
 

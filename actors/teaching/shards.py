@@ -12,7 +12,7 @@ from torch import Tensor
 from actors.artifacts import local_path, publish_file
 from actors.contracts import ArtifactRef, FileRef, Progress, TeachResult, TeachSpec
 from actors.data.teacher_states import INDEX, write_index
-from actors.errors import RequestError
+from actors.errors import TooLargeError
 from actors.models import text_config
 from actors.models.loading.load import load_config
 
@@ -71,7 +71,7 @@ def check_disk(spec: TeachSpec, uri: str, needed: int) -> None:
     """Check that the states are no larger than they may be, and fit where they go if that is a local disk.
 
     Raises:
-        RequestError: they are too large; names place, bytes and remedies.
+        TooLargeError: they are too large; names place, bytes and remedies.
     """
     taken = f"the states of teacher {spec.model.path!r} take {needed / GB:.3g} GB"
     remedy = (
@@ -79,7 +79,7 @@ def check_disk(spec: TeachSpec, uri: str, needed: int) -> None:
         "less data"
     )
     if spec.max_gb is not None and needed > spec.max_gb * GB:
-        raise RequestError(
+        raise TooLargeError(
             f"{taken}, and recovery.teacher_cache_gb allows {spec.max_gb:g}; raise it, {remedy}"
         )
     target = local_path(uri)
@@ -88,7 +88,7 @@ def check_disk(spec: TeachSpec, uri: str, needed: int) -> None:
     existing = next(place for place in (target, *target.parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise RequestError(
+        raise TooLargeError(
             f"{taken}, but {uri} has {free / GB:.3g} GB free; free some space, choose another storage.path, "
             f"{remedy}"
         )
@@ -100,7 +100,7 @@ def run_shards(
     """Compute the states of all sequences shard by shard; return them as an artifact at `uri`.
 
     Raises:
-        RequestError: they do not fit on the disk; nothing is computed then.
+        TooLargeError: they do not fit on the disk; nothing is computed then.
     """
     num_tokens = int(lengths_S.sum())
     check_disk(spec, uri, needed_bytes(spec, num_tokens))

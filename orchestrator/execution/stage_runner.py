@@ -27,7 +27,7 @@ from actors.contracts import (
     TextSpec,
     digest,
 )
-from actors.errors import MemoryExhaustedError
+from actors.errors import MemoryExhaustedError, TooLargeError
 from orchestrator.execution.stage_kinds import (
     EVALUATE,
     GENERATE,
@@ -88,6 +88,7 @@ class StageRunner:
         self._recovered: dict[str, float] = {}
         self._recovery_data: TextSpec | None = None
         self._teacher_states: ArtifactRef | None = None
+        self._no_teacher_states = False
         self._background = ThreadPoolExecutor(1, "evaluation") if overlap else None
         self._evaluations: deque[tuple[Future[None], Callable[[], None]]] = deque()
 
@@ -137,14 +138,22 @@ class StageRunner:
     def _with_teacher_states(self, iteration: IterationPlan, spec: RecoverySpec) -> RecoverySpec:
         """Return `spec` with what the teacher says of its data, stored once for all that train on them.
 
-        A recovery that is finished needs nothing of it: it has the same key with and without.
+        A recovery that is finished needs nothing of it: it has the same key with and without. Where `auto`
+        finds no room for it after all, the teacher runs in each recovery.
         """
         teach = self._plan.teach_spec()
         key = stage_key(RECOVER.name, self._plan.key_inputs(spec))
-        if teach is None or self._resolver.holds(RECOVER, key):
+        if teach is None or self._no_teacher_states or self._resolver.holds(RECOVER, key):
             return spec
         if self._teacher_states is None:
-            taught = self._resolve(TEACH, teach, iteration, self._plan.model.num_layers)
+            try:
+                taught = self._resolve(TEACH, teach, iteration, self._plan.model.num_layers)
+            except (TooLargeError, MemoryExhaustedError) as error:
+                if self._plan.method.recovery.teacher_cache != "auto":
+                    raise
+                log.warning("%s: %s; the teacher runs in each recovery instead", self._plan.id, error)
+                self._no_teacher_states = True
+                return spec
             self._teacher_states = taught.artifact
         return replace(spec, teacher_states=self._teacher_states)
 

@@ -2,16 +2,20 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actors.contracts import RecoveryResult
+from actors.errors import TooLargeError
 from actors.teaching import shards, teacher
 from orchestrator.config import parse_config
 from orchestrator.execution.dry_run import campaign_stages, planned_stages
 from orchestrator.execution.local import LocalBackend
 from orchestrator.execution.resolvers import finished_model
+from orchestrator.execution.stage_kinds import StageRequest
 from orchestrator.execution.stage_runner import StageRunner
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.keys import stage_key
@@ -179,3 +183,38 @@ def test_what_cannot_be_cached_is_refused_before_anything_starts(
     assert "trains the head" in full[1]
     assert "no logits" in mse[1]
     assert not (tmp_path / "runs").exists()
+
+
+class NoRoom:
+    """Resolves recoveries alone: there is no room for what the teacher says."""
+
+    def __init__(self) -> None:
+        self.requested: list[str] = []
+
+    def holds(self, _kind: object, _key: str) -> bool:
+        return False
+
+    def resolve(self, stage: StageRequest[Any]) -> Any:
+        self.requested.append(stage.kind.name)
+        if stage.kind.name == "teach":
+            raise TooLargeError("no room")
+        assert stage.spec.teacher_states is None
+        return RecoveryResult(None, (), 0, 0)
+
+
+@pytest.mark.parametrize("cache", ["auto", "hidden"])
+def test_auto_lets_the_teacher_run_where_there_is_no_room(
+    campaign: dict[str, Any], cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    campaign["methods"][0]["recovery"]["teacher_cache"] = cache
+    plan = replace(plan_of(campaign).trajectories[0], teacher_cache="hidden")
+    resolver = NoRoom()
+    stages = StageRunner(plan, resolver)  # type: ignore[arg-type]
+    if cache == "hidden":
+        with pytest.raises(TooLargeError, match="no room"):
+            stages.recover(plan.iterations[0], plan.dense.without((2,)))
+        return
+    for iteration, dropped in zip(plan.iterations, ((2,), (1, 2)), strict=True):
+        stages.recover(iteration, plan.dense.without(dropped))
+    assert resolver.requested == ["teach", "recover", "recover"]
+    assert "no room; the teacher runs in each recovery instead" in caplog.text
