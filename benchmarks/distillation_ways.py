@@ -257,7 +257,7 @@ def factors_kept(layer: nn.Module, names: list[str]) -> fused_lora._Frozen:
     """As before they were summed: the factors of all frozen adapters of a layer."""
     down_FI, up_OF = fused_lora._factors(layer, names)
     weight_OI = layer.base_layer.weight
-    return fused_lora._Frozen(weight_OI, down_FI.to(weight_OI.dtype), up_OF.to(weight_OI.dtype))
+    return fused_lora._Frozen(weight_OI, (down_FI.to(weight_OI.dtype), up_OF.to(weight_OI.dtype)))
 
 
 @contextmanager
