@@ -89,8 +89,9 @@ def marks(cls: Any, name: str) -> tuple[Any, ...]:
 
 def unused_later(settings: Any) -> list[str]:
     """Return the fields that were added later and mean what was done before them."""
+    cls: Any = type(settings)
     values = ((f.name, getattr(settings, f.name)) for f in fields(settings))
-    return [name for name, value in values if AddedLater(value) in marks(type(settings), name)]
+    return [name for name, value in values if AddedLater(value) in marks(cls, name)]
 
 
 def stored_names(cls: Any) -> dict[str, str]:
