@@ -102,11 +102,6 @@ class LossSpec(Settings):
         ),
     ] = "after_norm"
 
-    @property
-    def compares_last_block(self) -> bool:
-        """True if `last_hidden_state` changes the loss."""
-        return self.hidden > 0 and self.hidden_layers == "all"
-
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverySettings(Settings):
@@ -194,6 +189,13 @@ class RecoverySpec(RecoverySettings):
             return self.model.bridged(artifact)
         trained = self.model.retrained if self.adapter.leaves_weights else self.model.adapted
         return trained(artifact)
+
+    @property
+    def takes_last_state_after_norm(self) -> bool:
+        """True if `loss.last_hidden_state` has another loss computed than before there was that field."""
+        loss = self.loss
+        compares_blocks = self.objective == "kd" and loss.hidden > 0 and loss.hidden_layers == "all"
+        return compares_blocks and loss.last_hidden_state == "after_norm"
 
     @property
     def first_trainable(self) -> int:

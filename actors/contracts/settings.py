@@ -87,6 +87,13 @@ def marks(cls: Any, name: str) -> tuple[Any, ...]:
     return tuple(mark for kind in declared for mark in getattr(kind, "__metadata__", ()))
 
 
+def unused_later(settings: Any) -> list[str]:
+    """Return the fields that were added later and mean what was done before them."""
+    cls: Any = type(settings)
+    values = ((f.name, getattr(settings, f.name)) for f in fields(settings))
+    return [name for name, value in values if AddedLater(value) in marks(cls, name)]
+
+
 def stored_names(cls: Any) -> dict[str, str]:
     """Return the name in JSON of every field of a dataclass."""
     renamed = {f.name: [m.name for m in marks(cls, f.name) if isinstance(m, StoredAs)] for f in fields(cls)}

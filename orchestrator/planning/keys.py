@@ -82,9 +82,8 @@ def _computed_anew(spec: Any) -> dict[str, str]:
     """Return what has come to be computed otherwise, for the specs alone whose results it changes."""
     changed: dict[str, str] = {}
     if isinstance(spec, RecoverySpec):
-        last = spec.loss.last_hidden_state
-        if spec.objective == "kd" and spec.loss.compares_last_block and last != "before_norm":
-            changed["last_hidden_state"] = last
+        if spec.takes_last_state_after_norm:
+            changed["last_hidden_state"] = spec.loss.last_hidden_state
         return changed
     if not isinstance(spec, EvaluationSpec | ExportSpec | ScoreSpec):
         return changed

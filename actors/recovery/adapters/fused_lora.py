@@ -40,11 +40,10 @@ def use_fused_forward(layers: Iterable[LoraLayer]) -> None:
 
 @dataclass(frozen=True)
 class _Frozen:
-    """What a layer computes with that is not trained: its weight, and perhaps a low-rank update of it."""
+    """What a layer computes with that is not trained: its weight, and perhaps the factors of an update."""
 
     weight_OI: Tensor
-    down_FI: Tensor | None = None
-    up_OF: Tensor | None = None
+    update: tuple[Tensor, Tensor] | None = None
 
 
 def _forward(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -75,15 +74,16 @@ def _frozen(layer: LoraLayer, names: list[str]) -> _Frozen:
     weight_OI = layer.base_layer.weight
     if not names:
         return _Frozen(weight_OI)
-    made_of, frozen = getattr(layer, "_frozen_part", (None, None))
-    if made_of != (weight_OI.data_ptr(), *names):
-        down_FI, up_OF = _factors(layer, names)
-        factor_bytes = down_FI.nbytes + up_OF.nbytes
-        if weight_OI.nbytes <= factor_bytes:
-            frozen = _Frozen((weight_OI.float() + up_OF.float() @ down_FI.float()).to(weight_OI.dtype))
-        else:
-            frozen = _Frozen(weight_OI, down_FI.to(weight_OI.dtype), up_OF.to(weight_OI.dtype))
-        layer._frozen_part = ((weight_OI.data_ptr(), *names), frozen)
+    made_of = (weight_OI.data_ptr(), *names)
+    known: tuple[Any, _Frozen] | None = getattr(layer, "_frozen_part", None)
+    if known is not None and known[0] == made_of:
+        return known[1]
+    down_FI, up_OF = _factors(layer, names)
+    if weight_OI.nbytes <= down_FI.nbytes + up_OF.nbytes:
+        frozen = _Frozen((weight_OI.float() + up_OF.float() @ down_FI.float()).to(weight_OI.dtype))
+    else:
+        frozen = _Frozen(weight_OI, (down_FI.to(weight_OI.dtype), up_OF.to(weight_OI.dtype)))
+    layer._frozen_part = (made_of, frozen)
     return frozen
 
 
@@ -99,8 +99,9 @@ class _LowRankLinear(torch.autograd.Function):
         # What is returned is no view: a family may change it in place.
         y = nn.functional.linear(x, frozen.weight_OI, bias_O)
         y.flatten(0, -2).addmm_(inner_NR, up_OR.T)
-        if frozen.down_FI is not None:
-            y.flatten(0, -2).addmm_(x_NI @ frozen.down_FI.T, frozen.up_OF.T)
+        if frozen.update is not None:
+            down_FI, up_OF = frozen.update
+            y.flatten(0, -2).addmm_(x_NI @ down_FI.T, up_OF.T)
         ctx.save_for_backward(x, down_RI, up_OR, inner_NR)
         ctx.frozen = frozen
         return y
@@ -115,7 +116,8 @@ class _LowRankLinear(torch.autograd.Function):
         x_above = None
         if ctx.needs_input_grad[0]:
             x_above_NI = (above_NO @ frozen.weight_OI).addmm_(inner_above_NR, down_RI)
-            if frozen.down_FI is not None:
-                x_above_NI.addmm_(above_NO @ frozen.up_OF, frozen.down_FI)
+            if frozen.update is not None:
+                down_FI, up_OF = frozen.update
+                x_above_NI.addmm_(above_NO @ up_OF, down_FI)
             x_above = x_above_NI.view(x.shape)
         return x_above, None, None, inner_above_NR.T @ x_NI, above_NO.T @ inner_NR

@@ -18,6 +18,7 @@ from actors.recovery.distillation.lockstep import Lockstep, check_comparable
 from actors.recovery.distillation.student import Terms
 from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.cross_entropy import next_token_cross_entropy
+from actors.recovery.losses.fused_kernels import fused_heads, fused_logit_loss
 from actors.recovery.losses.layer_losses import attention_mse, hidden_mse
 from actors.recovery.losses.lm_head import LMHead, common_gram
 from actors.recovery.losses.logit_losses import (
@@ -60,6 +61,8 @@ class LockstepDistiller(Lockstep):
         self._heads = LMHead(pair.student), LMHead(pair.teacher or pair.student)
         by_gram = loss.logits and loss.logit_loss == "mse"
         self._gram_DD = common_gram(*self._heads) if by_gram else None
+        fused = loss.logits and not loss.next_token
+        self._fused_heads = fused_heads(loss.logit_loss, *self._heads) if fused else None
         self._by_layer = bool(loss.attention) or (bool(loss.hidden) and loss.hidden_layers == "all")
 
     def forward(self, batch: TokenBatch) -> Terms:
@@ -178,6 +181,14 @@ class LockstepDistiller(Lockstep):
         """Return the weighted sum of the terms of logits and next tokens, and each of them for the log."""
         weights, predicted = self._weights, prediction_weights(batch)
         terms: Terms = {}
+        # DeepSpeed's third stage gathers weights for modules, not for a kernel that takes them by themselves.
+        sharded = self._fused_heads and any(hasattr(head, "ds_id") for head in self._fused_heads)
+        if self._fused_heads and isinstance(teacher, Tensor) and not sharded:
+            name, temperature = self._loss.logit_loss, self._loss.temperature
+            distance = fused_logit_loss(
+                name, student_BTD, teacher, self._fused_heads, temperature, token_weights
+            )
+            return weights["logits"] * distance, {"logits": distance}
         if self._loss.logits and self._gram_DD is None:
             assert teacher is not None
             targets_BT = next_ids(batch).masked_fill(predicted.weights_BT == 0, NO_TARGET)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors.contracts import Dtype, ModelSpec, RecoverySpec, TextSpec, digest, to_json
+from actors.contracts.settings import Settings, unused_later
 from actors.errors import RequestError
 from actors.recovery.training.deepspeed_fields import AUTO, check_fields, without_auto
 
@@ -194,7 +195,19 @@ def settings_fingerprint(spec: RecoverySpec) -> str:
     for name in TEACHER_CACHE:
         if name != "teacher_top_k" or spec.teacher_cache != "topk":
             del settings[name]
+    _remove_unused_later(same, settings)
+    if not spec.takes_last_state_after_norm:
+        del settings["loss"]["last_hidden_state"]
     return digest(settings)
+
+
+def _remove_unused_later(settings: Settings, as_json: dict[str, Any]) -> None:
+    """Remove the fields that earlier versions did not have, at the values that mean what those did."""
+    for name in unused_later(settings):
+        del as_json[name]
+    for name, section in vars(settings).items():
+        if isinstance(section, Settings) and name in as_json:
+            _remove_unused_later(section, as_json[name])
 
 
 def parse(text: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from actors.contracts import ModelRef, ModelSpec, RecoverySpec, TextSpec
+from actors.contracts import LossSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
 from actors.errors import RequestError
 from actors.recovery.training.deepspeed_config import (
     check_user_config,
@@ -14,6 +14,7 @@ from actors.recovery.training.deepspeed_config import (
     loss_scale_settings,
     optimizer_settings,
     parse,
+    settings_fingerprint,
     zero_stage,
 )
 
@@ -135,3 +136,22 @@ def test_null_is_nothing() -> None:
     assert _config({"zero_optimization": {"stage": 2, "sub_group_size": None}})["zero_optimization"] == {
         "stage": 2
     }
+
+
+@pytest.mark.parametrize(
+    ("settings", "recorded"),
+    [
+        ({"objective": "healing"}, "ef81f4ce49ba61c9"),
+        ({"loss": LossSpec(0.0, 0.0, 1.0)}, "13630b5a771ad0b8"),
+        ({"loss": LossSpec(last_hidden_state="before_norm")}, "adce747f68df8382"),
+    ],
+)
+def test_checkpoints_of_version_0_1_0_are_gone_on_from(settings: dict[str, Any], recorded: str) -> None:
+    """Fields that it did not have, at what it did, are not in the fingerprint of a training's settings."""
+    spec = RecoverySpec(model=ModelRef(ModelSpec("x"), (2,)), data=TextSpec(path="a.txt"), **settings)
+    assert settings_fingerprint(spec).startswith(recorded)
+
+
+def test_checkpoints_of_another_loss_are_not() -> None:
+    spec = RecoverySpec(model=ModelRef(ModelSpec("x"), (2,)), data=TextSpec(path="a.txt"))
+    assert not settings_fingerprint(spec).startswith("adce747f68df8382")

@@ -49,7 +49,7 @@ def test_outputs_and_gradients_are_those_of_peft(
     plain = _adapted(dtype, bias, earlier=earlier)
     short = _short(plain)
     short(torch.randn(2, 24, dtype=dtype))
-    merged = [layer._frozen_part[1].down_FI is None for layer in lora_layers(short)]
+    merged = [layer._frozen_part[1].update is None for layer in lora_layers(short)]
     assert merged == [earlier == MERGED] * 2
     x = torch.randn(2, 5, 24, dtype=dtype)
     assert float((short(x) - plain(x)).norm() / plain(x).norm()) < tolerance

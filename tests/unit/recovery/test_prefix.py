@@ -95,6 +95,7 @@ def _losses_and_gradients(
 @contextmanager
 def _calls(model: PreTrainedModel) -> Iterator[list[int]]:
     """How often each block runs."""
+    LayerwisePass(model, IDS_BT)  # the first pass of a process looks at what a block returns
     calls = [0] * len(find_layers(model).modules)
     hooks = [
         block.mlp.register_forward_pre_hook(
