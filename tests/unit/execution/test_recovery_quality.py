@@ -21,22 +21,25 @@ def test_lines_cross_between_points() -> None:
 
 
 def test_every_way_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All ways, two budgets; what is measured stays measured."""
+    """All ways with one budget, two of them with another; what is measured stays measured."""
     model = save_tiny(tmp_path / "model", num_layers=6)
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{i} The quick brown fox jumps over the lazy dog ." for i in range(200)))
-    given = {"path": str(text)}
-    arguments = ["--model", model, "--dtype", "float32", "--layers", "4", "--tokens", "256", "512"]
-    arguments += ["--data", json.dumps(given), "--test", json.dumps(given), "--test-tokens", "256"]
-    arguments += ["--context", "32", "--tasks", "--sequence-length", "16", "--batch-size", "4"]
-    arguments += ["--micro-batch-size", "4", "--work", str(tmp_path / "work")]
+    given = json.dumps({"path": str(text)})
+    arguments = ["--model", model, "--dtype", "float32", "--layers", "4", "--data", given, "--test", given]
+    arguments += ["--test-tokens", "256", "--context", "32", "--tasks", "--sequence-length", "16"]
+    arguments += ["--batch-size", "4", "--micro-batch-size", "4", "--work", str(tmp_path / "work")]
     arguments += ["--set", "methods.0.scoring.max_sequences=2", "--set", "methods.0.recovery.adapter.rank=4"]
     arguments += ["--out", str(tmp_path / "out.jsonl"), "--picture", str(tmp_path / "picture.png")]
-    main(arguments)
+    main([*arguments, "--tokens", "256"])
+    two_budgets = [*arguments, "--ways", "plain", "best", "--tokens", "512", "256"]
+    main(two_budgets)
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [(row["budget"], row["way"]) for row in rows] == [
-        (budget, way) for budget in (256, 512) for way in recovery_quality.WAYS
+    assert [(row["way"], row["budget"]) for row in rows] == [
+        *((way, 256) for way in recovery_quality.WAYS),
+        ("plain", 512),
+        ("best", 512),
     ]
     for row in rows:
         assert row["tokens"] == row["budget"]
@@ -46,5 +49,5 @@ def test_every_way_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
     monkeypatch.setattr(recovery_quality, "measure", lambda *_: pytest.fail("measured again"))
-    main(arguments)
+    main(two_budgets)
     assert (tmp_path / "out.jsonl").read_text().splitlines() == lines
