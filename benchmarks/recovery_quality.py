@@ -182,6 +182,8 @@ def measure(request: str, way: str, budget: int, options: argparse.Namespace) ->
     for (stage, _), value in of_stages.items():
         seconds[stage] = seconds.get(stage, 0.0) + value
     evaluated = [row for row in rows if row["stage"] == "evaluate"]
+    if not any(row["phase"] == "recovered" for row in evaluated):
+        raise SystemExit(f"{config.name} was stopped; give the command again to go on")
     return Point(
         request=request,
         way=way,
