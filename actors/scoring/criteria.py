@@ -10,7 +10,7 @@ from actors.contracts import ScoreSpec
 from actors.errors import RequestError, unknown_name
 from actors.models import BLOCK, check_granularity
 from actors.plugins import find_row
-from actors.scoring.measures import activations, angular, positions, weights
+from actors.scoring.measures import activations, angular, linear_maps, positions, weights
 from actors.scoring.measures.calibration import Measure
 from actors.scoring.measures.pooling import POOLING
 from actors.scoring.measures.wavefront import layer_forwards
@@ -108,6 +108,16 @@ CRITERIA: dict[str, Criterion] = {
         weight=lambda num_tokens: num_tokens - 1,
         link=torch.exp,
     ),
+    "kl": LayerCriterion(
+        source="EvoPress (arXiv 2410.14649), the fitness of its search",
+        equation="mean_t KL(p(M_ref)_t ‖ p(M without i)_t), p_t the prediction at token t",
+        measure=activations.kl,
+        highest_first=False,
+        uses_sequences=True,
+        forwards=layer_forwards,
+        by_candidate=True,
+        weight=lambda num_tokens: num_tokens,
+    ),
     "block_influence": LayerCriterion(
         source="ShortGPT (arXiv 2403.03853) §2.3, Eq. 1",
         equation="1 − mean_t cos(x_i,t, x_i+1,t)",
@@ -125,6 +135,19 @@ CRITERIA: dict[str, Criterion] = {
         forwards=_one_pass,
         chooses_run=True,
         blocks_only=True,
+    ),
+    "bridge_residual": LayerCriterion(
+        source="Your Transformer is Secretly Linear (arXiv 2405.12250), linearity of blocks; "
+        "ReplaceMe (arXiv 2505.02819) §2.2, a map in place of a run",
+        equation="mean_t ‖x_i,t (1 + A) − x_i+n,t‖² / ‖x_i+n,t‖² for the run of n blocks from i on, "
+        "A fitted to other sequences",
+        measure=linear_maps.bridge_residual,
+        highest_first=False,
+        uses_sequences=True,
+        forwards=_one_pass,
+        chooses_run=True,
+        blocks_only=True,
+        joint=True,
     ),
     "deepest": LayerCriterion(
         source="The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887) §4.4",

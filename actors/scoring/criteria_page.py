@@ -26,8 +26,16 @@ Every criterion but `laco` goes with both schedules. `iterative` scores again af
 - `angular_block` chooses the n layers of a portion together, as one run: all of them with `direct`, and
   `layers_per_iteration` of them with `iterative`. Any layer may begin the run, the first one too. Layers
   after which fewer than n are left get the score 1, the largest distance there is.
-- `hidden_cosine` compares with the unpruned model or, with `reference: current`, with the current one;
-  `pooling` is `flatten`, `token_mean` or `last_token`.
+- `bridge_residual` chooses a run, too: the one that a linear map replaces best, which is how recovery with
+  `linear_bridge` begins. A (D × D) comes from a ridge regression on tokens of the same norm. Each half of the
+  sequences, those of even and of odd positions, is judged by the A of the other; two sequences are the
+  least, some thousands of tokens (several times D) are better than the ten sentences that scoring
+  reads by default. All sequences are scored by one actor. Layers after which fewer than n are left get
+  the worst score.
+- `hidden_cosine` and `kl` compare with the unpruned model or, with `reference: current`, with the current
+  one; `pooling`, of `hidden_cosine` alone, is `flatten`, `token_mean` or `last_token`.
+- `kl` compares the predictions at all tokens, over the whole vocabulary and in nats: what distillation with
+  `logit_loss: forward_kl` makes small.
 - `taylor` takes the gradient of the mean over sequences of the mean next-token loss. All sequences are
   scored by one actor, as the gradients are added up before their absolute value is taken; one layer's
   gradients are held at a time.

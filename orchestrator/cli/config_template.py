@@ -16,6 +16,10 @@ BATCH_SIZE, MICRO_BATCH_SIZE = 32, 4
 """Sequences of an optimizer step, and at most of a worker at a time."""
 CPU_TOKENS = 16_384
 """Of the test text, where there is no GPU: the whole takes hours."""
+LEARNING_RATE = "2e-4"
+"""As QLoRA (arXiv 2305.14314, App. B.2) has it for models of 7B and 13B."""
+WARMUP_SHARE = 0.05
+"""Share of a recovery's steps in which the learning rate rises to its peak."""
 WIKITEXT = "{path: Salesforce/wikitext, config: wikitext-2-raw-v1, split: train}"
 
 
@@ -50,6 +54,7 @@ def campaign_file(answers: Answers, file: str) -> str:
     )
     model_id = answers.name or short_name(answers.model)
     batch_size, micro_batch_size = batch_for(answers.max_tokens, max(1, answers.gpus))
+    steps = answers.max_tokens // (batch_size * SEQUENCE_LENGTH)
     data = WIKITEXT
     if answers.data is not None:
         data = f"{{{'builtin' if answers.builtin else 'path'}: {_quoted(answers.data)}}}"
@@ -63,6 +68,9 @@ def campaign_file(answers: Answers, file: str) -> str:
         sequence_length=SEQUENCE_LENGTH,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
+        learning_rate=LEARNING_RATE,
+        warmup_steps=round(WARMUP_SHARE * steps),
+        steps=steps,
         max_tokens=answers.max_tokens,
         test_tokens=None if answers.gpus else CPU_TOKENS,
         fractions=answers.fractions,

@@ -1,13 +1,16 @@
 """Measures of what a layer, or its attention or MLP alone, does to the activations and the output."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from actors.models import BLOCK, LayerwisePass, depth, find_layers, without_sub_block
+from actors.models import BLOCK, LayerwisePass, depth, find_layers, text_config, without_sub_block
+from actors.models.head import LogitHead
 from actors.scoring.measures.calibration import Calibration
-from actors.scoring.measures.likelihood import negative_log_likelihoods
+from actors.scoring.measures.likelihood import divergences, negative_log_likelihoods
 from actors.scoring.measures.pooling import POOLING
 from actors.scoring.measures.wavefront import UNPRUNED, last_hiddens
 
@@ -15,8 +18,40 @@ from actors.scoring.measures.wavefront import UNPRUNED, last_hiddens
 @torch.no_grad()
 def hidden_cosine(model: PreTrainedModel, calibration: Calibration) -> Tensor:
     """Return the cosine of the last hidden states of the reference and the model without layer i. [S, N]"""
-    pool, own = POOLING[calibration.pooling], calibration.reference is None
+    pool, rows = POOLING[calibration.pooling], calibration.no_rows(model)
+    for positions, layers, reference_GTD, hidden_CGTD in _beside_reference(model, calibration):
+        for g, position in enumerate(positions):
+            similarity_C = pool(reference_GTD[g].float(), hidden_CGTD[:, g].float())
+            rows[position, layers] = similarity_C.double().cpu()
+    return rows
+
+
+@torch.no_grad()
+def kl(model: PreTrainedModel, calibration: Calibration) -> Tensor:
+    """Return the mean over tokens of KL(p_ref ‖ p), in nats, p predicted without layer i. [S, N]
+
+    Every token counts, the last one too: its prediction is compared, not looked up in the text.
+    """
+    heads = (LogitHead(calibration.reference or model), LogitHead(model))
+    vocabulary = text_config(model.config).vocab_size
     rows = calibration.no_rows(model)
+    for positions, layers, reference_GTD, hidden_CGTD in _beside_reference(model, calibration):
+        budget = calibration.memory_budget
+        nats_CG = divergences(reference_GTD, hidden_CGTD, heads, vocabulary, budget).cpu()
+        for g, position in enumerate(positions):
+            rows[position, layers] = nats_CG[:, g]
+    return rows
+
+
+def _beside_reference(
+    model: PreTrainedModel, calibration: Calibration
+) -> Iterator[tuple[tuple[int, ...], list[int], Tensor, Tensor]]:
+    """Yield last hidden states after the final norm, of the reference and of candidates, some at a time.
+
+    Each time: positions of the sequences [G], layers that the candidates are without [C],
+    the reference's states [G, T, D] and the candidates' [C, G, T, D].
+    """
+    own = calibration.reference is None
     for wave in calibration.waves(model):
         references: dict[int, Tensor] = {}  # the last hidden state [T, D] to keep, by sequence
         if calibration.reference is not None:
@@ -27,16 +62,15 @@ def hidden_cosine(model: PreTrainedModel, calibration: Calibration) -> Tensor:
                 budget=calibration.memory_budget,
                 counter=calibration.counter,
             )
-            references |= zip(wave.positions, (h.float() for h in hidden), strict=True)
+            references |= zip(wave.positions, hidden, strict=True)
         for states in calibration.final_states(model, wave, keep_unpruned=own):
-            hidden_CGTD = states.last_hidden().float()
-            if states.streams[0] == UNPRUNED:
-                references |= zip(states.positions, hidden_CGTD[0].clone(), strict=True)
+            hidden_CGTD = states.last_hidden()
             first = states.streams.count(UNPRUNED)
-            layers = list(states.streams[first:])
-            for g, position in enumerate(states.positions):
-                rows[position, layers] = pool(references[position], hidden_CGTD[first:, g]).double().cpu()
-    return rows
+            if first:
+                references |= zip(states.positions, hidden_CGTD[0].clone(), strict=True)
+            if layers := list(states.streams[first:]):
+                reference_GTD = torch.stack([references[position] for position in states.positions])
+                yield states.positions, layers, reference_GTD, hidden_CGTD[first:]
 
 
 @torch.no_grad()

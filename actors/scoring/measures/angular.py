@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from actors.errors import RequestError
 from actors.models import LayerwisePass, depth
 from actors.scoring.measures.calibration import Calibration
 
@@ -42,12 +41,10 @@ def angular_block(model: PreTrainedModel, calibration: Calibration) -> Tensor:
     Raises:
         RequestError: no run of so many blocks.
     """
-    num_layers, num_remove = depth(model.config), calibration.num_remove
-    if not 1 <= num_remove <= num_layers:
-        raise RequestError(f"no run of {num_remove} blocks in a model of {num_layers}")
-    rows = torch.full((len(calibration.sequences), num_layers), FARTHEST, dtype=torch.float64)
+    num_starts = calibration.num_runs(model)
+    rows = torch.full((len(calibration.sequences), depth(model.config)), FARTHEST, dtype=torch.float64)
     for row, sequence in zip(rows, calibration.sequences, strict=True):
-        row[: num_layers - num_remove + 1] = _distances(model, sequence).diagonal(num_remove)
+        row[:num_starts] = _distances(model, sequence).diagonal(calibration.num_remove)
     return rows
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from actors.errors import RequestError
 from actors.models import BLOCK, depth
 from actors.scoring.measures.wavefront import FinalStates, ForwardCounter, Wave, wavefront, waves
 
@@ -53,6 +54,17 @@ class Calibration:
             counter=self.counter,
             granularity=self.granularity,
         )
+
+    def num_runs(self, model: PreTrainedModel) -> int:
+        """Return how many runs of `num_remove` blocks there are, and so at how many layers one begins.
+
+        Raises:
+            RequestError: there is none.
+        """
+        num_layers = depth(model.config)
+        if not 1 <= self.num_remove <= num_layers:
+            raise RequestError(f"no run of {self.num_remove} blocks in a model of {num_layers}")
+        return num_layers - self.num_remove + 1
 
     def no_rows(self, model: PreTrainedModel) -> Tensor:
         """Return rows for every sequence and layer, nothing scored yet: [S, N] of NaN, float64."""

@@ -12,8 +12,9 @@ from orchestrator.reporting.data.comparisons import Entry, dense_of
 from orchestrator.reporting.data.measured import DENSE, PRUNED, RECOVERED, headline_metrics
 
 MOST_PANELS = 12
-RUN_CRITERION = "angular_block"
-"""The criterion that scores a run of layers by where it begins."""
+ANGULAR = "angular_block"
+RUN_CRITERIA = (ANGULAR, "bridge_residual")
+"""The criteria that score a run of layers by where it begins."""
 FIRST_SCORE = (pc.field("stage") == "score") & (pc.field("metric") == "score") & (pc.field("iteration") == 1)
 
 
@@ -142,7 +143,7 @@ def _first_scores(source: str, ledger: pa.Table, criteria: Mapping[str, str]) ->
     panels: dict[str, Panel | None] = {}
     for key, scores in scored.items():
         name = criteria.get(methods[key], methods[key])
-        if name == RUN_CRITERION:
+        if name in RUN_CRITERIA:
             continue
         layers = tuple(sorted(scores))
         curve = Curve("score", layers, tuple(scores[layer] for layer in layers))
@@ -151,14 +152,14 @@ def _first_scores(source: str, ledger: pa.Table, criteria: Mapping[str, str]) ->
         f"criteria-{source}",
         f"{source}: every layer by each criterion",
         "The first scoring of the unpruned model, a panel a criterion with a scale of its own. For "
-        "hidden_cosine, perplexity and task_metric it is a sweep: the model without that one layer.",
+        "hidden_cosine, perplexity, kl and task_metric it is a sweep: the model without that one layer.",
         panels.values(),
     )
 
 
 def _run_distances(source: str, ledger: pa.Table, criteria: Mapping[str, str]) -> Figure | None:
     """Map angular distances over runs of as many layers as were taken at once (Gromov et al., Figure 4)."""
-    angular = {method for method, criterion in criteria.items() if criterion == RUN_CRITERION}
+    angular = {method for method, criterion in criteria.items() if criterion == ANGULAR}
     sizes_of = {place[0]: len(layers) for place, layers in dropped_layers(ledger).items() if place[1] == 1}
     found: dict[int, dict[int, float]] = {}
     for row in ledger.filter(FIRST_SCORE).select(["method", "trajectory", "layer", "value"]).to_pylist():

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,20 @@ def test_init_writes_a_file_that_the_campaign_reads(tmp_path: Path) -> None:
     assert [target.fraction for target in config.targets] == [0.1, 0.5]
     assert (config.execution.training.workers, config.execution.training.gpus) == (8, 1)
     assert "# " in file.read_text()
+
+
+def test_init_starts_from_the_recipe_best(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    iterabre("init", file, "--model", "m")
+    (method,) = load_config(file).methods
+    (best,) = load_config(Path(__file__).parents[3] / "configs/recipes/best.yaml").methods
+    sizes = {
+        field: getattr(method.recovery, field)
+        for field in ("data", "batch_size", "micro_batch_size", "learning_rate", "warmup_steps", "max_tokens")
+    }
+    assert method.recovery == replace(best.recovery, **sizes)
+    assert (method.name, method.scoring, method.schedule) == (best.name, best.scoring, best.schedule)
+    assert method.recovery.warmup_steps == 8  # of 152
 
 
 def test_init_without_gpus_asks_for_none(tmp_path: Path) -> None:

@@ -61,6 +61,24 @@ def hidden_cosine(
     return scores
 
 
+@torch.no_grad()
+def kl(
+    model: PreTrainedModel, reference: PreTrainedModel, sequences: Sequence[Tensor], _: int
+) -> list[float]:
+    """Over the whole vocabulary at every token, in nats; tokens count alike whatever sequence they are in."""
+    scores = []
+    for layer in range(len(blocks_of(model))):
+        nats = []
+        for ids_T in sequences:
+            wanted = reference(ids_T[None], use_cache=False).logits[0].double().softmax(-1).tolist()
+            with skipped(model, [layer]):
+                given = model(ids_T[None], use_cache=False).logits[0].double().softmax(-1).tolist()
+            for p, q in zip(wanted, given, strict=True):
+                nats.append(math.fsum(x * math.log(x / y) for x, y in zip(p, q, strict=True)))
+        scores.append(mean(nats))
+    return scores
+
+
 def block_influence(
     model: PreTrainedModel, _reference: PreTrainedModel, sequences: Sequence[Tensor], _: int
 ) -> list[float]:
@@ -88,6 +106,36 @@ def angular_block(
             angles.append(math.acos(min(1.0, cosine(before, after))) / math.pi)
         scores.append(mean(angles))
     return scores
+
+
+def _ridge_map(entering: list[Tensor], leaving: list[Tensor]) -> Tensor:
+    """The best A of x (1 + A) = y over tokens with ‖y‖ = 1: least squares of rows with those of α 1 below."""
+    x_ND = torch.stack([x / y.norm() for x, y in zip(entering, leaving, strict=True)])
+    y_ND = torch.stack([y / y.norm() for y in leaving])
+    size = x_ND.shape[1]
+    alpha = 0.1 * x_ND.square().sum() / size
+    penalty_DD = alpha.sqrt() * torch.eye(size, dtype=x_ND.dtype)
+    padded = torch.cat([y_ND - x_ND, torch.zeros_like(penalty_DD)])
+    return torch.linalg.lstsq(torch.cat([x_ND, penalty_DD]), padded, driver="gelsd").solution
+
+
+def bridge_residual(
+    model: PreTrainedModel, _reference: PreTrainedModel, sequences: Sequence[Tensor], num_remove: int
+) -> list[float]:
+    """Share of the squared norm that a linear map misses, fitted to every other sequence."""
+    streams = [[point.double() for point in residual_stream(model, ids_T)] for ids_T in sequences]
+    scores = []
+    for first in range(len(blocks_of(model)) - num_remove + 1):
+        missed = []
+        for fitted, judged in ((streams[0::2], streams[1::2]), (streams[1::2], streams[0::2])):
+            entering = [token for points in fitted for token in points[first]]
+            leaving = [token for points in fitted for token in points[first + num_remove]]
+            map_DD = _ridge_map(entering, leaving)
+            for points in judged:
+                for x, y in zip(points[first], points[first + num_remove], strict=True):
+                    missed.append(((x + x @ map_DD - y).norm() / y.norm()).item() ** 2)
+        scores.append(mean(missed))
+    return scores + [max(1.0, *scores)] * (num_remove - 1)
 
 
 def taylor(
@@ -150,8 +198,10 @@ def random(
 
 PLAIN: dict[str, tuple[Plain, bool]] = {
     "hidden_cosine": (hidden_cosine, True),
+    "kl": (kl, False),
     "block_influence": (block_influence, False),
     "angular_block": (angular_block, False),
+    "bridge_residual": (bridge_residual, False),
     "deepest": (deepest, True),
     "reverse": (reverse, True),
     "taylor": (taylor, False),
@@ -171,7 +221,7 @@ def plain_removal(
     removed = []
     for portion in portions:
         scores = score(current, model, sequences, portion)
-        if criterion == "angular_block":
+        if criterion in ("angular_block", "bridge_residual"):
             first = min(range(len(left) - portion + 1), key=lambda i: scores[i])
             chosen = list(range(first, first + portion))
         else:

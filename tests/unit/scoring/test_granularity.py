@@ -130,7 +130,7 @@ def test_weights(family: str, kind: str) -> None:
         assert got == pytest.approx(scores, rel=2e-5)
 
 
-@pytest.mark.parametrize("criterion", ["angular_block", "laco"])
+@pytest.mark.parametrize("criterion", ["angular_block", "bridge_residual", "laco"])
 def test_criteria_of_whole_blocks_are_refused(criterion: str) -> None:
     with pytest.raises(RequestError, match=f"criterion '{criterion}' chooses whole blocks"):
         score_layers(tiny_model("llama"), SEQUENCES, criterion, granularity="mlp")
@@ -172,7 +172,7 @@ def test_a_candidate_passes_its_own_block_too(spec: ScoreSpec) -> None:
     assert score_locally(whole).layer_forwards == 3 * (6 * 7 // 2 + 6)
 
 
-@pytest.mark.parametrize("criterion", ["hidden_cosine", "perplexity"])
+@pytest.mark.parametrize("criterion", ["hidden_cosine", "perplexity", "kl"])
 def test_a_streamed_model_has_the_same_scores(spec: ScoreSpec, criterion: str) -> None:
     spec = replace(spec, criterion=criterion)
     streamed = score_locally(replace(spec, stream_weights=True))

@@ -17,6 +17,9 @@ from actors.scoring import CRITERIA, score_layers, score_locally
 from actors.scoring.criteria import removal_order
 from actors.scoring.criteria_page import criteria_page
 from actors.scoring.measures.angular import angular_distances
+from actors.scoring.measures.calibration import Calibration
+from actors.scoring.measures.linear_maps import bridge_residual
+from actors.scoring.measures.wavefront import ForwardCounter
 from tests.support.tiny_models import blocks_of, tiny_ids, tiny_model, tiny_tokenizer
 from tests.unit.scoring.plain import PLAIN, plain_removal, residual_stream
 
@@ -117,6 +120,44 @@ def test_angular_distances_of_all_runs() -> None:
         scores = score_layers(model, SEQUENCES, "angular_block", num_remove=size)
         assert scores[: 7 - size] == pytest.approx(distances.diagonal(size).tolist())
         assert scores[7 - size :] == [1.0] * (size - 1)
+
+
+def test_a_run_that_is_a_linear_map_goes_first() -> None:
+    """Another criterion would keep it: what leaves it is far from what enters it."""
+    model = tiny_model("llama")
+    sequences = [tiny_ids(1, 40, seed=seed)[0] for seed in range(16)]
+    turn_DD = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0))).Q
+    model.model.layers[2].register_forward_hook(lambda _block, inputs, _output: 1.5 * inputs[0] @ turn_DD)
+    scores = score_layers(model, sequences, "bridge_residual")
+    assert removal_order(scores, highest_first=False)[0] == 2
+    assert removal_order(score_layers(model, sequences, "angular_block"), highest_first=False)[0] != 2
+
+
+def test_maps_in_portions_of_the_runs() -> None:
+    """With room for the sums of two runs only, the model runs three times; the scores are the same."""
+    model, counters = tiny_model("llama"), []
+    found = []
+    for budget in (None, 2 * 32 * 32**2):
+        counters.append(ForwardCounter())
+        calibration = Calibration(SEQUENCES, memory_budget=budget, counter=counters[-1])
+        found.append(bridge_residual(model, calibration))
+    assert found[0].equal(found[1])
+    assert [counter.layer_forwards for counter in counters] == [3 * 6, 3 * (2 + 4 + 6)]
+
+
+def test_a_map_needs_two_sequences() -> None:
+    with pytest.raises(RequestError, match="judges a map on other sequences than it was fitted to and got 1"):
+        score_layers(tiny_model("llama"), SEQUENCES[:1], "bridge_residual")
+
+
+@pytest.mark.parametrize("room", [None, 60_000])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_kl_in_chunks(family: str, room: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 2 caps its logits; a sequence of one token counts as one token."""
+    if room:
+        monkeypatch.setattr("actors.scoring.measures.likelihood.LOGITS_BYTES", room)
+    sequences = [*SEQUENCES, tiny_ids(1, 1)[0]]
+    _check_scores("kl", tiny_model(family), tiny_model(family, seed=1), sequences, 1)
 
 
 @pytest.mark.parametrize("num_remove", [0, 7])

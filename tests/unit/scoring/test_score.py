@@ -91,7 +91,10 @@ def test_progress_is_reported_between_shards(spec: ScoreSpec, monkeypatch: pytes
     assert heard == [3, 5, 7]
 
 
-@pytest.mark.parametrize("criterion", ["hidden_cosine", "perplexity", "block_influence", "random", "deepest"])
+@pytest.mark.parametrize(
+    "criterion",
+    ["hidden_cosine", "perplexity", "kl", "block_influence", "bridge_residual", "random", "deepest"],
+)
 def test_shards_do_not_matter(spec: ScoreSpec, criterion: str) -> None:
     spec = replace(spec, criterion=criterion, model=spec.model.without(DROPPED))
     whole = score_locally(spec)
@@ -101,7 +104,7 @@ def test_shards_do_not_matter(spec: ScoreSpec, criterion: str) -> None:
         assert replace(shared, scores=()) == replace(whole, scores=())
 
 
-@pytest.mark.parametrize("criterion", ["hidden_cosine", "perplexity"])
+@pytest.mark.parametrize("criterion", ["hidden_cosine", "perplexity", "kl"])
 @pytest.mark.parametrize("reference", ["source", "current"])
 def test_candidates_are_shared_where_sequences_are_few(
     spec: ScoreSpec, criterion: str, reference: str
@@ -129,15 +132,17 @@ def test_shards_are_of_like_size(spec: ScoreSpec) -> None:
         assert [len(shard.positions) for shard in Scorer(spec).shards(count)] == sizes
 
 
-@pytest.mark.parametrize("criterion", ["hidden_cosine", "perplexity"])
+@pytest.mark.parametrize("criterion", ["hidden_cosine", "perplexity", "kl"])
 def test_a_memory_budget_changes_no_score(spec: ScoreSpec, criterion: str) -> None:
     spec = replace(spec, criterion=criterion)
     budgeted = score_locally(replace(spec, memory_budget_gb=300_000 / GIB))
     assert budgeted.scores == pytest.approx(score_locally(spec).scores, rel=1e-6)
 
 
-def test_a_streamed_model_has_the_same_scores(spec: ScoreSpec, adapter: ArtifactRef) -> None:
+@pytest.mark.parametrize("criterion", ["hidden_cosine", "kl"])
+def test_a_streamed_model_has_the_same_scores(spec: ScoreSpec, adapter: ArtifactRef, criterion: str) -> None:
     """Unpruned, and pruned and recovered against the unpruned source; two shards, too."""
+    spec = replace(spec, criterion=criterion)
     for model in (spec.model, spec.model.adapted(adapter).without(DROPPED)):
         loaded = replace(spec, model=model)
         streamed = replace(loaded, stream_weights=True)
