@@ -5,6 +5,7 @@ L = Σ_l [ MSE(H_T^{map(l)}, H_S^l) + MSE(A_T^{map(l)}, A_S^l) ] + MSE(z_T, z_S)
 """
 
 import torch
+from torch import Tensor
 
 from actors.contracts import LossSpec
 from actors.data import TokenBatch
@@ -43,7 +44,8 @@ class LockstepDistiller(Lockstep):
         self._distance = find_logit_loss(loss.logit_loss, loss.temperature)
         self._heads = LMHead(pair.student), LMHead(pair.teacher or pair.student)
         by_gram = loss.logits and loss.logit_loss == "mse"
-        self._gram_DD = common_gram(*self._heads) if by_gram else None
+        self._gram_DD: Tensor | None
+        self.register_buffer("_gram_DD", common_gram(*self._heads) if by_gram else None, persistent=False)
         # Without a map, no hidden state of the teacher is needed before its last.
         self._map = pair.teacher_layers or (-1,) * len(pair.student_layers)
 

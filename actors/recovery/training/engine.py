@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -22,12 +22,14 @@ from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from actors.contracts import RecoverySpec
 from actors.data import TokenBatch
+from actors.models import device
 from actors.recovery.training.checkpoint import read_state, read_tensors, write_shard
 from actors.recovery.training.deepspeed_config import (
     deepspeed_config,
@@ -37,6 +39,7 @@ from actors.recovery.training.deepspeed_config import (
     zero_stage,
 )
 from actors.recovery.training.loss_scale import LossScale
+from actors.recovery.training.zero3 import partition
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 KIBIBYTE = 1024
@@ -67,9 +70,10 @@ class Engine:
         self._dtype = getattr(torch, precision_of(spec))
         self._module = module
         self._named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        for _, parameter in self._named:
-            parameter.data = parameter.data.float()
         self.stage = zero_stage(spec)
+        if self.stage < 3:
+            for _, parameter in self._named:
+                parameter.data = parameter.data.float()
         self.updates = 0
         self.loss_scale = LossScale()
         if self._dtype == torch.float16:
@@ -167,18 +171,26 @@ class Engine:
         Raises:
             WorkError: the directory cannot be written.
         """
-        tensors: dict[str, Tensor] = {}
-        for number, (name, parameter) in enumerate(self._named):
-            for kind in (WEIGHT, *MOMENTS):
-                whole = self._full_tensor(parameter, kind)
-                if number % self._world_size == dist.get_rank():
-                    tensors[f"{name}|{kind}"] = whole.detach().cpu().contiguous()
+        rank, kinds = dist.get_rank(), (WEIGHT, *MOMENTS)
+        shapes = {
+            f"{name}|{kind}": getattr(parameter, "ds_shape", parameter.shape)
+            for name, parameter in self._named[rank :: self._world_size]
+            for kind in kinds
+        }
+
+        def own_tensors() -> Iterator[Tensor]:
+            for number, (_, parameter) in enumerate(self._named):
+                for kind in kinds:
+                    whole = self._full_tensor(parameter, kind)
+                    if number % self._world_size == rank:
+                        yield whole
+
         ours = {
             "updates": self.updates,
             "loss_scale": self.loss_scale.value,
             "steps_since_overflow": self.loss_scale.steps_since_overflow,
         }
-        write_shard(directory, dist.get_rank(), self._world_size, tensors, {**state, "engine": ours})
+        write_shard(directory, rank, self._world_size, shapes, own_tensors(), {**state, "engine": ours})
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Read back what `save` wrote, with however many workers, and return its `state`.
@@ -189,16 +201,19 @@ class Engine:
         state = read_state(directory)
         by_name = dict(self._named)
         self._create_moments(state["engine"]["updates"])
-        with self.gathered():
-            for key, value in read_tensors(directory, state["parts"]):
-                name, _, kind = key.rpartition("|")
-                parameter, value = by_name[name], value.to(self._engine.device)
-                if kind == WEIGHT:
+        for key, value in read_tensors(directory, state["parts"]):
+            name, _, kind = key.rpartition("|")
+            parameter = by_name[name]
+            if kind == WEIGHT:
+                with self.gathered([parameter]):
                     parameter.data.copy_(value)
-                elif self.stage:
-                    safe_set_full_optimizer_state(parameter, value, kind)
-                else:
-                    self._adam.state[parameter][kind].copy_(value)
+            elif self.stage == 3:
+                # By shards, as DeepSpeed's own way for whole tensors fails where they do not divide evenly.
+                safe_set_local_optimizer_state(parameter, _own_part(value, parameter.ds_tensor), kind)
+            elif self.stage:
+                safe_set_full_optimizer_state(parameter, value, kind)
+            else:
+                self._adam.state[parameter][kind].copy_(value)
         if self.stage:
             self._engine.optimizer.refresh_fp32_params()
         self.updates = state["engine"]["updates"]
@@ -207,10 +222,10 @@ class Engine:
         return state
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Gather what is trained on every worker; equal changes on all of them are kept."""
-        parameters = [parameter for _, parameter in self._named]
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3):
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Make parameters whole on every worker; equal changes on all of them are kept."""
+        chosen = list(parameters)
+        with deepspeed.zero.GatheredParameters(chosen, modifier_rank=0, enabled=self.stage == 3):
             yield
 
     def close(self) -> None:
@@ -219,12 +234,13 @@ class Engine:
     def _initialize(self, micro_batch_size: int) -> None:
         parameters = [parameter for _, parameter in self._named]
         config = deepspeed_config(self._spec, self._world_size, micro_batch_size)
-        offloaded = "offload_optimizer" in config.get("zero_optimization", {})
+        if self.stage == 3:
+            partition(self._module, config, device())
         optimizer = torch.optim.AdamW(
             parameters,
             lr=self._spec.learning_rate,
             weight_decay=self._spec.weight_decay,
-            fused=torch.cuda.is_available() and not offloaded,
+            fused=True,
             **optimizer_settings(self._spec),
         )
         self._engine, *_ = deepspeed.initialize(
@@ -265,6 +281,14 @@ class Engine:
         """Link the moments to their parameters in DeepSpeed, which does so in the first step only."""
         if self.stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _own_part(whole: Tensor, shard: Tensor) -> Tensor:
+    """Return this worker's part of a tensor, which is filled up with zeros to equal parts like `shard`."""
+    own = torch.zeros(shard.numel())
+    part = whole.flatten()[dist.get_rank() * shard.numel() :][: shard.numel()]
+    own[: len(part)] = part
+    return own
 
 
 class _Autocast(nn.Module):

@@ -91,8 +91,7 @@ def train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
     run = _prepare(spec, context, objective.build)
     try:
         records = _run_steps(run, _resume(run))
-        with run.engine.gathered():
-            artifact = _publish_from_rank_0(context, partial(save_trained, run.pair))
+        artifact = _publish(context, partial(save_trained, run.pair, gathered=run.engine.gathered))
     finally:
         run.engine.close()
     return RecoveryResult(
@@ -111,13 +110,19 @@ def _solve(spec: RecoverySpec, context: TrainContext, solve: Solve) -> RecoveryR
         return solve(spec, training_data(spec, load_tokenizer(spec.model.source)))
 
     solution = _run_on_all_workers(work)
-    artifact = _publish_from_rank_0(context, partial(save_weights, solution.tensors))
+
+    def save(directory: Path | None) -> None:
+        if directory is not None:
+            save_weights(solution.tensors, directory)
+
+    artifact = _publish(context, save)
     return RecoveryResult(artifact, steps=(), tokens=solution.tokens, trainable_parameters=0)
 
 
-def _publish_from_rank_0(context: TrainContext, save: Callable[[Path], None]) -> ArtifactRef | None:
-    """Publish the directory that `save` writes, on rank 0."""
+def _publish(context: TrainContext, save: Callable[[Path | None], None]) -> ArtifactRef | None:
+    """Publish the directory that `save` writes, on rank 0; the others take part without one."""
     if context.rank != 0:
+        save(None)
         return None
     with TemporaryDirectory(prefix="iterabre-trained-") as scratch:
         save(Path(scratch))
