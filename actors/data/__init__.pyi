@@ -1,4 +1,4 @@
-from .batches import BlockData, TokenBatch, TrainingData
+from .batches import BlockData, TokenBatch, TopK, TrainingData
 from .conversations import chat_template, conversation_sequences, read_prompts, render
 from .packing import (
     PackedData,
@@ -35,6 +35,7 @@ __all__ = [
     "PackedData",
     "TokenSequence",
     "TokenBatch",
+    "TopK",
     "TrainingData",
     "batch_order",
     "builtin_file",

@@ -1,13 +1,33 @@
 """Training batches: sequences by number, gathered into batches of tokens.
 
-Shape letters: S sequences of a data set, B sequences of a batch, T tokens.
+Shape letters: S sequences of a data set, B sequences of a batch, T tokens, D hidden, K most likely tokens.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import LongTensor, Tensor
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The teacher's K most likely next tokens at every token.
+
+    Attributes:
+        ids_BTK: their token ids, the most likely first.
+        log_probabilities_BTK: of the whole vocabulary's softmax, at temperature 1, in nats.
+    """
+
+    ids_BTK: Tensor
+    log_probabilities_BTK: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "TopK":
+        """Return them on that device."""
+        return TopK(
+            self.ids_BTK.to(device, non_blocking=non_blocking),
+            self.log_probabilities_BTK.to(device, non_blocking=non_blocking),
+        )
 
 
 @dataclass(frozen=True)
@@ -25,6 +45,13 @@ class TokenBatch:
         denominator: what sums over tokens are divided by; None for the number of
             tokens in this batch. With the tokens of a whole step, divided by its number of
             micro-batches, the mean over micro-batches is the mean over the step's tokens.
+        sequences_B: index of each row in the `TrainingData` that gave it; None where rows come from no
+            such data. It stays on the CPU.
+        teacher_BTD: the teacher's last hidden state after the final norm, from a cache; None where it
+            has to be computed.
+        entering_BTD: the hidden state that enters the first block that the student computes with
+            gradient, from a cache; None where it has to be computed.
+        teacher_topk: the teacher's most likely tokens, from a cache; None where its logits are exact.
     """
 
     input_ids_BT: Tensor
@@ -32,10 +59,22 @@ class TokenBatch:
     targets_BT: Tensor | None = None
     position_ids_BT: Tensor | None = None
     denominator: float | None = None
+    sequences_B: Tensor | None = None
+    teacher_BTD: Tensor | None = None
+    entering_BTD: Tensor | None = None
+    teacher_topk: TopK | None = None
 
-    def to(self, device: torch.device) -> "TokenBatch":
-        """Return the batch on that device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def to(self, device: torch.device, non_blocking: bool = False) -> "TokenBatch":
+        """Return the batch on that device.
+
+        Args:
+            non_blocking: do not wait for the copies, which asks for pinned tensors.
+        """
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, (Tensor, TopK)) and name != "sequences_B"
+        }
         return replace(self, **moved)
 
 
@@ -70,7 +109,7 @@ class BlockData:
         return len(self.blocks_ST)
 
     def batch(self, chosen_B: LongTensor) -> TokenBatch:
-        return TokenBatch(self.blocks_ST[chosen_B])
+        return TokenBatch(self.blocks_ST[chosen_B], sequences_B=chosen_B)
 
     def num_tokens(self, chosen_B: LongTensor) -> int:
         return self.blocks_ST[chosen_B].numel()

@@ -158,6 +158,7 @@ class PackedData:
             mask_BT=None if mask_BT.all() else mask_BT,
             targets_BT=targets_BT,
             position_ids_BT=position_ids_BT,
+            sequences_B=chosen_B,
         )
 
     def _gather(self, name: str, chosen_B: LongTensor, mask_BT: Tensor) -> Tensor | None:

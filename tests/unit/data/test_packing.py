@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 import torch
 
 from actors.data import (
+    BlockData,
     PackedData,
+    TokenBatch,
     TokenSequence,
+    TopK,
     cut_into_blocks,
     in_memory,
     memory_mapped,
@@ -154,3 +158,22 @@ def test_a_shuffled_stream_holds_everything_once_and_little_at_a_time() -> None:
     orders = [list(shuffled(range(1000), seed, 50)) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
     assert all(sorted(order) == list(range(1000)) != order for order in orders)
+
+
+def test_a_batch_knows_the_index_of_each_of_its_rows() -> None:
+    chosen_B = torch.tensor([2, 0])
+    blocks = BlockData(torch.arange(12).view(3, 4))
+    packed = in_memory([TokenSequence(np.arange(n + 1)) for n in range(3)])
+    for data in (blocks, packed):
+        batch = data.batch(chosen_B).to(torch.device("cpu"))
+        assert batch.sequences_B is chosen_B
+        assert batch.input_ids_BT[0, 0] == data.batch(torch.tensor([2])).input_ids_BT[0, 0]
+
+
+def test_what_a_cache_gives_a_batch_moves_with_it() -> None:
+    topk = TopK(torch.zeros(1, 4, 2, dtype=torch.long), torch.zeros(1, 4, 2))
+    batch = TokenBatch(torch.zeros(1, 4, dtype=torch.long), sequences_B=torch.tensor([0]), teacher_topk=topk)
+    moved = replace(batch, teacher_BTD=torch.zeros(1, 4, 3)).to(torch.device("meta"))
+    assert moved.teacher_topk.ids_BTK.is_meta
+    assert moved.teacher_BTD.is_meta
+    assert not moved.sequences_B.is_meta
