@@ -10,6 +10,7 @@ from .packing import (
     shuffled,
     take_tokens,
 )
+from .read_ahead import ReadAhead
 from .text import (
     BUILTIN_TEXTS,
     builtin_file,
@@ -33,6 +34,7 @@ __all__ = [
     "BUILTIN_TEXTS",
     "BlockData",
     "PackedData",
+    "ReadAhead",
     "TokenSequence",
     "TokenBatch",
     "TopK",

@@ -1,4 +1,4 @@
-"""Reading one batch ahead: the next is made and pinned in a thread while the device is at work on this one."""
+"""Reading one batch ahead: a thread makes and pins the next while the device is at work on this one."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -57,6 +57,7 @@ class Engine:
     Attributes:
         loss_scale: the factor on the loss; 1 but for float16.
         updates: optimizer steps made.
+        device: where the module computes.
 
     Raises:
         RequestError: see `deepspeed_config`.
@@ -75,6 +76,9 @@ class Engine:
             for _, parameter in self._named:
                 parameter.data = parameter.data.float()
         self.updates = 0
+        self.device = device()
+        # Words between hosts, which no device has to wait for.
+        self._hosts = dist.new_group(backend="gloo") if world_size > 1 and self.device.type != "cpu" else None
         self.loss_scale = LossScale()
         if self._dtype == torch.float16:
             self.loss_scale = LossScale.for_float16(**loss_scale_settings(spec))
@@ -94,6 +98,14 @@ class Engine:
         """
         return self.stage < 2 or (self.stage == 2 and self._world_size == 1)
 
+    @property
+    def steps_are_deferred(self) -> bool:
+        """True if a step needs no number on the host: the device itself drops one that is not finite.
+
+        DeepSpeed's own stages read the gradient's norm in every step, as float16 does for its loss scale.
+        """
+        return self.stage == 0 and self._dtype != torch.float16
+
     def accumulate(self, batch: TokenBatch, last: bool) -> dict[str, Tensor]:
         """Run forward and backward of one micro-batch and return the detached terms.
 
@@ -101,7 +113,7 @@ class Engine:
             last: whether this is the step's last micro-batch.
         """
         self._engine.set_gradient_accumulation_boundary(last and self.stage >= 2)
-        terms = self._engine(batch.to(self._engine.device))
+        terms = self._engine(batch.to(self.device, non_blocking=True))
         if self.stage:
             self._engine.optimizer.override_loss_scale(self.loss_scale.value)
             self._engine.backward(terms["loss"])
@@ -109,11 +121,12 @@ class Engine:
             self._engine.backward(terms["loss"] * self.loss_scale.value)
         return {name: value.detach() for name, value in terms.items()}
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, loss: Tensor) -> Tensor:
         """Change the weights by the gradient accumulated over one whole batch.
 
         Returns the L2 norm of that gradient before clipping. If it is not finite,
-        nothing is changed and the gradient is dropped.
+        nothing is changed and the gradient is dropped; nor, where steps are deferred, if
+        `loss` is not.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -123,16 +136,19 @@ class Engine:
         if self.stage:
             # DeepSpeed unscales and clips; a gradient that is not finite it drops by itself.
             self._engine.step()
-            norm = float(self._engine.get_global_grad_norm())
+            norm = torch.as_tensor(self._engine.get_global_grad_norm())
         else:
-            gradients = [p.grad for _, p in self._named if p.grad is not None]
+            parameters = [parameter for _, parameter in self._named if parameter.grad is not None]
+            gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
             torch._foreach_mul_(gradients, 1.0 / self.loss_scale.value)
-            norm = float(torch.nn.utils.get_total_norm(gradients))
-            if math.isfinite(norm):
-                self._engine.step()
-            else:
-                self._engine.zero_grad()
-        if math.isfinite(norm):
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if self._spec.max_grad_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self._spec.max_grad_norm, norm)
+            # Fused optimizers read this on the device and change nothing where it is 1.
+            self._adam.found_inf = (~(norm.isfinite() & loss.isfinite())).float()
+            self._adam.step()
+            self._engine.zero_grad()
+        if self.steps_are_deferred or math.isfinite(norm):
             self.updates += 1
             self.loss_scale.record_step(dynamic=self._dtype == torch.float16)
         return norm
@@ -154,15 +170,18 @@ class Engine:
         self._adam.load_state_dict(adam)
         self._link_moments()
 
-    def mean_over_workers(self, values: Tensor) -> list[float]:
+    def mean_over_workers(self, values: Tensor) -> Tensor:
         """Return the element-wise mean over the workers, the same on all of them."""
-        dist.all_reduce(values)
-        return (values / dist.get_world_size()).tolist()
+        if self._world_size > 1:
+            dist.all_reduce(values)
+        return values / self._world_size
 
     def max_over_workers(self, value: int) -> int:
-        """Return the largest of the workers' numbers, the same on all of them."""
-        greatest = torch.tensor([value], dtype=torch.int64, device=self._engine.device)
-        dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
+        """Return the largest of the workers' numbers, the same on all of them; no device is waited for."""
+        if self._world_size == 1:
+            return value
+        greatest = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(greatest, op=dist.ReduceOp.MAX, group=self._hosts)
         return int(greatest)
 
     def save(self, directory: Path, state: dict[str, Any]) -> None:
@@ -235,7 +254,7 @@ class Engine:
         parameters = [parameter for _, parameter in self._named]
         config = deepspeed_config(self._spec, self._world_size, micro_batch_size)
         if self.stage == 3:
-            partition(self._module, config, device())
+            partition(self._module, config, self.device)
         optimizer = torch.optim.AdamW(
             parameters,
             lr=self._spec.learning_rate,

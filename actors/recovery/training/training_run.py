@@ -1,0 +1,136 @@
+"""What a training needs, made ready: data, models and engine, the same on one worker and on many."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import LongTensor, Tensor, nn
+from torch import distributed as dist
+
+from actors.contracts import RecoverySpec
+from actors.data import ReadAhead, TrainingData
+from actors.errors import IterabreError, MemoryExhaustedError, one_line
+from actors.models import LayerwisePass, load_tokenizer
+from actors.out_of_memory import is_out_of_memory
+from actors.recovery.adapters.lora import stage_seed
+from actors.recovery.check import check_recovery
+from actors.recovery.distillation.teacher_student import TeacherStudent, load_teacher_student
+from actors.recovery.objectives import BuildModule, find_objective
+from actors.recovery.training.deepspeed_config import largest_micro_batch, precision_of
+from actors.recovery.training.engine import Engine
+from actors.recovery.training.pending_steps import PendingStep
+from actors.recovery.training.train_context import TrainContext
+from actors.recovery.training.training_data import check_vocabulary, training_data, training_order
+
+T = TypeVar("T")
+
+
+@dataclass
+class TrainingRun:
+    """The state of a training run. `order_SB[s]` lists the sequences of step s.
+
+    `micro_batch_size` falls when memory does not suffice; nothing else changes.
+    """
+
+    spec: RecoverySpec
+    context: TrainContext
+    pair: TeacherStudent
+    engine: Engine
+    data: TrainingData
+    order_SB: Tensor
+    micro_batch_size: int
+    reader: ReadAhead
+    pending: list[PendingStep] = field(default_factory=list)
+    checkpoints: list[int] = field(default_factory=list)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.order_SB)
+
+    @property
+    def local_batch_size(self) -> int:
+        """Sequences of a step that one worker takes."""
+        return self.spec.batch_size // self.context.world_size
+
+
+def prepare(spec: RecoverySpec, context: TrainContext, build: BuildModule) -> TrainingRun:
+    """Load data and models; all that can be wrong with the request is found here, cheapest first."""
+
+    def load() -> tuple[TeacherStudent, nn.Module, TrainingData, LongTensor, int]:
+        check_recovery(spec, context.world_size)
+        data = training_data(spec, load_tokenizer(spec.model.source))
+        order_SB = training_order(spec, data, stage_seed(spec))
+        has_teacher = find_objective(spec.objective).has_teacher
+        pair, _ = _fitting(spec, lambda: load_teacher_student(_with_compute_dtype(spec), has_teacher))
+        check_vocabulary(data, pair.student)
+        module = _fitting(spec, lambda: build(pair, spec))
+        # The first pass records what this family's blocks return and is aborted, which must not
+        # happen with sharded weights.
+        for model in filter(None, (pair.student, pair.teacher)):
+            LayerwisePass(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
+        hint = context.micro_batch_hint() or spec.micro_batch_size
+        return pair, module, data, order_SB, largest_micro_batch(spec.batch_size // context.world_size, hint)
+
+    pair, module, data, order_SB, micro_batch_size = run_on_all_workers(load)
+    micro_batch_size = min(all_gather(micro_batch_size))
+    engine = run_on_all_workers(
+        lambda: _fitting(spec, lambda: Engine(module, spec, context.world_size, micro_batch_size))
+    )
+    reader = ReadAhead(data.batch, pin=engine.device.type == "cuda")
+    return TrainingRun(spec, context, pair, engine, data, order_SB, micro_batch_size, reader)
+
+
+def _fitting(spec: RecoverySpec, load: Callable[[], T]) -> T:
+    """Return what `load` gives.
+
+    Raises:
+        MemoryExhaustedError: memory does not suffice for the models, whatever the micro-batch.
+    """
+    try:
+        return load()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = one_line(error)
+    raise MemoryExhaustedError(
+        f"the models that the recovery of {spec.model.source.path!r} trains do not fit into memory ({said}); "
+        "shard them over more workers (configs/deepspeed/zero3.json), offload them (zero3_offload.json), "
+        "take recovery.adapter.kind: qlora, or use a device with more memory"
+    )
+
+
+def _with_compute_dtype(spec: RecoverySpec) -> RecoverySpec:
+    """Return `spec` with its models loaded in the dtype of the computation.
+
+    Weights that are trained are kept in float32 by the engine, so full fine-tuning
+    starts from them as they are.
+    """
+    if spec.adapter.kind == "full":
+        return spec
+    source = replace(spec.model.source, dtype=precision_of(spec))
+    teacher = spec.teacher and replace(spec.teacher, dtype=precision_of(spec))
+    return replace(spec, model=replace(spec.model, source=source), teacher=teacher)
+
+
+def run_on_all_workers(work: Callable[[], T]) -> T:
+    """Return this worker's result of `work`, unless it failed on any worker: then all raise that error.
+
+    Otherwise the others would wait in their next collective for one that has ended.
+    """
+    done, failed = None, None
+    try:
+        done = work()
+    except IterabreError as error:
+        failed = error
+    for failure in all_gather(failed):
+        if failure is not None:
+            raise failure
+    return cast(T, done)
+
+
+def all_gather(value: T) -> list[T]:
+    """Return every worker's value, in the order of ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
