@@ -136,9 +136,15 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """What recovery measured, and what it trained: an adapter or full weights (None for `none`)."""
+    """What recovery measured, and what it trained: an adapter or full weights (None for `none`).
+
+    `flops_per_token` are the operations of matrix products, forward and backward, and
+    `peak_flops` those that all workers' devices could do in a second; 0 where that is not known.
+    """
 
     artifact: ArtifactRef | None
     steps: tuple[StepRecord, ...]
     tokens: int
     trainable_parameters: int
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0

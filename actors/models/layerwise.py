@@ -10,14 +10,15 @@ by a stub that only records its arguments.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from inspect import signature
-from typing import Any
+from typing import Any, cast
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.errors import RequestError
-from actors.models.families import find_backbone, find_layers
+from actors.models.families import depth, find_backbone, find_layers
 from actors.models.offloading.dispatch import replaced_forward
 
 BlockStub = Callable[[int, Tensor], Tensor]
@@ -54,9 +55,9 @@ class LayerwisePass:
         attention_mask_BT: Tensor | None = None,
         position_ids_BT: Tensor | None = None,
     ):
-        layers = find_layers(model)
         self.config = model.config
-        self._model, self._backbone, self._blocks = model, find_backbone(model), layers.modules
+        self._model = model
+        self._backbone, self._blocks = _structure(model)
         self._inputs = {"input_ids": input_ids_BT, **_attention_inputs(attention_mask_BT, position_ids_BT)}
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._extra = _extra_outputs(self._backbone, self._blocks[0], input_ids_BT[:1, :1])
@@ -127,6 +128,23 @@ class LayerwisePass:
             return (output, *(_NOT_CARRIED if capture and something else None for something in self._extra))
 
         return forward
+
+
+_STRUCTURES: WeakKeyDictionary[PreTrainedModel, tuple[int, str, ReferenceType[nn.Module], str]] = (
+    WeakKeyDictionary()
+)
+"""Of models that passes were made through: depth, path of the blocks' parent, backbone, name of the list."""
+
+
+def _structure(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """Return backbone and blocks; all modules are looked through once, and again when blocks were removed."""
+    num_layers = depth(model.config)
+    known = _STRUCTURES.get(model)
+    if known is None or known[0] != num_layers:
+        parent, _, name = find_layers(model).path.rpartition(".")
+        known = _STRUCTURES[model] = num_layers, parent, ref(find_backbone(model)), name
+    _, parent, backbone, name = known
+    return cast(nn.Module, backbone()), getattr(model.get_submodule(parent), name)
 
 
 def _attention_inputs(mask_BT: Tensor | None, position_ids_BT: Tensor | None) -> dict[str, Tensor | None]:

@@ -116,6 +116,7 @@ class _Job:
     micro_batch_hint_uri: str
     progress: ClusterProgress
     workers: int
+    collective_timeout_s: int = 1800
     stage: RunningStage | None = None
 
 
@@ -134,6 +135,7 @@ def recover_on_ray(
     start_timeout_s: float | None = None,
     replacement_timeout_s: float | None = None,
     max_failures: int = 3,
+    collective_timeout_s: int = 1800,
     progress_handle: Progress | None = None,
 ) -> RecoveryResult:
     """Run recovery as a Ray Train job and wait for it.
@@ -157,6 +159,7 @@ def recover_on_ray(
             training goes on with fewer; until there is one if None.
         max_failures: how many failures of workers, and of starting them, are survived;
             a machine that is taken away after a warning (spot) does not count.
+        collective_timeout_s: how long an exchange between workers may take before it counts as lost.
         progress_handle: a picklable `Progress`; called in the worker of rank 0.
 
     Raises:
@@ -167,7 +170,7 @@ def recover_on_ray(
     """
     progress = on_cluster(progress_handle or no_progress)
     hint_uri = join(storage_path, name, "micro_batch_size")
-    job = _Job(spec, adapter_uri, hint_uri, progress, workers, running_stage())
+    job = _Job(spec, adapter_uri, hint_uri, progress, workers, collective_timeout_s, running_stage())
     scaling = ScalingConfig(
         num_workers=workers,
         use_gpu=gpus_per_worker > 0,
@@ -231,11 +234,12 @@ def _fit(
     job: _Job, scaling: ScalingConfig, run_config: RunConfig, restarts: Restarts
 ) -> tuple[RecoveryResult, float]:
     """Run the job to its end; failures are raised as what caused them. Return for how long it waited, too."""
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=job.collective_timeout_s),
         scaling_config=scaling,
         run_config=replace(run_config, callbacks=[WorkerPlaces(job.progress, _needs(scaling))]),
     )

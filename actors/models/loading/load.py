@@ -290,7 +290,7 @@ def with_dtype(spec: ModelSpec) -> ModelSpec:
             stored = list(read_checkpoint(directory).tensors.values())
         largest = max(stored, key=lambda tensor: tensor.end - tensor.start, default=None)
         named = largest and FLOATING.get(largest.dtype)
-    found = next((name for name, dtype in DTYPES.items() if named in (dtype, name)), "float32")
+    found: ModelDtype = next((name for name, dtype in DTYPES.items() if named in (dtype, name)), "float32")
     return replace(spec, dtype=found)
 
 

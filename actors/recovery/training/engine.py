@@ -332,6 +332,18 @@ def peak_memory_bytes() -> int:
 
 
 @contextmanager
+def tensor_float32(precision: str) -> Iterator[None]:
+    """Have a GPU multiply matrices by TF32, ten bits of each factor, where the precision is float32."""
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_tf32
+    flags.allow_tf32 = before or precision == "float32"
+    try:
+        yield
+    finally:
+        flags.allow_tf32 = before
+
+
+@contextmanager
 def single_process_group() -> Iterator[None]:
     """Create a process group of this process alone, which DeepSpeed needs, and destroy it afterwards."""
     launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,14 +31,15 @@ from actors.recovery.distillation.linear_bridge import Solution
 from actors.recovery.distillation.teacher_student import save_trained
 from actors.recovery.objectives import Solve, find_objective
 from actors.recovery.training.checkpoint import CorruptCheckpointError, read_state
-from actors.recovery.training.deepspeed_config import largest_micro_batch, settings_fingerprint
-from actors.recovery.training.engine import peak_memory_bytes
+from actors.recovery.training.deepspeed_config import largest_micro_batch, precision_of, settings_fingerprint
+from actors.recovery.training.engine import peak_memory_bytes, tensor_float32
 from actors.recovery.training.failures import DivergenceError, MicroBatchError
 from actors.recovery.training.lr_schedule import lr_at
 from actors.recovery.training.pending_steps import PendingStep, read_steps
 from actors.recovery.training.train_context import TrainContext
 from actors.recovery.training.training_data import training_data
 from actors.recovery.training.training_run import TrainingRun, prepare, run_on_all_workers
+from actors.recovery.training.utilisation import FlopCounter, peak_flops
 
 READ_INTERVAL_S = 1.0
 """Between two looks at what a GPU has computed: each makes it wait."""
@@ -66,7 +68,8 @@ def train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
         return RecoveryResult(artifact=None, steps=(), tokens=0, trainable_parameters=0)
     run = prepare(spec, context, objective.build)
     try:
-        records = _run_steps(run, _resume(run))
+        with tensor_float32(precision_of(spec)):
+            records = _run_steps(run, _resume(run))
         artifact = _publish(context, partial(save_trained, run.pair, gathered=run.engine.gathered))
     finally:
         run.reader.close()
@@ -76,6 +79,8 @@ def train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
         steps=tuple(records),
         tokens=sum(record.tokens for record in records),
         trainable_parameters=run.engine.num_trainable,
+        flops_per_token=run.flops_per_token or 0.0,
+        peak_flops=context.world_size * peak_flops(run.engine.device, precision_of(spec)),
     )
 
 
@@ -299,8 +304,13 @@ def _accumulate_micro_batches(run: TrainingRun, step: int) -> dict[str, Tensor]:
             if next_step < run.num_steps
             else None,
         )
-        batch = replace(batch, denominator=denominator)
-        for name, value in run.engine.accumulate(batch, last=ends).items():
+        counter = FlopCounter() if run.flops_per_token is None else None
+        with counter or nullcontext():
+            terms = run.engine.accumulate(replace(batch, denominator=denominator), last=ends)
+        if counter is not None:
+            tokens = run.data.lengths_S[run.order_SB[step, position : position + size]].sum()
+            run.flops_per_token = counter.flops / int(tokens)
+        for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value / len(positions)
     return sums
 

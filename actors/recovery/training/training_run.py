@@ -43,6 +43,7 @@ class TrainingRun:
     reader: ReadAhead
     pending: list[PendingStep] = field(default_factory=list)
     checkpoints: list[int] = field(default_factory=list)
+    flops_per_token: float | None = None
 
     @property
     def num_steps(self) -> int:

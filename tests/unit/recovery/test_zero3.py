@@ -53,10 +53,10 @@ def _check_and_train(rank: int, world_size: int, specs: list[RecoverySpec], dire
 def test_two_workers_hold_half_of_every_weight_and_train_what_one_does(
     tiny_spec: RecoverySpec, full: RecoverySpec, tmp_path: Path
 ) -> None:
-    alone = recover_locally(full, str(tmp_path / "alone"), tmp_path / "work")
     sharded = [replace(spec, deepspeed=CONFIGS["zero3"]) for spec in (tiny_spec, full)]
     run_group(2, tmp_path / "group", _check_and_train, sharded, tmp_path)
     together = result_of(tmp_path)
+    alone = recover_locally(full, str(tmp_path / "alone"), tmp_path / "work")
     for ours, theirs in zip(together.steps, alone.steps, strict=True):
         assert (ours.loss, ours.grad_norm) == pytest.approx((theirs.loss, theirs.grad_norm), rel=2e-5)
     assert together.artifact
