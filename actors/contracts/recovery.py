@@ -75,8 +75,11 @@ class RecoverySettings(Settings):
     max_tokens: Annotated[int, Ge(1), Doc("Tokens seen in one recovery.")] = 2_500_000
     precision: Annotated[Dtype | None, Doc("Type of the computation; the model's dtype if not given.")] = None
     gradient_checkpointing: Annotated[
-        bool,
-        Doc("Compute blocks again in the backward pass rather than keep what they hold."),
+        bool | Literal["auto"],
+        Doc(
+            "Compute blocks again in the backward pass rather than keep what they hold; auto: as many as it "
+            "takes for one sequence to fit."
+        ),
         NotInKey(),
     ] = False
     checkpoint_steps: Annotated[int, Ge(1), Doc("Steps between two checkpoints."), NotInKey()] = 100

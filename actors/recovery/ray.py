@@ -49,7 +49,12 @@ from actors.recovery.training.failures import (
     is_lost_peer,
     worker_counts,
 )
-from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, TrainContext, WriteShard
+from actors.recovery.training.train_context import (
+    CHECKPOINTS_TO_KEEP,
+    MemoryUse,
+    TrainContext,
+    WriteShard,
+)
 from actors.stage_output import RunningStage, output_of, running_stage
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -300,16 +305,22 @@ def _only_waited(cause: BaseException) -> bool:
 def _with_smaller_micro_batch(job: _Job, name: str, error: BaseException) -> IterabreError:
     """Note a smaller micro-batch where a worker was ended for want of memory, or failed outside of a step."""
     noted = read_bytes(job.micro_batch_hint_uri)
-    size = int(noted) if noted else job.spec.micro_batch_size
-    if size == 1:
+    use = MemoryUse.parse(noted.decode()) if noted else MemoryUse(job.spec.micro_batch_size)
+    smaller = use.smaller(auto=job.spec.gradient_checkpointing == "auto")
+    if smaller is None:
         return MemoryExhaustedError(
             f"recovery {name!r}: memory does not suffice even with micro-batches of one sequence "
             f"({last_line(error)}); make recovery.sequence_length smaller, set "
             "recovery.gradient_checkpointing, shard or offload (configs/deepspeed/zero3_offload.json), or "
             "use a device with more memory"
         )
-    write_bytes(job.micro_batch_hint_uri, str(size // 2).encode())
-    return MicroBatchError(f"recovery {name}: {last_line(error)}; going on with micro-batches of {size // 2}")
+    write_bytes(job.micro_batch_hint_uri, str(smaller).encode())
+    size, again = smaller.micro_batch_size, ""
+    if smaller.checkpointed:
+        again = f" and {smaller.checkpointed:.0%} of the blocks computed again"
+    return MicroBatchError(
+        f"recovery {name}: {last_line(error)}; going on with micro-batches of {size}{again}"
+    )
 
 
 def _train_worker(config: dict[str, _Job]) -> tuple[RecoveryResult | IterabreError, float]:

@@ -121,7 +121,7 @@ def recover_cost(
     each, length = BYTES[info.spec.dtype], spec.sequence_length
     rank = None if spec.adapter.kind == "full" else spec.adapter.rank
     flops = layers * training_block_flops(info, tokens, length, rank)
-    if spec.gradient_checkpointing:
+    if spec.gradient_checkpointing is True:
         flops += layers * block_flops(info, tokens, length)
     taught = spec.objective not in WITHOUT_TEACHER
     if taught:

@@ -52,7 +52,7 @@ def training_memory(spec: RecoverySpec, info: ModelInfo, layers: int, workers: i
     elif spec.adapter.kind == "qlora":
         frozen = (model - blocks) * each + blocks * NF4_BYTES[spec.adapter.double_quantization]
     micro = spec.micro_batch_size * spec.sequence_length
-    kept_layers = 1 if spec.gradient_checkpointing else layers
+    kept_layers = 1 if spec.gradient_checkpointing is True else layers
     return (
         frozen * sharding.frozen
         + trained * sharding.trained

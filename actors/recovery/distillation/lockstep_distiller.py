@@ -11,7 +11,7 @@ from actors.contracts import LossSpec
 from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.recovery.distillation.lockstep import Lockstep, check_comparable
-from actors.recovery.distillation.student import Terms
+from actors.recovery.distillation.student import Checkpointing, Terms
 from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.layer_losses import attention_mse, hidden_mse
 from actors.recovery.losses.lm_head import LMHead, common_gram
@@ -34,7 +34,7 @@ class LockstepDistiller(Lockstep):
             although the attention term is on, or the two cannot be compared.
     """
 
-    def __init__(self, pair: TeacherStudent, loss: LossSpec, gradient_checkpointing: bool = False):
+    def __init__(self, pair: TeacherStudent, loss: LossSpec, gradient_checkpointing: Checkpointing = False):
         weights = {"hidden": loss.hidden, "attention": loss.attention, "logits": loss.logits}
         if not any(weights.values()):
             raise RequestError("every loss term of the distillation has weight 0; give one of them a weight")

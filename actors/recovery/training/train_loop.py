@@ -31,7 +31,7 @@ from actors.recovery.distillation.linear_bridge import Solution
 from actors.recovery.distillation.teacher_student import save_trained
 from actors.recovery.objectives import Solve, find_objective
 from actors.recovery.training.checkpoint import CorruptCheckpointError, read_state
-from actors.recovery.training.deepspeed_config import largest_micro_batch, precision_of, settings_fingerprint
+from actors.recovery.training.deepspeed_config import precision_of, settings_fingerprint
 from actors.recovery.training.engine import peak_memory_bytes, tensor_float32
 from actors.recovery.training.failures import DivergenceError, MicroBatchError
 from actors.recovery.training.lr_schedule import lr_at
@@ -235,14 +235,13 @@ def _change_weights(run: TrainingRun, step: int, learning_rate: float, loss: Ten
         if not is_out_of_memory(error):
             raise
         said = one_line(error)
-    raise MicroBatchError(f"{_halve_micro_batch(run, step)}: {said}")
+    raise MicroBatchError(f"{_use_less_memory(run, step)}: {said}")
 
 
 def _accumulate(run: TrainingRun, step: int) -> dict[str, Tensor]:
     """Return the loss terms of one batch, on the device; its gradient is left in the engine.
 
-    If memory does not suffice on any worker, all begin the step again with
-    micro-batches of half the size.
+    If memory does not suffice on any worker, all begin the step again with less of it in use.
     """
     while True:
         sums, fits = None, True
@@ -254,42 +253,46 @@ def _accumulate(run: TrainingRun, step: int) -> dict[str, Tensor]:
             fits, said = False, one_line(error)
         if not fits and not run.engine.backward_is_local:
             # The others wait for this worker inside the backward pass: only a restart of all can follow.
-            raise MicroBatchError(f"{_halve_micro_batch(run, step)}: {said}")
+            raise MicroBatchError(f"{_use_less_memory(run, step)}: {said}")
         if run.engine.max_over_workers(not fits) == 0 and sums is not None:
             means = run.engine.mean_over_workers(torch.stack(list(sums.values())).double())
             return dict(zip(sums, means.unbind(), strict=True))
         sums = None
-        log.warning("%s; the step begins again", _halve_micro_batch(run, step))
-        run.engine.reinitialize(run.micro_batch_size)
+        log.warning("%s; the step begins again", _use_less_memory(run, step))
+        run.engine.reinitialize(run.memory_use.micro_batch_size)
 
 
-def _halve_micro_batch(run: TrainingRun, step: int) -> str:
-    """Halve the micro-batch, for this run and for later tries, and return the message for the log.
+def _use_less_memory(run: TrainingRun, step: int) -> str:
+    """Cut the work smaller, for this run and for later tries, and return the message for the log.
 
     Raises:
-        MemoryExhaustedError: there is nothing left to halve.
+        MemoryExhaustedError: it cannot be cut any smaller.
     """
-    before = run.micro_batch_size
-    if before == 1:
+    before, auto = run.memory_use, run.spec.gradient_checkpointing == "auto"
+    use = before.smaller(auto)
+    if use is None:
+        remedy = "" if run.spec.gradient_checkpointing else "set recovery.gradient_checkpointing: auto, "
         raise MemoryExhaustedError(
             f"step {step + 1} of the recovery of {run.spec.model.source.path!r} does not fit into memory "
             f"even with micro-batches of one sequence of {run.spec.sequence_length} tokens; make "
-            "sequence_length smaller, set recovery.gradient_checkpointing, shard or offload "
+            f"sequence_length smaller, {remedy}shard or offload "
             "(configs/deepspeed/zero3_offload.json), or use a device with more memory. "
             f"{_last_checkpoint(run)}; --resume continues"
         )
-    run.micro_batch_size = largest_micro_batch(run.local_batch_size, before // 2)
-    run.context.save_micro_batch_hint(run.micro_batch_size)
+    run.fit_into(use)
+    use = run.memory_use
+    run.context.save_memory_hint(use)
+    again = f" and {use.checkpointed:.0%} of the blocks computed again" if use.checkpointed else ""
     return (
-        f"step {step + 1}: out of memory with micro-batches of {before}; going on with "
-        f"{run.micro_batch_size} x {run.local_batch_size // run.micro_batch_size} accumulated, the batch "
-        f"stays {run.spec.batch_size}"
+        f"step {step + 1}: out of memory with micro-batches of {before.micro_batch_size}; going on with "
+        f"{use.micro_batch_size} x {run.local_batch_size // use.micro_batch_size} accumulated{again}, "
+        f"the batch stays {run.spec.batch_size}"
     )
 
 
 def _accumulate_micro_batches(run: TrainingRun, step: int) -> dict[str, Tensor]:
     """Return the mean of each loss term over this worker's micro-batches."""
-    size, first = run.micro_batch_size, run.context.rank * run.local_batch_size
+    size, first = run.memory_use.micro_batch_size, run.context.rank * run.local_batch_size
     positions = range(first, first + run.local_batch_size, size)
     denominator = run.data.num_tokens(run.order_SB[step]) / (len(positions) * run.context.world_size)
     sums: dict[str, Tensor] = {}

@@ -15,12 +15,13 @@ from actors.models import LayerwisePass, load_tokenizer
 from actors.out_of_memory import is_out_of_memory
 from actors.recovery.adapters.lora import stage_seed
 from actors.recovery.check import check_recovery
+from actors.recovery.distillation.student import Student
 from actors.recovery.distillation.teacher_student import TeacherStudent, load_teacher_student
 from actors.recovery.objectives import BuildModule, find_objective
 from actors.recovery.training.deepspeed_config import largest_micro_batch, precision_of
 from actors.recovery.training.engine import Engine
 from actors.recovery.training.pending_steps import PendingStep
-from actors.recovery.training.train_context import TrainContext
+from actors.recovery.training.train_context import MemoryUse, TrainContext
 from actors.recovery.training.training_data import check_vocabulary, training_data, training_order
 
 T = TypeVar("T")
@@ -30,20 +31,28 @@ T = TypeVar("T")
 class TrainingRun:
     """The state of a training run. `order_SB[s]` lists the sequences of step s.
 
-    `micro_batch_size` falls when memory does not suffice; nothing else changes.
+    `memory_use` falls when memory does not suffice; nothing else changes.
     """
 
     spec: RecoverySpec
     context: TrainContext
     pair: TeacherStudent
+    module: nn.Module
     engine: Engine
     data: TrainingData
     order_SB: Tensor
-    micro_batch_size: int
+    memory_use: MemoryUse
     reader: ReadAhead
     pending: list[PendingStep] = field(default_factory=list)
     checkpoints: list[int] = field(default_factory=list)
     flops_per_token: float | None = None
+
+    def fit_into(self, use: MemoryUse) -> None:
+        """Go on with that use of memory; modules of plug-ins may know no checkpointing."""
+        size = largest_micro_batch(self.local_batch_size, use.micro_batch_size)
+        self.memory_use = replace(use, micro_batch_size=size)
+        if isinstance(self.module, Student) and self.spec.gradient_checkpointing == "auto":
+            self.module.checkpointed = use.checkpointed
 
     @property
     def num_steps(self) -> int:
@@ -58,7 +67,7 @@ class TrainingRun:
 def prepare(spec: RecoverySpec, context: TrainContext, build: BuildModule) -> TrainingRun:
     """Load data and models; all that can be wrong with the request is found here, cheapest first."""
 
-    def load() -> tuple[TeacherStudent, nn.Module, TrainingData, LongTensor, int]:
+    def load() -> tuple[TeacherStudent, nn.Module, TrainingData, LongTensor, MemoryUse]:
         check_recovery(spec, context.world_size)
         data = training_data(spec, load_tokenizer(spec.model.source))
         order_SB = training_order(spec, data, stage_seed(spec))
@@ -70,16 +79,19 @@ def prepare(spec: RecoverySpec, context: TrainContext, build: BuildModule) -> Tr
         # happen with sharded weights.
         for model in filter(None, (pair.student, pair.teacher)):
             LayerwisePass(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
-        hint = context.micro_batch_hint() or spec.micro_batch_size
-        return pair, module, data, order_SB, largest_micro_batch(spec.batch_size // context.world_size, hint)
+        use = context.memory_hint() or MemoryUse(spec.micro_batch_size)
+        size = largest_micro_batch(spec.batch_size // context.world_size, use.micro_batch_size)
+        return pair, module, data, order_SB, replace(use, micro_batch_size=size)
 
-    pair, module, data, order_SB, micro_batch_size = run_on_all_workers(load)
-    micro_batch_size = min(all_gather(micro_batch_size))
+    pair, module, data, order_SB, use = run_on_all_workers(load)
+    use = min(all_gather(use), key=lambda each: (each.micro_batch_size, -each.checkpointed))
     engine = run_on_all_workers(
-        lambda: _fitting(spec, lambda: Engine(module, spec, context.world_size, micro_batch_size))
+        lambda: _fitting(spec, lambda: Engine(module, spec, context.world_size, use.micro_batch_size))
     )
     reader = ReadAhead(data.batch, pin=engine.device.type == "cuda")
-    return TrainingRun(spec, context, pair, engine, data, order_SB, micro_batch_size, reader)
+    run = TrainingRun(spec, context, pair, module, engine, data, order_SB, use, reader)
+    run.fit_into(use)
+    return run
 
 
 def _fitting(spec: RecoverySpec, load: Callable[[], T]) -> T:
