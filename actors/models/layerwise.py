@@ -8,14 +8,14 @@ by a stub that only records its arguments.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from inspect import signature
 from typing import Any, cast
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from actors.errors import RequestError
 from actors.models.families import depth, find_backbone, find_layers
@@ -97,7 +97,8 @@ class LayerwisePass:
         return self._stubbed_blocks(lambda index, hidden: hidden_BTD if index == last else hidden)
 
     def _forward(self) -> Tensor:
-        return self._backbone(**self._inputs, use_cache=False).last_hidden_state
+        with _one_document_a_row() if self._inputs.get("position_ids") is None else nullcontext():
+            return self._backbone(**self._inputs, use_cache=False).last_hidden_state
 
     @contextmanager
     def _stubbed_blocks(self, compute: BlockStub, capture: bool = False) -> Iterator[None]:
@@ -128,6 +129,20 @@ class LayerwisePass:
             return (output, *(_NOT_CARRIED if capture and something else None for something in self._extra))
 
         return forward
+
+
+@contextmanager
+def _one_document_a_row() -> Iterator[None]:
+    """Spare transformers the search for documents in positions that it counts itself.
+
+    It ends in a look at the device, for which the host waits, in every forward pass.
+    """
+    search = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
 
 
 _STRUCTURES: WeakKeyDictionary[PreTrainedModel, tuple[int, str, ReferenceType[nn.Module], str]] = (
