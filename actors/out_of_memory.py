@@ -14,7 +14,13 @@ log = logging.getLogger(__name__)
 SizeT = TypeVar("SizeT")
 ResultT = TypeVar("ResultT")
 
-ALLOCATORS_SAY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+ALLOCATORS_SAY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",  # of CUDA's own calls, and of NCCL
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 """How allocators that have no exception of their own say it."""
 
 

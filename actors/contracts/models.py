@@ -10,6 +10,7 @@ from actors.contracts.settings import Doc, LocalPath, Settings, Stored, StoredAs
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ModelDtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 BLOCK: Literal["block"] = "block"
 """The granularity at which whole blocks are removed; their layers are what depths count."""
@@ -25,7 +26,9 @@ class ModelSettings(Settings):
         LocalPath(),
         Doc("Hub id, local directory, GGUF file, or package://PACKAGE/FILE.gguf."),
     ]
-    dtype: Annotated[Dtype, Doc("Type of the weights in memory.")] = "float32"
+    dtype: Annotated[
+        ModelDtype, Doc("Type of the weights in memory; `auto` for the one that the checkpoint has.")
+    ] = "float32"
     revision: Annotated[str | None, Doc("Branch, tag or commit of a hub model.")] = None
     trust_remote_code: Annotated[bool, Doc("Run code that the model's repository brings.")] = False
 

@@ -151,8 +151,11 @@ class RecoverySettings(Settings):
     ] = 64
     precision: Annotated[Dtype | None, Doc("Type of the computation; the model's dtype if not given.")] = None
     gradient_checkpointing: Annotated[
-        bool,
-        Doc("Compute blocks again in the backward pass rather than keep what they hold."),
+        bool | Literal["auto"],
+        Doc(
+            "Compute blocks again in the backward pass rather than keep what they hold; auto: as many as it "
+            "takes for one sequence to fit."
+        ),
         NotInKey(),
     ] = False
     checkpoint_steps: Annotated[int, Ge(1), Doc("Steps between two checkpoints."), NotInKey()] = 100
@@ -234,9 +237,15 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """What recovery measured, and what it trained: an adapter or full weights (None for `none`)."""
+    """What recovery measured, and what it trained: an adapter or full weights (None for `none`).
+
+    `flops_per_token` are the operations of matrix products, forward and backward, and
+    `peak_flops` those that all workers' devices could do in a second; 0 where that is not known.
+    """
 
     artifact: ArtifactRef | None
     steps: tuple[StepRecord, ...]
     tokens: int
     trainable_parameters: int
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0

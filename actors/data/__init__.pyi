@@ -10,6 +10,7 @@ from .packing import (
     shuffled,
     take_tokens,
 )
+from .read_ahead import ReadAhead
 from .teacher_states import TaughtData, TeacherStates, with_teacher_states
 from .text import (
     BUILTIN_TEXTS,
@@ -34,6 +35,7 @@ __all__ = [
     "BUILTIN_TEXTS",
     "BlockData",
     "PackedData",
+    "ReadAhead",
     "TaughtData",
     "TeacherStates",
     "TokenSequence",

@@ -77,6 +77,18 @@ class TokenBatch:
         }
         return replace(self, **moved)
 
+    def pinned(self) -> "TokenBatch":
+        """Return the batch in pinned memory, from which a GPU copies while the host goes on."""
+        pinned: dict[str, Any] = {
+            name: value.pin_memory()
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and name != "sequences_B"
+        }
+        if self.teacher_topk is not None:
+            top = self.teacher_topk
+            pinned["teacher_topk"] = TopK(top.ids_BTK.pin_memory(), top.log_probabilities_BTK.pin_memory())
+        return replace(self, **pinned)
+
 
 class TrainingData(Protocol):
     """Sequences that a training run draws its batches from."""

@@ -8,16 +8,17 @@ by a stub that only records its arguments.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from inspect import signature
-from typing import Any
+from typing import Any, cast
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from actors.errors import RequestError
-from actors.models.families import find_backbone, find_layers
+from actors.models.families import depth, find_backbone, find_layers
 from actors.models.offloading.dispatch import replaced_forward
 
 BlockStub = Callable[[int, Tensor], Tensor]
@@ -54,9 +55,9 @@ class LayerwisePass:
         attention_mask_BT: Tensor | None = None,
         position_ids_BT: Tensor | None = None,
     ):
-        layers = find_layers(model)
         self.config = model.config
-        self._model, self._backbone, self._blocks = model, find_backbone(model), layers.modules
+        self._model = model
+        self._backbone, self._blocks = _structure(model)
         self._inputs = {"input_ids": input_ids_BT, **_attention_inputs(attention_mask_BT, position_ids_BT)}
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._extra = _extra_outputs(self._backbone, self._blocks[0], input_ids_BT[:1, :1])
@@ -96,7 +97,8 @@ class LayerwisePass:
         return self._stubbed_blocks(lambda index, hidden: hidden_BTD if index == last else hidden)
 
     def _forward(self) -> Tensor:
-        return self._backbone(**self._inputs, use_cache=False).last_hidden_state
+        with _one_document_a_row() if self._inputs.get("position_ids") is None else nullcontext():
+            return self._backbone(**self._inputs, use_cache=False).last_hidden_state
 
     @contextmanager
     def _stubbed_blocks(self, compute: BlockStub, capture: bool = False) -> Iterator[None]:
@@ -127,6 +129,37 @@ class LayerwisePass:
             return (output, *(_NOT_CARRIED if capture and something else None for something in self._extra))
 
         return forward
+
+
+@contextmanager
+def _one_document_a_row() -> Iterator[None]:
+    """Spare transformers the search for documents in positions that it counts itself.
+
+    It ends in a look at the device, for which the host waits, in every forward pass.
+    """
+    search = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
+
+
+_STRUCTURES: WeakKeyDictionary[PreTrainedModel, tuple[int, str, ReferenceType[nn.Module], str]] = (
+    WeakKeyDictionary()
+)
+"""Of models that passes were made through: depth, path of the blocks' parent, backbone, name of the list."""
+
+
+def _structure(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """Return backbone and blocks; all modules are looked through once, and again when blocks were removed."""
+    num_layers = depth(model.config)
+    known = _STRUCTURES.get(model)
+    if known is None or known[0] != num_layers:
+        parent, _, name = find_layers(model).path.rpartition(".")
+        known = _STRUCTURES[model] = num_layers, parent, ref(find_backbone(model)), name
+    _, parent, backbone, name = known
+    return cast(nn.Module, backbone()), getattr(model.get_submodule(parent), name)
 
 
 def _attention_inputs(mask_BT: Tensor | None, position_ids_BT: Tensor | None) -> dict[str, Tensor | None]:

@@ -49,7 +49,12 @@ from actors.recovery.training.failures import (
     is_lost_peer,
     worker_counts,
 )
-from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, TrainContext, WriteShard
+from actors.recovery.training.train_context import (
+    CHECKPOINTS_TO_KEEP,
+    MemoryUse,
+    TrainContext,
+    WriteShard,
+)
 from actors.stage_output import RunningStage, output_of, running_stage
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -116,6 +121,7 @@ class _Job:
     micro_batch_hint_uri: str
     progress: ClusterProgress
     workers: int
+    collective_timeout_s: int = 1800
     stage: RunningStage | None = None
 
 
@@ -134,6 +140,7 @@ def recover_on_ray(
     start_timeout_s: float | None = None,
     replacement_timeout_s: float | None = None,
     max_failures: int = 3,
+    collective_timeout_s: int = 1800,
     progress_handle: Progress | None = None,
 ) -> RecoveryResult:
     """Run recovery as a Ray Train job and wait for it.
@@ -157,6 +164,7 @@ def recover_on_ray(
             training goes on with fewer; until there is one if None.
         max_failures: how many failures of workers, and of starting them, are survived;
             a machine that is taken away after a warning (spot) does not count.
+        collective_timeout_s: how long an exchange between workers may take before it counts as lost.
         progress_handle: a picklable `Progress`; called in the worker of rank 0.
 
     Raises:
@@ -167,7 +175,7 @@ def recover_on_ray(
     """
     progress = on_cluster(progress_handle or no_progress)
     hint_uri = join(storage_path, name, "micro_batch_size")
-    job = _Job(spec, adapter_uri, hint_uri, progress, workers, running_stage())
+    job = _Job(spec, adapter_uri, hint_uri, progress, workers, collective_timeout_s, running_stage())
     scaling = ScalingConfig(
         num_workers=workers,
         use_gpu=gpus_per_worker > 0,
@@ -231,11 +239,12 @@ def _fit(
     job: _Job, scaling: ScalingConfig, run_config: RunConfig, restarts: Restarts
 ) -> tuple[RecoveryResult, float]:
     """Run the job to its end; failures are raised as what caused them. Return for how long it waited, too."""
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=job.collective_timeout_s),
         scaling_config=scaling,
         run_config=replace(run_config, callbacks=[WorkerPlaces(job.progress, _needs(scaling))]),
     )
@@ -296,16 +305,22 @@ def _only_waited(cause: BaseException) -> bool:
 def _with_smaller_micro_batch(job: _Job, name: str, error: BaseException) -> IterabreError:
     """Note a smaller micro-batch where a worker was ended for want of memory, or failed outside of a step."""
     noted = read_bytes(job.micro_batch_hint_uri)
-    size = int(noted) if noted else job.spec.micro_batch_size
-    if size == 1:
+    use = MemoryUse.parse(noted.decode()) if noted else MemoryUse(job.spec.micro_batch_size)
+    smaller = use.smaller(auto=job.spec.gradient_checkpointing == "auto")
+    if smaller is None:
         return MemoryExhaustedError(
             f"recovery {name!r}: memory does not suffice even with micro-batches of one sequence "
             f"({last_line(error)}); make recovery.sequence_length smaller, set "
             "recovery.gradient_checkpointing, shard or offload (configs/deepspeed/zero3_offload.json), or "
             "use a device with more memory"
         )
-    write_bytes(job.micro_batch_hint_uri, str(size // 2).encode())
-    return MicroBatchError(f"recovery {name}: {last_line(error)}; going on with micro-batches of {size // 2}")
+    write_bytes(job.micro_batch_hint_uri, str(smaller).encode())
+    size, again = smaller.micro_batch_size, ""
+    if smaller.checkpointed:
+        again = f" and {smaller.checkpointed:.0%} of the blocks computed again"
+    return MicroBatchError(
+        f"recovery {name}: {last_line(error)}; going on with micro-batches of {size}{again}"
+    )
 
 
 def _train_worker(config: dict[str, _Job]) -> tuple[RecoveryResult | IterabreError, float]:

@@ -33,7 +33,7 @@ class Answers:
 
     model: str
     fractions: tuple[float, ...] = (0.1, 0.25)
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     gpus: int = 1
     data: str | None = None
     builtin: bool = False

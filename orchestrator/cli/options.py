@@ -45,7 +45,7 @@ Model = Annotated[
         callback=_absolute,
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub model; what is newest if not given.")
 ]

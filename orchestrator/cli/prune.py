@@ -42,7 +42,7 @@ def prune(
             model,
             layers,
             output,
-            dtype=cast(Any, dtype),
+            dtype=cast(Any, None if dtype == "auto" else dtype),
             granularity=granularity,
             revision=revision,
             trust_remote_code=trust_remote_code,

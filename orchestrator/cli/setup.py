@@ -53,7 +53,7 @@ def init(
         model=str(model),
         fractions=shares,
         gpus=int(gpus),
-        dtype="bfloat16" if gpus else "float32",
+        dtype="auto" if gpus else "float32",
         data=data,
         builtin=data in BUILTIN_TEXTS,
         max_tokens=max_tokens,

@@ -47,6 +47,12 @@ class TrainingConfig(ActorConfig):
         None, description="DeepSpeed JSON file, merged into ours."
     )
     max_failures: int = Field(3, ge=0, description="Lost workers before the recovery is given up.")
+    collective_timeout_s: int = Field(
+        1800,
+        ge=1,
+        description="Seconds after which an exchange between workers (NCCL, gloo) that does not end counts "
+        "as a lost worker.",
+    )
     replacement_timeout_s: float | None = Field(
         300.0,
         gt=0,

@@ -74,6 +74,7 @@ class RayBackend:
             start_timeout_s=self._execution.start_timeout_s,
             replacement_timeout_s=self._execution.training.replacement_timeout_s,
             max_failures=self._execution.training.max_failures,
+            collective_timeout_s=self._execution.training.collective_timeout_s,
             progress_handle=progress,
         )
 

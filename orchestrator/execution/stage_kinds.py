@@ -113,10 +113,15 @@ def recovery_numbers(result: RecoveryResult) -> Numbers:
         yield "grad_norm", record.grad_norm, "", at
         yield "step_seconds", record.seconds, "s", at
         yield "step_tokens", record.tokens, "tokens", at
-        yield "tokens_per_second", record.tokens / record.seconds, "tokens/s", at
+        tokens_per_second = record.tokens / record.seconds
+        yield "tokens_per_second", tokens_per_second, "tokens/s", at
+        if result.peak_flops:
+            yield "mfu", tokens_per_second * result.flops_per_token / result.peak_flops, "", at
         yield "peak_memory", record.peak_memory_bytes, "bytes", at
     yield "tokens", result.tokens, "tokens", {}
     yield "trainable_parameters", result.trainable_parameters, "", {}
+    if result.flops_per_token:
+        yield "flops_per_token", result.flops_per_token, "", {}
 
 
 def evaluation_numbers(result: EvaluationResult) -> Numbers:

@@ -54,9 +54,6 @@ START_S: Mapping[str, float] = {
 }
 """Assumption: seconds until the processes of a stage work, without the loading of weights."""
 
-ADAM_BYTES = 16
-"""A trained parameter: weight, gradient and two moments, 4 bytes each."""
-
 ACTIVATION_BYTES = 34
 """Bytes a token, layer and D that blocks keep for the backward pass, 16 bits (Korthikanti 2022, eq. 1)."""
 

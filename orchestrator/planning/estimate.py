@@ -19,21 +19,19 @@ from actors.recovery import find_objective
 from actors.scoring import TaskCriterion, find_criterion
 from orchestrator.config import CampaignConfig
 from orchestrator.planning.cost_model import (
-    ADAM_BYTES,
     GB,
     Machine,
     StageCost,
-    activation_bytes,
     block_flops,
     calibration,
     head_flops,
     kept_parameters,
-    low_rank_parameters,
     seconds,
     training_block_flops,
 )
 from orchestrator.planning.plan import CampaignPlan, TextSize, TrajectoryPlan
 from orchestrator.planning.stages import PlannedStage, count_stages, distinct_stages
+from orchestrator.planning.training_memory import training_memory
 from orchestrator.scheduling.resources import devices_held, resource_kind
 from orchestrator.storage.ledger import measured_seconds
 
@@ -63,19 +61,25 @@ Planned = Mapping[str, Sequence[PlannedStage]]
 """The stages of each trajectory, by its id, as a dry run found them."""
 
 
-def costed_stages(plan: CampaignPlan, planned: Planned) -> list[Costed]:
-    """Return every distinct stage of the campaign, in the order in which it is first requested."""
+def costed_stages(plan: CampaignPlan, planned: Planned, workers: int = 1) -> list[Costed]:
+    """Return every distinct stage of the campaign, in the order in which it is first requested.
+
+    Args:
+        workers: that share a recovery.
+    """
     first: dict[tuple[str, str], tuple[PlannedStage, TrajectoryPlan]] = {}
     for trajectory in plan.trajectories:
         for name, stage in distinct_stages(planned[trajectory.id]).items():
             first.setdefault(name, (stage, trajectory))
-    return [Costed(s, t, stage_cost(s, t, plan.text_sizes)) for s, t in first.values()]
+    return [Costed(s, t, stage_cost(s, t, plan.text_sizes, workers)) for s, t in first.values()]
 
 
 def stage_cost(
-    stage: PlannedStage, trajectory: TrajectoryPlan, sizes: Mapping[TextSpec, TextSize]
+    stage: PlannedStage, trajectory: TrajectoryPlan, sizes: Mapping[TextSpec, TextSize], workers: int = 1
 ) -> StageCost:
     """Return what one stage costs; nothing for those that only record."""
+    if stage.kind == "recover":
+        return recover_cost(stage, trajectory, sizes, workers)
     model = COSTS.get(stage.kind)
     return model(stage, trajectory, sizes) if model else StageCost()
 
@@ -110,7 +114,7 @@ def score_cost(
 
 
 def recover_cost(
-    stage: PlannedStage, trajectory: TrajectoryPlan, _sizes: Mapping[TextSpec, TextSize]
+    stage: PlannedStage, trajectory: TrajectoryPlan, _sizes: Mapping[TextSpec, TextSize], workers: int = 1
 ) -> StageCost:
     spec: RecoverySpec = stage.spec
     info, layers, tokens = trajectory.model, stage.layers, float(trajectory.recovery_tokens)
@@ -118,26 +122,21 @@ def recover_cost(
         return StageCost()
     each, length = DTYPE_BYTES[info.spec.dtype], spec.sequence_length
     rank = None if spec.adapter.kind == "full" else spec.adapter.rank
-    flops = layers * training_block_flops(info, tokens, length, rank)
-    if spec.gradient_checkpointing:
-        flops += layers * block_flops(info, tokens, length)
+    # Blocks below the first trained one run forward only, once for teacher and student.
+    first = min(spec.first_trainable, layers)
+    flops = (layers - first) * training_block_flops(info, tokens, length, rank)
+    flops += first * block_flops(info, tokens, length)
+    if spec.gradient_checkpointing is True:
+        flops += (layers - first) * block_flops(info, tokens, length)
     taught = spec.objective not in WITHOUT_TEACHER
     runs_teacher = taught and spec.teacher_states is None
     if runs_teacher:
-        flops += info.num_layers * block_flops(info, tokens, length)
+        shared = 0 if spec.adapter.leaves_weights or spec.teacher else first
+        flops += (info.num_layers - shared) * block_flops(info, tokens, length)
     if not taught or spec.loss.logit_loss != "mse":
         # Otherwise the head is never run: its error comes from the hidden states.
         flops += (2 + taught) * head_flops(info, tokens)
-    student = kept_parameters(info, layers)
-    trained = student if rank is None else layers * low_rank_parameters(info, rank)
-    micro = spec.micro_batch_size * length
-    kept_layers = 1 if spec.gradient_checkpointing else layers
-    memory = (
-        (info.num_parameters if runs_teacher else student) * each
-        + trained * ADAM_BYTES
-        + kept_layers * activation_bytes(info, micro, length, each)
-        + layers * micro * info.hidden_size * each
-    )
+    memory = training_memory(spec, info, layers, workers, runs_teacher)
     return StageCost(flops, info.num_parameters * each, memory)
 
 
@@ -284,7 +283,7 @@ def plan_summary(
     factors: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return what `iterabre plan` shows, as JSON values: trajectories, stages, costs, machines."""
-    stages = costed_stages(plan, planned)
+    stages = costed_stages(plan, planned, config.execution.training.workers)
     counts = count_stages(stage for t in plan.trajectories for stage in planned[t.id])
     kinds = [kind for kind in COSTS if any(costed.stage.kind == kind for costed in stages)]
     return {

@@ -62,6 +62,8 @@ def build_plan(config: CampaignConfig) -> CampaignPlan:
     evaluations = {name: _with_fingerprints(spec, found) for name, spec in evaluations.items()}
     described: list[TextInfo | ModelInfo] = [*texts.values(), *teachers.values()]
     fingerprints = {info.spec: info.fingerprint for info in described}
+    # Also by what is asked for, where that leaves the dtype to the checkpoint.
+    fingerprints |= {spec: info.fingerprint for spec, info in teachers.items()}
     trajectories = tuple(
         TrajectoryPlan(
             id=trajectory_id,

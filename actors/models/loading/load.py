@@ -19,10 +19,11 @@ from transformers import (
 )
 
 from actors.artifacts import file_sha256
-from actors.contracts import Dtype, ModelInfo, ModelSpec, digest
+from actors.contracts import ModelDtype, ModelInfo, ModelSpec, digest
 from actors.errors import RequestError, refusing
 from actors.models.families import depth, find_layers, text_config
 from actors.models.loading.checkpoint import (
+    FLOATING,
     INDEX,
     Checkpoint,
     read_checkpoint,
@@ -40,11 +41,12 @@ from actors.models.loading.source import (
 )
 from actors.models.loading.tokens import check_has_vocabulary, guard_token_ids
 
-DTYPES: dict[Dtype, torch.dtype] = {
+DTYPES: dict[ModelDtype, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+AUTO = "auto"
 GENERATION_CONFIG = "generation_config.json"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -61,7 +63,7 @@ NO_LANGUAGE_MODEL = re.compile(r"For(\w*Classification|QuestionAnswering|Multipl
 def load_model(
     path: str,
     *,
-    dtype: Dtype = "float32",
+    dtype: ModelDtype = "float32",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -69,7 +71,7 @@ def load_model(
 
     Args:
         path: hub id, local directory, `*.gguf` file, or `package://PACKAGE/FILE.gguf`.
-        dtype: `float32`, `bfloat16` or `float16`.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run code that the model's repository brings; off by default.
 
@@ -82,7 +84,7 @@ def load_model(
 
 def open_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model that `spec` names, and its tokenizer, as `load_model` does."""
-    check_dtype(spec)
+    spec = with_dtype(spec)
     directory = model_checkpoint(spec).directory
     tokenizer = load_tokenizer(spec)
     with opening(spec, "its weights"):
@@ -169,8 +171,8 @@ def describe_model(spec: ModelSpec) -> ModelInfo:
     Raises:
         RequestError: as `load_model`, or the model is no decoder language model.
     """
-    check_dtype(spec)
     check_revision(spec)
+    spec = with_dtype(spec)
     directory = snapshot(spec, weights=False)
     if has_weights(spec, directory):
         model_checkpoint(spec)
@@ -266,9 +268,30 @@ def empty_model(spec: ModelSpec, config: PretrainedConfig, **options: Any) -> Pr
 
 
 def check_dtype(spec: ModelSpec) -> None:
-    """Refuse a type of weights that is not in `DTYPES`."""
-    if spec.dtype not in DTYPES:
-        raise RequestError(f"model {spec.path!r}: unknown dtype {spec.dtype!r}; known: {', '.join(DTYPES)}")
+    """Refuse a type of weights that is neither in `DTYPES` nor `auto`."""
+    if spec.dtype not in (*DTYPES, AUTO):
+        known = ", ".join((*DTYPES, AUTO))
+        raise RequestError(f"model {spec.path!r}: unknown dtype {spec.dtype!r}; known: {known}")
+
+
+def with_dtype(spec: ModelSpec) -> ModelSpec:
+    """Return `spec` with the checkpoint's type of weights in the place of `auto`.
+
+    That is the type in its config.json or, without one, of its largest tensors; float32 if it is none of
+    `DTYPES`, or not known because the weights are not on this machine.
+    """
+    check_dtype(spec)
+    if spec.dtype != AUTO:
+        return spec
+    config = load_config(spec)
+    named = getattr(text_config(config), "dtype", None) or getattr(config, "dtype", None)
+    if named is None and has_weights(spec, directory := snapshot(spec, weights=False)):
+        with opening(spec, "its weights"):
+            stored = list(read_checkpoint(directory).tensors.values())
+        largest = max(stored, key=lambda tensor: tensor.end - tensor.start, default=None)
+        named = largest and FLOATING.get(largest.dtype)
+    found: ModelDtype = next((name for name, dtype in DTYPES.items() if named in (dtype, name)), "float32")
+    return replace(spec, dtype=found)
 
 
 def _contents(spec: ModelSpec) -> list[Any]:

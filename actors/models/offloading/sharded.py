@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from actors.contracts import Dtype, ModelSpec
+from actors.contracts import Dtype, ModelDtype, ModelSpec
 from actors.errors import RequestError
 from actors.models.exporting.export import save_with_files, write_config
 from actors.models.families import depth, find_layers
@@ -157,7 +157,7 @@ def _prune_in_memory(
     tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.dtype in FLOATING]
     stored = {FLOATING[tensor.dtype] for tensor in tensors}
     only = next(iter(stored)) if len(stored) == 1 else torch.float32
-    as_loaded: Dtype = next((name for name, known in DTYPES.items() if known == only), "float32")
+    as_loaded: ModelDtype = next((name for name, known in DTYPES.items() if known == only), "float32")
     model, _ = load_model(
         spec.path,
         dtype=dtype or as_loaded,

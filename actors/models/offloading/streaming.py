@@ -20,7 +20,7 @@ from actors.models.adapter_deltas import Deltas, add_deltas, read_deltas
 from actors.models.families import depth, find_layers
 from actors.models.loading.checkpoint import StoredTensor, read_checkpoint
 from actors.models.loading.completeness import stored_as
-from actors.models.loading.load import DTYPES, empty_model, load_config, model_checkpoint
+from actors.models.loading.load import DTYPES, empty_model, load_config, model_checkpoint, with_dtype
 from actors.models.offloading.dispatch import loaded_weights
 from actors.models.pruning.subblocks import SUB_BLOCKS, check_zeroable, sub_block_weights
 from actors.models.pruning.surgery import remove_layers
@@ -95,7 +95,7 @@ def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:
     """
     if ref.merges:
         raise RequestError("a model with merged layers cannot be streamed; turn scoring.stream_weights off")
-    spec = ref.source
+    spec = with_dtype(ref.source)
     stored = dict(model_checkpoint(spec).tensors)
     if ref.weights is not None:
         stored |= read_checkpoint(fetch(ref.weights)).tensors

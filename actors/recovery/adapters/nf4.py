@@ -5,11 +5,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from actors.errors import RequestError
-from actors.models import find_layers
+from actors.models import device, find_layers
 
 
 def quantize_blocks(model: PreTrainedModel, double_quantization: bool) -> None:
-    """Replace every linear layer of the blocks by its NF4 counterpart, in place, on the model's device.
+    """Replace every linear layer of the blocks by its NF4 counterpart, in place, on the device.
+
+    The model may be on the CPU: its weights go to the device one by one, and no more than one
+    of them is there unquantised.
 
     Embeddings, norms and head stay as they are. The adapter is trained on these
     weights but later merged into the unquantised ones, as QLoRA does; the
@@ -51,9 +54,11 @@ def _quantized(layer: nn.Linear, kind: type[nn.Linear], double_quantization: boo
         quant_type="nf4",
         device=layer.weight.device,
     )
-    quantized.weight.data = layer.weight.detach().clone()
+    weight = layer.weight.detach()
+    # The original must stay where it was if it is quantised there.
+    quantized.weight.data = weight.clone() if weight.device == device() else weight
     if layer.bias is not None:
         quantized.bias = layer.bias.requires_grad_(False)
     # On CPUs with AVX-512 it would repack weights for inference, which have no backward pass.
     quantized.support_avx512bf16_for_cpu = False
-    return quantized.to(layer.weight.device)
+    return quantized.to(device())

@@ -9,7 +9,7 @@ import torch
 from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.recovery.distillation.lockstep import Lockstep, check_layer_map
-from actors.recovery.distillation.student import Terms
+from actors.recovery.distillation.student import Checkpointing, Terms
 from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.cross_entropy import next_token_cross_entropy
 from actors.recovery.losses.layer_losses import hidden_mse
@@ -30,7 +30,7 @@ class AuxiliaryHealing(Lockstep):
         RequestError: the places where layers were cut out are not given.
     """
 
-    def __init__(self, pair: TeacherStudent, auxiliary: float, gradient_checkpointing: bool = False):
+    def __init__(self, pair: TeacherStudent, auxiliary: float, gradient_checkpointing: Checkpointing = False):
         if pair.teacher_layers is None:
             raise RequestError(
                 "objective 'healing_aux' compares both sides of each cut: give recovery.teacher_layers, the "

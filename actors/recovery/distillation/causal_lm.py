@@ -1,7 +1,7 @@
 """Training on the text itself: the next token's cross-entropy, without a teacher."""
 
 from actors.data import TokenBatch
-from actors.recovery.distillation.student import Student, Terms
+from actors.recovery.distillation.student import Checkpointing, Student, Terms
 from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.cross_entropy import next_token_cross_entropy
 from actors.recovery.losses.lm_head import LMHead
@@ -16,7 +16,7 @@ class CausalLM(Student):
         gradient_checkpointing: see `Student`.
     """
 
-    def __init__(self, pair: TeacherStudent, gradient_checkpointing: bool = False):
+    def __init__(self, pair: TeacherStudent, gradient_checkpointing: Checkpointing = False):
         super().__init__(pair, gradient_checkpointing)
         self._head = LMHead(pair.student)
 

@@ -13,7 +13,7 @@ from actors.errors import RequestError
 from actors.models import LayerwisePass, depth, find_layers, text_config
 from actors.recovery.adapters.lora import adapters_disabled
 from actors.recovery.distillation.prefix import shared_prefix
-from actors.recovery.distillation.student import Student, layerwise_pass, run_block
+from actors.recovery.distillation.student import Checkpointing, Student, layerwise_pass, run_block
 from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.attention_recorder import AttentionRecorder
 
@@ -45,7 +45,9 @@ class Lockstep(Student):
         attention: read the attention matrices of both.
     """
 
-    def __init__(self, pair: TeacherStudent, gradient_checkpointing: bool = False, attention: bool = False):
+    def __init__(
+        self, pair: TeacherStudent, gradient_checkpointing: Checkpointing = False, attention: bool = False
+    ):
         super().__init__(pair, gradient_checkpointing, attention)
         self.teacher = pair.teacher
         self._shared = pair.teacher is None

@@ -15,7 +15,7 @@ from actors.data import TokenBatch, TopK
 from actors.errors import RequestError
 from actors.models import LayerwisePass
 from actors.recovery.distillation.lockstep import Lockstep, check_comparable
-from actors.recovery.distillation.student import Terms
+from actors.recovery.distillation.student import Checkpointing, Terms
 from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.cross_entropy import next_token_cross_entropy
 from actors.recovery.losses.fused_kernels import fused_heads, fused_logit_loss
@@ -50,7 +50,7 @@ class LockstepDistiller(Lockstep):
             although the attention term is on, or the two cannot be compared.
     """
 
-    def __init__(self, pair: TeacherStudent, loss: LossSpec, gradient_checkpointing: bool = False):
+    def __init__(self, pair: TeacherStudent, loss: LossSpec, gradient_checkpointing: Checkpointing = False):
         weights = {name: getattr(loss, name) for name in ("hidden", "attention", "logits", "next_token")}
         if not any(weights.values()):
             raise RequestError("every loss term of the distillation has weight 0; give one of them a weight")
@@ -60,7 +60,8 @@ class LockstepDistiller(Lockstep):
         self._distance = find_logit_loss(loss.logit_loss, loss.temperature, loss.skew)
         self._heads = LMHead(pair.student), LMHead(pair.teacher or pair.student)
         by_gram = loss.logits and loss.logit_loss == "mse"
-        self._gram_DD = common_gram(*self._heads) if by_gram else None
+        self._gram_DD: Tensor | None
+        self.register_buffer("_gram_DD", common_gram(*self._heads) if by_gram else None, persistent=False)
         fused = loss.logits and not loss.next_token
         self._fused_heads = fused_heads(loss.logit_loss, *self._heads) if fused else None
         self._by_layer = bool(loss.attention) or (bool(loss.hidden) and loss.hidden_layers == "all")

@@ -1,5 +1,7 @@
 """The base of the training modules of all objectives: the student, run block by block."""
 
+from typing import Literal
+
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -12,6 +14,7 @@ from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.losses.attention_recorder import AttentionRecorder
 
 Terms = dict[str, Tensor]
+Checkpointing = bool | Literal["auto"]
 
 
 class Student(nn.Module):
@@ -21,7 +24,7 @@ class Student(nn.Module):
         pair: the student, and its teacher if an objective has one.
         gradient_checkpointing: keep only what enters each of the student's blocks
             and compute the block again in the backward pass; the gradients,
-            dropout included, are the same.
+            dropout included, are the same. With `auto`, of the share `checkpointed` of them.
         attention: read the student's attention matrices.
 
     Attributes:
@@ -33,11 +36,13 @@ class Student(nn.Module):
             attention implementation, has none.
     """
 
-    def __init__(self, pair: TeacherStudent, gradient_checkpointing: bool = False, attention: bool = False):
+    def __init__(
+        self, pair: TeacherStudent, gradient_checkpointing: Checkpointing = False, attention: bool = False
+    ):
         super().__init__()
         self.pair = pair
         self.model = pair.student
-        self._checkpointing = gradient_checkpointing
+        self.checkpointed = 1.0 if gradient_checkpointing is True else 0.0
         self._recorder = AttentionRecorder(pair.student) if attention else None
         self._lora = [lora_layers(block) for block in find_layers(pair.student).modules]
         self.first_trainable = first_trainable(pair)
@@ -73,7 +78,9 @@ class Student(nn.Module):
 
     def block(self, layerwise: LayerwisePass, layer: int, hidden_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run one of the student's blocks; return output and, if recorded, attention matrix [B, H, T, T]."""
-        if self._checkpointing and is_grad_enabled():
+        layers = self.pair.student_layers
+        checkpointed = layers.index(layer) < self.checkpointed * len(layers)
+        if checkpointed and is_grad_enabled():
             return checkpoint(run_block, layerwise, layer, hidden_BTD, self._recorder, use_reentrant=False)
         return run_block(layerwise, layer, hidden_BTD, self._recorder)
 

@@ -1,16 +1,20 @@
 """The student, and the teacher that it learns from."""
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contracts import RecoverySpec
 from actors.errors import RequestError
-from actors.models import build_model, depth, device, find_layers, load_source, open_model, save_weights
+from actors.models import build_model, depth, device, find_layers, load_source, open_model
 from actors.models.model_builder import rename_layers
+from actors.models.weights import save_weights_as_read
 from actors.recovery.adapters.lora import (
     CURRENT,
     attach_adapters,
@@ -19,6 +23,10 @@ from actors.recovery.adapters.lora import (
     save_adapter,
 )
 from actors.recovery.adapters.weight_deltas import can_share_weights
+from actors.recovery.training.deepspeed_config import zero_stage
+
+Gathered = Callable[[Iterable[nn.Parameter]], AbstractContextManager[None]]
+"""Makes sharded parameters whole for a while; every worker must call it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ def load_teacher_student(
         return _separate_student(spec, None, None)
     if spec.teacher is not None:
         teacher, teacher_tokenizer = open_model(spec.teacher)
-        teacher = teacher.to(device()).requires_grad_(False)
+        teacher = teacher.to(first_place(spec)).requires_grad_(False)
         pair, tokenizer = _separate_student(spec, teacher, spec.teacher_layers)
         if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
             raise RequestError(
@@ -85,10 +93,28 @@ def load_teacher_student(
         return pair, tokenizer
     source, tokenizer = load_source(spec.model)
     kept = spec.model.kept(depth(source.config))
-    source = source.to(device())
+    source = source.to(first_place(spec))
     if not spec.adapter.leaves_weights and can_share_weights(source, spec.model):
-        return shared_teacher_student(attach_adapters(source, spec, kept), kept), tokenizer
+        adapted = attach_adapters(source, spec, kept).to(place_of_training(spec))
+        return shared_teacher_student(adapted, kept), tokenizer
+    source = source.to(place_of_training(spec))
     return _separate_student(spec, source.requires_grad_(False), kept)
+
+
+def place_of_training(spec: RecoverySpec) -> torch.device:
+    """Return where the models are handed to the engine: the CPU under ZeRO's third stage, which shards them.
+
+    There, no device ever holds a whole model.
+    """
+    return torch.device("cpu") if zero_stage(spec) == 3 else device()
+
+
+def first_place(spec: RecoverySpec) -> torch.device:
+    """Return where the models are put as they are read.
+
+    Weights that are quantised go to the device block by block, in 4 bits.
+    """
+    return torch.device("cpu") if spec.adapter.kind == "qlora" else place_of_training(spec)
 
 
 def check_teacher(spec: RecoverySpec, has_teacher: bool) -> None:
@@ -107,26 +133,38 @@ def check_teacher(spec: RecoverySpec, has_teacher: bool) -> None:
         )
 
 
-def save_trained(pair: TeacherStudent, directory: Path) -> None:
+def save_trained(
+    pair: TeacherStudent, directory: Path | None, gathered: Gathered = lambda _: nullcontext()
+) -> None:
     """Write what was trained: the adapter, or the weights that it leaves; named by source layer.
 
     DoRA is merged into the weights, in place: the student is not trained any further then.
+
+    Args:
+        directory: None in a worker that only takes part in gathering what is sharded.
+        gathered: where weights are sharded; full weights are made whole one by one.
     """
-    if pair.adapted is None:
-        save_weights(named_by_source(pair.student, pair.source_layers), directory)
-    elif pair.adapted.peft_config[CURRENT].use_dora:
-        merged = pair.adapted.merge_and_unload().requires_grad_(True)
-        save_weights(named_by_source(merged, pair.source_layers), directory)
-    else:
-        save_adapter(pair.adapted, directory, pair.source_layers)
+    model: nn.Module = pair.student
+    if pair.adapted is not None and not pair.adapted.peft_config[CURRENT].use_dora:
+        with gathered(p for p in pair.adapted.parameters() if p.requires_grad):
+            if directory is not None:
+                save_adapter(pair.adapted, directory, pair.source_layers)
+        return
+    if pair.adapted is not None:
+        model = pair.adapted.merge_and_unload().requires_grad_(True)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if pair.source_layers is not None:
+        trained = rename_layers(trained, find_layers(model).path, dict(enumerate(pair.source_layers)))
 
+    def read(name: str) -> Tensor:
+        with gathered([trained[name]]):
+            return trained[name].detach().to("cpu", model.config.dtype, copy=True)
 
-def named_by_source(model: PreTrainedModel, source_layers: tuple[int, ...] | None) -> dict[str, Tensor]:
-    """Return the trained tensors under their names in the source, in the source's dtype."""
-    trained = {n: p.detach().to(model.config.dtype) for n, p in model.named_parameters() if p.requires_grad}
-    if source_layers is None:
-        return trained
-    return rename_layers(trained, find_layers(model).path, dict(enumerate(source_layers)))
+    shapes = {
+        name: torch.empty(getattr(p, "ds_shape", p.shape), dtype=model.config.dtype, device="meta")
+        for name, p in trained.items()
+    }
+    save_weights_as_read(shapes, read, directory)
 
 
 def _separate_student(
@@ -134,11 +172,11 @@ def _separate_student(
 ) -> tuple[TeacherStudent, PreTrainedTokenizerBase]:
     """Load a pruned student beside a teacher, or without one."""
     student, tokenizer = build_model(spec.model)
-    student = student.to(device())
+    student = student.to(first_place(spec))
     layers = tuple(range(depth(student.config)))
     source_layers = spec.model.kept(len(layers) + len(spec.model.dropped))
     if spec.adapter.kind == "full":
         student.requires_grad_(True)
         return TeacherStudent(student, layers, teacher, teacher_layers, None, source_layers), tokenizer
-    adapted = new_adapter(student, spec, layers)
+    adapted = new_adapter(student, spec, layers).to(place_of_training(spec))
     return TeacherStudent(student, layers, teacher, teacher_layers, adapted, source_layers), tokenizer

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actors.models import device
 from actors.models.head import LogitHead
 from actors.recovery.losses.logit_losses import gram_matrix
 
@@ -51,7 +52,7 @@ def common_gram(student: LMHead, teacher: LMHead) -> Tensor | None:
     ours, theirs = student.matrix(), teacher.matrix()
     if ours is None or theirs is None or ours.shape != theirs.shape or not torch.equal(ours, theirs):
         return None
-    return gram_matrix(ours)
+    return gram_matrix(ours, device())
 
 
 def is_plain_head(layer: nn.Module | None) -> bool:

@@ -134,10 +134,26 @@ def check_topk(name: str, temperature: float) -> None:
         )
 
 
-def gram_matrix(head_VD: Tensor) -> Tensor:
-    """Return G = WᵀW / V [D, D] in fp32, all of the LM head that a logit MSE depends on."""
-    weight_VD = head_VD.detach().float()
-    return weight_VD.T @ weight_VD / weight_VD.shape[0]
+GRAM_ROWS = 8192
+"""Rows of a head on the CPU that are on the device at a time."""
+
+
+def gram_matrix(head_VD: Tensor, device: torch.device | None = None) -> Tensor:
+    """Return G = WᵀW / V [D, D] in fp32, all of the LM head that a logit MSE depends on.
+
+    Args:
+        device: computes, and holds the result; the head's own if not given. A head that is elsewhere goes
+            there in parts.
+    """
+    vocabulary = head_VD.shape[0]
+    if device is None or device == head_VD.device:
+        weight_VD = head_VD.detach().float()
+        return weight_VD.T @ weight_VD / vocabulary
+    gram_DD = torch.zeros(head_VD.shape[1], head_VD.shape[1], device=device)
+    for rows_RD in head_VD.detach().split(GRAM_ROWS):
+        part_RD = rows_RD.to(device).float()
+        gram_DD.addmm_(part_RD.T, part_RD)
+    return gram_DD / vocabulary
 
 
 def logit_mse_from_hidden(

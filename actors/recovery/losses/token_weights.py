@@ -19,10 +19,12 @@ class TokenWeights:
     Attributes:
         weights_BT: 1 for tokens that count, 0 for others; None when all do.
         denominator: the divisor; None for the number of tokens that count.
+        all_but_last: the tokens that count are all but the last of each row.
     """
 
     weights_BT: Tensor | None = None
     denominator: float | None = None
+    all_but_last: bool = False
 
     def mean(self, values_BT: Tensor) -> Tensor:
         """Sum the values that count, and divide."""
@@ -31,6 +33,9 @@ class TokenWeights:
 
     def rows(self, tensor_BTX: Tensor) -> Tensor:
         """Return the vectors of the tokens that count [N, X], in order."""
+        if self.all_but_last:
+            # How many there are is known here; a mask would have to be read from the device.
+            return tensor_BTX[:, :-1].flatten(0, 1)
         rows_NX = tensor_BTX.flatten(0, 1)
         return rows_NX if self.weights_BT is None else rows_NX[self.weights_BT.flatten().bool()]
 
@@ -47,9 +52,10 @@ ALL_TOKENS = TokenWeights()
 def prediction_weights(batch: TokenBatch) -> TokenWeights:
     """Return the tokens from which a target is predicted: what a causal language model's loss counts."""
     targets_BT = batch.targets_BT if batch.targets_BT is not None else batch.mask_BT
+    all_count = targets_BT is None
     if targets_BT is None:
         targets_BT = torch.ones_like(batch.input_ids_BT)
-    return TokenWeights(_shift_left(targets_BT).float(), batch.denominator)
+    return TokenWeights(_shift_left(targets_BT).float(), batch.denominator, all_but_last=all_count)
 
 
 def distillation_weights(batch: TokenBatch) -> TokenWeights:

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from actors.contracts import Dtype, ModelSpec, RecoverySpec, TextSpec, digest, to_json
 from actors.contracts.settings import Settings, unused_later
@@ -101,7 +101,13 @@ def deepspeed_config(
     not_passed = {"optimizer", "scheduler", *PRECISION_SECTIONS}
     free = {name: value for name, value in without_auto(user).items() if name not in not_passed}
     # Offloading is meant for DeepSpeed's own Adam, which is compiled on first use; torch's serves as well.
-    quiet = {"steps_per_print": None, "wall_clock_breakdown": False, "zero_force_ds_cpu_optimizer": False}
+    quiet = {
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "zero_force_ds_cpu_optimizer": False,
+        # It would wait for the device before and after every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
+    }
     return {**quiet, **free, **ours}
 
 
@@ -154,7 +160,7 @@ def precision_of(spec: RecoverySpec) -> Dtype:
     name = spec.precision or spec.model.source.dtype
     if name not in PRECISIONS:
         raise RequestError(f"recovery.precision {name!r} is none of {', '.join(PRECISIONS)}")
-    return name
+    return cast(Dtype, name)
 
 
 def zero_stage(spec: RecoverySpec) -> int:

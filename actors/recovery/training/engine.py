@@ -10,11 +10,11 @@ import logging
 import math
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -22,12 +22,14 @@ from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from actors.contracts import RecoverySpec
 from actors.data import TokenBatch
+from actors.models import device
 from actors.recovery.training.checkpoint import read_state, read_tensors, write_shard
 from actors.recovery.training.deepspeed_config import (
     deepspeed_config,
@@ -37,6 +39,7 @@ from actors.recovery.training.deepspeed_config import (
     zero_stage,
 )
 from actors.recovery.training.loss_scale import LossScale
+from actors.recovery.training.zero3 import partition
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 KIBIBYTE = 1024
@@ -54,6 +57,7 @@ class Engine:
     Attributes:
         loss_scale: the factor on the loss; 1 but for float16.
         updates: optimizer steps made.
+        device: where the module computes.
 
     Raises:
         RequestError: see `deepspeed_config`.
@@ -67,10 +71,14 @@ class Engine:
         self._dtype = getattr(torch, precision_of(spec))
         self._module = module
         self._named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        for _, parameter in self._named:
-            parameter.data = parameter.data.float()
         self.stage = zero_stage(spec)
+        if self.stage < 3:
+            for _, parameter in self._named:
+                parameter.data = parameter.data.float()
         self.updates = 0
+        self.device = device()
+        # Words between hosts, which no device has to wait for.
+        self._hosts = dist.new_group(backend="gloo") if world_size > 1 and self.device.type != "cpu" else None
         self.loss_scale = LossScale()
         if self._dtype == torch.float16:
             self.loss_scale = LossScale.for_float16(**loss_scale_settings(spec))
@@ -90,6 +98,14 @@ class Engine:
         """
         return self.stage < 2 or (self.stage == 2 and self._world_size == 1)
 
+    @property
+    def steps_are_deferred(self) -> bool:
+        """True if a step needs no number on the host: the device itself drops one that is not finite.
+
+        DeepSpeed's own stages read the gradient's norm in every step, as float16 does for its loss scale.
+        """
+        return self.stage == 0 and self._dtype != torch.float16
+
     def accumulate(self, batch: TokenBatch, last: bool) -> dict[str, Tensor]:
         """Run forward and backward of one micro-batch and return the detached terms.
 
@@ -97,7 +113,7 @@ class Engine:
             last: whether this is the step's last micro-batch.
         """
         self._engine.set_gradient_accumulation_boundary(last and self.stage >= 2)
-        terms = self._engine(batch.to(self._engine.device))
+        terms = self._engine(batch.to(self.device, non_blocking=True))
         if self.stage:
             self._engine.optimizer.override_loss_scale(self.loss_scale.value)
             self._engine.backward(terms["loss"])
@@ -105,11 +121,12 @@ class Engine:
             self._engine.backward(terms["loss"] * self.loss_scale.value)
         return {name: value.detach() for name, value in terms.items()}
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, loss: Tensor) -> Tensor:
         """Change the weights by the gradient accumulated over one whole batch.
 
         Returns the L2 norm of that gradient before clipping. If it is not finite,
-        nothing is changed and the gradient is dropped.
+        nothing is changed and the gradient is dropped; nor, where steps are deferred, if
+        `loss` is not.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -119,16 +136,19 @@ class Engine:
         if self.stage:
             # DeepSpeed unscales and clips; a gradient that is not finite it drops by itself.
             self._engine.step()
-            norm = float(self._engine.get_global_grad_norm())
+            norm = torch.as_tensor(self._engine.get_global_grad_norm())
         else:
-            gradients = [p.grad for _, p in self._named if p.grad is not None]
+            parameters = [parameter for _, parameter in self._named if parameter.grad is not None]
+            gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
             torch._foreach_mul_(gradients, 1.0 / self.loss_scale.value)
-            norm = float(torch.nn.utils.get_total_norm(gradients))
-            if math.isfinite(norm):
-                self._engine.step()
-            else:
-                self._engine.zero_grad()
-        if math.isfinite(norm):
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if self._spec.max_grad_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self._spec.max_grad_norm, norm)
+            # Fused optimizers read this on the device and change nothing where it is 1.
+            self._adam.found_inf = (~(norm.isfinite() & loss.isfinite())).float()
+            self._adam.step()
+            self._engine.zero_grad()
+        if self.steps_are_deferred or math.isfinite(norm):
             self.updates += 1
             self.loss_scale.record_step(dynamic=self._dtype == torch.float16)
         return norm
@@ -150,15 +170,18 @@ class Engine:
         self._adam.load_state_dict(adam)
         self._link_moments()
 
-    def mean_over_workers(self, values: Tensor) -> list[float]:
+    def mean_over_workers(self, values: Tensor) -> Tensor:
         """Return the element-wise mean over the workers, the same on all of them."""
-        dist.all_reduce(values)
-        return (values / dist.get_world_size()).tolist()
+        if self._world_size > 1:
+            dist.all_reduce(values)
+        return values / self._world_size
 
     def max_over_workers(self, value: int) -> int:
-        """Return the largest of the workers' numbers, the same on all of them."""
-        greatest = torch.tensor([value], dtype=torch.int64, device=self._engine.device)
-        dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
+        """Return the largest of the workers' numbers, the same on all of them; no device is waited for."""
+        if self._world_size == 1:
+            return value
+        greatest = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(greatest, op=dist.ReduceOp.MAX, group=self._hosts)
         return int(greatest)
 
     def save(self, directory: Path, state: dict[str, Any]) -> None:
@@ -167,18 +190,26 @@ class Engine:
         Raises:
             WorkError: the directory cannot be written.
         """
-        tensors: dict[str, Tensor] = {}
-        for number, (name, parameter) in enumerate(self._named):
-            for kind in (WEIGHT, *MOMENTS):
-                whole = self._full_tensor(parameter, kind)
-                if number % self._world_size == dist.get_rank():
-                    tensors[f"{name}|{kind}"] = whole.detach().cpu().contiguous()
+        rank, kinds = dist.get_rank(), (WEIGHT, *MOMENTS)
+        shapes = {
+            f"{name}|{kind}": getattr(parameter, "ds_shape", parameter.shape)
+            for name, parameter in self._named[rank :: self._world_size]
+            for kind in kinds
+        }
+
+        def own_tensors() -> Iterator[Tensor]:
+            for number, (_, parameter) in enumerate(self._named):
+                for kind in kinds:
+                    whole = self._full_tensor(parameter, kind)
+                    if number % self._world_size == rank:
+                        yield whole
+
         ours = {
             "updates": self.updates,
             "loss_scale": self.loss_scale.value,
             "steps_since_overflow": self.loss_scale.steps_since_overflow,
         }
-        write_shard(directory, dist.get_rank(), self._world_size, tensors, {**state, "engine": ours})
+        write_shard(directory, rank, self._world_size, shapes, own_tensors(), {**state, "engine": ours})
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Read back what `save` wrote, with however many workers, and return its `state`.
@@ -189,16 +220,19 @@ class Engine:
         state = read_state(directory)
         by_name = dict(self._named)
         self._create_moments(state["engine"]["updates"])
-        with self.gathered():
-            for key, value in read_tensors(directory, state["parts"]):
-                name, _, kind = key.rpartition("|")
-                parameter, value = by_name[name], value.to(self._engine.device)
-                if kind == WEIGHT:
+        for key, value in read_tensors(directory, state["parts"]):
+            name, _, kind = key.rpartition("|")
+            parameter = by_name[name]
+            if kind == WEIGHT:
+                with self.gathered([parameter]):
                     parameter.data.copy_(value)
-                elif self.stage:
-                    safe_set_full_optimizer_state(parameter, value, kind)
-                else:
-                    self._adam.state[parameter][kind].copy_(value)
+            elif self.stage == 3:
+                # By shards, as DeepSpeed's own way for whole tensors fails where they do not divide evenly.
+                safe_set_local_optimizer_state(parameter, _own_part(value, parameter.ds_tensor), kind)
+            elif self.stage:
+                safe_set_full_optimizer_state(parameter, value, kind)
+            else:
+                self._adam.state[parameter][kind].copy_(value)
         if self.stage:
             self._engine.optimizer.refresh_fp32_params()
         self.updates = state["engine"]["updates"]
@@ -207,10 +241,10 @@ class Engine:
         return state
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Gather what is trained on every worker; equal changes on all of them are kept."""
-        parameters = [parameter for _, parameter in self._named]
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3):
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Make parameters whole on every worker; equal changes on all of them are kept."""
+        chosen = list(parameters)
+        with deepspeed.zero.GatheredParameters(chosen, modifier_rank=0, enabled=self.stage == 3):
             yield
 
     def close(self) -> None:
@@ -219,12 +253,13 @@ class Engine:
     def _initialize(self, micro_batch_size: int) -> None:
         parameters = [parameter for _, parameter in self._named]
         config = deepspeed_config(self._spec, self._world_size, micro_batch_size)
-        offloaded = "offload_optimizer" in config.get("zero_optimization", {})
+        if self.stage == 3:
+            partition(self._module, config, self.device)
         optimizer = torch.optim.AdamW(
             parameters,
             lr=self._spec.learning_rate,
             weight_decay=self._spec.weight_decay,
-            fused=torch.cuda.is_available() and not offloaded,
+            fused=True,
             **optimizer_settings(self._spec),
         )
         self._engine, *_ = deepspeed.initialize(
@@ -267,6 +302,14 @@ class Engine:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
+def _own_part(whole: Tensor, shard: Tensor) -> Tensor:
+    """Return this worker's part of a tensor, which is filled up with zeros to equal parts like `shard`."""
+    own = torch.zeros(shard.numel())
+    part = whole.flatten()[dist.get_rank() * shard.numel() :][: shard.numel()]
+    own[: len(part)] = part
+    return own
+
+
 class _Autocast(nn.Module):
     """A module that computes in a type other than that of what it trains."""
 
@@ -286,6 +329,18 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
+
+
+@contextmanager
+def tensor_float32(precision: str) -> Iterator[None]:
+    """Have a GPU multiply matrices by TF32, ten bits of each factor, where the precision is float32."""
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_tf32
+    flags.allow_tf32 = before or precision == "float32"
+    try:
+        yield
+    finally:
+        flags.allow_tf32 = before
 
 
 @contextmanager

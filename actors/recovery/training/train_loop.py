@@ -11,62 +11,40 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar, cast
 
 import torch
-from torch import LongTensor, Tensor, nn
-from torch import distributed as dist
+from torch import Tensor
 
 from actors.artifacts import publish
 from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, StepRecord, digest
-from actors.data import TrainingData, with_teacher_states
-from actors.errors import IterabreError, MemoryExhaustedError, RequestError, StopRequestedError
-from actors.models import LayerwisePass, load_tokenizer, save_weights
+from actors.errors import MemoryExhaustedError, RequestError, StopRequestedError, one_line
+from actors.models import load_tokenizer, save_weights
+from actors.out_of_memory import is_out_of_memory
 from actors.recovery.adapters.lora import stage_seed
 from actors.recovery.check import check_recovery
 from actors.recovery.distillation.linear_bridge import Solution
-from actors.recovery.distillation.teacher_student import TeacherStudent, load_teacher_student, save_trained
-from actors.recovery.objectives import BuildModule, Solve, find_objective
+from actors.recovery.distillation.teacher_student import save_trained
+from actors.recovery.objectives import Solve, find_objective
 from actors.recovery.training.checkpoint import CorruptCheckpointError, read_state
-from actors.recovery.training.deepspeed_config import largest_micro_batch, precision_of, settings_fingerprint
-from actors.recovery.training.engine import Engine, peak_memory_bytes
+from actors.recovery.training.deepspeed_config import precision_of, settings_fingerprint
+from actors.recovery.training.engine import peak_memory_bytes, tensor_float32
 from actors.recovery.training.failures import DivergenceError, MicroBatchError
 from actors.recovery.training.lr_schedule import lr_at
+from actors.recovery.training.pending_steps import PendingStep, read_steps
 from actors.recovery.training.train_context import TrainContext
-from actors.recovery.training.training_data import check_vocabulary, training_data, training_order
+from actors.recovery.training.training_data import training_data
+from actors.recovery.training.training_run import TrainingRun, prepare, run_on_all_workers
+from actors.recovery.training.utilisation import FlopCounter, peak_flops
 
-T = TypeVar("T")
+READ_INTERVAL_S = 1.0
+"""Between two looks at what a GPU has computed: each makes it wait."""
+
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainingRun:
-    """The state of a training run. `order_SB[s]` lists the sequences of step s.
-
-    `micro_batch_size` falls when memory does not suffice; nothing else changes.
-    """
-
-    spec: RecoverySpec
-    context: TrainContext
-    pair: TeacherStudent
-    engine: Engine
-    data: TrainingData
-    order_SB: Tensor
-    micro_batch_size: int
-    checkpoints: list[int] = field(default_factory=list)
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.order_SB)
-
-    @property
-    def local_batch_size(self) -> int:
-        """Sequences of a step that one worker takes."""
-        return self.spec.batch_size // self.context.world_size
 
 
 def train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
@@ -88,18 +66,21 @@ def train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
         return _solve(spec, context, objective.solve)
     if objective.build is None:
         return RecoveryResult(artifact=None, steps=(), tokens=0, trainable_parameters=0)
-    run = _prepare(spec, context, objective.build)
+    run = prepare(spec, context, objective.build)
     try:
-        records = _run_steps(run, _resume(run))
-        with run.engine.gathered():
-            artifact = _publish_from_rank_0(context, partial(save_trained, run.pair))
+        with tensor_float32(precision_of(spec)):
+            records = _run_steps(run, _resume(run))
+        artifact = _publish(context, partial(save_trained, run.pair, gathered=run.engine.gathered))
     finally:
+        run.reader.close()
         run.engine.close()
     return RecoveryResult(
         artifact=artifact,
         steps=tuple(records),
         tokens=sum(record.tokens for record in records),
         trainable_parameters=run.engine.num_trainable,
+        flops_per_token=run.flops_per_token or 0.0,
+        peak_flops=context.world_size * peak_flops(run.engine.device, precision_of(spec)),
     )
 
 
@@ -110,82 +91,24 @@ def _solve(spec: RecoverySpec, context: TrainContext, solve: Solve) -> RecoveryR
         check_recovery(spec, context.world_size)
         return solve(spec, training_data(spec, load_tokenizer(spec.model.source)))
 
-    solution = _run_on_all_workers(work)
-    artifact = _publish_from_rank_0(context, partial(save_weights, solution.tensors))
+    solution = run_on_all_workers(work)
+
+    def save(directory: Path | None) -> None:
+        if directory is not None:
+            save_weights(solution.tensors, directory)
+
+    artifact = _publish(context, save)
     return RecoveryResult(artifact, steps=(), tokens=solution.tokens, trainable_parameters=0)
 
 
-def _publish_from_rank_0(context: TrainContext, save: Callable[[Path], None]) -> ArtifactRef | None:
-    """Publish the directory that `save` writes, on rank 0."""
+def _publish(context: TrainContext, save: Callable[[Path | None], None]) -> ArtifactRef | None:
+    """Publish the directory that `save` writes, on rank 0; the others take part without one."""
     if context.rank != 0:
+        save(None)
         return None
     with TemporaryDirectory(prefix="iterabre-trained-") as scratch:
         save(Path(scratch))
         return publish(Path(scratch), context.adapter_uri)
-
-
-def _prepare(spec: RecoverySpec, context: TrainContext, build: BuildModule) -> TrainingRun:
-    """Load data and models; all that can be wrong with the request is found here, cheapest first."""
-
-    def load() -> tuple[TeacherStudent, nn.Module, TrainingData, LongTensor, int]:
-        check_recovery(spec, context.world_size)
-        data = training_data(spec, load_tokenizer(spec.model.source))
-        if spec.teacher_states is not None:
-            # A bridge or merged weights may have changed blocks below, so that other states enter there.
-            block = None if spec.model.weights else spec.first_trainable
-            data = with_teacher_states(data, spec.teacher_states, block)
-        order_SB = training_order(spec, data, stage_seed(spec))
-        has_teacher = find_objective(spec.objective).has_teacher
-        pair, _ = load_teacher_student(_with_compute_dtype(spec), has_teacher)
-        check_vocabulary(data, pair.student)
-        module = build(pair, spec)
-        # The first pass records what this family's blocks return and is aborted, which must not
-        # happen with sharded weights.
-        for model in filter(None, (pair.student, pair.teacher)):
-            LayerwisePass(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
-        hint = context.micro_batch_hint() or spec.micro_batch_size
-        return pair, module, data, order_SB, largest_micro_batch(spec.batch_size // context.world_size, hint)
-
-    pair, module, data, order_SB, micro_batch_size = _run_on_all_workers(load)
-    micro_batch_size = min(_all_gather(micro_batch_size))
-    engine = Engine(module, spec, context.world_size, micro_batch_size)
-    return TrainingRun(spec, context, pair, engine, data, order_SB, micro_batch_size)
-
-
-def _with_compute_dtype(spec: RecoverySpec) -> RecoverySpec:
-    """Return `spec` with its models loaded in the dtype of the computation.
-
-    Weights that are trained are kept in float32 by the engine, so full fine-tuning
-    starts from them as they are; so does DoRA, which is merged into them.
-    """
-    if spec.adapter.leaves_weights:
-        return spec
-    source = replace(spec.model.source, dtype=precision_of(spec))
-    teacher = spec.teacher and replace(spec.teacher, dtype=precision_of(spec))
-    return replace(spec, model=replace(spec.model, source=source), teacher=teacher)
-
-
-def _run_on_all_workers(work: Callable[[], T]) -> T:
-    """Return this worker's result of `work`, unless it failed on any worker: then all raise that error.
-
-    Otherwise the others would wait in their next collective for one that has ended.
-    """
-    done, failed = None, None
-    try:
-        done = work()
-    except IterabreError as error:
-        failed = error
-    for failure in _all_gather(failed):
-        if failure is not None:
-            raise failure
-    return cast(T, done)
-
-
-def _all_gather(value: T) -> list[T]:
-    """Return every worker's value, in the order of ranks."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _resume(run: TrainingRun) -> list[StepRecord]:
@@ -196,7 +119,7 @@ def _resume(run: TrainingRun) -> list[StepRecord]:
     for checkpoint in run.context.checkpoints():
         with checkpoint as directory:
             try:
-                _run_on_all_workers(lambda: read_state(directory))
+                run_on_all_workers(lambda: read_state(directory))
             except CorruptCheckpointError as error:
                 log.warning("%s; going back to the checkpoint before it", error)
                 continue
@@ -215,14 +138,23 @@ def _resume(run: TrainingRun) -> list[StepRecord]:
 
 
 def _run_steps(run: TrainingRun, records: list[StepRecord]) -> list[StepRecord]:
-    every, left = max(1, run.spec.checkpoint_steps), False
+    """Make the steps that are left; their numbers are read, and operators answered, once an interval."""
+    every, left, read_at = max(1, run.spec.checkpoint_steps), False, time.monotonic()
+    interval_s = read_interval_s(run)
     for step in range(len(records), run.num_steps):
-        records.append(_run_step(run, step))
+        run.pending.append(_run_step(run, step))
+        last = step + 1 == run.num_steps
+        due = (step + 1) % every == 0 or last
+        # The first worker's clock decides for all.
+        elapsed = run.context.rank == 0 and time.monotonic() - read_at >= interval_s
+        if not (due or interval_s == 0 or run.engine.max_over_workers(elapsed)):
+            continue
+        records += _read_pending(run)
+        read_at = time.monotonic()
         if run.context.rank == 0:
             run.context.progress(step + 1, run.num_steps, f"loss {records[-1].loss:.4g}")
         preemption_requested = run.context.preemption_requested()
-        stops = _stops(run) and step + 1 < run.num_steps
-        due = (step + 1) % every == 0 or step + 1 == run.num_steps
+        stops = _stops(run) and not last
         if due or stops or (preemption_requested and not left):
             state = {
                 "settings": settings_fingerprint(run.spec),
@@ -239,13 +171,33 @@ def _run_steps(run: TrainingRun, records: list[StepRecord]) -> list[StepRecord]:
     return records
 
 
+def read_interval_s(run: TrainingRun) -> float:
+    """Return how long numbers stay on the device; a CPU is never waited for."""
+    return 0.0 if run.engine.device.type == "cpu" else READ_INTERVAL_S
+
+
+def _read_pending(run: TrainingRun) -> list[StepRecord]:
+    """Return the records of the steps since the last call.
+
+    Raises:
+        DivergenceError: one is not finite. The weights are those from before it or, where steps are
+            deferred, from steps after it, too; no checkpoint holds them.
+    """
+    records = read_steps(run.pending, run.engine.max_over_workers(peak_memory_bytes()))
+    run.pending.clear()
+    for record in records:
+        _check_finite(run, record.step, "loss", record.loss + sum(value for _, value in record.terms))
+        _check_finite(run, record.step, "gradient", record.grad_norm)
+    return records
+
+
 def _stops(run: TrainingRun) -> bool:
     """Return whether the training is to end here; the same on all workers, of which rank 0 is told."""
     requested = run.context.rank == 0 and run.context.stop_requested()
     return run.engine.max_over_workers(requested) > 0
 
 
-def _run_step(run: TrainingRun, step: int) -> StepRecord:
+def _run_step(run: TrainingRun, step: int) -> PendingStep:
     """Run one optimizer step; nothing is changed if the loss or its gradient is not finite.
 
     A gradient that overflows float16 is computed again with a smaller loss scale.
@@ -254,88 +206,114 @@ def _run_step(run: TrainingRun, step: int) -> StepRecord:
     learning_rate = lr_at(step, run.num_steps, spec.learning_rate, spec.lr_schedule, spec.warmup_steps)
     while True:
         terms = _accumulate(run, step)
-        _check_finite(run, step, "loss", sum(terms.values()))
+        if not run.engine.steps_are_deferred:
+            _check_finite(run, step, "loss", float(sum(terms.values())))
         scale = run.engine.loss_scale.value
-        grad_norm = run.engine.step(learning_rate)
-        if math.isfinite(grad_norm) or not run.engine.loss_scale.can_decrease:
+        grad_norm = _change_weights(run, step, learning_rate, terms["loss"])
+        decides = run.engine.loss_scale.can_decrease
+        if not decides or math.isfinite(grad_norm):
             break
         run.engine.loss_scale.decrease()
         overflows += 1
         log.warning("step %d: the gradient overflowed at loss scale %g; computed again", step + 1, scale)
-    _check_finite(run, step, "gradient", grad_norm)
-    return StepRecord(
-        step=step,
-        tokens=int(run.data.lengths_S[run.order_SB[step]].sum()),
-        loss=terms.pop("loss"),
-        terms=tuple(terms.items()),
-        learning_rate=learning_rate,
-        grad_norm=grad_norm,
-        seconds=time.perf_counter() - started,
-        peak_memory_bytes=run.engine.max_over_workers(peak_memory_bytes()),
-        loss_scale=scale,
-        overflows=overflows,
-    )
+    if not run.engine.steps_are_deferred:
+        _check_finite(run, step, "gradient", float(grad_norm))
+    tokens = int(run.data.lengths_S[run.order_SB[step]].sum())
+    return PendingStep(step, tokens, terms, grad_norm, learning_rate, scale, overflows, started)
 
 
-def _accumulate(run: TrainingRun, step: int) -> dict[str, float]:
-    """Return the loss terms of one batch, whose gradient is left in the engine.
+def _change_weights(run: TrainingRun, step: int, learning_rate: float, loss: Tensor) -> Tensor:
+    """Run the optimizer and return the gradient's norm.
 
-    If memory does not suffice on any worker, all begin the step again with
-    micro-batches of half the size.
+    Raises:
+        MicroBatchError: memory did not suffice, which leaves weights half changed: all go on from the
+            last checkpoint, with smaller micro-batches.
+    """
+    try:
+        return run.engine.step(learning_rate, loss)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = one_line(error)
+    raise MicroBatchError(f"{_use_less_memory(run, step)}: {said}")
+
+
+def _accumulate(run: TrainingRun, step: int) -> dict[str, Tensor]:
+    """Return the loss terms of one batch, on the device; its gradient is left in the engine.
+
+    If memory does not suffice on any worker, all begin the step again with less of it in use.
     """
     while True:
         sums, fits = None, True
         try:
             sums = _accumulate_micro_batches(run, step)
-        except torch.OutOfMemoryError as error:
-            fits, said = False, str(error)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            fits, said = False, one_line(error)
         if not fits and not run.engine.backward_is_local:
             # The others wait for this worker inside the backward pass: only a restart of all can follow.
-            raise MicroBatchError(f"{_halve_micro_batch(run, step)}: {said}")
+            raise MicroBatchError(f"{_use_less_memory(run, step)}: {said}")
         if run.engine.max_over_workers(not fits) == 0 and sums is not None:
             means = run.engine.mean_over_workers(torch.stack(list(sums.values())).double())
-            return dict(zip(sums, means, strict=True))
+            return dict(zip(sums, means.unbind(), strict=True))
         sums = None
-        log.warning("%s; the step begins again", _halve_micro_batch(run, step))
-        run.engine.reinitialize(run.micro_batch_size)
+        log.warning("%s; the step begins again", _use_less_memory(run, step))
+        run.engine.reinitialize(run.memory_use.micro_batch_size)
 
 
-def _halve_micro_batch(run: TrainingRun, step: int) -> str:
-    """Halve the micro-batch, for this run and for later tries, and return the message for the log.
+def _use_less_memory(run: TrainingRun, step: int) -> str:
+    """Cut the work smaller, for this run and for later tries, and return the message for the log.
 
     Raises:
-        MemoryExhaustedError: there is nothing left to halve.
+        MemoryExhaustedError: it cannot be cut any smaller.
     """
-    before = run.micro_batch_size
-    if before == 1:
+    before, auto = run.memory_use, run.spec.gradient_checkpointing == "auto"
+    use = before.smaller(auto)
+    if use is None:
+        remedy = "" if run.spec.gradient_checkpointing else "set recovery.gradient_checkpointing: auto, "
         raise MemoryExhaustedError(
             f"step {step + 1} of the recovery of {run.spec.model.source.path!r} does not fit into memory "
             f"even with micro-batches of one sequence of {run.spec.sequence_length} tokens; make "
-            "sequence_length smaller, set recovery.gradient_checkpointing, shard or offload "
+            f"sequence_length smaller, {remedy}shard or offload "
             "(configs/deepspeed/zero3_offload.json), or use a device with more memory. "
             f"{_last_checkpoint(run)}; --resume continues"
         )
-    run.micro_batch_size = largest_micro_batch(run.local_batch_size, before // 2)
-    run.context.save_micro_batch_hint(run.micro_batch_size)
+    run.fit_into(use)
+    use = run.memory_use
+    run.context.save_memory_hint(use)
+    again = f" and {use.checkpointed:.0%} of the blocks computed again" if use.checkpointed else ""
     return (
-        f"step {step + 1}: out of memory with micro-batches of {before}; going on with "
-        f"{run.micro_batch_size} x {run.local_batch_size // run.micro_batch_size} accumulated, the batch "
-        f"stays {run.spec.batch_size}"
+        f"step {step + 1}: out of memory with micro-batches of {before.micro_batch_size}; going on with "
+        f"{use.micro_batch_size} x {run.local_batch_size // use.micro_batch_size} accumulated{again}, "
+        f"the batch stays {run.spec.batch_size}"
     )
 
 
 def _accumulate_micro_batches(run: TrainingRun, step: int) -> dict[str, Tensor]:
     """Return the mean of each loss term over this worker's micro-batches."""
-    size, first = run.micro_batch_size, run.context.rank * run.local_batch_size
+    size, first = run.memory_use.micro_batch_size, run.context.rank * run.local_batch_size
     positions = range(first, first + run.local_batch_size, size)
     denominator = run.data.num_tokens(run.order_SB[step]) / (len(positions) * run.context.world_size)
     sums: dict[str, Tensor] = {}
     for position in positions:
         # Dropout is drawn anew for each micro-batch, whatever was drawn before it.
         torch.manual_seed(int(digest([stage_seed(run.spec), step, position])[:15], 16))
-        chosen_B = run.order_SB[step, position : position + size]
-        batch = replace(run.data.batch(chosen_B), denominator=denominator)
-        for name, value in run.engine.accumulate(batch, last=position == positions[-1]).items():
+        ends = position == positions[-1]
+        next_step, next_position = (step + 1, first) if ends else (step, position + size)
+        batch = run.reader.batch(
+            run.order_SB[step, position : position + size],
+            run.order_SB[next_step, next_position : next_position + size]
+            if next_step < run.num_steps
+            else None,
+        )
+        counter = FlopCounter() if run.flops_per_token is None else None
+        with counter or nullcontext():
+            terms = run.engine.accumulate(replace(batch, denominator=denominator), last=ends)
+        if counter is not None:
+            tokens = run.data.lengths_S[run.order_SB[step, position : position + size]].sum()
+            run.flops_per_token = counter.flops / int(tokens)
+        for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value / len(positions)
     return sums
 

@@ -78,7 +78,7 @@ TABLE: dict[str, tuple[Callable[[Campaign, Path], Any], tuple[str, ...]]] = {
     ),
     "unknown dtype": (
         lambda c, _: c["models"][0].update(dtype="int8"),
-        ("models.0.dtype: ", "'float32', 'bfloat16' or 'float16'"),
+        ("models.0.dtype: ", "'float32', 'bfloat16', 'float16' or 'auto'"),
     ),
     "a name twice": (lambda c, _: c["methods"].append(_method(c)), ("method name 'iterabre'", "twice")),
     "model id that leads out": (

@@ -21,7 +21,7 @@ def test_init_writes_a_file_that_the_campaign_reads(tmp_path: Path) -> None:
     assert answer.exit_code == 0
     config = load_config(file)
     (model,) = config.models
-    assert (model.id, model.path, model.dtype) == ("llama-3.2-1b", "meta-llama/Llama-3.2-1B", "bfloat16")
+    assert (model.id, model.path, model.dtype) == ("llama-3.2-1b", "meta-llama/Llama-3.2-1B", "auto")
     assert [target.fraction for target in config.targets] == [0.1, 0.5]
     assert (config.execution.training.workers, config.execution.training.gpus) == (8, 1)
     assert "# " in file.read_text()

@@ -206,3 +206,19 @@ def test_a_gguf_file_in_a_package_is_converted_once(session_cache: Path) -> None
         logits = model(ids).logits
         assert logits.equal(plain(ids).logits)
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_auto_is_the_type_of_the_checkpoint(tmp_path: Path, dtype: str) -> None:
+    model, tokenizer = tiny_llama()
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    opened, _ = load_model(str(tmp_path), dtype="auto")
+    assert {str(p.dtype) for p in opened.parameters()} == {f"torch.{dtype}"}
+    found, named = (describe_model(ModelSpec(str(tmp_path), t)) for t in ("auto", dtype))  # type: ignore[arg-type]
+    assert (found.spec, found.fingerprint) == (named.spec, named.fingerprint)
+    # Without the field, the tensors themselves say it.
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert describe_model(ModelSpec(str(tmp_path), "auto")).spec.dtype == dtype

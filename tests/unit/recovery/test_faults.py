@@ -17,11 +17,13 @@ from actors.contracts import RecoveryResult, RecoverySpec
 from actors.data import TokenBatch
 from actors.errors import RequestError, WorkError
 from actors.recovery import objectives
+from actors.recovery.distillation.student import Student
 from actors.recovery.distillation.teacher_student import TeacherStudent
 from actors.recovery.objectives import OBJECTIVES, Objective, build_lockstep
 from actors.recovery.training.checkpoint import CheckpointDirectory, CorruptCheckpointError, read_state
 from actors.recovery.training.engine import single_process_group
 from actors.recovery.training.local import recover_locally
+from actors.recovery.training.train_context import MemoryUse
 from actors.recovery.training.train_loop import MicroBatchError, train
 from tests.support.gloo_group import group_train_context, result_of, run_group, train_all
 from tests.unit.recovery.test_engine import CONFIGS, assert_same_curve
@@ -301,3 +303,40 @@ def test_workers_agree_on_a_smaller_micro_batch(
     run_group(2, tmp_path / "group", _second_is_tight, sharded, tmp_path)
     assert (tmp_path / "micro_batch_size").read_text() == "1"
     assert_same_curve(result_of(tmp_path), undisturbed)
+
+
+class _TightStudent(Student):
+    """A student that fits only once half of its blocks are computed again."""
+
+    def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
+        if self.checkpointed < 0.5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        loss = self.hidden(batch).pow(4).mean()
+        return {"loss": loss}
+
+
+def test_blocks_are_computed_again_where_one_sequence_does_not_fit(
+    spec: RecoverySpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tight = Objective(lambda pair, spec: _TightStudent(pair, spec.gradient_checkpointing), "a small GPU")
+    monkeypatch.setitem(objectives.OBJECTIVES, "healing", tight)
+    healing = replace(spec, objective="healing")
+    auto, on = (
+        recover_locally(
+            replace(healing, gradient_checkpointing=way), str(tmp_path / f"{way}"), tmp_path / "work"
+        )
+        for way in ("auto", True)
+    )
+    assert_same_curve(auto, on)
+    assert "going on with 1 x 4 accumulated and 50% of the blocks computed again" in caplog.text
+    with pytest.raises(WorkError, match=r"set recovery\.gradient_checkpointing: auto"):
+        recover_locally(healing, str(tmp_path / "off"), tmp_path / "work")
+
+
+def test_memory_is_saved_by_micro_batches_first_and_the_note_of_it_is_read_back() -> None:
+    use, seen = MemoryUse(4), []
+    while (use := use.smaller(auto=True)) is not None:  # type: ignore[assignment]
+        seen.append(str(use))
+        assert MemoryUse.parse(str(use)) == use
+    assert seen == ["2", "1", "1 0.25", "1 0.5", "1 0.75", "1 1"]
+    assert MemoryUse(1).smaller(auto=False) is None
