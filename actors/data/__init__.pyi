@@ -1,3 +1,4 @@
+from .bad_rows import RowTally
 from .batches import BlockData, TokenBatch, TrainingData
 from .conversations import chat_template, conversation_sequences, read_prompts, render
 from .packing import (
@@ -33,6 +34,7 @@ __all__ = [
     "BUILTIN_TEXTS",
     "BlockData",
     "PackedData",
+    "RowTally",
     "TokenSequence",
     "TokenBatch",
     "TrainingData",

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import LongTensor, Tensor
 
+from actors.contracts import NO_ROWS, RowCounts
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -59,12 +61,17 @@ class TrainingData(Protocol):
     def largest_id(self) -> int:
         """The largest token id that occurs."""
 
+    @property
+    def rows(self) -> RowCounts:
+        """The rows that the sequences were made of, and those that were left out."""
+
 
 @dataclass(frozen=True)
 class BlockData:
     """Full blocks of running text, every token of which counts."""
 
     blocks_ST: Tensor
+    rows: RowCounts = NO_ROWS
 
     def __len__(self) -> int:
         return len(self.blocks_ST)

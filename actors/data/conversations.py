@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from actors.contracts import TextSpec
+from actors.data.bad_rows import RowTally
 from actors.data.files import Record
 from actors.data.packing import TokenSequence
 from actors.data.text import PLAIN, chat_template_text, open_records
@@ -82,26 +83,36 @@ def read_prompts(spec: TextSpec, limit: int | None = None) -> list[tuple[Message
 
 
 def conversation_sequences(
-    spec: TextSpec, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int = 0
+    spec: TextSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    seed: int = 0,
+    tally: RowTally | None = None,
 ) -> Iterator[TokenSequence]:
     """Yield a sequence of at most `sequence_length` tokens for each conversation, in order.
 
-    What is longer is cut at its end. Conversations of which no token of an
-    answer is left, because it is blank or cut off, are skipped; the log counts them.
+    What is longer is cut at its end. Conversations that the template cannot write, and those of
+    which no token of an answer is left, because it is blank or cut off, are left out; `tally` and the
+    log count them.
 
     Raises:
-        RequestError: no chat template, or one that cannot write a conversation; none is left.
+        RequestError: no chat template, or one that cannot write too many conversations; none is left.
     """
-    template = chat_template(tokenizer, spec)
-    kept = skipped = 0
-    for row, record in enumerate(open_records(spec, seed)):
-        with tokenizer_errors(f"row {row} of {spec.name!r}", tokenizer):
-            sequence = encode(_conversation(record, spec), tokenizer, template, sequence_length)
+    template, tally = chat_template(tokenizer, spec), tally or RowTally(spec)
+    kept = 0
+    for record in open_records(spec, seed, tally):
+        try:
+            with tokenizer_errors(f"{tally.place} of {spec.name!r}", tokenizer):
+                sequence = encode(_conversation(record, spec), tokenizer, template, sequence_length)
+        except RequestError as error:
+            tally.skip(error)
+            continue
         if sequence is None:
-            skipped += 1
+            tally.skip_unanswered()
             continue
         kept += 1
         yield sequence
+    skipped = tally.counts().unanswered
     if skipped:
         log.warning("%d of %d conversations skipped: no answer within the length", skipped, kept + skipped)
     if not kept:

@@ -107,6 +107,9 @@ def recovery_numbers(result: RecoveryResult) -> Numbers:
         yield "peak_memory", record.peak_memory_bytes, "bytes", at
     yield "tokens", result.tokens, "tokens", {}
     yield "trainable_parameters", result.trainable_parameters, "", {}
+    if result.rows.bad:
+        yield "rows", result.rows.read, "", {}
+        yield "rows_skipped", result.rows.bad, "", {}
 
 
 def evaluation_numbers(result: EvaluationResult) -> Numbers:

@@ -156,6 +156,7 @@ class TrajectoryPlan:
             data=data,
             objective=str(recovery.start),
             packing=recovery.packing,
+            special_tokens=recovery.special_tokens,
             sequence_length=recovery.sequence_length,
             batch_size=recovery.batch_size,
             micro_batch_size=recovery.micro_batch_size,

@@ -100,6 +100,7 @@ def train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
         steps=tuple(records),
         tokens=sum(record.tokens for record in records),
         trainable_parameters=run.engine.num_trainable,
+        rows=run.data.rows,
     )
 
 
