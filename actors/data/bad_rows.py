@@ -21,7 +21,7 @@ class RowTally:
 
     def __init__(self, text: TextSpec):
         self._text = text
-        self._read = self._bad = self._unanswered = 0
+        self._read = self._bad = self._unanswered = self._reported = 0
         self._first: RequestError | None = None
         self.place = ""
 
@@ -53,7 +53,8 @@ class RowTally:
             RequestError: it is larger than the text's `max_bad_rows`.
         """
         self._check(self._read)
-        if self._bad:
+        if self._bad > self._reported:
+            self._reported = self._bad
             log.warning("%d of %d rows of %r skipped", self._bad, self._read, self._text.name)
 
     def counts(self) -> RowCounts:
