@@ -95,6 +95,11 @@ class RecoverySettings(Settings):
         Doc("Compute blocks again in the backward pass rather than keep what they hold."),
         NotInKey(),
     ] = False
+    attention_implementation: Annotated[
+        str | None,
+        Doc("Transformers' name, such as sdpa or flash_attention_2; the model's own choice if not given."),
+        NotInKey(),
+    ] = None
     checkpoint_steps: Annotated[int, Ge(1), Doc("Steps between two checkpoints."), NotInKey()] = 100
 
 

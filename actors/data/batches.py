@@ -40,6 +40,19 @@ class TokenBatch:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
+    def one_row(self) -> "TokenBatch":
+        """Return the batch as one row without padding; its rows must hold documents, told apart by positions.
+
+        So kernels that take documents of any length (varlen) need no mask.
+        """
+        kept_BT = torch.ones_like(self.input_ids_BT) if self.mask_BT is None else self.mask_BT
+        joined = {
+            name: value[kept_BT.bool()][None]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and "_BT" in name
+        }
+        return replace(self, **{**joined, "mask_BT": None})
+
 
 class TrainingData(Protocol):
     """Sequences that a training run draws its batches from."""

@@ -33,6 +33,7 @@ from actors.recovery.distillation.teacher_student import TeacherStudent, load_te
 from actors.recovery.objectives import BuildModule, Solve, find_objective
 from actors.recovery.training.checkpoint import CorruptCheckpointError, read_state
 from actors.recovery.training.deepspeed_config import largest_micro_batch, precision_of, settings_fingerprint
+from actors.recovery.training.document_isolation import set_attention, wants_one_row
 from actors.recovery.training.engine import Engine, peak_memory_bytes
 from actors.recovery.training.failures import DivergenceError, MicroBatchError
 from actors.recovery.training.lr_schedule import lr_at
@@ -135,6 +136,9 @@ def _prepare(spec: RecoverySpec, context: TrainContext, build: BuildModule) -> T
         has_teacher = find_objective(spec.objective).has_teacher
         pair, _ = load_teacher_student(_with_compute_dtype(spec), has_teacher)
         check_vocabulary(data, pair.student)
+        if spec.attention_implementation is not None:
+            for model in filter(None, (pair.student, pair.teacher)):
+                set_attention(model, spec.attention_implementation)
         module = build(pair, spec)
         # The first pass records what this family's blocks return and is aborted, which must not
         # happen with sharded weights.
@@ -332,6 +336,8 @@ def _accumulate_micro_batches(run: TrainingRun, step: int) -> dict[str, Tensor]:
         torch.manual_seed(int(digest([stage_seed(run.spec), step, position])[:15], 16))
         chosen_B = run.order_SB[step, position : position + size]
         batch = replace(run.data.batch(chosen_B), denominator=denominator)
+        if batch.position_ids_BT is not None and wants_one_row(run.pair.student):
+            batch = batch.one_row()
         for name, value in run.engine.accumulate(batch, last=position == positions[-1]).items():
             sums[name] = sums.get(name, 0.0) + value / len(positions)
     return sums
