@@ -22,7 +22,7 @@ from torch import LongTensor, Tensor, nn
 from torch import distributed as dist
 
 from actors.artifacts import publish
-from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, StepRecord, digest
+from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, RowCounts, StepRecord, digest
 from actors.data import TrainingData
 from actors.errors import IterabreError, MemoryExhaustedError, RequestError, StopRequestedError
 from actors.models import LayerwisePass, load_tokenizer, save_weights
@@ -108,13 +108,14 @@ def train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
 def _solve(spec: RecoverySpec, context: TrainContext, solve: Solve) -> RecoveryResult:
     """Recover in closed form; nothing is trained."""
 
-    def work() -> Solution:
+    def work() -> tuple[Solution, RowCounts]:
         check_recovery(spec, context.world_size)
-        return solve(spec, training_data(spec, load_tokenizer(spec.model.source)))
+        data = training_data(spec, load_tokenizer(spec.model.source))
+        return solve(spec, data), data.rows
 
-    solution = _run_on_all_workers(work)
+    solution, rows = _run_on_all_workers(work)
     artifact = _publish_from_rank_0(context, partial(save_weights, solution.tensors))
-    return RecoveryResult(artifact, steps=(), tokens=solution.tokens, trainable_parameters=0)
+    return RecoveryResult(artifact, steps=(), tokens=solution.tokens, trainable_parameters=0, rows=rows)
 
 
 def _publish_from_rank_0(context: TrainContext, save: Callable[[Path], None]) -> ArtifactRef | None:
