@@ -90,8 +90,8 @@ class Row:
             peak = next((p for name, p in PEAK_TFLOPS.items() if name in device_name()), None)
             mfu = f"{self.flops / self.seconds / peak / 1e12:.1%}" if peak and self.flops else ""
         waits = "" if self.waits is None else f"{self.waits:.1f}"
-        peak_gib = self.peak_bytes / GIB
-        return f"{self.model:5} {self.check:22} {rate:>10} {mfu:>6} {peak_gib:8.2f} {waits:>6}  {self.note}"
+        held = f"{self.peak_bytes / GIB:.2f}" if self.peak_bytes else ""
+        return f"{self.model:5} {self.check:22} {rate:>10} {mfu:>6} {held:>8} {waits:>6}  {self.note}"
 
 
 @dataclass
@@ -287,7 +287,7 @@ def compare_numbers(work: Path) -> Iterator[Row]:
         return
     cpu = json.loads(done.stdout.splitlines()[-1])
     for name, values in here.items():
-        apart = max(abs(a - b) / abs(b) for a, b in zip(values, cpu[name], strict=True))
+        apart = max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(values, cpu[name], strict=True))
         failed = "" if apart <= TOLERANCE else "FAILED: "
         yield Row("tiny", f"{name} against CPU", note=f"{failed}relative difference {apart:.1e}")
 
@@ -318,7 +318,7 @@ def run(options: argparse.Namespace, work: Path) -> list[Row]:
         print(row.line(), flush=True)
 
     print(f"{device_name()}, torch {torch.__version__}")
-    print(f"{'model':5} {'check':22} {'tokens/s':>10} {'MFU':>6} {'peak GiB':>8} {'waits':>8}")
+    print(f"{'model':5} {'check':22} {'tokens/s':>10} {'MFU':>6} {'peak GiB':>8} {'waits':>6}")
     for row in compare_numbers(work):
         show(row)
     for name in options.sizes:
