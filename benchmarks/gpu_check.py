@@ -50,6 +50,7 @@ from actors.recovery.training.local import recover_locally
 from actors.scoring import score_locally
 from benchmarks.random_llama import SIZES, TEXT, Size, forward_flops, save_random, tokenizer
 
+SENTENCES = TextSpec(builtin="iterabre-appendix-a")
 GIB = 2**30
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "A10": 125, "L4": 121}
 """Dense bfloat16 by the makers' data sheets, by a part of the device's name."""
@@ -164,7 +165,7 @@ class Checks:
     def score(self) -> Row:
         """Score every block by hidden cosine."""
         size = self.size
-        spec = ScoreSpec(model=ModelRef(self.source), sequence_length=size.length)
+        spec = ScoreSpec(model=ModelRef(self.source), calibration=SENTENCES, sequence_length=size.length)
         started = time.perf_counter()
         result = score_locally(spec)
         layers = size.config["num_hidden_layers"]
@@ -268,9 +269,9 @@ def numbers(work: Path) -> dict[str, list[float]]:
     losses = [step.loss for step in recover_locally(spec, str(work / "numbers-out"), work).steps]
     model, own = build_model(ModelRef(source, size.dropped))
     ids = tokenize_text(load_texts(TEXT), own, 1000)
-    scores = score_locally(ScoreSpec(model=ModelRef(source), sequence_length=64)).scores
+    scoring = ScoreSpec(model=ModelRef(source), calibration=SENTENCES, sequence_length=64)
     return {
-        "scores": [float(score) for score in scores if score is not None],
+        "scores": [float(score) for score in score_locally(scoring).scores if score is not None],
         "losses": losses,
         "perplexity": [token_perplexity(model, ids, 64, 4).perplexity],
     }
