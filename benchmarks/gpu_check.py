@@ -271,7 +271,7 @@ def numbers(work: Path) -> dict[str, list[float]]:
     ids = tokenize_text(load_texts(TEXT), own, 1000)
     scoring = ScoreSpec(model=ModelRef(source), calibration=SENTENCES, sequence_length=64)
     return {
-        "scores": [float(score) for score in score_locally(scoring).scores if score is not None],
+        "scores": list(score_locally(scoring).scores),
         "losses": losses,
         "perplexity": [token_perplexity(model, ids, 64, 4).perplexity],
     }
