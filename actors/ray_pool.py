@@ -350,7 +350,10 @@ def _resources(spec: ActorPoolSpec) -> dict[str, Any]:
 
     DEFAULT scheduling: inside a Tune trial, it would else be held to the trial's own small share.
     """
+    # Another release of Ray in that environment could not talk to the cluster's.
+    own = [*spec.packages, f"ray=={ray.__version__}"] if spec.packages else []
     return {
+        **({"runtime_env": {"uv": own}} if own else {}),
         "num_cpus": spec.cpus,
         "num_gpus": spec.gpus,
         "memory": spec.memory_bytes or None,

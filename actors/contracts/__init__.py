@@ -7,7 +7,7 @@ Weights never travel inside these objects; they are referred to by URI and hash.
 """
 
 from actors.contracts.artifacts import ArtifactRef, FileRef, digest, to_json
-from actors.contracts.data import TextInfo, TextSettings, TextSpec
+from actors.contracts.data import NO_ROWS, RowCounts, TextInfo, TextSettings, TextSpec
 from actors.contracts.evaluation import (
     EvaluationResult,
     EvaluationSettings,
@@ -91,6 +91,7 @@ __all__ = [
     "ModelRef",
     "ModelSettings",
     "ModelSpec",
+    "NO_ROWS",
     "Name",
     "Origin",
     "PerplexitySettings",
@@ -100,6 +101,7 @@ __all__ = [
     "RecoverySettings",
     "RecoverySpec",
     "Removal",
+    "RowCounts",
     "ScoreResult",
     "ScoreSpec",
     "ScoringSettings",

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from annotated_types import Ge, Le
+
 from actors.contracts.artifacts import ArtifactRef
-from actors.contracts.settings import Doc, LocalPath, Settings
+from actors.contracts.settings import Doc, LocalPath, NotInKey, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,13 @@ class TextSettings(Settings):
         Doc("How conversations are written: the tokenizer's way, plain, or a Jinja file."),
     ] = None
     streaming: Annotated[bool, Doc("Read records as they are needed; for large data.")] = False
+    max_bad_rows: Annotated[
+        float,
+        Ge(0),
+        Le(1),
+        NotInKey(),
+        Doc("Largest share of rows that cannot be used and are skipped; in a stream of at least 1000 rows."),
+    ] = 0.01
 
     def __post_init__(self) -> None:
         if (self.builtin is None) == (self.path is None):
@@ -71,6 +80,22 @@ class TextSpec(TextSettings):
     def conversations(self) -> bool:
         """True if records are conversations, or prompts of such, rather than running text."""
         return any((self.prompt_column, self.messages_column, self.generated))
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """Rows of a text that were read, and those of them that were left out.
+
+    `bad` ones hold no text that can be used, `unanswered` ones are conversations
+    without an answer within the length.
+    """
+
+    read: int = 0
+    bad: int = 0
+    unanswered: int = 0
+
+
+NO_ROWS = RowCounts()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ class ActorPoolSpec:
         memory_bytes: of its node's memory, reserved.
         accelerator: type of its GPUs, as Ray names it.
         labels: what the labels of its node must be.
+        packages: requirements of an environment of their own, which Ray makes by uv on each node;
+            none for that of the cluster.
     """
 
     actors: int
@@ -22,3 +24,4 @@ class ActorPoolSpec:
     memory_bytes: float = 0.0
     accelerator: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    packages: tuple[str, ...] = ()

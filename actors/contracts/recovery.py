@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Lt
 
 from actors.contracts.artifacts import ArtifactRef
-from actors.contracts.data import TextSettings, TextSpec
+from actors.contracts.data import NO_ROWS, RowCounts, TextSettings, TextSpec
 from actors.contracts.models import Dtype, ModelRef, ModelSpec
 from actors.contracts.settings import AddedLater, Doc, InKeyWhereUsed, NotInKey, Settings
 
@@ -118,6 +118,11 @@ class RecoverySettings(Settings):
         Literal["concatenated", "documents"],
         Doc("Whether a token of a training block may see another document."),
     ] = "concatenated"
+    special_tokens: Annotated[
+        bool,
+        AddedLater(False),
+        Doc("Put the tokenizer's own special tokens (BOS, EOS) around each document of running text."),
+    ] = False
     sequence_length: Annotated[int, Ge(2), Doc("Tokens a training sequence.")] = 512
     batch_size: Annotated[int, Ge(1), Doc("Sequences an optimizer step, over all workers.")] = 32
     micro_batch_size: Annotated[int, Ge(1), Doc("Sequences a worker holds at a time."), NotInKey()] = 4
@@ -128,6 +133,11 @@ class RecoverySettings(Settings):
     warmup_steps: Annotated[int, Ge(0), Doc("Steps of linear rise to the peak.")] = 0
     weight_decay: Annotated[float, Ge(0), Doc("AdamW's decoupled weight decay.")] = 0.0
     max_grad_norm: Annotated[float, Gt(0), Doc("Gradients are clipped to this norm.")] = 1.0
+    group_by_length: Annotated[
+        bool,
+        AddedLater(False),
+        Doc("Make batches of sequences of like length, so that little is padding; for conversations."),
+    ] = False
     max_tokens: Annotated[int, Ge(1), Doc("Tokens seen in one recovery.")] = 2_500_000
     teacher_cache: Annotated[
         Literal["auto", "off", "hidden", "topk"],
@@ -149,6 +159,12 @@ class RecoverySettings(Settings):
     teacher_top_k: Annotated[
         int, Ge(1), Doc("Tokens that `topk` keeps of each distribution."), NotInKey()
     ] = 64
+    epochs: Annotated[
+        int | None,
+        Ge(1),
+        AddedLater(None),
+        Doc("Passes over the data at most; training ends with them or with max_tokens, whichever is first."),
+    ] = None
     precision: Annotated[Dtype | None, Doc("Type of the computation; the model's dtype if not given.")] = None
     gradient_checkpointing: Annotated[
         bool | Literal["auto"],
@@ -158,6 +174,11 @@ class RecoverySettings(Settings):
         ),
         NotInKey(),
     ] = False
+    attention_implementation: Annotated[
+        str | None,
+        Doc("Transformers' name, such as sdpa or flash_attention_2; the model's own choice if not given."),
+        NotInKey(),
+    ] = None
     checkpoint_steps: Annotated[int, Ge(1), Doc("Steps between two checkpoints."), NotInKey()] = 100
 
 
@@ -249,3 +270,4 @@ class RecoveryResult:
     trainable_parameters: int
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
+    rows: RowCounts = NO_ROWS

@@ -23,7 +23,7 @@ class TeachSpec:
     seeds and campaigns share one.
 
     Attributes:
-        packing, sequence_length: those of the recoveries: they decide what a token sees.
+        packing, sequence_length, special_tokens: those of the recoveries: they decide what a token sees.
         precision: type of the computation.
         states: type of the stored hidden states.
         top_k: store log-probabilities of so many tokens instead of the last hidden state.
@@ -38,6 +38,7 @@ class TeachSpec:
     data: TextSpec
     packing: Literal["concatenated", "documents"] = "concatenated"
     sequence_length: int = 512
+    special_tokens: bool = False
     precision: Dtype = "float32"
     states: Dtype = "bfloat16"
     top_k: int | None = None
@@ -54,6 +55,7 @@ class TeachSpec:
             data=self.data,
             packing=self.packing,
             sequence_length=self.sequence_length,
+            special_tokens=self.special_tokens,
             batch_size=1,
             max_tokens=self.max_tokens or 1,
             seed=self.seed,

@@ -1,3 +1,4 @@
+from .bad_rows import RowTally
 from .batches import BlockData, TokenBatch, TopK, TrainingData
 from .conversations import chat_template, conversation_sequences, read_prompts, render
 from .packing import (
@@ -36,6 +37,7 @@ __all__ = [
     "BlockData",
     "PackedData",
     "ReadAhead",
+    "RowTally",
     "TaughtData",
     "TeacherStates",
     "TokenSequence",

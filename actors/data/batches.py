@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import LongTensor, Tensor
 
+from actors.contracts import NO_ROWS, RowCounts
+
 
 @dataclass(frozen=True)
 class TopK:
@@ -89,6 +91,24 @@ class TokenBatch:
             pinned["teacher_topk"] = TopK(top.ids_BTK.pin_memory(), top.log_probabilities_BTK.pin_memory())
         return replace(self, **pinned)
 
+    def one_row(self) -> "TokenBatch":
+        """Return the batch as one row without padding; its rows must hold documents, told apart by positions.
+
+        So kernels that take documents of any length (varlen) need no mask.
+        """
+        kept_BT = (torch.ones_like(self.input_ids_BT) if self.mask_BT is None else self.mask_BT).bool()
+        joined: dict[str, Any] = {
+            name: value[kept_BT][None]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and "_BT" in name
+        }
+        if self.teacher_topk is not None:
+            top = self.teacher_topk
+            joined["teacher_topk"] = TopK(
+                top.ids_BTK[kept_BT][None], top.log_probabilities_BTK[kept_BT][None]
+            )
+        return replace(self, **{**joined, "mask_BT": None})
+
 
 class TrainingData(Protocol):
     """Sequences that a training run draws its batches from."""
@@ -110,12 +130,17 @@ class TrainingData(Protocol):
     def largest_id(self) -> int:
         """The largest token id that occurs."""
 
+    @property
+    def rows(self) -> RowCounts:
+        """The rows that the sequences were made of, and those that were left out."""
+
 
 @dataclass(frozen=True)
 class BlockData:
     """Full blocks of running text, every token of which counts."""
 
     blocks_ST: Tensor
+    rows: RowCounts = NO_ROWS
 
     def __len__(self) -> int:
         return len(self.blocks_ST)

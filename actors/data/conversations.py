@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from actors.contracts import TextSpec
+from actors.data.bad_rows import RowTally
 from actors.data.files import Record
 from actors.data.packing import TokenSequence
 from actors.data.text import PLAIN, chat_template_text, open_records
-from actors.data.tokens import tokenizer_errors
+from actors.data.tokens import DOCUMENTS_PER_BATCH, tokenizer_errors
 from actors.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,18 @@ class Conversation:
     messages: tuple[Message, ...]
     num_prompt_messages: int = 0
     finished: bool = True
+
+
+@dataclass(frozen=True)
+class WrittenText:
+    """A conversation as text; `answers` are start and end of what is to be learnt of it."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+Written = WrittenText | tuple[np.ndarray, np.ndarray]
+"""A conversation as text, or as token ids and targets where the template marks the answers."""
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, spec: TextSpec) -> str:
@@ -82,26 +96,41 @@ def read_prompts(spec: TextSpec, limit: int | None = None) -> list[tuple[Message
 
 
 def conversation_sequences(
-    spec: TextSpec, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int = 0
+    spec: TextSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    seed: int = 0,
+    tally: RowTally | None = None,
 ) -> Iterator[TokenSequence]:
     """Yield a sequence of at most `sequence_length` tokens for each conversation, in order.
 
-    What is longer is cut at its end. Conversations of which no token of an
-    answer is left, because it is blank or cut off, are skipped; the log counts them.
+    What is longer is cut at its end. Conversations that the template cannot write, and those of
+    which no token of an answer is left, because it is blank or cut off, are left out; `tally` and the
+    log count them.
 
     Raises:
-        RequestError: no chat template, or one that cannot write a conversation; none is left.
+        RequestError: no chat template, or one that cannot write too many conversations; none is left.
     """
-    template = chat_template(tokenizer, spec)
-    kept = skipped = 0
-    for row, record in enumerate(open_records(spec, seed)):
-        with tokenizer_errors(f"row {row} of {spec.name!r}", tokenizer):
-            sequence = encode(_conversation(record, spec), tokenizer, template, sequence_length)
-        if sequence is None:
-            skipped += 1
-            continue
-        kept += 1
-        yield sequence
+    template, tally = chat_template(tokenizer, spec), tally or RowTally(spec)
+    kept, records = 0, open_records(spec, seed, tally)
+    placed = ((tally.place, record) for record in records)
+    while chunk := list(islice(placed, DOCUMENTS_PER_BATCH)):
+        written: dict[str, Written] = {}
+        for place, record in chunk:
+            try:
+                with tokenizer_errors(f"{place} of {spec.name!r}", tokenizer):
+                    written[place] = _write(_conversation(record, spec), tokenizer, template)
+            except RequestError as error:
+                tally.skip(error)
+        for ids, targets in _tokenized(written, tokenizer, spec.name):
+            targets[:1] = 0  # nothing comes before the first token that could predict it
+            if not targets[:sequence_length].any():
+                tally.skip_unanswered()
+                continue
+            kept += 1
+            yield TokenSequence(ids[:sequence_length], targets=targets[:sequence_length])
+    tally.finish()
+    skipped = tally.counts().unanswered
     if skipped:
         log.warning("%d of %d conversations skipped: no answer within the length", skipped, kept + skipped)
     if not kept:
@@ -111,29 +140,45 @@ def conversation_sequences(
         )
 
 
-def encode(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: str, sequence_length: int
-) -> TokenSequence | None:
-    """Return token ids with targets; None if no target is left within `sequence_length` tokens."""
+def _write(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: str) -> Written:
     messages = list(conversation.messages)
     answers = [
         i
         for i in range(conversation.num_prompt_messages, len(messages))
         if messages[i]["role"] == "assistant" and messages[i]["content"].strip()
     ]
+    if answers and not (
+        GENERATION_BLOCK.search(template) and conversation.num_prompt_messages <= 1 and conversation.finished
+    ):
+        return _write_by_prefix(conversation, answers, tokenizer, template)
     if not answers:
-        return None
-    if GENERATION_BLOCK.search(template) and conversation.num_prompt_messages <= 1 and conversation.finished:
-        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        encoded = render(messages, tokenizer, template, **options)
-        ids = np.array(encoded["input_ids"])
-        targets = np.array(encoded["assistant_masks"], dtype=np.uint8)
-    else:
-        ids, targets = _encode_by_prefix(conversation, answers, tokenizer, template)
-    targets[:1] = 0  # nothing comes before the first token that could predict it
-    if not targets[:sequence_length].any():
-        return None
-    return TokenSequence(ids[:sequence_length], targets=targets[:sequence_length])
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8)
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = render(messages, tokenizer, template, **options)
+    return np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"], dtype=np.uint8)
+
+
+def _tokenized(
+    written: dict[str, Written], tokenizer: PreTrainedTokenizerBase, source: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield token ids and targets of each conversation; the texts in one call, which uses several cores."""
+    texts = {place: each for place, each in written.items() if isinstance(each, WrittenText)}
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    encoded: dict[str, Any] = {"input_ids": [], "offset_mapping": []}
+    if texts:
+        with tokenizer_errors(f"one of {', '.join(texts)} of {source!r}", tokenizer):
+            encoded = tokenizer([each.text for each in texts.values()], **options)
+    results = iter(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+    for each in written.values():
+        if not isinstance(each, WrittenText):
+            yield each
+            continue
+        ids, offsets = next(results)
+        starts, ends = np.array(offsets).T
+        targets = np.zeros(len(starts), dtype=np.uint8)
+        for start, end in each.answers:
+            targets[(starts >= start) & (ends <= end) & (ends > starts)] = 1
+        yield np.array(ids), targets
 
 
 def render(
@@ -160,9 +205,9 @@ def render(
         ) from error
 
 
-def _encode_by_prefix(
+def _write_by_prefix(
     conversation: Conversation, answers: list[int], tokenizer: PreTrainedTokenizerBase, template: str
-) -> tuple[np.ndarray, np.ndarray]:
+) -> WrittenText:
     messages = list(conversation.messages)
     text = render(messages, tokenizer, template)
     spans = [_answer_span(messages, i, text, tokenizer, template) for i in answers]
@@ -171,12 +216,7 @@ def _encode_by_prefix(
         content = messages[-1]["content"].strip()
         end = text.index(content, start) + len(content)
         text, spans[-1] = text[:end], (start, end)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts, ends = np.array(encoded["offset_mapping"]).T
-    targets = np.zeros(len(starts), dtype=np.uint8)
-    for start, end in spans:
-        targets[(starts >= start) & (ends <= end) & (ends > starts)] = 1
-    return np.array(encoded["input_ids"]), targets
+    return WrittenText(text, tuple(spans))
 
 
 def _answer_span(

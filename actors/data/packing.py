@@ -3,13 +3,15 @@
 Shape letters: S sequences of a data set, B sequences of a batch, T tokens of a sequence.
 """
 
+import fcntl
+import json
 import os
 import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from torch import LongTensor, Tensor
 
+from actors.contracts import NO_ROWS, RowCounts
 from actors.data.batches import TokenBatch
 
 T = TypeVar("T")
@@ -24,6 +27,8 @@ T = TypeVar("T")
 PADDING = 0
 """Token id of padding. Any will do: no token attends to it, and no loss counts it."""
 
+Count = Callable[[], RowCounts]
+ROWS = "rows.json"
 COLUMN_DTYPES = {"ids": np.int32, "starts": np.uint8, "targets": np.uint8}
 
 
@@ -116,10 +121,11 @@ class PackedData:
     Args:
         columns: `ids` [sum of T] and, where the sequences have them, `starts` and `targets` alike.
         bounds: S + 1 positions; sequence s is from `bounds[s]` to `bounds[s + 1]`.
+        rows: those of the text that the sequences were made of.
     """
 
-    def __init__(self, columns: Mapping[str, np.ndarray], bounds: np.ndarray):
-        self._columns = columns
+    def __init__(self, columns: Mapping[str, np.ndarray], bounds: np.ndarray, rows: RowCounts = NO_ROWS):
+        self._columns, self.rows = columns, rows
         self._bounds = bounds
         self._num_targets_S = torch.from_numpy(np.diff(bounds))
         if "targets" in columns:
@@ -181,31 +187,57 @@ def in_memory(sequences: Iterable[TokenSequence]) -> PackedData:
     return PackedData(columns, _bounds([len(sequence.ids) for sequence in held]))
 
 
-def memory_mapped(make: Callable[[], Iterable[TokenSequence]], directory: Path) -> PackedData:
+def memory_mapped(
+    make: Callable[[], Iterable[TokenSequence]], directory: Path, count: Count = RowCounts
+) -> PackedData:
     """Keep the sequences in files under `directory` that are mapped rather than read.
 
-    If the directory is there it is used as it is, and nothing is made anew. It
-    appears whole or not at all.
+    If the directory is there it is used as it is, and nothing is made anew. It appears whole or
+    not at all. Of several processes of a node one makes it and the others wait for that one.
+
+    Args:
+        count: called when all sequences are made; what it returns is kept with them.
     """
     if not directory.is_dir():
         directory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".writing-"))
-        try:
-            _write(make(), scratch)
-            os.rename(scratch, directory)
-        except OSError:
-            # Another process of this node wrote the same meanwhile: its directory is as good.
+        with _locked(directory.with_name(f".lock-{directory.name}")):
             if not directory.is_dir():
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+                _make(make, directory, count)
     lengths = np.load(directory / "lengths.npy")
     columns = {
         name: np.memmap(directory / name, dtype=kind, mode="r")
         for name, kind in COLUMN_DTYPES.items()
         if (directory / name).is_file()
     }
-    return PackedData(columns, _bounds(lengths))
+    noted = directory / ROWS
+    rows = RowCounts(**json.loads(noted.read_text())) if noted.is_file() else NO_ROWS
+    return PackedData(columns, _bounds(lengths), rows)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    with file.open("w") as lock:
+        # Not every shared file system has locks: without one, processes write the same, and one of them wins.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+def _make(make: Callable[[], Iterable[TokenSequence]], directory: Path, count: Count) -> None:
+    scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".writing-"))
+    try:
+        _write(make(), scratch)
+        (scratch / ROWS).write_text(json.dumps(asdict(count())))
+        os.rename(scratch, directory)
+    except OSError:
+        # Another process wrote the same meanwhile: its directory is as good.
+        if not directory.is_dir():
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write(sequences: Iterable[TokenSequence], directory: Path) -> None:

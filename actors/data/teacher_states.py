@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import LongTensor, Tensor
 
 from actors.artifacts import fetch
-from actors.contracts import ArtifactRef
+from actors.contracts import ArtifactRef, RowCounts
 from actors.data.batches import TokenBatch, TopK, TrainingData
 from actors.errors import WorkError
 
@@ -136,6 +136,10 @@ class TaughtData:
     @property
     def largest_id(self) -> int:
         return self.data.largest_id
+
+    @property
+    def rows(self) -> RowCounts:
+        return self.data.rows
 
     def num_tokens(self, chosen_B: LongTensor) -> int:
         return self.data.num_tokens(chosen_B)

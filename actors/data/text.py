@@ -23,6 +23,7 @@ from typing import Any
 
 from actors.artifacts import fetch, file_sha256, local_path, place_and_date
 from actors.contracts import TextInfo, TextSpec, digest
+from actors.data.bad_rows import RowTally
 from actors.data.files import (
     READERS,
     Record,
@@ -79,7 +80,7 @@ def describe_text(spec: TextSpec) -> TextInfo:
     if spec.generated is not None:
         fingerprint = digest([spec.generated.sha256, *_format(spec)])
     elif spec.streaming:
-        next(_checked(_stream(spec), spec))
+        next(_checked(_stream(spec), spec, RowTally(spec)))
         file, first = _file_of(spec), b""
         if file is None:
             source = dataset_fingerprint(spec)
@@ -90,7 +91,7 @@ def describe_text(spec: TextSpec) -> TextInfo:
         fingerprint = digest(["streamed", _fingerprint(spec, source, first)])
     else:
         rows, fingerprint = _read(spec)
-        num_rows = sum(1 for _ in _checked(rows, spec))
+        num_rows = sum(1 for _ in _checked(rows, spec, RowTally(spec)))
     _check_unchanged(spec, fingerprint)
     return TextInfo(replace(spec, fingerprint=fingerprint, template=_template(spec)), fingerprint, num_rows)
 
@@ -100,8 +101,10 @@ def load_texts(spec: TextSpec) -> list[str]:
     return [record[spec.text_column] for record in open_records(spec)]
 
 
-def open_records(spec: TextSpec, seed: int = 0) -> Iterator[Record]:
+def open_records(spec: TextSpec, seed: int = 0, tally: RowTally | None = None) -> Iterator[Record]:
     """Yield the records of a text, one after another; each has the columns that `spec` names.
+
+    Rows that cannot be used are left out, and `tally` counts them.
 
     With `spec.streaming` they are read as they are taken. Then a hub data set's
     shards come in an order drawn from `seed`; a file is read from its beginning.
@@ -111,14 +114,15 @@ def open_records(spec: TextSpec, seed: int = 0) -> Iterator[Record]:
     Raises:
         RequestError, ChangedError: as `describe_text`.
     """
+    tally = tally or RowTally(spec)
     if not spec.streaming:
         rows, fingerprint = _read(spec)
         _check_unchanged(spec, fingerprint)
-        yield from _checked(rows, spec)
+        yield from _checked(rows, spec, tally)
         return
     if spec.fingerprint is not None:
         describe_text(spec)
-    yield from _checked(_stream(spec, seed), spec)
+    yield from _checked(_stream(spec, seed), spec, tally)
     if spec.fingerprint is not None:
         describe_text(spec)
 
@@ -274,24 +278,32 @@ def _check_unchanged(spec: TextSpec, fingerprint: str) -> None:
         )
 
 
-def _checked(rows: Iterable[Row], spec: TextSpec) -> Iterator[Record]:
-    """Yield the records, each checked to have its columns; at least one must not be blank."""
+def _checked(rows: Iterable[Row], spec: TextSpec, tally: RowTally) -> Iterator[Record]:
+    """Yield the records that have their columns, others being counted; at least one must not be blank."""
     columns, names, blank, index = _columns(spec), _all_columns(spec), True, -1
     for index, (line, record) in enumerate(rows):
-        for name in names:
-            value = record.get(name)
-            if value is None and name not in columns:
-                continue
-            if problem := _problem(value, name, spec):
-                place = f"row {index}" if line is None else f"line {line}, row {index}"
-                _check_columns(record, columns, spec, f": {place}" if index else "")
-                raise RequestError(f"{spec.name!r}: {place} of column {name!r} {problem}")
-            blank = blank and (name not in columns or not str(value).strip())
+        tally.at(index, line)
+        try:
+            _check_row(
+                record, [n for n in names if n in columns or record.get(n) is not None], spec, tally.place
+            )
+        except RequestError as error:
+            tally.skip(error)
+            continue
+        blank = blank and not any(str(record[name]).strip() for name in columns)
         yield record
     if index < 0:
         raise RequestError(f"{spec.name!r} holds no rows; give a file with text in it")
+    tally.finish()
     if blank:
         raise RequestError(f"{spec.name!r}: column {columns[0]!r} holds no text in any row")
+
+
+def _check_row(record: Record, names: Iterable[str], spec: TextSpec, place: str) -> None:
+    for name in names:
+        if problem := _problem(record.get(name), name, spec):
+            _check_columns(record, _columns(spec), spec, f": {place}")
+            raise RequestError(f"{spec.name!r}: {place} of column {name!r} {problem}")
 
 
 def _problem(value: Any, name: str, spec: TextSpec) -> str | None:

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import LongTensor
+from torch import LongTensor, Tensor
 from transformers import PreTrainedTokenizerBase
 
 from actors.contracts import digest
@@ -18,6 +18,8 @@ from actors.errors import IterabreError, RequestError
 
 DOCUMENTS_PER_BATCH = 256
 """Documents in one call of the tokenizer, which runs on several cores."""
+BATCHES_TO_GROUP = 50
+"""Batches whose sequences are sorted by length together, as transformers' `group_by_length` does."""
 
 
 @contextmanager
@@ -109,9 +111,12 @@ def pack_blocks(
 
 
 def tokenize_documents(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, source: str = "the text"
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    source: str = "the text",
+    special_tokens: bool = False,
 ) -> Iterator[list[int]]:
-    """Yield the token ids of each document by itself, without special tokens.
+    """Yield the token ids of each document by itself, with `special_tokens` as the tokenizer adds them.
 
     As in `tokenize_text`, a document that does not end its line is followed by a newline.
     """
@@ -120,7 +125,7 @@ def tokenize_documents(
         whole = [text if text.endswith("\n") else text + "\n" for text in chunk]
         # In a shuffled stream a document has no number.
         labels = [f"the document of {source} that begins with {text[:40]!r}" for text in whole]
-        yield from encode_rows(whole, tokenizer, labels.__getitem__, add_special_tokens=False)
+        yield from encode_rows(whole, tokenizer, labels.__getitem__, add_special_tokens=special_tokens)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -156,13 +161,23 @@ def calibration_sequences(
     return [torch.tensor(ids, dtype=torch.long) for ids in encoded]
 
 
-def batch_order(num_sequences: int, batch_size: int, num_steps: int, seed: int) -> LongTensor:
+def batch_order(
+    num_sequences: int,
+    batch_size: int,
+    num_steps: int,
+    seed: int,
+    lengths_S: Tensor | None = None,
+) -> LongTensor:
     """Return the sequences of each optimizer step: LongTensor [`num_steps`, `batch_size`].
 
     The sequences are shuffled anew for every epoch and the epochs are strung
     together, so that each step is full. Rows depend on `seed` alone: how many
     workers share a step does not matter, and a longer run begins like a
     shorter one, so a resumed run goes on where it stopped.
+
+    Args:
+        lengths_S: if given, of every BATCHES_TO_GROUP batches of an epoch the sequences are sorted
+            by length and cut into batches anew, which are then shuffled.
 
     Raises RequestError if there are no sequences.
     """
@@ -171,5 +186,16 @@ def batch_order(num_sequences: int, batch_size: int, num_steps: int, seed: int) 
     generator = torch.Generator().manual_seed(seed)
     num_epochs = -(-num_steps * batch_size // num_sequences)
     epochs = [torch.randperm(num_sequences, generator=generator) for _ in range(num_epochs)]
+    if lengths_S is not None:
+        draw = torch.Generator().manual_seed(seed)
+        epochs = [_grouped(epoch, batch_size, lengths_S, draw) for epoch in epochs]
     stream = torch.cat(epochs) if epochs else torch.empty(0, dtype=torch.long)
     return stream[: num_steps * batch_size].view(num_steps, batch_size)
+
+
+def _grouped(epoch_S: Tensor, batch_size: int, lengths_S: Tensor, draw: torch.Generator) -> Tensor:
+    groups = []
+    for group in epoch_S.split(batch_size * BATCHES_TO_GROUP):
+        batches = group[lengths_S[group].argsort(descending=True, stable=True)].split(batch_size)
+        groups += [batches[i] for i in torch.randperm(len(batches), generator=draw).tolist()]
+    return torch.cat(groups)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from actors.contracts import GenerationResult, GenerationSpec, Progress, no_progress
 from actors.errors import unknown_name
+from actors.generation.endpoint import EndpointEngine
 from actors.generation.responses import Engine, batch_sizes, run_shards
 from actors.generation.transformers import TransformersEngine
 from actors.generation.vllm import VllmEngine
@@ -12,6 +13,7 @@ from actors.out_of_memory import once_more_with_less
 ENGINES: dict[str, Callable[[GenerationSpec], Engine]] = {
     "transformers": TransformersEngine,
     "vllm": VllmEngine,
+    "openai": EndpointEngine,
 }
 
 

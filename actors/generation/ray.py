@@ -1,5 +1,6 @@
 """Generation on Ray: a pool of actors that divide the prompts."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from actors.contracts import ActorPoolSpec, GenerationResult, GenerationSpec, Progress, no_progress
@@ -40,9 +41,13 @@ def generate_on_ray(
         MemoryExhaustedError: memory does not suffice, with half of the batch neither.
     """
     from actors.generation.responses import batch_sizes, run_shards
+    from actors.generation.vllm import packages
+
+    if spec.engine == "vllm":
+        pool = replace(pool, packages=packages())
 
     def generate(spec: GenerationSpec) -> GenerationResult:
         with ActorPool(pool, GenerateActor, spec, setting="generation", progress=progress) as actors:
-            return run_shards(spec, actors.dispatch, uri, progress)
+            return run_shards(spec, actors.dispatch, uri, progress, workers=pool.actors)
 
     return once_more_with_less(generate, **batch_sizes(spec))

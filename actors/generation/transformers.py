@@ -3,7 +3,6 @@
 Shape letters: B sequences of a batch, T tokens, V vocabulary.
 """
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -18,12 +17,10 @@ from transformers import (
 )
 
 from actors.contracts import GenerationSpec, ModelRef, digest
-from actors.data import chat_template, render, tokenizer_errors
+from actors.generation.prompts import encode_prompts
 from actors.generation.responses import Prompt, Response, Shard
 from actors.models import build_model, device, text_config
 from actors.models.decoding import end_tokens, plain_greedy
-
-log = logging.getLogger(__name__)
 
 PADDING = 0
 
@@ -54,30 +51,14 @@ def generate_responses(
     do differ with the batch in their last bits, so a response can part from
     another batch's where two tokens are as good as equally likely.
 
-    Prompts that leave no room for `max_new_tokens` in the model's context are left
-    out, and the log counts them.
+    Prompts that cannot be answered follow at the end, see `encode_prompts`.
 
     Raises:
-        RequestError: no chat template, or one that cannot write a prompt.
+        RequestError: no chat template.
     """
-    template = chat_template(tokenizer, spec.prompts)
-    ids = []
-    for number, prompt in enumerate(prompts, start=first):
-        with tokenizer_errors(f"prompt {number} of {spec.prompts.name!r}, blank ones not counted", tokenizer):
-            text = render(list(prompt), tokenizer, template, add_generation_prompt=True)
-            ids.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    context = getattr(text_config(model.config), "max_position_embeddings", None) or 2**31
-    max_prompt_tokens = context - spec.max_new_tokens
-    jobs = [
-        (i, k)
-        for i in range(len(prompts))
-        for k in range(spec.responses_per_prompt)
-        if len(ids[i]) <= max_prompt_tokens
-    ]
-    if left_out := sum(len(prompt_ids) > max_prompt_tokens for prompt_ids in ids):
-        log.warning(
-            "%d of %d prompts left out: longer than %d tokens", left_out, len(prompts), max_prompt_tokens
-        )
+    context = getattr(text_config(model.config), "max_position_embeddings", None)
+    ids, left_out = encode_prompts(prompts, tokenizer, spec, first, context)
+    jobs = [(i, k) for i in ids for k in range(spec.responses_per_prompt)]
     # Prompts of like length share a batch, so that little of it is padding.
     by_length = sorted(jobs, key=lambda job: (-len(ids[job[0]]), job))
     ends = end_tokens(model, tokenizer)
@@ -89,7 +70,7 @@ def generate_responses(
         for (i, k), new_ids in zip(batch, completed, strict=True):
             text = tokenizer.decode(new_ids, skip_special_tokens=True).strip()
             responses[i, k] = Response(prompts[i], text, new_ids[-1] in ends, len(new_ids))
-    return [responses[job] for job in jobs]
+    return [responses[job] for job in jobs] + left_out
 
 
 def _complete(
@@ -113,7 +94,7 @@ def _complete(
     draws = LogitsProcessorList()
     if spec.temperature:
         nucleus = [TopPLogitsWarper(spec.top_p)] if spec.top_p < 1 else []
-        draws += [TemperatureLogitsWarper(spec.temperature), *nucleus, GumbelDraw(seeds)]
+        draws += [TemperatureLogitsWarper(spec.temperature), *nucleus, GumbelDraw(seeds, model.device)]
     with torch.no_grad(), plain_greedy(model, **settings) as config:
         out_BT = model.generate(
             ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=draws
@@ -128,13 +109,17 @@ def _complete(
 class GumbelDraw(LogitsProcessor):
     """Adds Gumbel noise: the largest sum is a draw from the softmax of the logits.
 
-    Each sequence has a generator of its own, so its draws do not depend on the batch.
+    Each sequence has a generator of its own, so its draws do not depend on the batch. The noise is drawn
+    where the logits are: copying it there would take longer than the model's step.
     """
 
-    def __init__(self, seeds: list[int]):
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: list[int], where: torch.device | None = None):
+        where = where or torch.device("cpu")
+        self._generators = [torch.Generator(where).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        uniform_BV = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self._generators])
-        noise_BV = -torch.log(-torch.log(uniform_BV.clamp(min=torch.finfo(torch.float32).tiny)))
-        return scores + noise_BV.to(scores.device)
+        noise_BV = torch.empty(scores.shape, device=scores.device)
+        for row_V, generator in zip(noise_BV, self._generators, strict=True):
+            row_V.uniform_(generator=generator)
+        noise_BV.clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_().log_().neg_()
+        return scores + noise_BV

@@ -122,6 +122,9 @@ def recovery_numbers(result: RecoveryResult) -> Numbers:
     yield "trainable_parameters", result.trainable_parameters, "", {}
     if result.flops_per_token:
         yield "flops_per_token", result.flops_per_token, "", {}
+    if result.rows.bad:
+        yield "rows", result.rows.read, "", {}
+        yield "rows_skipped", result.rows.bad, "", {}
 
 
 def evaluation_numbers(result: EvaluationResult) -> Numbers:

@@ -134,6 +134,7 @@ def _reading(trajectory: TrajectoryPlan) -> RecoverySpec:
         # Prompts are no data yet: the unpruned model answers them while the campaign runs.
         data=replace(data, streaming=True) if trajectory.traits.trains_on == "responses" else data,
         packing=recovery.packing,
+        special_tokens=recovery.special_tokens,
         sequence_length=recovery.sequence_length,
         batch_size=recovery.batch_size,
         max_tokens=recovery.max_tokens,

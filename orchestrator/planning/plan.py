@@ -163,12 +163,13 @@ class TrajectoryPlan:
         if self.teacher_cache == "off":
             return None
         spec, topk = self.recovery_spec(self.dense), self.teacher_cache == "topk"
-        precision = spec.precision or self.model.spec.dtype
+        precision = cast(Dtype, spec.precision or self.model.spec.dtype)  # the plan knows what `auto` means
         return TeachSpec(
             model=spec.teacher or self.model.spec,
             data=spec.data,
             packing=spec.packing,
             sequence_length=spec.sequence_length,
+            special_tokens=spec.special_tokens,
             precision=precision,
             # What makes no difference is left out, so that all share one stage.
             states=DEFAULT_STATES if topk else spec.teacher_cache_dtype or precision,
@@ -191,6 +192,7 @@ class TrajectoryPlan:
             data=data,
             objective=str(recovery.start),
             packing=recovery.packing,
+            special_tokens=recovery.special_tokens,
             sequence_length=recovery.sequence_length,
             batch_size=recovery.batch_size,
             micro_batch_size=recovery.micro_batch_size,

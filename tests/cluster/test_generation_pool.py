@@ -44,7 +44,7 @@ def test_a_pool_that_loses_an_actor_gives_what_one_process_does(
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().work(shard)
 
-    monkeypatch.setattr(responses, "PROMPTS_PER_SHARD", 3)
+    monkeypatch.setitem(responses.PROMPTS_PER_SHARD, "transformers", 3)
     monkeypatch.setattr(actor, "GenerateActor", Mortal)
     here = generate_locally(spec, str(tmp_path / "here"))
     there = generate_on_ray(spec, str(tmp_path / "there"), ActorPoolSpec(2, cpus=0.4, gpus=0))

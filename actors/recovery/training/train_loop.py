@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from actors.artifacts import publish
-from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, StepRecord, digest
+from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, RowCounts, StepRecord, digest
 from actors.errors import MemoryExhaustedError, RequestError, StopRequestedError, one_line
 from actors.models import load_tokenizer, save_weights
 from actors.out_of_memory import is_out_of_memory
@@ -81,24 +81,26 @@ def train(spec: RecoverySpec, context: TrainContext) -> RecoveryResult:
         trainable_parameters=run.engine.num_trainable,
         flops_per_token=run.flops_per_token or 0.0,
         peak_flops=context.world_size * peak_flops(run.engine.device, precision_of(spec)),
+        rows=run.data.rows,
     )
 
 
 def _solve(spec: RecoverySpec, context: TrainContext, solve: Solve) -> RecoveryResult:
     """Recover in closed form; nothing is trained."""
 
-    def work() -> Solution:
+    def work() -> tuple[Solution, RowCounts]:
         check_recovery(spec, context.world_size)
-        return solve(spec, training_data(spec, load_tokenizer(spec.model.source)))
+        data = training_data(spec, load_tokenizer(spec.model.source))
+        return solve(spec, data), data.rows
 
-    solution = run_on_all_workers(work)
+    solution, rows = run_on_all_workers(work)
 
     def save(directory: Path | None) -> None:
         if directory is not None:
             save_weights(solution.tensors, directory)
 
     artifact = _publish(context, save)
-    return RecoveryResult(artifact, steps=(), tokens=solution.tokens, trainable_parameters=0)
+    return RecoveryResult(artifact, steps=(), tokens=solution.tokens, trainable_parameters=0, rows=rows)
 
 
 def _publish(context: TrainContext, save: Callable[[Path | None], None]) -> ArtifactRef | None:

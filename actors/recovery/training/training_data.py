@@ -4,6 +4,7 @@ Shape letters: S sequences of a data set, B sequences of one optimizer step.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import LongTensor
@@ -12,15 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actors.artifacts import cache_entry
 from actors.contracts import RecoverySpec, TextSpec, digest
 from actors.data import (
-    BlockData,
+    RowTally,
     TokenSequence,
     TrainingData,
     batch_order,
     conversation_sequences,
     cut_into_blocks,
     describe_text,
-    in_memory,
-    load_texts,
     memory_mapped,
     open_records,
     pack_blocks,
@@ -43,31 +42,21 @@ def training_data(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Tra
 
     Running text fills blocks of `sequence_length` tokens; a conversation is a
     sequence by itself or, with `packing: documents`, shares one with others.
-    With `streaming`, the first `max_tokens` tokens of the stream, shuffled by
-    `spec.seed`, are kept tokenised on this node's disk, so that any step has its
-    batch, in the first run and in a resumed one, without reading the stream again.
+    They are kept tokenised on this node's disk, so that what is read and tokenised once
+    serves all workers, runs and recoveries. With `streaming`, these are the first `max_tokens` tokens
+    of the stream, shuffled by `spec.seed`.
 
     Raises:
         RequestError: data that cannot be read, too little of it, or no chat template.
         ChangedError: the data are not those that were planned with.
     """
-    text = spec.data
-    data: TrainingData
-    if text.streaming:
-        key = digest(
-            [
-                describe_text(text).fingerprint,
-                tokenizer_fingerprint(tokenizer),
-                *(spec.packing, spec.sequence_length, spec.max_tokens, spec.seed),
-            ]
-        )
-        data = memory_mapped(lambda: _stream_tokens(spec, tokenizer), cache_entry("tokens", key))
-    elif text.conversations or spec.packing == "documents":
-        data = in_memory(_sequences(spec, tokenizer))
-    else:
-        data = BlockData(
-            pack_blocks(load_texts(text), tokenizer, spec.sequence_length, source=repr(text.name))
-        )
+    text, tally = spec.data, RowTally(spec.data)
+    described: list[object] = [describe_text(text).fingerprint, tokenizer_fingerprint(tokenizer)]
+    described += [spec.packing, spec.sequence_length]
+    described += [spec.max_tokens, spec.seed] if text.streaming else []
+    described += ["special tokens"] if spec.special_tokens else []
+    make = partial(_stream_tokens if text.streaming else _sequences, spec, tokenizer, tally)
+    data = memory_mapped(make, cache_entry("tokens", digest(described)), tally.counts)
     if len(data) < spec.batch_size:
         raise RequestError(
             f"the recovery data gives {len(data)} sequences of {spec.sequence_length} tokens, fewer than "
@@ -80,14 +69,18 @@ def training_order(spec: RecoverySpec, data: TrainingData, seed: int) -> LongTen
     """Return the sequences of each step: LongTensor [steps, B].
 
     As many whole steps as `max_tokens` holds, counting every token that the model
-    reads, in every epoch. What step s takes depends on s and `seed` alone.
+    reads, in every epoch, and as `epochs` have. What step s takes depends on s and `seed` alone.
 
     Raises:
         RequestError: `max_tokens` does not hold one step.
     """
     lengths_S = data.lengths_S
     epochs = spec.max_tokens // int(lengths_S.sum()) + 1
-    order_SB = batch_order(len(data), spec.batch_size, epochs * len(data) // spec.batch_size + 1, seed)
+    num_steps = epochs * len(data) // spec.batch_size + 1
+    if spec.epochs is not None:
+        num_steps = min(num_steps, spec.epochs * len(data) // spec.batch_size)
+    group_by = lengths_S if spec.group_by_length else None
+    order_SB = batch_order(len(data), spec.batch_size, num_steps, seed, group_by)
     read_so_far = lengths_S[order_SB].sum(dim=1).cumsum(dim=0)
     num_steps = int(torch.searchsorted(read_so_far, spec.max_tokens, right=True))
     if num_steps == 0:
@@ -129,21 +122,30 @@ def check_data(objective: str, text: TextSpec) -> None:
         raise RequestError(f"{where} needs the prompts to respond to: prompt_column or messages_column")
 
 
-def _stream_tokens(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenSequence]:
+def _stream_tokens(
+    spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase, tally: RowTally
+) -> Iterator[TokenSequence]:
     """Yield the first `max_tokens` tokens of a stream, and check afterwards that it did not change."""
     before = describe_text(spec.data).spec
-    yield from take_tokens(_sequences(spec, tokenizer), spec.max_tokens)
+    yield from take_tokens(_sequences(spec, tokenizer, tally), spec.max_tokens)
     describe_text(before)
 
 
-def _sequences(spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenSequence]:
+def _sequences(
+    spec: RecoverySpec, tokenizer: PreTrainedTokenizerBase, tally: RowTally
+) -> Iterator[TokenSequence]:
     text, length, isolated = spec.data, spec.sequence_length, spec.packing == "documents"
     if text.conversations:
-        conversations = conversation_sequences(text, tokenizer, length, spec.seed)
+        conversations = conversation_sequences(text, tokenizer, length, spec.seed, tally)
         if text.streaming:
             conversations = shuffled(conversations, spec.seed, SHUFFLE_BUFFER)
         return pack_sequences(conversations, length) if isolated else conversations
-    texts = split_documents(record[text.text_column] for record in open_records(text, spec.seed))
+    rows = (record[text.text_column] for record in open_records(text, spec.seed, tally))
+    if not (text.streaming or isolated or spec.special_tokens):
+        blocks = pack_blocks(rows, tokenizer, length, source=repr(text.name))
+        return (TokenSequence(block) for block in blocks.numpy())
+    texts = split_documents(rows)
     if text.streaming:
         texts = shuffled(texts, spec.seed, SHUFFLE_BUFFER)
-    return cut_into_blocks(tokenize_documents(texts, tokenizer, repr(text.name)), length, isolated)
+    documents = tokenize_documents(texts, tokenizer, repr(text.name), spec.special_tokens)
+    return cut_into_blocks(documents, length, isolated)

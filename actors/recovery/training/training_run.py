@@ -9,7 +9,7 @@ from torch import LongTensor, Tensor, nn
 from torch import distributed as dist
 
 from actors.contracts import RecoverySpec
-from actors.data import ReadAhead, TrainingData, with_teacher_states
+from actors.data import ReadAhead, TokenBatch, TrainingData, with_teacher_states
 from actors.errors import IterabreError, MemoryExhaustedError, one_line
 from actors.models import LayerwisePass, load_tokenizer
 from actors.out_of_memory import is_out_of_memory
@@ -19,6 +19,7 @@ from actors.recovery.distillation.student import Student
 from actors.recovery.distillation.teacher_student import TeacherStudent, load_teacher_student
 from actors.recovery.objectives import BuildModule, find_objective
 from actors.recovery.training.deepspeed_config import largest_micro_batch, precision_of
+from actors.recovery.training.document_isolation import set_attention, wants_one_row
 from actors.recovery.training.engine import Engine
 from actors.recovery.training.pending_steps import PendingStep
 from actors.recovery.training.train_context import MemoryUse, TrainContext
@@ -78,6 +79,9 @@ def prepare(spec: RecoverySpec, context: TrainContext, build: BuildModule) -> Tr
         has_teacher = find_objective(spec.objective).has_teacher
         pair, _ = _fitting(spec, lambda: load_teacher_student(_with_compute_dtype(spec), has_teacher))
         check_vocabulary(data, pair.student)
+        if spec.attention_implementation is not None:
+            for model in filter(None, (pair.student, pair.teacher)):
+                set_attention(model, spec.attention_implementation)
         module = _fitting(spec, lambda: build(pair, spec))
         # The first pass records what this family's blocks return and is aborted, which must not
         # happen with sharded weights.
@@ -92,7 +96,13 @@ def prepare(spec: RecoverySpec, context: TrainContext, build: BuildModule) -> Tr
     engine = run_on_all_workers(
         lambda: _fitting(spec, lambda: Engine(module, spec, context.world_size, use.micro_batch_size))
     )
-    reader = ReadAhead(data.batch, pin=engine.device.type == "cuda")
+    one_row = wants_one_row(pair.student)
+
+    def read(chosen_B: LongTensor) -> TokenBatch:
+        batch = data.batch(chosen_B)
+        return batch.one_row() if one_row and batch.position_ids_BT is not None else batch
+
+    reader = ReadAhead(read, pin=engine.device.type == "cuda")
     run = TrainingRun(spec, context, pair, module, engine, data, order_SB, use, reader)
     run.fit_into(use)
     return run

@@ -69,8 +69,8 @@ def _method(campaign: Campaign) -> Campaign:
 
 TABLE: dict[str, tuple[Callable[[Campaign, Path], Any], tuple[str, ...]]] = {
     "unknown config key": (
-        lambda c, _: _method(c)["recovery"].update(epochs=1),
-        ("methods.0.recovery.epochs: unknown key", "docs/configuration.md"),
+        lambda c, _: _method(c)["recovery"].update(epoch=1),
+        ("methods.0.recovery.epoch: unknown key", "docs/configuration.md"),
     ),
     "wrong type": (
         lambda c, _: _method(c)["recovery"].update(batch_size="two"),

@@ -1,9 +1,9 @@
 """Responses: greedy ones are those of a plain loop, drawn ones follow the model, whatever the batch."""
 
 import json
-import logging
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from actors.contracts import GenerationSpec, ModelSpec, TextSpec
+from actors.contracts import GenerationSpec, ModelSpec, TextSpec, no_progress
 from actors.data import conversation_sequences
 from actors.errors import RequestError
 from actors.generation import generate_locally, generate_responses
-from actors.generation.responses import FILE, Prompt
+from actors.generation.responses import FILE, Prompt, Response, Shard, run_shards
 from actors.generation.transformers import GumbelDraw, end_tokens
 from tests.support.tiny_models import save_tiny, tiny_llama, tiny_model, tiny_tokenizer
 
@@ -116,15 +116,14 @@ def test_a_nucleus_of_one_token_is_greedy(spec: GenerationSpec) -> None:
     )
 
 
-def test_prompts_without_room_for_a_response_are_left_out(
-    spec: GenerationSpec, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_prompts_without_room_for_a_response_are_left_out(spec: GenerationSpec) -> None:
     model, tokenizer = tiny_llama(max_position_embeddings=64)
     long = ({"role": "user", "content": "lazy dog " * 40},)
-    with caplog.at_level(logging.WARNING):
-        responses = generate_responses(model, tokenizer, [PROMPTS[0], long, PROMPTS[1]], spec)
-    assert [r.prompt for r in responses] == [PROMPTS[0], PROMPTS[1]]
-    assert "1 of 3 prompts left out: longer than 52 tokens" in caplog.text
+    responses = generate_responses(model, tokenizer, [PROMPTS[0], long, PROMPTS[1]], spec)
+    assert [r.prompt for r in responses if r.left_out is None] == [PROMPTS[0], PROMPTS[1]]
+    assert [(r.left_out, r.too_long) for r in responses[2:]] == [("longer than 52 tokens", True)]
+    shorter = generate_responses(model, tokenizer, PROMPTS[:2], replace(spec, max_model_len=14))
+    assert [r.too_long for r in shorter] == [True, True]
 
 
 def test_all_tokens_that_end_a_turn_end_a_response() -> None:
@@ -171,7 +170,7 @@ def test_wrong_requests_are_reported(
     monkeypatch.setitem(sys.modules, "vllm", None)
     cases = [
         (replace(saved, engine="vlm"), "unknown generation engine 'vlm'; did you mean vllm"),
-        (replace(saved, engine="vllm"), r"vllm is not installed.*iterabre\[vllm\]"),
+        (replace(saved, engine="vllm"), r"vllm is not installed here.*openai"),
         (replace(saved, prompts=replace(saved.prompts, chat_template=None)), "has no chat template"),
         (
             replace(saved, prompts=replace(saved.prompts, path=str(tmp_path / "blank.jsonl"))),
@@ -182,3 +181,33 @@ def test_wrong_requests_are_reported(
     for wrong, message in cases:
         with pytest.raises(RequestError, match=message):
             generate_locally(wrong, str(tmp_path / "out"))
+
+
+def test_prompts_that_the_template_cannot_write_are_left_out_up_to_a_share(
+    saved: GenerationSpec, tmp_path: Path
+) -> None:
+    picky = "{% if 'Number 3 ' in messages[0].content %}{{ raise_exception('not 3') }}{% endif %}" + CHAT
+    (tmp_path / "chat.jinja").write_text(picky)
+    spec = replace(saved, prompts=replace(saved.prompts, max_bad_rows=0.1))
+    result = generate_locally(spec, str(tmp_path / "out"))
+    assert (result.num_prompts, result.num_responses) == (70, 69)
+    with pytest.raises(RequestError, match=r"prompt 3 of .*not 3.*1 of 70, more than max_bad_rows: 0\.01"):
+        generate_locally(saved, str(tmp_path / "out2"))
+
+
+def test_every_worker_gets_a_shard(saved: GenerationSpec, tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    def compute(shards: Sequence[Shard]) -> Iterator[tuple[Shard, list[Response]]]:
+        for shard in shards:
+            sizes.append(len(shard.prompts))
+            yield shard, [Response(prompt, "x", True, 1) for prompt in shard.prompts]
+
+    for engine, workers, expected in (
+        ("vllm", 1, [70]),
+        ("vllm", 4, [18, 18, 18, 16]),
+        ("transformers", 1, [64, 6]),
+    ):
+        run_shards(replace(saved, engine=engine), compute, str(tmp_path / "o"), no_progress, workers)
+        assert sizes == expected
+        sizes.clear()

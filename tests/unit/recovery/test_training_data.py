@@ -1,17 +1,20 @@
 """What recovery is fed: each token once an epoch, the same after a resume, never more than asked for."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from actors.contracts import AdapterSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
-from actors.data import PackedData, TrainingData, describe_text, load_texts
+from actors.contracts import AdapterSpec, ModelRef, ModelSpec, RecoverySpec, RowCounts, TextSpec
+from actors.data import PackedData, TokenSequence, TrainingData, describe_text, load_texts
 from actors.errors import ChangedError, RequestError
 from actors.recovery.objectives import OBJECTIVES
 from actors.recovery.training import training_data as data_module
@@ -240,3 +243,89 @@ def test_a_stream_that_changes_before_it_is_kept_is_not_kept(
     with pytest.raises(ChangedError, match=r"data\.jsonl"):
         training_data(replace(spec, max_tokens=10**6), TOKENIZER)
     assert list((cache / "tokens").iterdir()) == []
+
+
+def test_text_is_tokenised_once_a_node(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by threads that ask at the same time: one makes the sequences, the others wait for them."""
+    spec = request(tmp_path, "answers", sequence_length=128)
+    made: list[int] = []
+    sequences = data_module._sequences
+
+    def slowly(*arguments: Any) -> Iterator[TokenSequence]:
+        made.append(1)
+        time.sleep(0.2)
+        yield from sequences(*arguments)
+
+    monkeypatch.setattr(data_module, "_sequences", slowly)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: training_data(spec, TOKENIZER), range(4)))
+    assert len(made) == 1
+    assert len({tuple(read(data, torch.arange(60))) for data in found}) == 1
+    assert [path.name[0] for path in (cache / "tokens").iterdir()] != ["."]
+    for other in (replace(spec, sequence_length=96), replace(spec, packing="documents")):
+        training_data(other, TOKENIZER)
+    assert len(made) == 3
+    training_data(replace(spec, seed=1, max_tokens=7), TOKENIZER)
+    assert len(made) == 3
+
+
+def test_rows_left_out_are_known_to_every_worker(tmp_path: Path) -> None:
+    spec = request(tmp_path, "answers", sequence_length=128)
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "x", "a": None}) + "\n" + json.dumps({"text": "x", "a": " "}) + "\n")
+    spec = replace(spec, data=replace(spec.data, max_bad_rows=0.1))
+    for _ in range(2):
+        assert training_data(spec, TOKENIZER).rows == RowCounts(read=62, bad=1, unanswered=1)
+
+
+def with_bos() -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["concatenated", "documents", "streamed", "streamed documents"])
+def test_special_tokens_stand_at_the_beginning_of_each_document(tmp_path: Path, kind: str) -> None:
+    tokenizer, spec = with_bos(), request(tmp_path, kind, sequence_length=16)
+    plain = training_data(spec, tokenizer)
+    marked = training_data(replace(spec, special_tokens=True), tokenizer)
+    bos, numbers = tokenizer.convert_tokens_to_ids("<s>"), "0123456789"
+    assert not any(bos in row for row in read(plain, torch.arange(len(plain))))
+    text = tokenizer.decode([i for row in read(marked, torch.arange(len(marked))) for i in row])
+    first, *documents = text.split("<s>")
+    assert first == ""
+    assert len(documents) > 50
+    assert all(document.startswith("number ") and document[7] in numbers for document in documents[:-1])
+
+
+@pytest.mark.parametrize("kind", ["concatenated", "answers"])
+def test_epochs_end_the_training_before_max_tokens_does(tmp_path: Path, kind: str) -> None:
+    spec = request(tmp_path, kind, max_tokens=10**6, epochs=3)
+    data = training_data(spec, TOKENIZER)
+    order_SB = training_order(spec, data, seed=1)
+    assert len(order_SB) == 3 * len(data) // 4
+    assert torch.equal(order_SB, training_order(replace(spec, epochs=None), data, seed=1)[: len(order_SB)])
+    short = replace(spec, max_tokens=600)
+    assert torch.equal(
+        training_order(short, data, seed=1), training_order(replace(short, epochs=None), data, seed=1)
+    )
+
+
+def test_batches_of_like_length_take_every_sequence_once_and_pad_less(tmp_path: Path) -> None:
+    spec = request(tmp_path, "answers", max_tokens=10**5, epochs=2)
+    data = training_data(spec, TOKENIZER)
+
+    def padding(order_SB: torch.Tensor) -> int:
+        lengths_SB = data.lengths_S[order_SB]
+        return int((lengths_SB.amax(dim=1, keepdim=True) - lengths_SB).sum())
+
+    drawn = training_order(spec, data, seed=3)
+    grouped = training_order(replace(spec, group_by_length=True), data, seed=3)
+    assert sorted(grouped.flatten().tolist()) == sorted(drawn.flatten().tolist())
+    assert padding(grouped) < 0.3 * padding(drawn)
+    widths = data.lengths_S[grouped].amax(dim=1).tolist()
+    assert widths != sorted(widths, reverse=True)
+    longer = training_order(replace(spec, group_by_length=True, epochs=3), data, seed=3)
+    assert torch.equal(longer[: len(grouped)], grouped)
