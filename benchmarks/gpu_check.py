@@ -168,7 +168,7 @@ class Checks:
         spec = ScoreSpec(model=ModelRef(self.source), calibration=SENTENCES, sequence_length=size.length)
         started = time.perf_counter()
         result = score_locally(spec)
-        layers = size.config["num_hidden_layers"]
+        layers = size.layers
         # The candidate without block l runs the blocks above it; the first pass runs all.
         flops = result.num_tokens * forward_flops(size, layers * (layers + 1) // 2, head=False)
         return Row(

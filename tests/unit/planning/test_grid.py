@@ -98,7 +98,7 @@ def test_overrides_change_one_model_and_keep_the_rest_of_the_section(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"recovery": {"epochs": 1}}, r"models\.1\.overrides\.recovery\.epochs: unknown key"),
+        ({"recovery": {"dekay": 1}}, r"models\.1\.overrides\.recovery\.dekay: unknown key"),
         ({"scoring": {"max_sequences": "two"}}, r"models\.1\.overrides\.scoring\.max_sequences: .*integer"),
         ({"evaluation": {"limit": 0}}, r"models\.1\.overrides\.evaluation\.limit: "),
         ({"execution": {"backend": "ray"}}, r"models\.1\.overrides\.execution: unknown key"),
