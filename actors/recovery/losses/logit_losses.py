@@ -253,7 +253,9 @@ def _with_rest(log_NK: Tensor) -> Tensor:
 
 
 def _log_probabilities(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    return (student_NV / temperature).log_softmax(-1), (teacher_NV / temperature).log_softmax(-1)
+    if temperature != 1:  # A division by 1 is a pass over N·V numbers all the same, forward and backward.
+        student_NV, teacher_NV = student_NV / temperature, teacher_NV / temperature
+    return student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
 
 
 def _kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:

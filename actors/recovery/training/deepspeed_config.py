@@ -197,7 +197,8 @@ def settings_fingerprint(spec: RecoverySpec) -> str:
     )
     settings = to_json(same)
     # Absent when checkpoints were written from which training may still resume.
-    del settings["data"]["fingerprint"], settings["data"]["template"]
+    del settings["data"]["fingerprint"], settings["data"]["template"], settings["data"]["max_bad_rows"]
+    del settings["attention_implementation"]
     for name in TEACHER_CACHE:
         if name != "teacher_top_k" or spec.teacher_cache != "topk":
             del settings[name]
@@ -264,6 +265,11 @@ def _check_zero(spec: RecoverySpec, user: dict[str, Any]) -> None:
         raise RequestError(
             "DeepSpeed field 'zero_optimization.stage' is 3, but 4-bit weights (recovery.adapter.kind: "
             "qlora) cannot be sharded; use stage 2, or adapters of kind lora"
+        )
+    if stage == 3 and spec.adapter.dora:
+        raise RequestError(
+            "DeepSpeed field 'zero_optimization.stage' is 3, but recovery.adapter.dora needs whole weights for "
+            "the length of their rows; use stage 2, or leave dora out"
         )
     for name in ("offload_optimizer", "offload_param"):
         device = _section(zero, name).get("device", "none")

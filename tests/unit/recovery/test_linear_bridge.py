@@ -153,4 +153,5 @@ def test_recovery_by_bridge_then_by_distillation(tmp_path: Path) -> None:
 
     started = recover_locally(replace(spec, model=bridged), str(tmp_path / "kd"), tmp_path)
     plain = recover_locally(spec, str(tmp_path / "plain"), tmp_path)
-    assert started.steps[0].loss < plain.steps[0].loss
+    # The block that took the bridge in is further from its own layer of the teacher, as it is meant to be.
+    assert dict(started.steps[0].terms)["logits"] < dict(plain.steps[0].terms)["logits"]

@@ -171,6 +171,10 @@ def _bad_requests() -> Iterator[tuple[dict[str, object], str]]:
         "offload_param.*stage 3",
     )
     yield {"deepspeed": _NVME}, "offload_optimizer.*nvme"
+    yield (
+        {"adapter": AdapterSpec(dora=True), "deepspeed": '{"zero_optimization": {"stage": 3}}'},
+        "stage' is 3.*adapter.dora",
+    )
     yield {"precision": "float8"}, "float8"
     yield (
         {"sequence_length": 4000, "max_tokens": 10**6},
