@@ -19,11 +19,9 @@ the distance of full logits. The next ways start from it and add one thing each:
 and these add one or more things to `ours`:
 
     ckpt          gradient checkpointing of the student's blocks
-    compile       torch.compile of each block, for the student's and the teacher's pass
     cut           adapters from 3 blocks below the cut on; the blocks before run once for both
     cached        a student alone, the teacher's last state from a file; for `kl` alone
     cut+cached    both, and what enters the first trained block from the file, too
-    cut+cached+compile
 
 Speeds are taken in one process, the ways in turn in every round, and compared by the medians. A trajectory
 is all iterations with the same number of tokens each: its rate is the harmonic mean over `--iterations`, for
@@ -105,7 +103,7 @@ def seconds_of_steps(
             loss(ids_BT).backward()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            # The first round warms up, and compiles.
+            # The first round warms up.
             seconds[way] += [time.perf_counter() - started] if step else []
     return {way: statistics.median(taken) for way, taken in seconds.items()}
 

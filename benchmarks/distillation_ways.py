@@ -33,7 +33,7 @@ OBJECTIVES = {
     "kl": LossSpec(0.0, 0.0, 1.0, "forward_kl"),
 }
 ADDING = ("plain", "shared", "lockstep", "gram", "fused", "ours")
-WAYS = (*ADDING, "ckpt", "compile", "cut", "cached", "cut+cached", "cut+cached+compile")
+WAYS = (*ADDING, "ckpt", "cut", "cached", "cut+cached")
 
 Loss = Callable[[Tensor], Tensor]
 """From token ids [B, T] to the loss."""
@@ -185,8 +185,6 @@ def lockstep(case: Case, way: str) -> Loss:
     """The module of recovery, without what `way` does not have yet, or with more."""
     pair, _ = adapted_source(case, way)
     parts = way.split("+")
-    if "compile" in parts:
-        compile_blocks(pair.student)
     with ExitStack() as without:
         if way in ("lockstep", "gram"):
             without.enter_context(replaced(student_module, "use_fused_forward", lambda _layers: None))
@@ -210,8 +208,6 @@ def from_cache(case: Case, way: str, directory: Path) -> Loss:
     student = pruned_student(case, spec.first_trainable)
     layers = tuple(range(len(find_layers(student).modules)))
     adapted = lora.new_adapter(student, spec, layers)
-    if "compile" in way.split("+"):
-        compile_blocks(student)
     pair = TeacherStudent(student, layers, None, None, adapted)
     distiller = LockstepDistiller(pair, case.loss).train()
 
@@ -245,12 +241,6 @@ def fill_cache(case: Case, ids_BT: Tensor, directory: Path) -> float:
     on_disk = {name: state.to(CACHE_DTYPE).cpu().contiguous() for name, state in stored.items()}
     save_file(on_disk, directory / "states.safetensors")
     return time.perf_counter() - started
-
-
-def compile_blocks(model: PreTrainedModel) -> None:
-    """Compile each block by itself, as it is called with adapters on and off."""
-    for block in find_layers(model).modules:
-        block.compile(dynamic=False)
 
 
 def factors_kept(layer: nn.Module, names: list[str]) -> fused_lora._Frozen:
