@@ -8,6 +8,8 @@ import os
 import sys
 import traceback
 import warnings
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -18,6 +20,7 @@ from orchestrator.cli.error_boundary import BoundedGroup, close_output
 from orchestrator.cli.evaluate import evaluate
 from orchestrator.cli.examples import epilog
 from orchestrator.cli.export import export
+from orchestrator.cli.listing import ls
 from orchestrator.cli.logs import logs
 from orchestrator.cli.output import err
 from orchestrator.cli.plan import plan
@@ -44,6 +47,7 @@ COMMANDS = (
     evaluate,
     export,
     sweep,
+    ls,
     init,
     doctor,
     schema,
@@ -51,17 +55,36 @@ COMMANDS = (
 """In the order of the help."""
 
 app = typer.Typer(
-    help="Make language models smaller: remove whole layers, heal each removal, repeat. On Ray.",
     epilog="Errors are one message; with --debug anywhere on the line, the traceback too.",
     no_args_is_help=True,
     cls=BoundedGroup,
     pretty_exceptions_enable=False,
     add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in COMMANDS:
     name = command.__name__.rstrip("_")
     app.command(name, epilog=epilog(name))(command)
 app.add_typer(cache, name="cache")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        packages = ("iterabre", "torch", "transformers", "peft", "deepspeed", "ray", "lm_eval")
+        typer.echo("\n".join(f"{package} {version(package)}" for package in packages))
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the versions that run, and exit."
+        ),
+    ] = False,
+) -> None:
+    """Make language models smaller: remove whole layers, heal each removal, repeat. On Ray."""
 
 
 def quiet_libraries() -> None:

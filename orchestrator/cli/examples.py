@@ -25,7 +25,7 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("run, or go on with what is there", "iterabre campaign configs/demo.yaml --resume"),
         ("without Ray, in this process", "iterabre campaign c.yaml --set execution.backend=local"),
         ("on the cluster that runs here", "iterabre campaign campaign.yaml --resume --address auto"),
-        ("leave the file as it is, change a field", "iterabre campaign c.yaml --set seeds.0=1"),
+        ("leave the file as it is, change a field", "iterabre campaign c.yaml --set targets.0.layers=24"),
     ),
     "status": (
         ("what runs and waits, and numbers so far", "iterabre status runs/smollm2-demo"),
@@ -96,6 +96,10 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
             "what nobody used for a month goes, and more above 2 TB",
             "iterabre cache prune /nfs/cache --unused-days 30 --keep-gb 2000",
         ),
+    ),
+    "ls": (
+        ("what may decide which layers go", "iterabre ls criteria"),
+        ("whether lm-eval has a task", "iterabre ls tasks --search winogrande"),
     ),
     "init": (
         ("asks", "iterabre init"),

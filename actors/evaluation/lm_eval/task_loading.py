@@ -126,3 +126,8 @@ def _task_index(include_path: str | None, include_defaults: bool) -> TaskManager
     paths = [str(TASKS), *([include_path] if include_path else [])]
     with quiet():
         return TaskManager(include_path=paths, include_defaults=include_defaults)
+
+
+def task_names(include_path: str | None = None) -> list[str]:
+    """Return the names of all tasks and groups, ascending: lm-eval's, ours and those of a folder."""
+    return sorted(_task_index(include_path, True).all_tasks)

@@ -1,0 +1,103 @@
+"""`iterabre ls`: the names that a campaign file may hold, each with where it comes from."""
+
+from collections.abc import Callable, Iterable
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.options import Json
+from orchestrator.cli.output import print_json, print_table
+from orchestrator.errors import unknown_name
+
+Rows = list[dict[str, str]]
+
+
+def criteria() -> Rows:
+    """What decides which layers go: `scoring.criterion`."""
+    from actors.scoring import CRITERIA
+
+    rows = [
+        {"criterion": name, "removes": _which(c.highest_first), "source": c.source}
+        for name, c in CRITERIA.items()
+    ]
+    return rows + _registered("criterion", "criterion")
+
+
+def objectives() -> Rows:
+    """What a recovery trains for: `recovery.objective`."""
+    from actors.recovery import OBJECTIVES
+
+    rows = [
+        {"objective": name, "trains on": row.trains_on, "source": row.paper}
+        for name, row in OBJECTIVES.items()
+    ]
+    return rows + _registered("recovery objective", "objective")
+
+
+def probes() -> Rows:
+    """Measurements beside lm-eval's tasks: `evaluation.probes`."""
+    from actors.evaluation import PROBES
+
+    rows = [
+        {"probe": name, "measures": ", ".join(row.gives), "source": row.paper} for name, row in PROBES.items()
+    ]
+    return rows + _registered("probe", "probe")
+
+
+def suites() -> Rows:
+    """Tasks that a paper reports together: `evaluation.suites`."""
+    from actors.evaluation import SUITES
+
+    return [
+        {"suite": name, "tasks": " ".join(row.members), "source": row.paper} for name, row in SUITES.items()
+    ]
+
+
+def tasks() -> Rows:
+    """Tasks and groups of the installed lm-eval: `evaluation.tasks`."""
+    from actors.evaluation import task_names
+
+    return [{"task": name} for name in task_names()]
+
+
+KINDS: dict[str, Callable[[], Rows]] = {
+    "criteria": criteria,
+    "objectives": objectives,
+    "suites": suites,
+    "tasks": tasks,
+    "probes": probes,
+}
+
+
+def ls(
+    kind: Annotated[str, typer.Argument(help="criteria, objectives, suites, tasks or probes.")],
+    search: Annotated[str | None, typer.Option(help="Only lines with this in them.")] = None,
+    json: Json = False,
+) -> None:
+    """List what there is to choose from, and the paper that each comes from."""
+    if kind not in KINDS:
+        raise unknown_name("list", kind, KINDS)
+    rows = [
+        row for row in KINDS[kind]() if search is None or search.lower() in " ".join(row.values()).lower()
+    ]
+    if json:
+        print_json(rows)
+    elif kind == "tasks":
+        typer.echo("\n".join(row["task"] for row in rows))
+    elif rows:
+        print_table(
+            {name: [row.get(name, "") for row in rows] for name in rows[0]},
+            (KINDS[kind].__doc__ or "").strip(),
+        )
+
+
+def _which(highest_first: bool) -> str:
+    return "the highest" if highest_first else "the lowest"
+
+
+def _registered(kind: str, column: str) -> Rows:
+    """Return the rows of other installed packages."""
+    from actors.plugins import registered
+
+    names: Iterable[str] = sorted(registered(kind).names)
+    return [{column: name, "source": "another package"} for name in names]
