@@ -101,6 +101,27 @@ def batch_for(max_tokens: int, workers: int) -> tuple[int, int]:
     return share * workers, micro
 
 
+def layer_shares(text: str) -> tuple[float, ...]:
+    """Read `0.1,0.25` or `10%, 25%`.
+
+    Raises:
+        RequestError: one of them is no share of the layers between 0 and 1.
+    """
+    shares = []
+    for part in map(str.strip, text.split(",")):
+        try:
+            share = float(part.removesuffix("%")) / (100 if part.endswith("%") else 1)
+        except ValueError:
+            share = 0.0
+        if not 0 < share < 1:
+            raise RequestError(
+                f"{part!r} is no share of the layers to remove: give numbers between 0 and 1, as in "
+                "--fractions 0.1,0.25"
+            )
+        shares.append(share)
+    return tuple(shares)
+
+
 def short_name(model: str) -> str:
     """Shorten `meta-llama/Llama-3.2-1B` to `llama-3.2-1b`, fit for results and paths."""
     last = Path(model.rstrip("/")).name.lower().removesuffix(".gguf")

@@ -30,25 +30,24 @@ def init(
     name: Annotated[
         str | None, typer.Option(help="What paths call campaign and model; made from --model if absent.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
 ) -> None:
     """Write a commented campaign file; prompts for what no option says, in a terminal."""
     from actors.data import BUILTIN_TEXTS
-    from orchestrator.cli.config_template import Answers, campaign_file
+    from orchestrator.cli.config_template import Answers, campaign_file, layer_shares
 
-    if output.exists():
-        raise RequestError(f"{str(output)!r} is there already; choose another name")
+    if output.exists() and not force:
+        raise RequestError(f"{str(output)!r} is there already; choose another name, or give --force")
     asked = sys.stdin.isatty()
     if model is None and not asked:
         raise RequestError("--model says which model to compress; e.g. --model meta-llama/Llama-3.2-1B")
     model = model or typer.prompt("Model (hub id, directory or GGUF file)")
-    if fractions is None:
-        fractions = typer.prompt("Shares of the layers to remove", "0.1,0.25") if asked else "0.1,0.25"
+    if fractions is None and asked:
+        shares = typer.prompt("Shares of the layers to remove", "0.1,0.25", value_proc=_asked_shares)
+    else:
+        shares = layer_shares(fractions or "0.1,0.25")
     if gpus is None:
-        gpus = typer.prompt("GPUs to use, 0 for CPUs", 1, type=int) if asked else 1
-    try:
-        shares = tuple(float(part) for part in str(fractions).split(","))
-    except ValueError as error:
-        raise RequestError(f"--fractions {fractions!r}: write shares of the layers as 0.1,0.25") from error
+        gpus = typer.prompt("GPUs to use, 0 for CPUs", 1, value_proc=_asked_gpus) if asked else 1
     answers = Answers(
         model=str(model),
         fractions=shares,
@@ -61,6 +60,22 @@ def init(
     )
     output.write_text(campaign_file(answers, str(output)), encoding="utf-8")
     out.print(f"{output} written. Next: iterabre plan {output}", soft_wrap=True)
+
+
+def _asked_shares(answer: str) -> tuple[float, ...]:
+    """Read an answer; what is no share is said, and asked again."""
+    from orchestrator.cli.config_template import layer_shares
+
+    try:
+        return layer_shares(answer)
+    except RequestError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _asked_gpus(answer: str) -> int:
+    if not str(answer).isdecimal():
+        raise typer.BadParameter(f"{answer!r} is no number of GPUs")
+    return int(answer)
 
 
 def doctor(

@@ -1,7 +1,11 @@
 """`iterabre init`, `doctor` and `schema`."""
 
 import json
+import os
+import pty
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,8 +88,9 @@ def test_the_batch_is_the_papers_where_it_fits() -> None:
     [
         (["--model", "m", "--gpus", "8", "--max-tokens", "4000"], "give 4096 or more"),
         ([], "--model says which model"),
-        (["--model", "m", "--fractions", "a"], "--fractions 'a'"),
-        (["--model", "m", "--fractions", "1.5"], "targets.0.fraction"),
+        (["--model", "m", "--fractions", "0.1,a"], "'a' is no share"),
+        (["--model", "m", "--fractions", "1.5"], "'1.5' is no share"),
+        (["--model", "m", "--fractions", "nan"], "'nan' is no share"),
     ],
 )
 def test_init_refuses_and_writes_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -98,8 +103,31 @@ def test_init_refuses_and_writes_nothing(tmp_path: Path, arguments: list[str], m
 def test_init_never_overwrites(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("mine")
-    assert iterabre("init", file, "--model", "m").exit_code == 2
+    answer = iterabre("init", file, "--model", "m")
+    assert answer.exit_code == 2
+    assert "--force" in answer.err
     assert file.read_text() == "mine"
+    assert iterabre("init", file, "--model", "m", "--force").exit_code == 0
+    assert load_config(file).name == "m"
+
+
+def test_init_asks_again_for_an_answer_that_is_none(tmp_path: Path) -> None:
+    """In a terminal; the answers before it are kept."""
+    file = tmp_path / "c.yaml"
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "orchestrator.cli", "init", str(file)]
+    with subprocess.Popen(
+        command, stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        os.write(master, b"O/M\nbanana\n10%, 0.25\n-1\n2\n")
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert b"'banana' is no share" in said
+    assert b"'-1' is no number of GPUs" in said
+    config = load_config(file)
+    assert config.models[0].path == "O/M"
+    assert [target.fraction for target in config.targets] == [0.1, 0.25]
+    assert config.execution.training.workers == 2
 
 
 @pytest.mark.parametrize(
