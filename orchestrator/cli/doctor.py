@@ -100,9 +100,12 @@ def check_disk(place: Place) -> Iterator[Finding]:
     from orchestrator.storage.stage_store import Store
 
     try:
-        Store(place.storage).check_writable()
+        Store(place.storage).check_writable(limit_s=ANSWER_TIMEOUT_S)
     except RequestError as error:
-        yield Finding("storage", "fail", str(error), "check the credentials and the bucket's name")
+        remedy = (
+            "check credentials, network and the bucket's name; AWS_ENDPOINT_URL names a store of your own"
+        )
+        yield Finding("storage", "fail", str(error), remedy)
     else:
         yield Finding("storage", "ok", f"{place.storage} can be written")
 

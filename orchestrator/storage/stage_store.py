@@ -179,20 +179,23 @@ class Store(RunLayout):
         except WorkError as error:
             log.warning("checkpoints of a finished recovery remain in %s: %s", uri, error)
 
-    def check_writable(self, needed_bytes: int = 0) -> None:
+    def check_writable(self, needed_bytes: int = 0, limit_s: float = FIRST_LOOK_S) -> None:
         """Write and delete a small file; on a local disk, also check the free space.
+
+        Args:
+            limit_s: for how long storage that is away is tried again.
 
         Raises:
             RequestError: the storage path, or that of the cache, cannot be written or is too small.
         """
         if self.cache is not None:
-            _write_probe(self.cache.uri, "storage.cache")
+            _write_probe(self.cache.uri, "storage.cache", limit_s)
         local = local_path(self.uri)
         if local is None:
-            _write_probe(self.uri, "storage path")
+            _write_probe(self.uri, "storage path", limit_s)
             return
         with without_empty_directories(local):
-            _write_probe(self.uri, "storage path")
+            _write_probe(self.uri, "storage path", limit_s)
             free_bytes = shutil.disk_usage(local).free
         if free_bytes < needed_bytes:
             raise RequestError(
@@ -268,10 +271,10 @@ def quarantine_stage(layout: RunLayout, kind: str, key: str, reason: str) -> Non
     log.warning("stage %s %s is damaged (%s); quarantined in %s and run again", kind, key, reason, target)
 
 
-def _write_probe(uri: str, what: str) -> None:
+def _write_probe(uri: str, what: str, limit_s: float) -> None:
     probe = join(uri, f".probe-{os.urandom(4).hex()}.tmp")
     try:
-        write_bytes(probe, b"probe", limit_s=FIRST_LOOK_S)
-        delete_file(probe, limit_s=FIRST_LOOK_S)
+        write_bytes(probe, b"probe", limit_s=limit_s)
+        delete_file(probe, limit_s=limit_s)
     except (OSError, WorkError) as error:
         raise RequestError(f"{what} {uri} cannot be written: {error}") from error

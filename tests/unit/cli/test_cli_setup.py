@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from orchestrator.cli import doctor
 from orchestrator.cli.config_template import batch_for, short_name
 from orchestrator.config import CampaignConfig, load_config
 from tests.unit.cli.command import iterabre
@@ -136,6 +137,19 @@ def test_init_asks_again_for_an_answer_that_is_none(tmp_path: Path) -> None:
 )
 def test_models_get_names_fit_for_paths(model: str, name: str) -> None:
     assert short_name(model) == name
+
+
+def test_doctor_says_of_storage_that_is_away_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    monkeypatch.setattr(doctor, "ANSWER_TIMEOUT_S", 1)
+    answer = iterabre("doctor", "--json", "--storage", "s3://bucket/runs")
+    assert answer.exit_code == 1
+    (storage,) = [each for each in json.loads(answer.out) if each["name"] == "storage"]
+    assert storage["state"] == "fail"
+    assert "s3://bucket/runs" in storage["found"]
+    assert "AWS_ENDPOINT_URL" in storage["remedy"]
 
 
 def test_the_schema_knows_every_section_and_field() -> None:
