@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.reporting.data.measured import PRUNED, RECOVERED, Number
+from orchestrator.reporting.data.measured import NOT_A_SCORE, PRUNED, RECOVERED, Number
 
 Line = dict[str, Any]
 
@@ -170,6 +170,8 @@ def _enter(line: Line, row: Mapping[str, Any]) -> None:
         line["layers"] = int(value)
     elif stage == "evaluate" and metric == "parameters":
         line["parameters"] = int(value)
+    elif metric in NOT_A_SCORE:
+        return
     elif stage == "evaluate" and row["phase"] == PRUNED:
         line[before(metric)] = number
     elif stage == "evaluate":

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from orchestrator.reporting.tables.tables import (
@@ -63,6 +65,15 @@ def test_what_was_measured_before_recovery_never_stands_for_the_recovered_model(
     assert line["phase"] == "recovered"
     assert {name: line[name] for name in measured} == {name: value / 2 for name, value in measured.items()}
     assert {name: line[before(name)] for name in measured} == measured
+
+
+def test_waiting_for_room_is_no_metric(tmp_path: Path) -> None:
+    ledger = sample_ledger(str(tmp_path))
+    (row, *_) = ledger.filter(pc.field("metric") == "seconds").to_pylist()
+    waited = pa.Table.from_pylist([{**row, "metric": "waited_s", "stage": "evaluate"}], schema=ledger.schema)
+    assert metric_columns(iteration_table(pa.concat_tables([ledger, waited]))) == metric_columns(
+        iteration_table(ledger)
+    )
 
 
 def test_empty_ledger_gives_empty_tables() -> None:
