@@ -1,6 +1,6 @@
 """`iterabre ls`: the names that a campaign file may hold, each with where it comes from."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -17,7 +17,11 @@ def criteria() -> Rows:
     from actors.scoring import CRITERIA
 
     rows = [
-        {"criterion": name, "removes": _which(c.highest_first), "source": c.source}
+        {
+            "criterion": name,
+            "removes": "the highest" if c.highest_first else "the lowest",
+            "source": c.source,
+        }
         for name, c in CRITERIA.items()
     ]
     return rows + _registered("criterion", "criterion")
@@ -91,13 +95,8 @@ def ls(
         )
 
 
-def _which(highest_first: bool) -> str:
-    return "the highest" if highest_first else "the lowest"
-
-
 def _registered(kind: str, column: str) -> Rows:
     """Return the rows of other installed packages."""
     from actors.plugins import registered
 
-    names: Iterable[str] = sorted(registered(kind).names)
-    return [{column: name, "source": "another package"} for name in names]
+    return [{column: name, "source": "another package"} for name in sorted(registered(kind).names)]

@@ -128,6 +128,6 @@ def _task_index(include_path: str | None, include_defaults: bool) -> TaskManager
         return TaskManager(include_path=paths, include_defaults=include_defaults)
 
 
-def task_names(include_path: str | None = None) -> list[str]:
-    """Return the names of all tasks and groups, ascending: lm-eval's, ours and those of a folder."""
-    return sorted(_task_index(include_path, True).all_tasks)
+def task_names() -> list[str]:
+    """Return the names of all tasks and groups of the installed lm-eval and of this project, ascending."""
+    return sorted(_task_index(None, True).all_tasks)
