@@ -151,7 +151,9 @@ def test_a_streamed_model_has_the_same_scores(spec: ScoreSpec, adapter: Artifact
         assert _in_shards(streamed, 2).scores == pytest.approx(want.scores, abs=1e-6)
 
 
-@pytest.mark.parametrize("option", [{"stream_weights": True}, {"confidence": 0.9}])
+@pytest.mark.parametrize(
+    "option", [{"stream_weights": True}, {"eliminate": True}, {"screen_dtype": "bfloat16"}]
+)
 def test_options_that_a_criterion_cannot_take_are_refused(spec: ScoreSpec, option: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=f"{min(option)} does not go with criterion 'block_influence'"):
         Scorer(replace(spec, criterion="block_influence", **option))
@@ -168,12 +170,12 @@ def long_spec(tmp_path_factory: pytest.TempPathFactory, spec: ScoreSpec) -> Scor
 
 
 def test_giving_up_candidates_saves_work_and_not_the_winner(long_spec: ScoreSpec) -> None:
-    whole, eliminated = score_locally(long_spec), score_locally(replace(long_spec, confidence=0.99))
+    whole, eliminated = score_locally(long_spec), score_locally(replace(long_spec, eliminate=True))
     assert eliminated.removal_order[0] == whole.removal_order[0]
     assert sorted(eliminated.removal_order) == sorted(whole.removal_order)
     assert whole.layer_forwards_saved == 0 < eliminated.layer_forwards_saved
     assert eliminated.layer_forwards + eliminated.layer_forwards_saved == whole.layer_forwards
-    shared = _in_shards(replace(long_spec, confidence=0.99), 4)
+    shared = _in_shards(replace(long_spec, eliminate=True), 4)
     assert shared.scores == pytest.approx(eliminated.scores, abs=1e-6)
     assert shared.layer_forwards_saved == eliminated.layer_forwards_saved
 
