@@ -47,6 +47,7 @@ from actors.contracts.recovery import (
 )
 from actors.contracts.scoring import (
     MERGING_CRITERIA,
+    SCORE_METRICS,
     MergeSpec,
     Removal,
     ScoreKind,
@@ -62,6 +63,7 @@ from actors.contracts.teaching import LOG_PROBABILITIES_DTYPE, TeachResult, Teac
 __all__ = [
     "CLOSED_FORM_OBJECTIVES",
     "MERGING_CRITERIA",
+    "SCORE_METRICS",
     "ActorPoolSpec",
     "AdapterSpec",
     "BelowCut",

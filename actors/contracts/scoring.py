@@ -1,5 +1,6 @@
 """Requests and results of scoring."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -10,8 +11,16 @@ from actors.contracts.data import TextSettings, TextSpec
 from actors.contracts.models import BLOCK, Merge, ModelRef
 from actors.contracts.settings import AddedLater, Checked, Doc, InKeyAs, NotInKey, Settings
 
-ScoreKind = Literal["exact", "bound", "screened"]
-"""What is known of a score: its value, what it can be at best, or its value in the screening dtype."""
+ScoreKind = Literal["exact", "bound", "screened", "screened_bound"]
+"""What a score is: its value, or what it is at best; the same as seen in the screening dtype."""
+
+SCORE_METRICS: Mapping[ScoreKind, str] = {
+    "exact": "score",
+    "bound": "score_bound",
+    "screened": "score_screened",
+    "screened_bound": "score_screened_bound",
+}
+"""What the ledger calls a layer's score, by what it is."""
 
 
 def _no_confidence(value: object) -> object:
@@ -136,7 +145,7 @@ class ScoreResult:
     `layer_forwards` counts how often a sequence passed a block;
     `layer_forwards_saved` how much more often it would have, had no candidate
     been given up early. `kinds[i]` says what `scores[i]` is; where it is empty
-    all are exact.
+    all are exact. The first of the order of removal, as many as will go, always are.
     """
 
     source_layers: tuple[int, ...]
@@ -148,6 +157,12 @@ class ScoreResult:
     merges: tuple[Merge, ...] = ()
     layer_forwards_saved: int = 0
     kinds: tuple[ScoreKind, ...] = ()
+
+    @property
+    def kind_of_each(self) -> tuple[ScoreKind, ...]:
+        """What each of `scores` is."""
+        exact: ScoreKind = "exact"
+        return self.kinds or (exact,) * len(self.scores)
 
 
 @dataclass(frozen=True)
