@@ -50,7 +50,7 @@ layers that go are those that scoring all on all sequences would choose, ties an
 goes with {bounded}, whose scores are means over sequences (or grow with one) of something that has a best
 value: a cosine is at most 1, a next-token loss and a divergence are at least 0.
 
-1. All layers are scored on a first portion of the sequences, a sixteenth (with `stream_weights` a quarter).
+1. All layers are scored on a first portion of the sequences, a tenth.
 2. Those in the lead, as many as will go, are scored on all sequences. The worst of their scores is the
    threshold.
 3. Of every other layer the bound is the score that it would have if all sequences that it was not scored on
@@ -67,7 +67,8 @@ The scored model's own stream of a sequence is kept at every layer while other l
 scored on the sequence, in at most a quarter of the memory budget; they begin at their own layer. What does
 not fit is computed again. A pool of actors works round by round: each portion is divided by sequences and,
 where it has fewer of these than there are actors, by layers. An actor that gets a sequence that another had
-before computes its stream again. With `stream_weights` every shard of a round reads the files.
+before computes its stream again. With `stream_weights` every round reads the files: eliminate then if scoring
+all takes many waves, too.
 
 Every score says what it is: in the ledger `score` is exact and `score_bound` the bound of a layer that was
 given up; `iterabre score --eliminate` writes ≤ or ≥ before bounds. Where a family's config cannot be

@@ -13,11 +13,11 @@ Scores here are such that the higher goes first. Shape letters: C candidates.
 import torch
 from torch import Tensor
 
-ROUNDS = 16
-"""Portions of the sequences after which bounds are looked at again."""
+ROUNDS = 10
+"""Portions of the sequences after which bounds are looked at again.
 
-ROUNDS_STREAMED = 4
-"""Likewise where each portion reads the weights from their files."""
+Not a matter of how many actors there are or where the weights are: the bounds are results, too.
+"""
 
 
 def contenders(best_C: Tensor, finished_C: Tensor, num_winners: int, slack: float) -> list[int]:

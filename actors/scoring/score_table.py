@@ -13,7 +13,7 @@ from torch import Tensor
 from actors.contracts import ScoreKind, ScoreResult
 from actors.models import BLOCK
 from actors.scoring.criteria import TIE_TOLERANCE, removal_order
-from actors.scoring.elimination import ROUNDS, ROUNDS_STREAMED, contenders, leaders
+from actors.scoring.elimination import ROUNDS, contenders, leaders
 
 if TYPE_CHECKING:
     from actors.scoring.score import Scorer, Shard, ShardScores
@@ -46,6 +46,7 @@ class ScoreTable:
         self._weights_S = torch.ones(1, dtype=torch.float64)
         if scorer.sequences:
             self._weights_S = scorer.criterion.weights(self._lengths)
+        self._portion = -(-self.num_sequences // ROUNDS)
         self.layer_forwards = 0
 
     def add(self, shard: "Shard", scores: "ShardScores") -> None:
@@ -98,8 +99,7 @@ class ScoreTable:
                 layers = tuple(sorted(candidates[c] for c in ahead))
                 return Cells(self._order(layers), layers, True)
         layers = tuple(candidates[c] for c in open_)
-        rounds = ROUNDS_STREAMED if self.scorer.spec.stream_weights else ROUNDS
-        portion = -(-self.num_sequences // rounds) if len(alive) > num_winners else self.num_sequences
+        portion = self._portion if len(alive) > num_winners else self.num_sequences
         return Cells(self._order(layers)[:portion], layers, again)
 
     @property
@@ -124,12 +124,11 @@ class ScoreTable:
         The cost is a sequence's tokens by its weight. Of like sequences each portion has some from all over
         the text, as neighbours are alike.
         """
-        rounds = ROUNDS_STREAMED if self.scorer.spec.stream_weights else ROUNDS
         cost = [
             length / weight if weight else float("inf")
             for length, weight in zip(self._lengths, self._weights_S.tolist(), strict=False)
         ] or [0.0]
-        apart = -(-self.num_sequences // -(-self.num_sequences // rounds))
+        apart = -(-self.num_sequences // self._portion)
         unseen = torch.nonzero(~self.known_SN[:, list(layers)].all(1)).flatten().tolist()
         return tuple(sorted(unseen, key=lambda s: (cost[s], s % apart, s)))
 
