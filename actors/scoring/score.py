@@ -240,7 +240,7 @@ class Scorer:
         reference = self._reference
         if shard.screened and reference.load is None:
             # What is kept was computed in float32, and so is what comes to it.
-            reference = reference.given_by(lambda: self._model)
+            reference = reference.given_by(lambda: self._model, self._kept(self._model, screened=False))
         kept, budget = self._kept(model, shard.screened), self._budget(model)
         calibration = Calibration(
             sequences,

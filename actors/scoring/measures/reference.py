@@ -25,6 +25,7 @@ from actors.errors import RequestError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from actors.scoring.measures.kept_streams import KeptStreams
     from actors.scoring.measures.wavefront import ForwardCounter
 
 log = logging.getLogger(__name__)
@@ -43,20 +44,22 @@ class Reference:
         kept_as: names the model, and what else its states depend on, for those that this node keeps;
             None keeps them in this process alone.
         states: what is known in this process, by the hash of the token ids.
+        kept: where the model's streams stay on the way to its last states, if it is scored, too.
     """
 
     load: "Callable[[], PreTrainedModel] | None" = None
     kept_as: str | None = None
     states: dict[str, Tensor] = field(default_factory=dict)
+    kept: "KeptStreams | None" = None
 
     @cached_property
     def model(self) -> "PreTrainedModel | None":
         """The model, or None if it is the scored one; loaded when first asked for."""
         return None if self.load is None else self.load()
 
-    def given_by(self, load: "Callable[[], PreTrainedModel]") -> "Reference":
+    def given_by(self, load: "Callable[[], PreTrainedModel]", kept: "KeptStreams | None") -> "Reference":
         """Return the same states, of a model that is given in another way."""
-        return replace(self, load=load)
+        return replace(self, load=load, kept=kept)
 
     def find(self, sequences: Sequence[Tensor]) -> list[Tensor] | None:
         """Return the states of all sequences, [T, D] each, or None if one is not known."""
@@ -89,7 +92,7 @@ class Reference:
         if missing and self.model is None:
             return None
         if missing and self.model is not None:
-            computed = last_hiddens(self.model, missing, budget=budget, counter=counter)
+            computed = last_hiddens(self.model, missing, budget=budget, counter=counter, kept=self.kept)
             for ids_T, hidden_TD in zip(missing, computed, strict=True):
                 self.keep(ids_T, hidden_TD)
         return self.find(sequences)

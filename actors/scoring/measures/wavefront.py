@@ -202,12 +202,13 @@ def last_hiddens(
     *,
     budget: int | None = None,
     counter: ForwardCounter | None = None,
+    kept: KeptStreams | None = None,
 ) -> list[Tensor]:
     """Return each sequence's last hidden state [T, D] after the final norm; the LM head is not run."""
     counter = counter or ForwardCounter()
     found: dict[int, Tensor] = {}
     for wave in waves(model, sequences, (), budget):
-        for states in wavefront(model, sequences, wave, keep_unpruned=True, counter=counter):
+        for states in wavefront(model, sequences, wave, keep_unpruned=True, counter=counter, kept=kept):
             found.update(zip(states.positions, states.last_hidden()[0], strict=True))
     return [found[position] for position in range(len(sequences))]
 

@@ -178,6 +178,15 @@ def test_shares_of_a_pool_change_no_choice(count: int, at_least: int) -> None:
         assert shared.scores == pytest.approx(alone.scores, rel=1e-2)
 
 
+def test_the_reference_in_float32_is_passed_once() -> None:
+    """Screening takes it through the model that then confirms from what it left at each layer."""
+    scorer = _scorer(0, "hidden_cosine", 1, screen_dtype="bfloat16")
+    result = _run(scorer)
+    confirmed = [i for i, kind in enumerate(result.kind_of_each) if kind == "exact"]
+    screening = 20 * (6 * 7 // 2 - 1)
+    assert result.layer_forwards == screening + 20 * (6 + sum(5 - i for i in confirmed))
+
+
 def test_no_cell_and_no_unpruned_layer_is_passed_twice() -> None:
     """What is not passed is what the unknown cells would have cost."""
     exhaustive, bounded = (_run(_scorer(0, "hidden_cosine", 1, eliminate=on)) for on in (False, True))
