@@ -129,9 +129,9 @@ def run_way(way: str, source: PreTrainedModel, sequences: list[Tensor], iteratio
     """Prune so many layers of a copy of `source`, one at a time, scored in that way."""
     model, run = copy.deepcopy(source), Run()
     left = list(range(len(find_layers(model).modules)))
-    kept = Reference(lambda: source)
+    states: dict[str, Tensor] = {}
     parts = way.split("+")
-    for _ in range(iterations):
+    for iteration in range(iterations):
         counted = counting_forwards(model) if way in LOOPS else None
         started, cpu_started = time.perf_counter(), time.process_time()
         if counted is not None:
@@ -146,7 +146,9 @@ def run_way(way: str, source: PreTrainedModel, sequences: list[Tensor], iteratio
                 eliminate="1" in parts,
                 screen_dtype="bfloat16" if "2" in parts else None,
             )
-            reference = kept if "3" in parts else Reference(lambda: source)
+            # The first model is its own reference, as in a campaign.
+            load = (lambda: source) if iteration else None
+            reference = Reference(load, states=states if "3" in parts else {})
             result = InMemory(spec, model, sequences, reference).result()
             scored = zip(result.source_layers, result.scores, result.kind_of_each, strict=True)
             exact = {layer: score for layer, score, kind in scored if kind == "exact"}
