@@ -47,8 +47,10 @@ from actors.contracts.recovery import (
 )
 from actors.contracts.scoring import (
     MERGING_CRITERIA,
+    SCORE_METRICS,
     MergeSpec,
     Removal,
+    ScoreKind,
     ScoreResult,
     ScoreSpec,
     ScoringSettings,
@@ -61,6 +63,7 @@ from actors.contracts.teaching import LOG_PROBABILITIES_DTYPE, TeachResult, Teac
 __all__ = [
     "CLOSED_FORM_OBJECTIVES",
     "MERGING_CRITERIA",
+    "SCORE_METRICS",
     "ActorPoolSpec",
     "AdapterSpec",
     "BelowCut",
@@ -102,6 +105,7 @@ __all__ = [
     "RecoverySpec",
     "Removal",
     "RowCounts",
+    "ScoreKind",
     "ScoreResult",
     "ScoreSpec",
     "ScoringSettings",

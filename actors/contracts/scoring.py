@@ -1,14 +1,36 @@
 """Requests and results of scoring."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
+from annotated_types import Ge, Gt, Le, MinLen
 
 from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSettings, TextSpec
 from actors.contracts.models import BLOCK, Merge, ModelRef
-from actors.contracts.settings import AddedLater, Doc, InKeyAs, NotInKey, Settings
+from actors.contracts.settings import AddedLater, Checked, Doc, InKeyAs, NotInKey, Settings
+
+ScoreKind = Literal["exact", "bound", "screened", "screened_bound"]
+"""What a score is: its value, or what it is at best; the same as seen in the screening dtype."""
+
+SCORE_METRICS: Mapping[ScoreKind, str] = {
+    "exact": "score",
+    "bound": "score_bound",
+    "screened": "score_screened",
+    "screened_bound": "score_screened_bound",
+}
+"""What the ledger calls a layer's score, by what it is."""
+
+
+def _no_confidence(value: object) -> object:
+    """Refuse what elimination by bounds took the place of."""
+    if value is not None:
+        raise ValueError(
+            "elimination at a level of confidence is no longer there; set eliminate: true in its place, "
+            "which gives up only what is proved not to be the next to go"
+        )
+    return value
 
 
 @dataclass(frozen=True)
@@ -75,10 +97,23 @@ class ScoringSettings(Settings):
         bool, Doc("Read layers from their files one at a time, for models larger than memory."), NotInKey()
     ] = False
     confidence: Annotated[
-        float | None,
-        Gt(0.5),
-        Lt(1),
-        Doc("Give up candidates that at this level will not be the next to go."),
+        None, Checked(_no_confidence), Doc("No longer taken; `eliminate` is in its place.")
+    ] = None
+    eliminate: Annotated[
+        bool,
+        Doc(
+            "Give up a layer as soon as it is proved not to be the next to go; its score is then a bound. "
+            "For hidden_cosine, perplexity and kl; the choice is that of scoring all."
+        ),
+        AddedLater(False),
+    ] = False
+    screen_dtype: Annotated[
+        Literal["bfloat16"] | None,
+        Doc(
+            "Score in this dtype first, and in float32 only what comes near the best. A measured rule, "
+            "not a proof: docs/criteria.md."
+        ),
+        AddedLater(None),
     ] = None
 
 
@@ -109,7 +144,8 @@ class ScoreResult:
     the layers to remove go, if they are merged rather than dropped.
     `layer_forwards` counts how often a sequence passed a block;
     `layer_forwards_saved` how much more often it would have, had no candidate
-    been given up early.
+    been given up early. `kinds[i]` says what `scores[i]` is; where it is empty
+    all are exact. The first of the order of removal, as many as will go, always are.
     """
 
     source_layers: tuple[int, ...]
@@ -120,6 +156,13 @@ class ScoreResult:
     layer_forwards: int
     merges: tuple[Merge, ...] = ()
     layer_forwards_saved: int = 0
+    kinds: tuple[ScoreKind, ...] = ()
+
+    @property
+    def kind_of_each(self) -> tuple[ScoreKind, ...]:
+        """What each of `scores` is."""
+        exact: ScoreKind = "exact"
+        return self.kinds or (exact,) * len(self.scores)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,9 @@ class LayerCriterion(Criterion):
         by_candidate: scores the `candidates` of the calibration alone, any part of them by itself,
             and can pass through a model whose weights are streamed.
         weight: how much a sequence of T tokens counts in a layer's score.
-        link: from the weighted mean of a layer's rows to its score.
+        link: from the weighted mean of a layer's rows to its score; it grows with it.
+        best: the best that a sequence can say of a layer, where there is such a value: it bounds what
+            was not computed (`scoring.eliminate`).
     """
 
     measure: Measure
@@ -62,6 +64,7 @@ class LayerCriterion(Criterion):
     by_candidate: bool = False
     weight: Callable[[int], float] = lambda num_tokens: 1.0
     link: Callable[[Tensor], Tensor] = lambda mean_C: mean_C
+    best: float | None = None
 
     def weights(self, lengths: Sequence[int]) -> Tensor:
         """Return how much sequences of these lengths count. [S]"""
@@ -96,6 +99,7 @@ CRITERIA: dict[str, Criterion] = {
         uses_sequences=True,
         forwards=layer_forwards,
         by_candidate=True,
+        best=1.0,
     ),
     "perplexity": LayerCriterion(
         source="Shortened LLaMA (arXiv 2402.02834) §3.2; SLEB (arXiv 2402.09025) §3",
@@ -107,6 +111,7 @@ CRITERIA: dict[str, Criterion] = {
         by_candidate=True,
         weight=lambda num_tokens: num_tokens - 1,
         link=torch.exp,
+        best=0.0,
     ),
     "kl": LayerCriterion(
         source="EvoPress (arXiv 2410.14649), the fitness of its search",
@@ -117,6 +122,7 @@ CRITERIA: dict[str, Criterion] = {
         forwards=layer_forwards,
         by_candidate=True,
         weight=lambda num_tokens: num_tokens,
+        best=0.0,
     ),
     "block_influence": LayerCriterion(
         source="ShortGPT (arXiv 2403.03853) §2.3, Eq. 1",
@@ -241,10 +247,18 @@ def criterion_of(spec: ScoreSpec) -> Criterion:
         RequestError: it is unknown or cannot do what the spec requires.
     """
     criterion = find_criterion(spec.criterion, spec.pooling, spec.granularity)
-    for setting in ("stream_weights", "confidence"):
-        by_candidate = isinstance(criterion, LayerCriterion) and criterion.by_candidate
-        if getattr(spec, setting) and not by_candidate:
+    by_candidate = isinstance(criterion, LayerCriterion) and criterion.by_candidate
+    bounded = isinstance(criterion, LayerCriterion) and by_candidate and criterion.best is not None
+    able = {"stream_weights": by_candidate, "eliminate": bounded, "screen_dtype": by_candidate}
+    for setting, possible in able.items():
+        if getattr(spec, setting) and not possible:
             raise RequestError(f"scoring.{setting} does not go with criterion {spec.criterion!r}")
+    if spec.screen_dtype and spec.model.source.dtype != "float32":
+        raise RequestError(
+            f"scoring.screen_dtype: {spec.screen_dtype} screens for scores in float32, and "
+            f"{spec.model.source.path!r} is in {spec.model.source.dtype}; leave it out, or set the model's "
+            "dtype: float32"
+        )
     return criterion
 
 

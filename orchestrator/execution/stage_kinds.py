@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from actors.contracts import (
+    SCORE_METRICS,
     EvaluationResult,
     EvaluationSpec,
     ExportResult,
@@ -81,8 +82,8 @@ class StageRequest(Generic[ResultT]):
 
 
 def score_numbers(result: ScoreResult) -> Numbers:
-    for layer, score in zip(result.source_layers, result.scores, strict=True):
-        yield "score", score, "", {"layer": layer}
+    for layer, score, kind in zip(result.source_layers, result.scores, result.kind_of_each, strict=True):
+        yield SCORE_METRICS[kind], score, "", {"layer": layer}
     yield "layer_forwards", result.layer_forwards, "", {}
     if result.layer_forwards_saved:
         yield "layer_forwards_saved", result.layer_forwards_saved, "", {}

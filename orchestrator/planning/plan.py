@@ -128,6 +128,10 @@ class TrajectoryPlan:
     def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
         """Return the request for scoring `model`, from which so many layers are to go."""
         scoring, evaluation = self.method.scoring, self.evaluation
+        # Where the config cannot be without any layers, the best may have to stay: every score is needed.
+        by_score = self.any_layers or self.granularity != BLOCK
+        eliminate, screen_dtype = (scoring.eliminate, scoring.screen_dtype) if by_score else (False, None)
+        goes_by_portion = self.traits.chooses_run or eliminate or screen_dtype is not None
         task = scoring.task and extend(
             TaskSpec,
             scoring.task,
@@ -142,9 +146,11 @@ class TrajectoryPlan:
             model=model,
             calibration=self._found(scoring.calibration),
             task=task,
+            eliminate=eliminate,
+            screen_dtype=screen_dtype,
             # Seed and portion are left out where they do not matter, so that all share one stage.
-            seed=self.seed if self.traits.seeded or scoring.confidence else 0,
-            num_remove=layers_to_drop if self.traits.chooses_run or scoring.confidence else 1,
+            seed=self.seed if self.traits.seeded else 0,
+            num_remove=layers_to_drop if goes_by_portion else 1,
         )
 
     def generation_spec(self) -> GenerationSpec | None:

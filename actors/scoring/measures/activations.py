@@ -12,7 +12,7 @@ from actors.models.head import LogitHead
 from actors.scoring.measures.calibration import Calibration
 from actors.scoring.measures.likelihood import divergences, negative_log_likelihoods
 from actors.scoring.measures.pooling import POOLING
-from actors.scoring.measures.wavefront import UNPRUNED, last_hiddens
+from actors.scoring.measures.wavefront import UNPRUNED
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def kl(model: PreTrainedModel, calibration: Calibration) -> Tensor:
 
     Every token counts, the last one too: its prediction is compared, not looked up in the text.
     """
-    heads = (LogitHead(calibration.reference or model), LogitHead(model))
+    heads = (LogitHead(calibration.reference.model or model), LogitHead(model))
     vocabulary = text_config(model.config).vocab_size
     rows = calibration.no_rows(model)
     for positions, layers, reference_GTD, hidden_CGTD in _beside_reference(model, calibration):
@@ -51,26 +51,23 @@ def _beside_reference(
     Each time: positions of the sequences [G], layers that the candidates are without [C],
     the reference's states [G, T, D] and the candidates' [C, G, T, D].
     """
-    own = calibration.reference is None
+    reference = calibration.reference
     for wave in calibration.waves(model):
+        sequences = [calibration.sequences[i] for i in wave.positions]
+        known = reference.last_hiddens(sequences, calibration.memory_budget, calibration.counter)
         references: dict[int, Tensor] = {}  # the last hidden state [T, D] to keep, by sequence
-        if calibration.reference is not None:
-            sequences = [calibration.sequences[i] for i in wave.positions]
-            hidden = last_hiddens(
-                calibration.reference,
-                sequences,
-                budget=calibration.memory_budget,
-                counter=calibration.counter,
-            )
-            references |= zip(wave.positions, hidden, strict=True)
-        for states in calibration.final_states(model, wave, keep_unpruned=own):
+        if known is not None:
+            references |= zip(wave.positions, known, strict=True)
+        for states in calibration.final_states(model, wave, keep_unpruned=known is None):
             hidden_CGTD = states.last_hidden()
             first = states.streams.count(UNPRUNED)
             if first:
                 references |= zip(states.positions, hidden_CGTD[0].clone(), strict=True)
+                for position in states.positions:
+                    reference.keep(calibration.sequences[position], references[position])
             if layers := list(states.streams[first:]):
                 reference_GTD = torch.stack([references[position] for position in states.positions])
-                yield states.positions, layers, reference_GTD, hidden_CGTD[first:]
+                yield states.positions, layers, reference_GTD.to(hidden_CGTD.device), hidden_CGTD[first:]
 
 
 @torch.no_grad()

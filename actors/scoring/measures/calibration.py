@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 from actors.errors import RequestError
 from actors.models import BLOCK, depth
+from actors.scoring.measures.kept_streams import KeptStreams
+from actors.scoring.measures.reference import Reference
 from actors.scoring.measures.wavefront import FinalStates, ForwardCounter, Wave, wavefront, waves
 
 
@@ -18,7 +20,7 @@ class Calibration:
 
     Attributes:
         sequences: token ids [T] of each calibration sequence; lengths differ.
-        reference: the model whose output is to be kept (None: the scored model).
+        reference: the model whose output is to be kept, and its last hidden states.
         pooling: how a sequence's tokens become one similarity, see `POOLING`.
         seed: for criteria that draw.
         num_remove: layers that will go together, for criteria that choose a run of them.
@@ -26,10 +28,11 @@ class Calibration:
         memory_budget: bytes that hidden states may take (None: as is usual on the device).
         counter: counts the passes of blocks, also of measures that pass them in ways of their own.
         granularity: what of a layer would go: the block, its attention or its MLP.
+        kept: the scored model's own stream of earlier calls, for those that come (None: nothing is kept).
     """
 
     sequences: Sequence[Tensor]
-    reference: PreTrainedModel | None = None
+    reference: Reference = field(default_factory=Reference)
     pooling: str = "flatten"
     seed: int = 0
     num_remove: int = 1
@@ -37,6 +40,7 @@ class Calibration:
     memory_budget: int | None = None
     counter: ForwardCounter = field(default_factory=ForwardCounter)
     granularity: str = BLOCK
+    kept: KeptStreams | None = None
 
     def waves(self, model: PreTrainedModel) -> list[Wave]:
         """Divide the sequences and candidates into portions that keep the memory budget."""
@@ -53,6 +57,7 @@ class Calibration:
             keep_unpruned=keep_unpruned,
             counter=self.counter,
             granularity=self.granularity,
+            kept=self.kept,
         )
 
     def num_runs(self, model: PreTrainedModel) -> int:

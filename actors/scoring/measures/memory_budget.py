@@ -40,6 +40,10 @@ class Costs:
     pair: int
     chunk_tokens: int
 
+    def least(self, num_tokens: int) -> int:
+        """Return the budget that one candidate needs on a sequence of so many tokens."""
+        return 2 * max(2 * num_tokens * self.stream, self.row(num_tokens))
+
     def row(self, num_tokens: int) -> int:
         """Return the bytes of one sequence inside a block."""
         return num_tokens * (self.working + num_tokens * self.pair)
@@ -101,7 +105,7 @@ def plan_waves(lengths: Sequence[int], candidates: Sequence[int], costs: Costs, 
     available, longest = budget // 2, max(lengths)
     fits = available // (longest * costs.stream) - 1
     if fits < min(1, len(candidates)) or costs.row(longest) > available:
-        needed = 2 * max(2 * longest * costs.stream, costs.row(longest)) / GIB
+        needed = costs.least(longest) / GIB
         raise RequestError(
             f"a memory budget of {budget / GIB:.3g} GiB is too small for {longest} tokens; "
             f"it needs {needed:.3g}. Raise scoring.memory_budget_gb or lower scoring.sequence_length"
