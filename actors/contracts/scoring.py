@@ -1,13 +1,14 @@
 """Requests and results of scoring."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSettings, TextSpec
-from actors.contracts.models import BLOCK, Merge, ModelRef
+from actors.contracts.models import Merge, ModelRef
 from actors.contracts.settings import AddedLater, Doc, InKeyAs, NotInKey, Settings
 
 
@@ -50,11 +51,9 @@ class MergeSpec(Settings):
 class ScoringSettings(Settings):
     """How the next layer to remove is chosen."""
 
+    REMOVED: ClassVar[Mapping[str, Any]] = {"granularity": "block"}
+
     criterion: Annotated[str, Doc("A name in the table of criteria, or a plug-in's.")] = "hidden_cosine"
-    granularity: Annotated[
-        Literal["block", "attention", "mlp"],
-        Doc("What is removed: whole blocks, or the attention or the MLP of single blocks."),
-    ] = BLOCK
     reference: Annotated[
         Literal["source", "current"],
         Doc("Model whose output is to be kept: the unpruned or the current one."),
@@ -124,13 +123,12 @@ class ScoreResult:
 
 @dataclass(frozen=True)
 class Removal:
-    """What a model loses next: `source_layers` of a granularity, each with its score, and their merges.
+    """What a model loses next: `source_layers`, each with its score, and their merges.
 
     In a dry run the layers are not known before they are scored: `placeholder` then stands for
     the choice, named by the stage that will decide.
     """
 
-    granularity: str
     source_layers: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
     merges: tuple[Merge, ...] = ()
@@ -140,4 +138,4 @@ class Removal:
         """Return `model` without those layers."""
         if self.placeholder is not None:
             return model.adapted(self.placeholder)
-        return model.pruned(self.granularity, self.source_layers).merged(self.merges)
+        return model.without(self.source_layers).merged(self.merges)

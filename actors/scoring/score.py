@@ -13,9 +13,7 @@ from transformers import PreTrainedModel
 from actors.contracts import ModelRef, Progress, ScoreResult, ScoreSpec, no_progress
 from actors.data import calibration_sequences, load_texts
 from actors.models import (
-    BLOCK,
     build_model,
-    check_sub_blocks,
     depth,
     device,
     load_source,
@@ -57,9 +55,8 @@ def score_layers(
     seed: int = 0,
     num_remove: int = 1,
     memory_budget: int | None = None,
-    granularity: str = BLOCK,
 ) -> list[float]:
-    """Score every block of `model`, or its attention or MLP, as a candidate for removal.
+    """Score every block of `model` as a candidate for removal.
 
     Args:
         model: a decoder language model of N blocks, in eval mode.
@@ -69,23 +66,12 @@ def score_layers(
         pooling: for `hidden_cosine`: `flatten`, `token_mean` or `last_token`.
         num_remove: for `angular_block`: how many blocks go together.
         memory_budget: bytes that hidden states may take, beside the weights.
-        granularity: what is removed: `block`, `attention` or `mlp`.
 
     Returns:
         One float a block, in the order of the blocks.
     """
-    chosen = as_layer_criterion(find_criterion(criterion, pooling, granularity))
-    if granularity != BLOCK:
-        check_sub_blocks(model, granularity)
-    calibration = Calibration(
-        sequences,
-        reference,
-        pooling,
-        seed,
-        num_remove,
-        memory_budget=memory_budget,
-        granularity=granularity,
-    )
+    chosen = as_layer_criterion(find_criterion(criterion, pooling))
+    calibration = Calibration(sequences, reference, pooling, seed, num_remove, memory_budget=memory_budget)
     rows = chosen.measure(model, calibration)
     if not chosen.uses_sequences:
         return rows[0].tolist()
@@ -130,12 +116,8 @@ class Scorer:
     @cached_property
     def _model(self) -> PreTrainedModel:
         if self.spec.stream_weights:
-            model = load_streamed(self.spec.model, device())
-        else:
-            model = build_model(self.spec.model)[0].to(device())
-        if self.spec.granularity != BLOCK:
-            check_sub_blocks(model, self.spec.granularity)
-        return model
+            return load_streamed(self.spec.model, device())
+        return build_model(self.spec.model)[0].to(device())
 
     @cached_property
     def _reference(self) -> PreTrainedModel | None:
@@ -170,13 +152,6 @@ class Scorer:
         """Layers of the scored model."""
         return len(self.source_layers)
 
-    @property
-    def candidates(self) -> tuple[int, ...]:
-        """Layers of the scored model that still have what would be removed."""
-        model, granularity = self.spec.model, self.spec.granularity
-        left = model.candidates(granularity, self.num_layers + len(model.dropped))
-        return tuple(i for i, source in enumerate(self.source_layers) if source in left)
-
     def rounds(self) -> list[list[int]]:
         """Return the positions of the sequences, in the portions after which candidates may be eliminated."""
         positions = list(range(max(1, len(self.sequences))))
@@ -202,7 +177,7 @@ class Scorer:
         sequences whose scores hang together stay in one shard.
         """
         positions = range(max(1, len(self.sequences))) if positions is None else positions
-        chosen = self.candidates if candidates is None else tuple(candidates)
+        chosen = tuple(range(self.num_layers) if candidates is None else candidates)
         count = 1 if self.criterion.joint else min(count, len(positions))
         if self.sequences:
             positions = sorted(positions, key=lambda i: (-len(self.sequences[i]), i))
@@ -230,7 +205,6 @@ class Scorer:
             candidates=shard.candidates,
             memory_budget=budget,
             counter=counter,
-            granularity=spec.granularity,
         )
         rows = self.criterion.measure(model, calibration).double()[:, list(shard.candidates)]
         passed = counter.layer_forwards or self.criterion.forwards(depth(model.config), len(sequences))
@@ -248,7 +222,7 @@ class ScoreTable:
         if scorer.sequences:
             self._weights = scorer.criterion.weights([len(sequence) for sequence in scorer.sequences])
         self._layer_forwards = 0
-        self.candidates = scorer.candidates
+        self.candidates = tuple(range(scorer.num_layers))
 
     @property
     def num_sequences(self) -> int:
@@ -280,19 +254,18 @@ class ScoreTable:
         """Return the scores; an eliminated layer has that of the sequences it was scored on, and is last."""
         scorer, criterion = self._scorer, self._scorer.criterion
         scores = []
-        for layer in scorer.candidates:
+        for layer in range(scorer.num_layers):
             known = self._known[:, layer]
             score = criterion.combine(self._rows[known, layer, None], self._weights[known])
             scores.append(score.item())
-        scored = [scorer.source_layers[layer] for layer in scorer.candidates]
         run = scorer.spec.num_remove if criterion.chooses_run else 1
         order = removal_order(scores, criterion.highest_first, run)
-        order.sort(key=lambda i: scorer.candidates[i] not in self.candidates)
+        order.sort(key=lambda layer: layer not in self.candidates)
         sequences = scorer.sequences
         return ScoreResult(
-            source_layers=tuple(scored),
+            source_layers=scorer.source_layers,
             scores=tuple(scores),
-            removal_order=tuple(scored[i] for i in order),
+            removal_order=tuple(scorer.source_layers[layer] for layer in order),
             num_sequences=len(sequences),
             num_tokens=sum(len(sequence) for sequence in sequences),
             layer_forwards=self._layer_forwards,
@@ -300,14 +273,11 @@ class ScoreTable:
         )
 
     def _saved(self) -> int:
-        """Return the cost of the unknown cells: the blocks after candidate i, N for a new sequence.
-
-        A candidate that is without a sub-block only passes its own block, too.
-        """
-        scorer, num_layers = self._scorer, self._rows.shape[1]
-        passed = torch.arange(num_layers - 1, -1, -1) + (scorer.spec.granularity != BLOCK)
+        """Return the cost of the unknown cells: the blocks after candidate i, N for a new sequence."""
+        num_layers = self._scorer.num_layers
+        passed = torch.arange(num_layers - 1, -1, -1)
         unseen = int((~self._known.any(1)).sum())
-        return int((~self._known * passed)[:, list(scorer.candidates)].sum()) + unseen * num_layers
+        return int((~self._known * passed).sum()) + unseen * num_layers
 
 
 def run_shards(

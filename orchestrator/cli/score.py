@@ -1,12 +1,11 @@
 """The command `score`: rank the layers of a model."""
 
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import typer
 
 from orchestrator.cli.options import (
     Dtype,
-    Granularity,
     Json,
     Model,
     Revision,
@@ -22,7 +21,6 @@ def score(
     calibration: Annotated[
         str, typer.Option(help="Text file, or the name of a built-in text.")
     ] = "iterabre-appendix-a",
-    granularity: Granularity = "block",
     dtype: Dtype = "float32",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -35,13 +33,11 @@ def score(
     from actors.scoring import find_criterion, score_locally
     from orchestrator.planning.checks import check_calibration
 
-    find_criterion(criterion, granularity=granularity)
+    find_criterion(criterion)
     text = TextSpec(builtin=calibration) if calibration in BUILTIN_TEXTS else TextSpec(path=calibration)
     text = describe_text(text).spec
     info = describe_model(source_model(model, dtype, revision, trust_remote_code))
-    spec = ScoreSpec(
-        model=ModelRef(info.spec), calibration=text, criterion=criterion, granularity=cast(Any, granularity)
-    )
+    spec = ScoreSpec(model=ModelRef(info.spec), calibration=text, criterion=criterion)
     check_calibration(spec, info, load_tokenizer(info.spec))
     result = score_locally(spec)
     order = {layer: rank for rank, layer in enumerate(result.removal_order, start=1)}
@@ -50,12 +46,11 @@ def score(
         for layer, value in zip(result.source_layers, result.scores, strict=True)
     ]
     if as_json:
-        print_json({"criterion": criterion, "granularity": granularity, "layers": rows})
+        print_json({"criterion": criterion, "layers": rows})
     else:
         columns = {
             "layer": [str(row["layer"]) for row in rows],
             "score": [f"{row['score']:.6f}" for row in rows],
             "remove": [str(row["remove"]) for row in rows],
         }
-        what = criterion if granularity == "block" else f"{criterion} of {granularity}"
-        print_table(columns, f"{what}, {result.num_sequences} sequences; remove 1 first")
+        print_table(columns, f"{criterion}, {result.num_sequences} sequences; remove 1 first")

@@ -9,7 +9,6 @@ from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from actors.contracts import (
-    BLOCK,
     Dtype,
     EvaluationSpec,
     ExportSpec,
@@ -105,16 +104,6 @@ class TrajectoryPlan:
     def recovers(self, iteration: IterationPlan) -> bool:
         """Return whether the pruned model of the iteration is recovered."""
         return iteration.recovers and self.traits.applies_recovery
-
-    @property
-    def granularity(self) -> str:
-        """The unit that is removed, in which depths and layers to drop are counted."""
-        return self.method.scoring.granularity
-
-    @property
-    def unit(self) -> str:
-        """The name of what is removed in the plural, to follow a count."""
-        return "layers" if self.granularity == BLOCK else f"{self.granularity}s"
 
     @property
     def recovery_text(self) -> TextSpec:
@@ -256,7 +245,7 @@ class TrajectoryPlan:
 
     def export_inputs(self, model: ModelRef, iteration: IterationPlan) -> Any:
         """Return what the export of `model` depends on: the model, and where in the run it is written."""
-        directory = f"{self.id}/{iteration.layers_left}-{self.unit}"
+        directory = f"{self.id}/{iteration.layers_left}-layers"
         return {**self.key_inputs(ExportSpec(model)), "directory": directory}
 
     def to_json(self) -> dict[str, Any]:

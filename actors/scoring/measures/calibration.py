@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.errors import RequestError
-from actors.models import BLOCK, depth
+from actors.models import depth
 from actors.scoring.measures.wavefront import FinalStates, ForwardCounter, Wave, wavefront, waves
 
 
@@ -25,7 +25,6 @@ class Calibration:
         candidates: the layers to score, ascending (None: all); for criteria that score `by_candidate`.
         memory_budget: bytes that hidden states may take (None: as is usual on the device).
         counter: counts the passes of blocks, also of measures that pass them in ways of their own.
-        granularity: what of a layer would go: the block, its attention or its MLP.
     """
 
     sequences: Sequence[Tensor]
@@ -36,7 +35,6 @@ class Calibration:
     candidates: Sequence[int] | None = None
     memory_budget: int | None = None
     counter: ForwardCounter = field(default_factory=ForwardCounter)
-    granularity: str = BLOCK
 
     def waves(self, model: PreTrainedModel) -> list[Wave]:
         """Divide the sequences and candidates into portions that keep the memory budget."""
@@ -46,14 +44,7 @@ class Calibration:
         self, model: PreTrainedModel, wave: Wave, *, keep_unpruned: bool
     ) -> Iterator[FinalStates]:
         """Yield the candidates of `wave` after the last block; see `wavefront`."""
-        return wavefront(
-            model,
-            self.sequences,
-            wave,
-            keep_unpruned=keep_unpruned,
-            counter=self.counter,
-            granularity=self.granularity,
-        )
+        return wavefront(model, self.sequences, wave, keep_unpruned=keep_unpruned, counter=self.counter)
 
     def num_runs(self, model: PreTrainedModel) -> int:
         """Return how many runs of `num_remove` blocks there are, and so at how many layers one begins.
