@@ -88,10 +88,10 @@ def unused_later(settings: Any) -> list[str]:
 
 
 def removed_fields(cls: Any) -> Mapping[str, Any]:
-    """Return the fields that a dataclass has no more, by its `REMOVED`.
+    """Return the `REMOVED` of a dataclass: the fields that it no longer has.
 
-    Each has the value that meant what is done now, and keeps it in keys and in JSON, so that older results
-    are found.
+    Each has the value at which results were the same as without it. At that value it stays in keys and in
+    JSON, so that older results are found.
     """
     removed: Mapping[str, Any] = getattr(cls, "REMOVED", {})
     return removed
@@ -100,7 +100,7 @@ def removed_fields(cls: Any) -> Mapping[str, Any]:
 class Settings:
     """Base of what is read from a campaign file: unknown keys are refused, and no value is coerced.
 
-    A field of `REMOVED` is known at its value.
+    A file may still give a field of `REMOVED`, at its value.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}

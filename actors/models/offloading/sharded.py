@@ -1,15 +1,14 @@
 """Removing layers from a checkpoint on disk, file by file, for models larger than memory.
 
-A safetensors file is an 8-byte length, a JSON header and the tensors' bytes
-(https://github.com/huggingface/safetensors#format), so a pruned file is a new
-header and a copy of the bytes that stay. No more than one tensor is in memory.
+A pruned safetensors file is a new header and a copy of the bytes that stay. No more than one tensor is in
+memory.
 """
 
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from transformers import PreTrainedModel
@@ -20,7 +19,7 @@ from actors.contracts import Dtype, ModelDtype, ModelSpec
 from actors.errors import RequestError
 from actors.models.exporting.export import save_with_files, write_config
 from actors.models.families import depth, find_layers
-from actors.models.loading.checkpoint import FLOATING, INDEX, SINGLE, Checkpoint, StoredTensor
+from actors.models.loading.checkpoint import FLOATING, INDEX, SINGLE, Checkpoint, StoredTensor, header_of
 from actors.models.loading.load import (
     DTYPES,
     check_dtype,
@@ -200,23 +199,15 @@ def _write_shard(
     dtype: torch.dtype | None,
 ) -> int:
     """Write the tensors `kept` of one file under their new names; return their bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, tensor in kept:
-        size = _size_bytes(tensor, dtype)
-        header[name] = {
-            "dtype": _written_dtype(tensor, dtype),
-            "shape": tensor.shape,
-            "data_offsets": [at, at + size],
-        }
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header, num_bytes = header_of(
+        (name, _written_dtype(tensor, dtype), tensor.shape, _size_bytes(tensor, dtype))
+        for name, tensor in kept
+    )
     with source.open("rb") as read, target.open("wb") as write:
-        write.write(len(text).to_bytes(8, "little") + text)
+        write.write(header)
         for _, tensor in kept:
             _copy(tensor, read, write, dtype)
-    return at
+    return num_bytes
 
 
 def _written_dtype(tensor: StoredTensor, dtype: torch.dtype | None) -> str:
@@ -224,15 +215,14 @@ def _written_dtype(tensor: StoredTensor, dtype: torch.dtype | None) -> str:
 
 
 def _size_bytes(tensor: StoredTensor, dtype: torch.dtype | None) -> int:
-    stored = tensor.end - tensor.start
     if (written := _written_dtype(tensor, dtype)) == tensor.dtype:
-        return stored
-    return stored // FLOATING[tensor.dtype].itemsize * FLOATING[written].itemsize
+        return tensor.num_bytes
+    return tensor.num_bytes // FLOATING[tensor.dtype].itemsize * FLOATING[written].itemsize
 
 
 def _copy(tensor: StoredTensor, read: BinaryIO, write: BinaryIO, dtype: torch.dtype | None) -> None:
     read.seek(tensor.start)
-    left = tensor.end - tensor.start
+    left = tensor.num_bytes
     convert = _written_dtype(tensor, dtype) != tensor.dtype
     while left:
         block = read.read(min(left, COPY_BYTES))
