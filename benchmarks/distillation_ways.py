@@ -184,11 +184,10 @@ def plain_loss(case: Case, of_student: object, of_teacher: object, kept: tuple[i
 def lockstep(case: Case, way: str) -> Loss:
     """The module of recovery, without what `way` does not have yet, or with more."""
     pair, _ = adapted_source(case, way)
-    parts = way.split("+")
     with ExitStack() as without:
         if way in ("lockstep", "gram"):
             without.enter_context(replaced(student_module, "use_fused_forward", lambda _layers: None))
-        distiller = LockstepDistiller(pair, case.loss, gradient_checkpointing="ckpt" in parts).train()
+        distiller = LockstepDistiller(pair, case.loss, gradient_checkpointing=way == "ckpt").train()
     if way == "lockstep":
         distiller._gram_DD = None
     keeps_factors = way == "fused"

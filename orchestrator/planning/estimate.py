@@ -114,10 +114,12 @@ def score_cost(
 
 
 def recover_cost(
-    stage: PlannedStage, trajectory: TrajectoryPlan, _sizes: Mapping[TextSpec, TextSize], workers: int = 1
+    stage: PlannedStage, trajectory: TrajectoryPlan, sizes: Mapping[TextSpec, TextSize], workers: int = 1
 ) -> StageCost:
     spec: RecoverySpec = stage.spec
     info, layers, tokens = trajectory.model, stage.layers, float(trajectory.recovery_tokens)
+    if spec.epochs is not None:
+        tokens = min(tokens, spec.epochs * sizes.get(spec.data, TextSize()).tokens)
     if not find_objective(spec.objective).applies_recovery:
         return StageCost()
     each, length = DTYPE_BYTES[info.spec.dtype], spec.sequence_length

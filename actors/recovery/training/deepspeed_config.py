@@ -268,8 +268,8 @@ def _check_zero(spec: RecoverySpec, user: dict[str, Any]) -> None:
         )
     if stage == 3 and spec.adapter.dora:
         raise RequestError(
-            "DeepSpeed field 'zero_optimization.stage' is 3, but recovery.adapter.dora needs whole weights for "
-            "the length of their rows; use stage 2, or leave dora out"
+            "DeepSpeed field 'zero_optimization.stage' is 3, but recovery.adapter.dora needs whole weights "
+            "for the length of their rows; use stage 2, or leave dora out"
         )
     for name in ("offload_optimizer", "offload_param"):
         device = _section(zero, name).get("device", "none")

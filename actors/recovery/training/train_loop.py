@@ -132,6 +132,8 @@ def _resume(run: TrainingRun) -> list[StepRecord]:
                 "settings; give this one a name or storage path of its own, or remove them"
             )
         run.checkpoints.append(len(state["steps"]))
+        # Where no step is left, none will count them.
+        run.flops_per_token = state.get("flops_per_token")
         return [
             StepRecord(**{**record, "terms": tuple((name, value) for name, value in record["terms"])})
             for record in state["steps"]
@@ -161,6 +163,7 @@ def _run_steps(run: TrainingRun, records: list[StepRecord]) -> list[StepRecord]:
             state = {
                 "settings": settings_fingerprint(run.spec),
                 "steps": [asdict(record) for record in records],
+                "flops_per_token": run.flops_per_token,
             }
             run.context.save_checkpoint(step + 1, partial(run.engine.save, state=state))
             run.checkpoints.append(step + 1)

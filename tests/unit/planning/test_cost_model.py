@@ -221,3 +221,17 @@ def test_what_a_run_has_spent_counts_a_shared_stage_once(tmp_path: Path) -> None
     solving = devices | {CLOSED_FORM: 1.0}
     in_closed_form = replace(limits, devices=solving, held_kinds={("recover", None, "x"): CLOSED_FORM})
     assert spent_before(table, in_closed_form) == 1.0 + 2 * 0.5
+
+
+def test_epochs_end_a_recovery_before_its_tokens_do(tmp_path: Path) -> None:
+    campaign = tiny_campaign(tmp_path)
+    campaign["methods"][0]["recovery"]["max_tokens"] = 10**9
+
+    def flops(epochs: int | None) -> float:
+        campaign["methods"][0]["recovery"]["epochs"] = epochs
+        config = parse_config(campaign, "c.yaml")
+        plan = build_plan(config)
+        return plan_summary(plan, config, [], campaign_stages(plan))["trajectories"][0]["recovery_flops"]
+
+    assert 0 < flops(1) < flops(2) < flops(None)
+    assert flops(2) == pytest.approx(2 * flops(1))
