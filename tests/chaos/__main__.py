@@ -27,7 +27,7 @@ from pathlib import Path
 import yaml
 
 from tests.chaos.audit import faults, manifests, repeats, starts
-from tests.chaos.nodes import OF_NO_JOB, TITLES, LocalCluster, adopt_orphans, alive, at_work, environment
+from tests.chaos.nodes import AGENTS, TITLES, LocalCluster, adopt_orphans, alive, at_work, environment
 from tests.chaos.storage import BUCKET, download, faulty_storage
 from tests.support.tiny_models import save_tiny
 
@@ -171,7 +171,7 @@ def disturbed(directory: Path, number: int, victim: str, moment: Moment) -> Kill
         exit_code = driver.wait()
         if victim == "gcs_server":
             # A node whose head is gone may be ended by Ray amid its own end, and leave its agents.
-            left = [line for line in cluster.stop() if not line.startswith(OF_NO_JOB)]
+            left = [line for line in cluster.stop() if not line.startswith(AGENTS)]
             wrong += [f"outlived the head: {line}" for line in left]
             cluster = LocalCluster()
             clusters.append(cluster)

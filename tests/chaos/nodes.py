@@ -26,7 +26,10 @@ TITLES = {
 }
 """How Ray titles the processes of a campaign."""
 
-OF_NO_JOB = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor")
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Ray's own helpers of every node, which run nothing of a campaign."""
+
+OF_NO_JOB = ("ray::IDLE", *AGENTS, "ray::_AutoscalingCoordinatorActor")
 """Workers that wait for a job, what every node has as long as it is up, and Ray Train's detached actor."""
 
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.reporting.data.run_status import RunStatus, run_status
-from orchestrator.reporting.tables.status import duration, status_text
+from orchestrator.reporting.tables.status import duration, status_text, usage_text
 from orchestrator.storage.control import Control
 from orchestrator.storage.run_progress import RunProgress, TrajectoryProgress
 from orchestrator.storage.trajectory_status import TrajectoryStatus
+from orchestrator.storage.usage import Usage
 
 NOW = 10_000.0
 PLANNED = dict.fromkeys(("a", "b", "c", "d"), 3)
@@ -103,3 +104,10 @@ def test_hundreds_of_finished_trajectories_are_counted() -> None:
 )
 def test_a_duration(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+def test_the_cost_of_a_run_is_in_words() -> None:
+    assert usage_text(Usage(up_s=7 * 3600, worked_s=4 * 1800, failed_s=4 * 600), 2.0) == (
+        "cost: 2.00 device hours (4.00) at work, 0.67 device hours (1.33) in attempts that failed, "
+        "4.33 device hours (8.67) idle"
+    )

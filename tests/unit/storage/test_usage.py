@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from orchestrator.reporting.tables.status import usage_text
 from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.coordinator import Coordinator, LeaseRequest
 from orchestrator.scheduling.limits import Limits
@@ -41,7 +40,3 @@ def test_idle_nodes_and_failed_attempts_are_in_the_cost(tmp_path: Path) -> None:
     usage = coordinator.count_nodes(3600.0)
     assert usage == Usage(up_s=7 * 3600, worked_s=4 * 1800, failed_s=4 * 600)
     assert usage.idle_s == 7 * 3600 - 4 * 2400
-    assert usage_text(usage, 2.0) == (
-        "cost: 2.00 device hours (4.00) at work, 0.67 device hours (1.33) in attempts that failed, "
-        "4.33 device hours (8.67) idle"
-    )
