@@ -20,7 +20,6 @@ from actors.contracts.evaluation import (
 )
 from actors.contracts.generation import GenerationResult, GenerationSettings, GenerationSpec
 from actors.contracts.models import (
-    BLOCK,
     DTYPE_BYTES,
     Dtype,
     ExportResult,
@@ -68,7 +67,6 @@ __all__ = [
     "AdapterSpec",
     "BelowCut",
     "ArtifactRef",
-    "BLOCK",
     "ClusterProgress",
     "DTYPE_BYTES",
     "Doc",

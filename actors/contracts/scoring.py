@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
 
 from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSettings, TextSpec
-from actors.contracts.models import BLOCK, Merge, ModelRef
-from actors.contracts.settings import AddedLater, Checked, Doc, InKeyAs, NotInKey, Settings
+from actors.contracts.models import Merge, ModelRef
+from actors.contracts.settings import AddedLater, Doc, InKeyAs, NotInKey, Settings
 
 ScoreKind = Literal["exact", "bound", "screened", "screened_bound"]
 """What a score is: its value, or what it is at best; the same as seen in the screening dtype."""
@@ -21,16 +21,6 @@ SCORE_METRICS: Mapping[ScoreKind, str] = {
     "screened_bound": "score_screened_bound",
 }
 """What the ledger calls a layer's score, by what it is."""
-
-
-def _no_confidence(value: object) -> object:
-    """Refuse what elimination by bounds took the place of."""
-    if value is not None:
-        raise ValueError(
-            "elimination at a level of confidence is no longer there; set eliminate: true in its place, "
-            "which gives up only what is proved not to be the next to go"
-        )
-    return value
 
 
 @dataclass(frozen=True)
@@ -72,11 +62,9 @@ class MergeSpec(Settings):
 class ScoringSettings(Settings):
     """How the next layer to remove is chosen."""
 
+    REMOVED: ClassVar[Mapping[str, Any]] = {"granularity": "block", "confidence": None}
+
     criterion: Annotated[str, Doc("A name in the table of criteria, or a plug-in's.")] = "hidden_cosine"
-    granularity: Annotated[
-        Literal["block", "attention", "mlp"],
-        Doc("What is removed: whole blocks, or the attention or the MLP of single blocks."),
-    ] = BLOCK
     reference: Annotated[
         Literal["source", "current"],
         Doc("Model whose output is to be kept: the unpruned or the current one."),
@@ -96,9 +84,6 @@ class ScoringSettings(Settings):
     stream_weights: Annotated[
         bool, Doc("Read layers from their files one at a time, for models larger than memory."), NotInKey()
     ] = False
-    confidence: Annotated[
-        None, Checked(_no_confidence), Doc("No longer taken; `eliminate` is in its place.")
-    ] = None
     eliminate: Annotated[
         bool,
         Doc(
@@ -167,13 +152,12 @@ class ScoreResult:
 
 @dataclass(frozen=True)
 class Removal:
-    """What a model loses next: `source_layers` of a granularity, each with its score, and their merges.
+    """What a model loses next: `source_layers`, each with its score, and their merges.
 
     In a dry run the layers are not known before they are scored: `placeholder` then stands for
     the choice, named by the stage that will decide.
     """
 
-    granularity: str
     source_layers: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
     merges: tuple[Merge, ...] = ()
@@ -183,4 +167,4 @@ class Removal:
         """Return `model` without those layers."""
         if self.placeholder is not None:
             return model.adapted(self.placeholder)
-        return model.pruned(self.granularity, self.source_layers).merged(self.merges)
+        return model.without(self.source_layers).merged(self.merges)

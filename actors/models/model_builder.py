@@ -23,7 +23,6 @@ from actors.models.adapter_deltas import ADAPTER_WEIGHTS, add_deltas, plain_delt
 from actors.models.families import depth, find_layers
 from actors.models.loading.load import open_model
 from actors.models.pruning.merging import merge_blocks
-from actors.models.pruning.subblocks import SUB_BLOCKS, zero_sub_blocks
 from actors.models.pruning.surgery import remove_layers
 from actors.models.weights import put_weights
 
@@ -49,16 +48,7 @@ def prune_to(model: PreTrainedModel, ref: ModelRef) -> PreTrainedModel:
         put_weights(model, ref.weights)
     if ref.dropped:
         remove_layers(model, ref.dropped)
-    model = merge_adapters(model, ref.adapters, kept)
-    for kind in SUB_BLOCKS:
-        if layers := zeroed_layers(ref, kind, kept):
-            zero_sub_blocks(model, kind, layers)
-    return model
-
-
-def zeroed_layers(ref: ModelRef, kind: str, kept: Sequence[int]) -> list[int]:
-    """Return the positions among the source layers `kept` whose sub-block of that kind is zeroed."""
-    return [position for position, source in enumerate(kept) if (source, kind) in ref.zeroed]
+    return merge_adapters(model, ref.adapters, kept)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from actors.contracts import ScoreSpec
 from actors.errors import RequestError, unknown_name
-from actors.models import BLOCK, check_granularity
 from actors.plugins import find_row
 from actors.scoring.measures import activations, angular, linear_maps, positions, weights
 from actors.scoring.measures.calibration import Measure
@@ -30,7 +29,6 @@ class Criterion:
         forwards: layer-forwards spent by a model of N layers on S sequences, where known beforehand.
         chooses_run: the layers to go are chosen together, `num_remove` of them: the score at a layer
             is that of the run from it on.
-        blocks_only: has no meaning for attention or MLP alone.
         seeded: the scores depend on the seed.
     """
 
@@ -40,7 +38,6 @@ class Criterion:
     uses_sequences: bool
     forwards: Callable[[int, int], int] = lambda num_layers, num_sequences: 0
     chooses_run: bool = False
-    blocks_only: bool = False
     seeded: bool = False
 
 
@@ -140,7 +137,6 @@ CRITERIA: dict[str, Criterion] = {
         uses_sequences=True,
         forwards=_one_pass,
         chooses_run=True,
-        blocks_only=True,
     ),
     "bridge_residual": LayerCriterion(
         source="Your Transformer is Secretly Linear (arXiv 2405.12250), linearity of blocks; "
@@ -152,7 +148,6 @@ CRITERIA: dict[str, Criterion] = {
         uses_sequences=True,
         forwards=_one_pass,
         chooses_run=True,
-        blocks_only=True,
         joint=True,
     ),
     "deepest": LayerCriterion(
@@ -208,7 +203,6 @@ CRITERIA: dict[str, Criterion] = {
         highest_first=True,
         uses_sequences=True,
         chooses_run=True,
-        blocks_only=True,
     ),
     "random": LayerCriterion(
         source="seeded draw, the baseline of every comparison",
@@ -221,22 +215,15 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def find_criterion(name: str, pooling: str = "flatten", granularity: str = BLOCK) -> Criterion:
+def find_criterion(name: str, pooling: str = "flatten") -> Criterion:
     """Return the criterion of that name, ours or of another installed package.
 
     Raises:
-        RequestError: an unknown criterion, pooling or granularity, with the nearest names,
-            or a criterion of whole blocks for something else.
+        RequestError: an unknown criterion or pooling, with the nearest names.
     """
     criterion = find_row("criterion", name, CRITERIA, LayerCriterion)
     if pooling not in POOLING:
         raise unknown_name("pooling", pooling, POOLING)
-    check_granularity(granularity)
-    if granularity != BLOCK and criterion.blocks_only:
-        raise RequestError(
-            f"criterion {name!r} chooses whole blocks and has no meaning for {granularity} alone; "
-            "set granularity: block or take another criterion"
-        )
     return criterion
 
 
@@ -246,7 +233,7 @@ def criterion_of(spec: ScoreSpec) -> Criterion:
     Raises:
         RequestError: it is unknown or cannot do what the spec requires.
     """
-    criterion = find_criterion(spec.criterion, spec.pooling, spec.granularity)
+    criterion = find_criterion(spec.criterion, spec.pooling)
     by_candidate = isinstance(criterion, LayerCriterion) and criterion.by_candidate
     bounded = isinstance(criterion, LayerCriterion) and by_candidate and criterion.best is not None
     able = {"stream_weights": by_candidate, "eliminate": bounded, "screen_dtype": by_candidate}

@@ -97,21 +97,6 @@ first scoring, of the unpruned model itself, fills them; where they are found, t
 even loaded for `hidden_cosine`. With `reference: current`, and for models whose contents are not known,
 they are kept for one scoring.
 
-## Granularity
-
-`scoring.granularity` says what of a layer goes: the whole `block`, or its `attention` (in hybrids what
-mixes tokens in its place) or its `mlp`. "M without i" is then M with that sub-block of layer i adding
-nothing, W_k are the sub-block's matrices, and a candidate passes its own layer, too: S·N more layer-forwards.
-`block_influence` compares the stream before the sub-block with the stream after it, with 2·S·N. Targets
-count the sub-blocks that are left. {blocks_only} choose whole blocks and are refused.
-
-No config of transformers says that half a block is missing. So a removed sub-block stays in the checkpoint,
-as zeros: plain transformers then computes exactly what a model without it would, but the files, the memory
-and the time are those of the source; the ledger has `parameters_in_use` beside `parameters`.
-docs/families.md lists for which families this holds. Where a norm or a gate changes the stream between the
-sub-blocks, as in BERT, layers are scored but not pruned; where a block is one sub-block, as in `nemotron_h`
-and Mamba, remove blocks. Recovery would fill the zeros again, so it has to be `objective: none`.
-
 ## Merging instead of removing
 
 `laco` (Algorithm 1) goes from the top down: a layer takes in the `group` − 1 layers after it, and the merge
@@ -138,7 +123,6 @@ def criteria_page() -> str:
         for name, row in CRITERIA.items()
         if isinstance(row, LayerCriterion) and row.best is not None
     )
-    blocks_only = " and ".join(f"`{name}`" for name, row in CRITERIA.items() if row.blocks_only)
     rows = ""
     for name, row in CRITERIA.items():
         match row:
@@ -152,7 +136,7 @@ def criteria_page() -> str:
         cells = [f"`{name}`", row.source, row.equation, "highest" if row.highest_first else "lowest"]
         cells += ["yes" if row.uses_sequences else "no", forwards]
         rows += f"| {' | '.join(cells)} |\n"
-    return HEAD + rows + TAIL.format(blocks_only=blocks_only, bounded=bounded)
+    return HEAD + rows + TAIL.format(bounded=bounded)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ from transformers import PreTrainedModel
 from actors.contracts import ModelRef, Progress, ScoreResult, ScoreSpec, digest, no_progress
 from actors.data import calibration_sequences, load_texts
 from actors.models import (
-    BLOCK,
     build_model,
-    check_sub_blocks,
     depth,
     device,
     load_source,
@@ -59,9 +57,8 @@ def score_layers(
     seed: int = 0,
     num_remove: int = 1,
     memory_budget: int | None = None,
-    granularity: str = BLOCK,
 ) -> list[float]:
-    """Score every block of `model`, or its attention or MLP, as a candidate for removal.
+    """Score every block of `model` as a candidate for removal.
 
     Args:
         model: a decoder language model of N blocks, in eval mode.
@@ -71,14 +68,11 @@ def score_layers(
         pooling: for `hidden_cosine`: `flatten`, `token_mean` or `last_token`.
         num_remove: for `angular_block`: how many blocks go together.
         memory_budget: bytes that hidden states may take, beside the weights.
-        granularity: what is removed: `block`, `attention` or `mlp`.
 
     Returns:
         One float a block, in the order of the blocks.
     """
-    chosen = as_layer_criterion(find_criterion(criterion, pooling, granularity))
-    if granularity != BLOCK:
-        check_sub_blocks(model, granularity)
+    chosen = as_layer_criterion(find_criterion(criterion, pooling))
     calibration = Calibration(
         sequences,
         Reference(None if reference is None else lambda: reference),
@@ -86,7 +80,6 @@ def score_layers(
         seed,
         num_remove,
         memory_budget=memory_budget,
-        granularity=granularity,
     )
     rows = chosen.measure(model, calibration)
     if not chosen.uses_sequences:
@@ -140,12 +133,8 @@ class Scorer:
     @cached_property
     def _model(self) -> PreTrainedModel:
         if self.spec.stream_weights:
-            model = load_streamed(self.spec.model, device())
-        else:
-            model = build_model(self.spec.model)[0].to(device())
-        if self.spec.granularity != BLOCK:
-            check_sub_blocks(model, self.spec.granularity)
-        return model
+            return load_streamed(self.spec.model, device())
+        return build_model(self.spec.model)[0].to(device())
 
     @cached_property
     def _screening_model(self) -> PreTrainedModel:
@@ -200,11 +189,9 @@ class Scorer:
         return len(self.source_layers)
 
     @property
-    def candidates(self) -> tuple[int, ...]:
-        """Layers of the scored model that still have what would be removed."""
-        model, granularity = self.spec.model, self.spec.granularity
-        left = model.candidates(granularity, self.num_layers + len(model.dropped))
-        return tuple(i for i, source in enumerate(self.source_layers) if source in left)
+    def candidates(self) -> range:
+        """Layers that can be removed: all of the scored model."""
+        return range(self.num_layers)
 
     def shards(
         self,
@@ -220,7 +207,7 @@ class Scorer:
         sequences whose scores hang together stay in one shard.
         """
         positions = range(max(1, len(self.sequences))) if positions is None else positions
-        chosen = self.candidates if candidates is None else tuple(candidates)
+        chosen = tuple(range(self.num_layers) if candidates is None else candidates)
         count = 1 if self.criterion.joint else min(count, len(positions))
         if self.sequences:
             positions = sorted(positions, key=lambda i: (-len(self.sequences[i]), i))
@@ -251,7 +238,6 @@ class Scorer:
             candidates=shard.candidates,
             memory_budget=budget - kept.num_bytes if budget and kept else budget,
             counter=counter,
-            granularity=spec.granularity,
             kept=kept,
         )
         rows = self.criterion.measure(model, calibration).double()[:, list(shard.candidates)]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from actors.contracts import ScoreKind, ScoreResult
-from actors.models import BLOCK
 from actors.scoring.criteria import TIE_TOLERANCE, removal_order
 from actors.scoring.elimination import ROUNDS, contenders, leaders
 
@@ -155,10 +154,10 @@ def in_doubt(table: ScoreTable, screened: ScoreTable) -> list[int]:
 
 def score_result(table: ScoreTable, screened: ScoreTable | None = None) -> ScoreResult:
     """Return what is known of every candidate; those whose score is exact come first in the order."""
-    scorer, candidates = table.scorer, table.scorer.candidates
+    scorer = table.scorer
     scores: list[float] = []
     kinds: list[ScoreKind] = []
-    for layer in candidates:
+    for layer in scorer.candidates:
         known_S = table.known_SN[:, layer]
         of = table if screened is None or known_S.any() else screened
         finished = bool(of.known_SN[:, layer].all())
@@ -170,12 +169,11 @@ def score_result(table: ScoreTable, screened: ScoreTable | None = None) -> Score
     run = scorer.spec.num_remove if scorer.criterion.chooses_run else 1
     order = removal_order(scores, scorer.criterion.highest_first, run)
     order.sort(key=lambda i: kinds[i] != "exact")
-    scored = [scorer.source_layers[layer] for layer in candidates]
     tables = [table] if screened is None else [table, screened]
     return ScoreResult(
-        source_layers=tuple(scored),
+        source_layers=scorer.source_layers,
         scores=tuple(scores),
-        removal_order=tuple(scored[i] for i in order),
+        removal_order=tuple(scorer.source_layers[i] for i in order),
         num_sequences=len(scorer.sequences),
         num_tokens=sum(len(sequence) for sequence in scorer.sequences),
         layer_forwards=sum(each.layer_forwards for each in tables),
@@ -185,9 +183,6 @@ def score_result(table: ScoreTable, screened: ScoreTable | None = None) -> Score
 
 
 def _saved(table: ScoreTable) -> int:
-    """Return the cost of the cells that were not computed: of each, the blocks after candidate i.
-
-    A candidate that is without a sub-block only passes its own block, too.
-    """
-    passed_N = torch.arange(table.scorer.num_layers - 1, -1, -1) + (table.scorer.spec.granularity != BLOCK)
-    return int((~table.known_SN * passed_N)[:, list(table.scorer.candidates)].sum())
+    """Return the cost of the cells that were not computed: of each, the blocks after candidate i."""
+    passed_N = torch.arange(table.scorer.num_layers - 1, -1, -1)
+    return int((~table.known_SN * passed_N).sum())

@@ -6,7 +6,6 @@ import typer
 
 from orchestrator.cli.options import (
     Dtype,
-    Granularity,
     Json,
     Model,
     Revision,
@@ -22,7 +21,6 @@ def score(
     calibration: Annotated[
         str, typer.Option(help="Text file, or the name of a built-in text.")
     ] = "iterabre-appendix-a",
-    granularity: Granularity = "block",
     remove: Annotated[
         int,
         typer.Option(min=1, help="Layers that will go: their choice stays exact with --eliminate."),
@@ -46,7 +44,7 @@ def score(
     from actors.scoring import find_criterion, score_locally
     from orchestrator.planning.checks import check_calibration
 
-    judged = find_criterion(criterion, granularity=granularity)
+    judged = find_criterion(criterion)
     if screen_dtype not in (None, "bfloat16"):
         raise unknown_name("screening dtype", str(screen_dtype), ["bfloat16"])
     text = TextSpec(builtin=calibration) if calibration in BUILTIN_TEXTS else TextSpec(path=calibration)
@@ -56,7 +54,6 @@ def score(
         model=ModelRef(info.spec),
         calibration=text,
         criterion=criterion,
-        granularity=cast(Any, granularity),
         num_remove=remove,
         eliminate=eliminate,
         screen_dtype=cast(Any, screen_dtype),
@@ -71,7 +68,7 @@ def score(
     at_best = "≤" if judged.highest_first else "≥"
     marks = {"exact": "", "bound": f"{at_best} ", "screened": "~ ", "screened_bound": f"~{at_best} "}
     if as_json:
-        print_json({"criterion": criterion, "granularity": granularity, "layers": rows})
+        print_json({"criterion": criterion, "layers": rows})
     else:
         columns = {
             "layer": [str(row["layer"]) for row in rows],
@@ -81,5 +78,4 @@ def score(
         title = f"{result.num_sequences} sequences; remove 1 first"
         if result.kinds:
             title += f"; {at_best} what a score can be at best, ~ seen in the screening dtype"
-        what = criterion if granularity == "block" else f"{criterion} of {granularity}"
-        print_table(columns, f"{what}, {title}")
+        print_table(columns, f"{criterion}, {title}")

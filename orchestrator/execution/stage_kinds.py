@@ -137,8 +137,6 @@ def evaluation_numbers(result: EvaluationResult) -> Numbers:
 def export_numbers(result: ExportResult) -> Numbers:
     yield "parameters", result.num_parameters, "", {}
     yield "layers", result.num_layers, "", {}
-    if zeroed := result.num_zeroed_parameters:
-        yield "parameters_in_use", result.num_parameters - zeroed, "", {}
 
 
 SCORE = StageKind(

@@ -5,7 +5,7 @@ whatever the operating system would keep of the file.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 
@@ -22,7 +22,6 @@ from actors.models.loading.checkpoint import StoredTensor, read_checkpoint
 from actors.models.loading.completeness import stored_as
 from actors.models.loading.load import DTYPES, empty_model, load_config, model_checkpoint, with_dtype
 from actors.models.offloading.dispatch import loaded_weights
-from actors.models.pruning.subblocks import SUB_BLOCKS, check_zeroable, sub_block_weights
 from actors.models.pruning.surgery import remove_layers
 
 
@@ -39,10 +38,9 @@ class LayerStream:
         weights: Sequence[Mapping[str, StoredTensor]],
         deltas: Sequence[Deltas],
         device: torch.device,
-        zeroed: Sequence[Collection[str]],
     ):
         self._blocks = find_layers(model).modules
-        self._weights, self._deltas, self._zeroed = weights, deltas, zeroed
+        self._weights, self._deltas = weights, deltas
         self._device, self._dtype = device, model.dtype
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-stream")
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
@@ -67,9 +65,6 @@ class LayerStream:
     def _read(self, index: int) -> dict[str, Tensor]:
         tensors = {}
         for name, stored in self._weights[index].items():
-            if name in self._zeroed[index]:
-                tensors[name] = torch.zeros(stored.shape, dtype=self._dtype, device=self._device)
-                continue
             tensor = stored.read().to(self._device, self._dtype)
             self.bytes_read += stored.num_bytes
             add_deltas(tensor, self._deltas, index, name)
@@ -119,18 +114,7 @@ def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
     deltas = [read_deltas(adapter, path, kept) for adapter in ref.adapters]
-    for kind in {kind for _, kind in ref.zeroed}:
-        check_zeroable(model, kind)
-    zeroed = [
-        {
-            name
-            for kind in SUB_BLOCKS
-            if (source, kind) in ref.zeroed
-            for name in sub_block_weights(block, kind)
-        }
-        for source, block in zip(kept, find_layers(model).modules, strict=True)
-    ]
-    model.layer_stream = LayerStream(model, weights, deltas, device, zeroed)
+    model.layer_stream = LayerStream(model, weights, deltas, device)
     return model
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from actors.models import BLOCK, LayerwisePass, depth, find_layers, text_config, without_sub_block
+from actors.models import LayerwisePass, depth, text_config
 from actors.models.head import LogitHead
 from actors.scoring.measures.calibration import Calibration
 from actors.scoring.measures.likelihood import divergences, negative_log_likelihoods
@@ -88,27 +88,15 @@ def perplexity(model: PreTrainedModel, calibration: Calibration) -> Tensor:
 
 @torch.no_grad()
 def block_influence(model: PreTrainedModel, calibration: Calibration) -> Tensor:
-    """Return 1 − mean over tokens of the cosine of the stream before and after a block or sub-block. [S, N]
-
-    Attention stands between the block's input and its output without its MLP, the
-    MLP between that and the block's output.
-    """
+    """Return 1 − mean over tokens of the cosine of the stream before and after a block. [S, N]"""
     rows = []
     for sequence in calibration.sequences:
         layerwise = LayerwisePass(model, sequence[None])
         entering, row = layerwise.hidden_BTD, []
         for index in range(depth(model.config)):
             leaving = layerwise.block(index, entering)
-            before, after = entering, leaving
-            if calibration.granularity != BLOCK:
-                with without_sub_block(find_layers(model).modules[index], "mlp"):
-                    between = layerwise.block(index, entering)
-                before, after = (
-                    (entering, between) if calibration.granularity == "attention" else (between, after)
-                )
-            row.append(1 - cosine_similarity(before.float(), after.float(), dim=-1).mean())
+            row.append(1 - cosine_similarity(entering.float(), leaving.float(), dim=-1).mean())
             entering = leaving
         rows.append(torch.stack(row))
-    passes = 1 if calibration.granularity == BLOCK else 2
-    calibration.counter.layer_forwards += passes * depth(model.config) * len(rows)
+    calibration.counter.layer_forwards += depth(model.config) * len(rows)
     return torch.stack(rows)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.errors import RequestError
-from actors.models import BLOCK, depth
+from actors.models import depth
 from actors.scoring.measures.kept_streams import KeptStreams
 from actors.scoring.measures.reference import Reference
 from actors.scoring.measures.wavefront import FinalStates, ForwardCounter, Wave, wavefront, waves
@@ -27,7 +27,6 @@ class Calibration:
         candidates: the layers to score, ascending (None: all); for criteria that score `by_candidate`.
         memory_budget: bytes that hidden states may take (None: as is usual on the device).
         counter: counts the passes of blocks, also of measures that pass them in ways of their own.
-        granularity: what of a layer would go: the block, its attention or its MLP.
         kept: the scored model's own stream of earlier calls, for those that come (None: nothing is kept).
     """
 
@@ -39,7 +38,6 @@ class Calibration:
     candidates: Sequence[int] | None = None
     memory_budget: int | None = None
     counter: ForwardCounter = field(default_factory=ForwardCounter)
-    granularity: str = BLOCK
     kept: KeptStreams | None = None
 
     def waves(self, model: PreTrainedModel) -> list[Wave]:
@@ -56,7 +54,6 @@ class Calibration:
             wave,
             keep_unpruned=keep_unpruned,
             counter=self.counter,
-            granularity=self.granularity,
             kept=self.kept,
         )
 

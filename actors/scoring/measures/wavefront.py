@@ -3,8 +3,7 @@
 At layer j the batch holds the unpruned stream and one stream for every candidate
 i < j, which left it when its layer was skipped. Candidate j joins after layer j
 with the unpruned *input* of layer j. A candidate's shared prefix is therefore
-never computed again: N(N+1)/2 layer-forwards instead of N². A candidate that is
-without its attention or MLP only passes layer j, too: N more.
+never computed again: N(N+1)/2 layer-forwards instead of N².
 
 Sequences of one length share a batch and nothing is padded. All of them pass a
 layer before the next layer begins, so that its weights are read once.
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.models import BLOCK, LayerwisePass, depth, find_layers, resident, without_sub_block
+from actors.models import LayerwisePass, depth, resident
 from actors.models.offloading.dispatch import input_device
 from actors.scoring.measures.kept_streams import KeptStreams, name_of
 from actors.scoring.measures.memory_budget import Group, Wave, costs_of, default_budget, plan_waves
@@ -72,13 +71,12 @@ class _Streams:
         group: Group,
         candidates: Sequence[int],
         keep_unpruned: bool,
-        granularity: str,
         kept: KeptStreams,
     ):
         self._model, self._group = model, group
         ids_GT = torch.stack([sequences[i] for i in group.positions]).to(input_device(model))
         self._ids_GT, self._names = ids_GT, [name_of(sequences[i]) for i in group.positions]
-        self._candidates, self._granularity, self._kept = candidates, granularity, kept
+        self._candidates, self._kept = candidates, kept
         self._unpruned_until = depth(model.config) if keep_unpruned else max(candidates, default=0)
         self._at_once = max(1, group.rows // len(group.positions))
         self._passes: dict[int, LayerwisePass] = {}
@@ -101,15 +99,10 @@ class _Streams:
         """Take every active stream through block `index`."""
         active = 1 + bisect_left(self._candidates, index)
         if index in self._candidates:
-            # Candidate `index` leaves its layer with its input, or with that through the rest of the layer.
-            leaving_GTD = self._hidden_SGTD[0]
-            if index < self._known_until:
-                leaving_GTD = self._kept.entering(self._names, index)
-            if self._granularity != BLOCK:
-                counter.layer_forwards += len(leaving_GTD)
-                with without_sub_block(find_layers(self._model).modules[index], self._granularity):
-                    leaving_GTD = self._pass_over(1).block(index, leaving_GTD)
-            self._hidden_SGTD[active] = leaving_GTD
+            # Candidate `index` leaves its layer with what entered it.
+            known = index < self._known_until
+            entering_GTD = self._kept.entering(self._names, index) if known else self._hidden_SGTD[0]
+            self._hidden_SGTD[active] = entering_GTD
         first = 0 if self._known_until <= index < self._unpruned_until else 1
         for start, stop in self._chunks(first, active):
             rows_BTD = self._hidden_SGTD[start:stop].flatten(0, 1)
@@ -150,7 +143,6 @@ def wavefront(
     *,
     keep_unpruned: bool,
     counter: ForwardCounter,
-    granularity: str = BLOCK,
     kept: KeptStreams | None = None,
 ) -> Iterator[FinalStates]:
     """Yield the unpruned model's and its candidates' final states for the sequences of one wave.
@@ -160,7 +152,6 @@ def wavefront(
         sequences: token ids [T] of every sequence that the wave's positions refer to.
         wave: which sequences and which candidates (ascending).
         keep_unpruned: take the unpruned stream to the end and yield it, before the group's candidates.
-        granularity: what each candidate is without: its block, or the block's attention or MLP.
         kept: the unpruned streams of earlier waves, and where this one's are kept.
     """
     active: list[_Streams] = []
@@ -172,7 +163,7 @@ def wavefront(
             if index == 0:
                 # The first pass over a family looks into its first block, so the block must be there.
                 active = [
-                    _Streams(model, sequences, group, wave.candidates, keep_unpruned, granularity, kept)
+                    _Streams(model, sequences, group, wave.candidates, keep_unpruned, kept)
                     for group in wave.groups
                 ]
             for streams in active:

@@ -1,4 +1,4 @@
-"""Measures of the weights of a block or sub-block, alone or with their gradients.
+"""Measures of the weights of a block, alone or with their gradients.
 
 Weights are the matrices (attention and MLP projections, experts); norms and biases
 are left out.
@@ -12,35 +12,34 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from actors.errors import RequestError
-from actors.models import BLOCK, LayerwisePass, find_layers, sub_block_weights
+from actors.models import LayerwisePass, find_layers
 from actors.models.offloading.dispatch import loaded_weights
 from actors.scoring.measures.calibration import Calibration
 
 
 def magnitude_l1(model: PreTrainedModel, calibration: Calibration) -> Tensor:
     """Return the sum of the absolute values of the weight matrices. [1, N]"""
-    return weight_norms(model, 1, calibration.granularity)[None]
+    return weight_norms(model, 1)[None]
 
 
 def magnitude_l2(model: PreTrainedModel, calibration: Calibration) -> Tensor:
     """Return the sum of the Frobenius norms of the weight matrices. [1, N]"""
-    return weight_norms(model, 2, calibration.granularity)[None]
+    return weight_norms(model, 2)[None]
 
 
 def taylor(model: PreTrainedModel, calibration: Calibration) -> Tensor:
     """Return the first-order change of the mean loss with the weight matrices zero, by weight. [S, N]"""
-    changes = first_order_taylor(model, calibration.sequences, calibration.granularity)
+    changes = first_order_taylor(model, calibration.sequences)
     return changes.expand(len(calibration.sequences), -1)
 
 
-def matrices(block: nn.Module, granularity: str = BLOCK) -> list[nn.Parameter]:
-    """Return the weight matrices of the block, or of its attention or MLP."""
-    weights = block.parameters() if granularity == BLOCK else sub_block_weights(block, granularity).values()
-    return [parameter for parameter in weights if parameter.dim() >= 2]
+def matrices(block: nn.Module) -> list[nn.Parameter]:
+    """Return the weight matrices of the block."""
+    return [parameter for parameter in block.parameters() if parameter.dim() >= 2]
 
 
 @torch.no_grad()
-def weight_norms(model: PreTrainedModel, order: int, granularity: str = BLOCK) -> Tensor:
+def weight_norms(model: PreTrainedModel, order: int) -> Tensor:
     """Return Σ_k ‖W_k‖_p over the matrices of each block, entrywise norms of order p. [N]"""
     norms = []
     for block in find_layers(model).modules:
@@ -48,15 +47,13 @@ def weight_norms(model: PreTrainedModel, order: int, granularity: str = BLOCK) -
             norms.append(
                 sum(
                     torch.linalg.vector_norm(weight, ord=order, dtype=torch.float32).item()
-                    for weight in matrices(block, granularity)
+                    for weight in matrices(block)
                 )
             )
     return torch.tensor(norms, dtype=torch.float64)
 
 
-def first_order_taylor(
-    model: PreTrainedModel, sequences: Sequence[Tensor], granularity: str = BLOCK
-) -> Tensor:
+def first_order_taylor(model: PreTrainedModel, sequences: Sequence[Tensor]) -> Tensor:
     """Return Σ_k Σ_ij |W_k,ij · ∂L/∂W_k,ij| of each block, L the mean loss of the sequences in nats. [N]
 
     Backpropagation goes block by block: forward once without a graph, keeping what
@@ -89,7 +86,7 @@ def first_order_taylor(
     scores = torch.zeros(len(blocks), dtype=torch.float64)
     for index in reversed(range(len(blocks))):
         with loaded_weights(blocks[index]):
-            weights = matrices(blocks[index], granularity)
+            weights = matrices(blocks[index])
             gradients = [torch.zeros_like(weight) for weight in weights]
             for i, layerwise in enumerate(passes):
                 hidden = received[i].pop()

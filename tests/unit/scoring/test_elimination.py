@@ -197,16 +197,6 @@ def test_no_cell_and_no_unpruned_layer_is_passed_twice() -> None:
     assert set(bounded.kinds) == {"exact", "bound"}
 
 
-@pytest.mark.parametrize("granularity", ["attention", "mlp"])
-def test_sub_blocks_are_given_up_too(granularity: str) -> None:
-    exhaustive, bounded = (
-        _run(_scorer(0, "hidden_cosine", 2, eliminate=on, granularity=granularity)) for on in (False, True)
-    )
-    assert bounded.removal_order[:2] == exhaustive.removal_order[:2]
-    assert bounded.layer_forwards + bounded.layer_forwards_saved == exhaustive.layer_forwards
-    assert bounded.layer_forwards_saved > 0
-
-
 def test_without_room_streams_are_computed_again() -> None:
     least = 1.1 * costs_of(_models(0)[0]).least(9)
     scarce = _scorer(0, "hidden_cosine", 1, eliminate=True, memory_budget_gb=least / GIB)
