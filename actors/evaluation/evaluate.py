@@ -27,7 +27,7 @@ from actors.evaluation.perplexity import token_perplexity
 from actors.evaluation.probes.probes import check_probes, find_probe, run_probe
 from actors.evaluation.sandbox.runner import check_sandbox
 from actors.evaluation.throughput import check_length, throughput
-from actors.models import build_model, device, load_source, text_config
+from actors.models import build_model, load_source, places, text_config
 from actors.out_of_memory import once_more_with_less
 
 TIMED_TEXT = TextSpec(builtin="wikitext-2-raw-test")
@@ -45,8 +45,7 @@ def evaluate_model(spec: EvaluationSpec, progress: Progress = no_progress) -> Ev
     if memory does not suffice, with half of the batch neither.
     """
     check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
-    model, tokenizer = build_model(spec.model)
-    model.to(device())
+    model, tokenizer = build_model(spec.model, places())
 
     def measure(spec: EvaluationSpec) -> EvaluationResult:
         return evaluate(model, tokenizer, spec, progress)
@@ -97,7 +96,7 @@ def evaluate(
     if spec.throughput is not None:
         progress(total - 1, total, "throughput")
         unpruned = spec.model == ModelRef(spec.model.source)
-        dense = None if unpruned else load_source(spec.model)[0].to(model.device)
+        dense = None if unpruned else load_source(spec.model, places())[0]
         needed = spec.throughput.batch_size * spec.throughput.context
         beginning = "".join(load_texts(TIMED_TEXT))[: needed * CHARS_PER_TOKEN]
         timed_ids = tokenize_text([beginning], tokenizer, needed)

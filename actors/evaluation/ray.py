@@ -42,10 +42,10 @@ class EvalActor:
         """
         if self._respond is None:
             from actors.evaluation.lm_eval.language_models import local_responder
-            from actors.models import build_model, device
+            from actors.models import build_model, places
 
-            model, tokenizer = build_model(spec.model)
-            self._respond = local_responder(model.to(device()), tokenizer, spec.batch_size, spec.max_length)
+            model, tokenizer = build_model(spec.model, places())
+            self._respond = local_responder(model, tokenizer, spec.batch_size, spec.max_length)
         return self._respond(kind, arguments)
 
 

@@ -5,6 +5,7 @@ from .layerwise import LayerwisePass
 from .loading.load import describe_model, load_model, load_tokenizer, open_model
 from .loading.source import check_revision
 from .model_builder import build_model, device, load_source, prune_to
+from .offloading.placement import places
 from .offloading.sharded import prune_checkpoint
 from .offloading.streaming import load_streamed, resident
 from .pruning.removable import any_layers, check_prunable, choose_removable, removable_layers
@@ -31,6 +32,7 @@ __all__ = [
     "load_tokenizer",
     "build_model",
     "open_model",
+    "places",
     "prune_checkpoint",
     "removable_layers",
     "prune_to",

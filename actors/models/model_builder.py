@@ -22,6 +22,7 @@ from actors.contracts import ArtifactRef, ModelRef
 from actors.models.adapter_deltas import ADAPTER_WEIGHTS, add_deltas, plain_deltas
 from actors.models.families import depth, find_layers
 from actors.models.loading.load import open_model
+from actors.models.offloading.placement import Place
 from actors.models.pruning.merging import merge_blocks
 from actors.models.pruning.surgery import remove_layers
 from actors.models.weights import put_weights
@@ -29,15 +30,15 @@ from actors.models.weights import put_weights
 ValueT = TypeVar("ValueT")
 
 
-def build_model(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model that `ref` describes, with its adapters merged, and its tokenizer."""
-    model, tokenizer = load_source(ref)
+def build_model(ref: ModelRef, over: Sequence[Place] = ()) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model that `ref` describes, with its adapters merged, and its tokenizer; see `open_model`."""
+    model, tokenizer = load_source(ref, over)
     return prune_to(model, ref), tokenizer
 
 
-def load_source(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_source(ref: ModelRef, over: Sequence[Place] = ()) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the unpruned model that `ref` starts from, and its tokenizer."""
-    return open_model(ref.source)
+    return open_model(ref.source, over)
 
 
 def prune_to(model: PreTrainedModel, ref: ModelRef) -> PreTrainedModel:

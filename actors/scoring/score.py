@@ -20,6 +20,7 @@ from actors.models import (
     load_source,
     load_streamed,
     load_tokenizer,
+    places,
     text_config,
 )
 from actors.models.loading.load import load_config
@@ -81,7 +82,7 @@ def score_layers(
         num_remove,
         memory_budget=memory_budget,
     )
-    rows = chosen.measure(model, calibration)
+    rows = chosen.measure(model, calibration).cpu()
     if not chosen.uses_sequences:
         return rows[0].tolist()
     return chosen.combine(rows, chosen.weights([len(sequence) for sequence in sequences])).tolist()
@@ -134,7 +135,7 @@ class Scorer:
     def _model(self) -> PreTrainedModel:
         if self.spec.stream_weights:
             return load_streamed(self.spec.model, device())
-        return build_model(self.spec.model)[0].to(device())
+        return build_model(self.spec.model, places())[0]
 
     @cached_property
     def _screening_model(self) -> PreTrainedModel:
@@ -163,7 +164,7 @@ class Scorer:
             return Reference()
         if self.spec.stream_weights:
             return Reference(lambda: load_streamed(ModelRef(source), device()), kept_as)
-        return Reference(lambda: load_source(self.spec.model)[0].to(device()), kept_as)
+        return Reference(lambda: load_source(self.spec.model, places())[0], kept_as)
 
     @cached_property
     def sequences(self) -> list[Tensor]:
@@ -223,7 +224,7 @@ class Scorer:
         """Return the scores of the shard's candidates on its sequences, in its order."""
         spec, counter = self.spec, ForwardCounter()
         model = self._screening_model if shard.screened else self._model
-        sequences = [self.sequences[i].to(model.device) for i in shard.positions if self.sequences]
+        sequences = [self.sequences[i].to(input_device(model)) for i in shard.positions if self.sequences]
         reference = self._reference
         if shard.screened and reference.load is None:
             # What is kept was computed in float32, and so is what comes to it.
