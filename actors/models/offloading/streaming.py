@@ -47,16 +47,16 @@ class LayerStream:
         self.bytes_read = 0
 
     @contextmanager
-    def resident(self, index: int) -> Iterator[None]:
-        """Hold the weights of block `index` inside this context; read the next block meanwhile."""
+    def resident(self, index: int, then: int) -> Iterator[None]:
+        """Hold the weights of block `index` inside this context; read block `then`, if any, meanwhile."""
         block = self._blocks[index]
         absent = {name: p for name, p in block.named_parameters() if name in self._weights[index]}
         reading = self._ahead.pop(index, None) or self._reader.submit(self._read, index)
         block.load_state_dict(reading.result(), strict=False, assign=True)
         del reading
         self._ahead.clear()
-        if index + 1 < len(self._blocks):
-            self._ahead[index + 1] = self._reader.submit(self._read, index + 1)
+        if 0 <= then < len(self._blocks):
+            self._ahead[then] = self._reader.submit(self._read, then)
         try:
             yield
         finally:
@@ -72,10 +72,15 @@ class LayerStream:
         return tensors
 
 
-def resident(model: PreTrainedModel, index: int) -> AbstractContextManager[None]:
-    """Return a context that holds the weights of block `index`, if they are streamed or offloaded."""
-    stream = getattr(model, "layer_stream", None)
-    return loaded_weights(find_layers(model).modules[index]) if stream is None else stream.resident(index)
+def resident(model: PreTrainedModel, index: int, then: int | None = None) -> AbstractContextManager[None]:
+    """Return a context that holds the weights of block `index`, if they are streamed or offloaded.
+
+    Block `then`, the one after `index` if None, is the next to be asked for; it is read ahead.
+    """
+    stream: LayerStream | None = getattr(model, "layer_stream", None)
+    if stream is None:
+        return loaded_weights(find_layers(model).modules[index])
+    return stream.resident(index, index + 1 if then is None else then)
 
 
 def load_streamed(ref: ModelRef, device: torch.device) -> PreTrainedModel:
