@@ -50,7 +50,8 @@ With `scoring.stream_weights: true` the layers stay in the model's files, and ea
 next one meanwhile. That goes with every criterion but `task_metric` and `laco`. All sequences that fit into
 `scoring.memory_budget_gb` pass a layer together, so that its weights are read once for all of them. `taylor`
 reads each layer twice, there and back, whatever the budget; `bridge_residual` once for as many runs as have
-room for their sums; `deepest`, `reverse` and `random` read no layer.
+room for their sums; `deepest`, `reverse` and `random` read no layer. Experts that are apart in the files are
+joined as they are read, by the rules of transformers.
 
 Of a mixture of experts, a token costs the budget the experts that it passes, not those that there are.
 

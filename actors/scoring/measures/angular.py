@@ -54,7 +54,8 @@ def _distances(model: PreTrainedModel, calibration: Calibration) -> list[Tensor]
     points: list[list[Tensor]] = [[] for _ in calibration.sequences]  # the last token at each, [D]
     for passed in calibration.passed_blocks(model):
         states = [passed.leaving_GTD] if passed.index else [passed.entering_GTD, passed.leaving_GTD]
-        for last_GD in (hidden_GTD[:, -1].cpu() for hidden_GTD in states):
+        # A copy: what a part is kept of stays in memory as a whole.
+        for last_GD in (hidden_GTD[:, -1].cpu().clone() for hidden_GTD in states):
             for position, last_D in zip(passed.positions, last_GD, strict=True):
                 points[position].append(last_D)
     distances = []

@@ -1,5 +1,6 @@
 """Criteria that look at the model's own stream: batched, streamed and in a budget, with the same scores."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,30 @@ READS_TEXT = [name for name in BY_BLOCK if CRITERIA[name].uses_sequences]
 GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 5}
 """Experts that the file holds as the model does."""
 
-FAMILIES = {"llama": {}, "gpt2": {}, "gemma3_text": {}, "bloom": {}, "gpt_oss": GPT_OSS}
+DEEPSEEK = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+
+FAMILIES = {
+    "llama": {},
+    "gpt2": {},
+    "gemma3_text": {},
+    "bloom": {},
+    "gpt_oss": GPT_OSS,
+    "mixtral": {},
+    "deepseek_v3": DEEPSEEK,
+}
 
 
 def _tight(model: PreTrainedModel) -> int:
@@ -165,18 +189,44 @@ def test_a_block_needs_no_more_than_its_costs_say(family: str, gradients: bool, 
     costs = costs_of(model)
     layerwise = LayerwisePass(model, ids_BT)
     leaf_BTD = layerwise.hidden_BTD.detach().requires_grad_(gradients)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def there_and_back() -> None:
         with torch.set_grad_enabled(gradients):
             output_BTD = layerwise.block(0, leaf_BTD)
         if gradients:
             torch.autograd.grad(output_BTD, leaf_BTD, torch.ones_like(output_BTD))
+
+    costs = costs.with_gradients() if gradients else costs
+    assert 0 < _peak(there_and_back) <= len(ids_BT) * costs.row(64)
+
+
+def _peak(run: Callable[[], object]) -> int:
+    """The most bytes that were allocated at one time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
     taken, peak = 0, 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             taken += event.nbytes()
             peak = max(peak, taken)
-    costs = costs.with_gradients() if gradients else costs
-    assert 0 < peak <= len(ids_BT) * costs.row(64)
+    return peak
+
+
+@pytest.mark.parametrize("criterion", READS_TEXT)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_scoring_keeps_its_budget(family: str, criterion: str) -> None:
+    """Where sixteen sequences do not fit at once. With taylor the gradients of one block come on top."""
+    model = tiny_model(family, hidden_size=64, intermediate_size=256, num_hidden_layers=12)
+    sequences = [tiny_ids(1, 48, seed=seed)[0] for seed in range(16)]
+    score_layers(model, sequences[:2], criterion)  # what a first call makes and keeps
+    budget = 3 * costs_of(model).with_gradients().least(48) // 2
+    if criterion == "bridge_residual":
+        budget += 12 * 32 * 64**2
+    block = sum(p.nbytes for p in blocks_of(model)[0].parameters())
+    extra = 3 * block if criterion == "taylor" else 0
+    peak = _peak(lambda: score_layers(model, sequences, criterion, memory_budget=budget))
+    roomy = _peak(lambda: score_layers(model, sequences, criterion))
+    assert peak <= budget + extra < roomy
 
 
 def _experts(family: str, **fields: Any) -> tuple[int, int] | None:
