@@ -9,7 +9,7 @@ from torch import Tensor
 from actors.contracts import ScoreSpec
 from actors.errors import RequestError, unknown_name
 from actors.plugins import find_row
-from actors.scoring.measures import activations, angular, linear_maps, positions, weights
+from actors.scoring.measures import activations, angular, linear_maps, positions, taylor, weights
 from actors.scoring.measures.calibration import Measure
 from actors.scoring.measures.pooling import POOLING
 from actors.scoring.measures.wavefront import layer_forwards
@@ -48,8 +48,9 @@ class LayerCriterion(Criterion):
     Attributes:
         measure: gives [S, N] scores (or [1, N] where sequences do not matter); what was not requested is NaN.
         joint: the sequences' rows cannot be computed apart (a measure gives the same row for each).
-        by_candidate: scores the `candidates` of the calibration alone, any part of them by itself,
-            and can pass through a model whose weights are streamed.
+        by_candidate: scores the `candidates` of the calibration alone, any part of them by itself; is
+            `by_block`, too.
+        by_block: uses a block only where its weights are `resident`, so that they can be streamed.
         weight: how much a sequence of T tokens counts in a layer's score.
         link: from the weighted mean of a layer's rows to its score; it grows with it.
         best: the best that a sequence can say of a layer, where there is such a value: it bounds what
@@ -59,6 +60,7 @@ class LayerCriterion(Criterion):
     measure: Measure
     joint: bool = False
     by_candidate: bool = False
+    by_block: bool = False
     weight: Callable[[int], float] = lambda num_tokens: 1.0
     link: Callable[[Tensor], Tensor] = lambda mean_C: mean_C
     best: float | None = None
@@ -125,6 +127,7 @@ CRITERIA: dict[str, Criterion] = {
         source="ShortGPT (arXiv 2403.03853) §2.3, Eq. 1",
         equation="1 − mean_t cos(x_i,t, x_i+1,t)",
         measure=activations.block_influence,
+        by_block=True,
         highest_first=False,
         uses_sequences=True,
         forwards=_one_pass,
@@ -133,6 +136,7 @@ CRITERIA: dict[str, Criterion] = {
         source="The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887) §3.2, Eq. 6 and 7",
         equation="arccos(cos(x_i,T, x_i+n,T)) / π for the run of n blocks from i on",
         measure=angular.angular_block,
+        by_block=True,
         highest_first=False,
         uses_sequences=True,
         forwards=_one_pass,
@@ -144,6 +148,7 @@ CRITERIA: dict[str, Criterion] = {
         equation="mean_t ‖x_i,t (1 + A) − x_i+n,t‖² / ‖x_i+n,t‖² for the run of n blocks from i on, "
         "A fitted to other sequences",
         measure=linear_maps.bridge_residual,
+        by_block=True,
         highest_first=False,
         uses_sequences=True,
         forwards=_one_pass,
@@ -154,6 +159,7 @@ CRITERIA: dict[str, Criterion] = {
         source="The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887) §4.4",
         equation="i, the last block kept to the end",
         measure=positions.deepest,
+        by_block=True,
         highest_first=True,
         uses_sequences=False,
     ),
@@ -162,13 +168,15 @@ CRITERIA: dict[str, Criterion] = {
         "(arXiv 2602.01997) §2",
         equation="i",
         measure=positions.reverse,
+        by_block=True,
         highest_first=True,
         uses_sequences=False,
     ),
     "taylor": LayerCriterion(
         source="Shortened LLaMA (arXiv 2402.02834) §3, Taylor; LLM-Pruner (arXiv 2305.11627) §3.2",
         equation="Σ_k Σ_ij abs(W_k,ij · ∂L/∂W_k,ij), L the mean next-token loss",
-        measure=weights.taylor,
+        measure=taylor.taylor,
+        by_block=True,
         highest_first=False,
         uses_sequences=True,
         forwards=lambda num_layers, num_sequences: 2 * _one_pass(num_layers, num_sequences),
@@ -179,6 +187,7 @@ CRITERIA: dict[str, Criterion] = {
         "Reassessing Layer Pruning (arXiv 2411.15558)",
         equation="Σ_k ‖W_k‖₁, entrywise",
         measure=weights.magnitude_l1,
+        by_block=True,
         highest_first=False,
         uses_sequences=False,
     ),
@@ -186,6 +195,7 @@ CRITERIA: dict[str, Criterion] = {
         source="Reassessing Layer Pruning (arXiv 2411.15558), Magnitude-L2",
         equation="Σ_k ‖W_k‖₂, entrywise (Frobenius)",
         measure=weights.magnitude_l2,
+        by_block=True,
         highest_first=False,
         uses_sequences=False,
     ),
@@ -208,6 +218,7 @@ CRITERIA: dict[str, Criterion] = {
         source="seeded draw, the baseline of every comparison",
         equation="uniform in 0..1",
         measure=positions.random,
+        by_block=True,
         highest_first=True,
         uses_sequences=False,
         seeded=True,
@@ -236,7 +247,8 @@ def criterion_of(spec: ScoreSpec) -> Criterion:
     criterion = find_criterion(spec.criterion, spec.pooling)
     by_candidate = isinstance(criterion, LayerCriterion) and criterion.by_candidate
     bounded = isinstance(criterion, LayerCriterion) and by_candidate and criterion.best is not None
-    able = {"stream_weights": by_candidate, "eliminate": bounded, "screen_dtype": by_candidate}
+    by_block = isinstance(criterion, LayerCriterion) and (by_candidate or criterion.by_block)
+    able = {"stream_weights": by_block, "eliminate": bounded, "screen_dtype": by_candidate}
     for setting, possible in able.items():
         if getattr(spec, setting) and not possible:
             raise RequestError(f"scoring.{setting} does not go with criterion {spec.criterion!r}")

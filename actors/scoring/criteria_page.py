@@ -38,10 +38,22 @@ Every criterion but `laco` goes with both schedules. `iterative` scores again af
   `logit_loss: forward_kl` makes small.
 - `taylor` takes the gradient of the mean over sequences of the mean next-token loss. All sequences are
   scored by one actor, as the gradients are added up before their absolute value is taken; one layer's
-  gradients are held at a time.
+  gradients are held at a time. What the layers receive stays in memory, in half of the memory budget, and
+  what does not fit is below `ITERABRE_CACHE` meanwhile.
 - `magnitude_l1` and `magnitude_l2` leave out norms and biases, and so does `taylor`.
 - `task_metric` evaluates every model with one layer less on `scoring.task`, as many at a time as
   `execution.scoring.actors` says, each with the resources of an evaluation. It runs in campaigns only.
+
+## Models larger than memory
+
+With `scoring.stream_weights: true` the layers stay in the model's files, and each is read when it is due, the
+next one meanwhile. That goes with every criterion but `task_metric` and `laco`. All sequences that fit into
+`scoring.memory_budget_gb` pass a layer together, so that its weights are read once for all of them. `taylor`
+reads each layer twice, there and back, whatever the budget; `bridge_residual` once for as many runs as have
+room for their sums; `deepest`, `reverse` and `random` read no layer. Experts that are apart in the files are
+joined as they are read, by the rules of transformers.
+
+Of a mixture of experts, a token costs the budget the experts that it passes, not those that there are.
 
 ## Giving up layers early
 

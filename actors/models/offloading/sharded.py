@@ -6,20 +6,18 @@ memory.
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from actors.contracts import Dtype, ModelDtype, ModelSpec
 from actors.errors import RequestError
 from actors.models.exporting.export import save_with_files, write_config
 from actors.models.families import depth, find_layers
 from actors.models.loading.checkpoint import FLOATING, INDEX, SINGLE, Checkpoint, StoredTensor, header_of
+from actors.models.loading.conversion import Conversion
 from actors.models.loading.load import (
     DTYPES,
     check_dtype,
@@ -90,18 +88,6 @@ def prune_checkpoint(
     return depth(model.config), model.num_parameters()
 
 
-def _model_names(model: PreTrainedModel, tensors: Collection[StoredTensor]) -> dict[str, str]:
-    """Return, by name in the files, the parameter of `model` that transformers makes of a tensor."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix, parameters = model.base_model_prefix, model.state_dict()
-    return {
-        tensor.name: rename_source_key(tensor.name, renamings, converters, prefix, parameters)[0]
-        for tensor in tensors
-    }
-
-
 def _prune_in_memory(
     spec: ModelSpec,
     checkpoint: Checkpoint,
@@ -124,8 +110,8 @@ def _prune_in_memory(
         trust_remote_code=spec.trust_remote_code,
     )
     if dtype is None and len(stored) > 1:
-        names = _model_names(model, tensors)
-        types = {names[tensor.name]: FLOATING[tensor.dtype] for tensor in tensors}
+        conversion = Conversion(model)
+        types = {conversion.parameter_of(tensor.name): FLOATING[tensor.dtype] for tensor in tensors}
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(types.get(name, parameter.dtype))
     kept = remaining(depth(model.config), layers)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from actors.models import LayerwisePass, depth, text_config
+from actors.models import text_config
 from actors.models.head import LogitHead
 from actors.scoring.measures.calibration import Calibration
 from actors.scoring.measures.likelihood import divergences, negative_log_likelihoods
@@ -89,14 +89,10 @@ def perplexity(model: PreTrainedModel, calibration: Calibration) -> Tensor:
 @torch.no_grad()
 def block_influence(model: PreTrainedModel, calibration: Calibration) -> Tensor:
     """Return 1 − mean over tokens of the cosine of the stream before and after a block. [S, N]"""
-    rows = []
-    for sequence in calibration.sequences:
-        layerwise = LayerwisePass(model, sequence[None])
-        entering, row = layerwise.hidden_BTD, []
-        for index in range(depth(model.config)):
-            leaving = layerwise.block(index, entering)
-            row.append(1 - cosine_similarity(entering.float(), leaving.float(), dim=-1).mean())
-            entering = leaving
-        rows.append(torch.stack(row))
-    calibration.counter.layer_forwards += depth(model.config) * len(rows)
-    return torch.stack(rows)
+    rows = calibration.no_rows(model)
+    for passed in calibration.passed_blocks(model):
+        leaving_GTD = passed.leaving_GTD.float()
+        entering_GTD = passed.entering_GTD.to(leaving_GTD)
+        similarity_G = cosine_similarity(entering_GTD, leaving_GTD, dim=-1).mean(-1)
+        rows[list(passed.positions), passed.index] = (1 - similarity_G).double().cpu()
+    return rows

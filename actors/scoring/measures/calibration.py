@@ -9,7 +9,10 @@ from transformers import PreTrainedModel
 
 from actors.errors import RequestError
 from actors.models import depth
+from actors.models.offloading.dispatch import input_device
 from actors.scoring.measures.kept_streams import KeptStreams
+from actors.scoring.measures.memory_budget import costs_of, default_budget, plan_waves
+from actors.scoring.measures.passed_blocks import PassedBlock, passed_blocks
 from actors.scoring.measures.reference import Reference
 from actors.scoring.measures.wavefront import FinalStates, ForwardCounter, Wave, wavefront, waves
 
@@ -56,6 +59,30 @@ class Calibration:
             counter=self.counter,
             kept=self.kept,
         )
+
+    def budget(self, model: PreTrainedModel) -> int:
+        """Return the bytes that hidden states may take."""
+        return self.memory_budget or default_budget(input_device(model))
+
+    def passed_blocks(
+        self,
+        model: PreTrainedModel,
+        *,
+        budget: int | None = None,
+        streams: int = 1,
+        num_blocks: int | None = None,
+    ) -> Iterator[PassedBlock]:
+        """Yield the sequences after each of the first `num_blocks` blocks; see `passed_blocks`.
+
+        Args:
+            model: the scored one.
+            budget: bytes, if not all that hidden states may take.
+            streams: how many points of the stream of a sequence are kept at one time.
+            num_blocks: all, if None.
+        """
+        costs, lengths = costs_of(model).of_streams(streams), [len(ids_T) for ids_T in self.sequences]
+        planned = plan_waves(lengths, (), costs, budget or self.budget(model))
+        return passed_blocks(model, self.sequences, planned, self.counter, num_blocks)
 
     def num_runs(self, model: PreTrainedModel) -> int:
         """Return how many runs of `num_remove` blocks there are, and so at how many layers one begins.

@@ -139,7 +139,7 @@ def test_a_memory_budget_changes_no_score(spec: ScoreSpec, criterion: str) -> No
     assert budgeted.scores == pytest.approx(score_locally(spec).scores, rel=1e-6)
 
 
-@pytest.mark.parametrize("criterion", ["hidden_cosine", "kl"])
+@pytest.mark.parametrize("criterion", ["hidden_cosine", "kl", "block_influence", "taylor"])
 def test_a_streamed_model_has_the_same_scores(spec: ScoreSpec, adapter: ArtifactRef, criterion: str) -> None:
     """Unpruned, and pruned and recovered against the unpruned source; two shards, too."""
     spec = replace(spec, criterion=criterion)
@@ -151,12 +151,16 @@ def test_a_streamed_model_has_the_same_scores(spec: ScoreSpec, adapter: Artifact
         assert _in_shards(streamed, 2).scores == pytest.approx(want.scores, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "option", [{"stream_weights": True}, {"eliminate": True}, {"screen_dtype": "bfloat16"}]
-)
+@pytest.mark.parametrize("option", [{"eliminate": True}, {"screen_dtype": "bfloat16"}])
 def test_options_that_a_criterion_cannot_take_are_refused(spec: ScoreSpec, option: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=f"{min(option)} does not go with criterion 'block_influence'"):
         Scorer(replace(spec, criterion="block_influence", **option))
+
+
+@pytest.mark.parametrize("criterion", ["task_metric", "laco"])
+def test_whole_models_cannot_be_streamed(spec: ScoreSpec, criterion: str) -> None:
+    with pytest.raises(RequestError, match=f"stream_weights does not go with criterion '{criterion}'"):
+        Scorer(replace(spec, criterion=criterion, stream_weights=True))
 
 
 @pytest.fixture(scope="module")
