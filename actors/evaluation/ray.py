@@ -77,8 +77,8 @@ def evaluate_on_ray(
 
 def _evaluate_on_pool(spec: EvaluationSpec, pool: ActorPool, progress: Progress) -> EvaluationResult:
     """Build the requests, have `pool` respond to them, aggregate the responses."""
-    from actors.evaluation.evaluate import measure_tasks
-    from actors.evaluation.lm_eval.language_models import check_chat_template
+    from actors.evaluation.evaluate import measure_tasks, tasks_in_words
+    from actors.evaluation.lm_eval.language_models import UNITS, check_chat_template
     from actors.evaluation.lm_eval.task_folder import check_tasks_unchanged
     from actors.evaluation.lm_eval.task_loading import check_task_data
     from actors.models import load_tokenizer
@@ -89,9 +89,6 @@ def _evaluate_on_pool(spec: EvaluationSpec, pool: ActorPool, progress: Progress)
     if spec.apply_chat_template:
         check_chat_template(tokenizer)
     without_tasks = _submit(pool.first, replace(spec, tasks=(), suites=()))
-
-    def named(actor: Any) -> Any:
-        return actor.respond.options(**task_name())
 
     def respond(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         size = -(-len(arguments) // (len(pool) * SHARDS_PER_ACTOR))
@@ -105,10 +102,13 @@ def _evaluate_on_pool(spec: EvaluationSpec, pool: ActorPool, progress: Progress)
             busy=without_tasks,
         ):
             responses[shard] = found
-            progress(len(responses), len(shards), kind)
+            done = sum(len(found) for found in responses.values())
+            progress(done, len(arguments), f"{UNITS[kind]} of {tasks_in_words(spec)}")
         return [response for shard in range(len(shards)) for response in responses[shard]]
 
     metrics, versions = measure_tasks(spec, respond, tokenizer)
+    if spec.perplexity or spec.probes or spec.throughput:
+        progress(0, 1, "texts, probes and throughput, on one actor")
     others = result_of(without_tasks)
     return replace(
         others,

@@ -86,3 +86,17 @@ def test_the_document_knows_every_probe_and_metric() -> None:
     for name, probe in PROBES.items():
         assert f"`{name}`" in text
         assert all(f"`{metric}`" in text for metric in probe.gives)
+
+
+def test_progress_counts_what_each_probe_runs() -> None:
+    model, tokenizer = tiny_llama()
+    spec = EvaluationSpec(model=MODEL, probes=tuple(PROBES), limit=3, max_new_tokens=2, batch_size=2)
+    reported: list[tuple[int, int, str]] = []
+    evaluate(model, tokenizer, spec, progress=lambda *step: reported.append(step))
+    assert [step for step in reported if step[0] == step[1]] == [
+        (3, 3, "prompts of degeneration, part 1 of 3"),
+        (3, 3, "problems of arithmetic, part 2 of 3"),
+        (3, 3, "prompts of code_failures, part 3 of 3"),
+        (3, 3, "evaluated"),
+    ]
+    assert (2, 3, "prompts of degeneration, part 1 of 3") in reported
