@@ -51,6 +51,19 @@ def evaluate_model(spec: EvaluationSpec, progress: Progress = no_progress) -> Ev
     check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
     model, tokenizer = build_model(spec.model)
     model.to(device())
+    return evaluate_as_fits(model, tokenizer, spec, progress)
+
+
+def evaluate_as_fits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: EvaluationSpec,
+    progress: Progress = no_progress,
+) -> EvaluationResult:
+    """Return what `evaluate` does, with half of the batch if memory does not suffice for the whole.
+
+    Raises MemoryExhaustedError if half does not fit either.
+    """
 
     def measure(spec: EvaluationSpec) -> EvaluationResult:
         return evaluate(model, tokenizer, spec, progress)
