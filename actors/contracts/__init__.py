@@ -31,6 +31,7 @@ from actors.contracts.models import (
     ModelSettings,
     ModelSpec,
     Origin,
+    common_base,
 )
 from actors.contracts.pool import ActorPoolSpec
 from actors.contracts.progress import ClusterProgress, Progress, WaitingTime, no_progress, on_cluster
@@ -118,6 +119,7 @@ __all__ = [
     "TextSpec",
     "ThroughputSpec",
     "WaitingTime",
+    "common_base",
     "digest",
     "extend",
     "no_progress",

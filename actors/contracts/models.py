@@ -1,6 +1,6 @@
 """Source models, models on a trajectory, and their export."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -135,6 +135,18 @@ class ModelRef:
         """Return the source indices of the layers that remain: `map(l)` of IteRABRe, App. E."""
         gone = set(self.dropped)
         return tuple(i for i in range(num_source_layers) if i not in gone)
+
+
+def common_base(models: Sequence[ModelRef]) -> ModelRef:
+    """Return the least pruned model that all models are prunings of, or one of them.
+
+    Raises ValueError if they differ in more than their dropped layers.
+    """
+    shared = set(models[0].dropped).intersection(*(model.dropped for model in models))
+    base = replace(models[0], dropped=tuple(sorted(shared)))
+    if any(replace(model, dropped=base.dropped) != base for model in models):
+        raise ValueError("the models differ in more than their dropped layers")
+    return base
 
 
 @dataclass(frozen=True)

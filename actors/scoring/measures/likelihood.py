@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from actors.models import text_config
 from actors.models.head import LogitHead
+from actors.models.next_token import next_token_nats
 from actors.scoring.measures.wavefront import FinalStates
 
 LOGITS_BYTES = 256 * 2**20
@@ -29,14 +29,11 @@ def negative_log_likelihoods(
     targets_BT = ids_GT.repeat(len(states.streams), 1).to(states.hidden_BTD.device)
     num_rows, num_tokens = targets_BT.shape
     at_once = tokens_at_once(num_rows, text_config(states.layerwise.config).vocab_size, memory_budget)
-    nats_B = torch.zeros(num_rows, dtype=torch.float64, device=targets_BT.device)
-    for tokens_K in torch.arange(num_tokens - 1, device=targets_BT.device).split(at_once):
-        logits_BKV = states.layerwise.logits(states.hidden_BTD, tokens_K).to(targets_BT.device).float()
-        nats = cross_entropy(
-            logits_BKV.flatten(0, 1), targets_BT[:, tokens_K + 1].flatten(), reduction="none"
-        )
-        nats_B += nats.view(num_rows, -1).double().sum(1)
-    return (nats_B / max(1, num_tokens - 1)).view(len(states.streams), len(states.positions))
+    nats_BT = next_token_nats(
+        lambda tokens_K: states.layerwise.logits(states.hidden_BTD, tokens_K), targets_BT[:, 1:], at_once
+    )
+    nats_B = nats_BT.double().sum(1) / max(1, num_tokens - 1)
+    return nats_B.view(len(states.streams), len(states.positions))
 
 
 def divergences(

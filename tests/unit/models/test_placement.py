@@ -14,7 +14,7 @@ from actors.contracts import ModelRef, ModelSpec
 from actors.errors import MemoryExhaustedError
 from actors.evaluation.lm_eval.loglikelihood import LikelihoodModel, Scored
 from actors.evaluation.perplexity import token_perplexity
-from actors.models import build_model, find_layers, remove_layers
+from actors.models import build_model, find_layers, remove_layers, without_layers
 from actors.models.offloading.dispatch import input_device
 from actors.models.offloading.placement import Place, device_map
 from actors.scoring import score_layers
@@ -128,7 +128,7 @@ def test_evaluation_is_that_of_one_piece(measure: Callable[[PreTrainedModel], An
     """Also of a model whose blocks were removed after it was placed."""
     expected = measure(remove_layers(_llama(), [2]))
     with made_up_devices():
-        found = measure(remove_layers(_placed(_llama(), count), [2]))
+        found = measure(without_layers(_placed(_llama(), count), [2]))
     assert found == expected
 
 
