@@ -112,7 +112,7 @@ class _Factories(TorchDispatchMode):
 
 
 class _Literals(TorchFunctionMode):
-    """What goes past the dispatcher: filling a tensor from numbers, and making numbers of a tensor."""
+    """What goes past the dispatcher: making a tensor of numbers, also of indices, and numbers of a tensor."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -120,6 +120,8 @@ class _Literals(TorchFunctionMode):
             return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
         if func is Tensor.tolist and isinstance(args[0], MadeUpTensor):
             return args[0].value.tolist()
+        if func is Tensor.__getitem__ and isinstance(args[1], list):
+            return func(args[0], torch.tensor(args[1]))
         return func(*args, **kwargs)
 
 
