@@ -42,7 +42,8 @@ Every criterion but `laco` goes with both schedules. `iterative` scores again af
   what does not fit is below `ITERABRE_CACHE` meanwhile.
 - `magnitude_l1` and `magnitude_l2` leave out norms and biases, and so does `taylor`.
 - `task_metric` evaluates every model with one layer less on `scoring.task`, as many at a time as
-  `execution.scoring.actors` says, each with the resources of an evaluation. It runs in campaigns only.
+  `execution.scoring.actors` says, each with the resources of an evaluation and the model loaded once. It
+  runs in campaigns only.
 
 ## Models larger than memory
 
