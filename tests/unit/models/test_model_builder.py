@@ -88,7 +88,9 @@ def test_prunings_of_a_loaded_model_are_those_that_are_loaded_pruned(
     specs = [EvaluationSpec(model=model.without((layer,)), perplexity=(text,)) for layer in (0, 3)]
     expected = [evaluate_model(spec) for spec in specs]
     loaded: list[ModelRef] = []
-    monkeypatch.setattr(layer_sweep, "build_model", lambda ref: loaded.append(ref) or build_model(ref))
+    monkeypatch.setattr(
+        layer_sweep, "build_model", lambda ref, over: loaded.append(ref) or build_model(ref, over)
+    )
     assert list(evaluate_prunings(specs)) == list(enumerate(expected))
     assert expected[0] != expected[1]
     assert loaded == [model]
