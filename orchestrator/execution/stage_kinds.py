@@ -84,9 +84,9 @@ class StageRequest(Generic[ResultT]):
 def score_numbers(result: ScoreResult) -> Numbers:
     for layer, score, kind in zip(result.source_layers, result.scores, result.kind_of_each, strict=True):
         yield SCORE_METRICS[kind], score, "", {"layer": layer}
-    yield "layer_forwards", result.layer_forwards, "", {}
+    yield "layer_forwards", result.layer_forwards, "forwards", {}
     if result.layer_forwards_saved:
-        yield "layer_forwards_saved", result.layer_forwards_saved, "", {}
+        yield "layer_forwards_saved", result.layer_forwards_saved, "forwards", {}
     yield "sequences", result.num_sequences, "", {}
     yield "tokens", result.num_tokens, "tokens", {}
 
