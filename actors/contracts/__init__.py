@@ -20,7 +20,6 @@ from actors.contracts.evaluation import (
 )
 from actors.contracts.generation import GenerationResult, GenerationSettings, GenerationSpec
 from actors.contracts.models import (
-    BLOCK,
     DTYPE_BYTES,
     Dtype,
     ExportResult,
@@ -32,6 +31,7 @@ from actors.contracts.models import (
     ModelSettings,
     ModelSpec,
     Origin,
+    common_base,
 )
 from actors.contracts.pool import ActorPoolSpec
 from actors.contracts.progress import ClusterProgress, Progress, WaitingTime, no_progress, on_cluster
@@ -47,8 +47,10 @@ from actors.contracts.recovery import (
 )
 from actors.contracts.scoring import (
     MERGING_CRITERIA,
+    SCORE_METRICS,
     MergeSpec,
     Removal,
+    ScoreKind,
     ScoreResult,
     ScoreSpec,
     ScoringSettings,
@@ -61,11 +63,11 @@ from actors.contracts.teaching import LOG_PROBABILITIES_DTYPE, TeachResult, Teac
 __all__ = [
     "CLOSED_FORM_OBJECTIVES",
     "MERGING_CRITERIA",
+    "SCORE_METRICS",
     "ActorPoolSpec",
     "AdapterSpec",
     "BelowCut",
     "ArtifactRef",
-    "BLOCK",
     "ClusterProgress",
     "DTYPE_BYTES",
     "Doc",
@@ -102,6 +104,7 @@ __all__ = [
     "RecoverySpec",
     "Removal",
     "RowCounts",
+    "ScoreKind",
     "ScoreResult",
     "ScoreSpec",
     "ScoringSettings",
@@ -116,6 +119,7 @@ __all__ = [
     "TextSpec",
     "ThroughputSpec",
     "WaitingTime",
+    "common_base",
     "digest",
     "extend",
     "no_progress",

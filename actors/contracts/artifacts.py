@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from actors.contracts.settings import stored_names
+from actors.contracts.settings import removed_fields
 
 
 def digest(value: Any) -> str:
@@ -43,7 +43,8 @@ def to_json(value: Any) -> dict[str, Any]:
 
 def _stored(value: Any) -> Any:
     if is_dataclass(value):
-        return {stored: _stored(getattr(value, name)) for name, stored in stored_names(type(value)).items()}
+        values = {f.name: _stored(getattr(value, f.name)) for f in fields(value)}
+        return {**values, **removed_fields(type(value))}
     if isinstance(value, list | tuple):
         return [_stored(item) for item in value]
     return value

@@ -1,19 +1,17 @@
 """Source models, models on a trajectory, and their export."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import MinLen
 
 from actors.contracts.artifacts import ArtifactRef
-from actors.contracts.settings import Doc, LocalPath, Settings, Stored, StoredAs
+from actors.contracts.settings import Doc, LocalPath, Settings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ModelDtype = Literal["float32", "bfloat16", "float16", "auto"]
-
-BLOCK: Literal["block"] = "block"
-"""The granularity at which whole blocks are removed; their layers are what depths count."""
 
 
 @dataclass(frozen=True)
@@ -97,31 +95,21 @@ class Merge:
 class ModelRef:
     """A model on a trajectory: source model + merged and dropped layers + what recovery left.
 
-    `dropped` holds source layer indices, ascending. `zeroed` names sub-blocks that
-    add nothing any more, by source layer index and kind, ascending. `merges` are done
+    `dropped` holds source layer indices, ascending. `merges` are done
     before all else, in order, on the source weights; the layers that they merge are
     among `dropped`. `weights`, left by full fine-tuning or a linear bridge, then take the
     place of the source's. `adapters` are applied last, in order. All name their tensors by
     source layer index, so that layers dropped later do not shift them.
     """
 
+    REMOVED: ClassVar[Mapping[str, Any]] = {"emptied": ()}
+    __pydantic_config__: ClassVar[Any] = {"extra": "ignore"}  # recorded plans still name it
+
     source: ModelSpec
     dropped: tuple[int, ...] = ()
     adapters: tuple[ArtifactRef, ...] = ()
     merges: tuple[Merge, ...] = ()
     weights: ArtifactRef | None = None
-    zeroed: Annotated[tuple[tuple[int, str], ...], StoredAs("emptied")] = ()
-
-    def pruned(self, granularity: str, source_layers: tuple[int, ...]) -> "ModelRef":
-        """Return the model with whole blocks dropped (`block`), or their attention or MLP zeroed."""
-        if granularity == BLOCK:
-            return self.without(source_layers)
-        zeroed = {*self.zeroed, *((layer, granularity) for layer in source_layers)}
-        return replace(self, zeroed=tuple(sorted(zeroed)))
-
-    def candidates(self, granularity: str, num_source_layers: int) -> tuple[int, ...]:
-        """Return the source indices of the layers that have something of this granularity to lose."""
-        return tuple(i for i in self.kept(num_source_layers) if (i, granularity) not in self.zeroed)
 
     def without(self, source_layers: tuple[int, ...]) -> "ModelRef":
         """Return the model with more source layers dropped."""
@@ -149,6 +137,18 @@ class ModelRef:
         return tuple(i for i in range(num_source_layers) if i not in gone)
 
 
+def common_base(models: Sequence[ModelRef]) -> ModelRef:
+    """Return the least pruned model that all models are prunings of, or one of them.
+
+    Raises ValueError if they differ in more than their dropped layers.
+    """
+    shared = set(models[0].dropped).intersection(*(model.dropped for model in models))
+    base = replace(models[0], dropped=tuple(sorted(shared)))
+    if any(replace(model, dropped=base.dropped) != base for model in models):
+        raise ValueError("the models differ in more than their dropped layers")
+    return base
+
+
 @dataclass(frozen=True)
 class ExportSpec:
     """Write `model` as an ordinary Hugging Face directory."""
@@ -157,15 +157,13 @@ class ExportSpec:
 
 
 @dataclass(frozen=True)
-class ExportResult(Stored):
+class ExportResult:
     """The exported directory.
 
-    `num_zeroed_parameters` of its parameters are stored and add nothing. `note` is for users of runtimes
-    that compute the layers' kinds by themselves.
+    `note` is for users of runtimes that compute the layers' kinds by themselves.
     """
 
     artifact: ArtifactRef
     num_layers: int
     num_parameters: int
-    num_zeroed_parameters: Annotated[int, StoredAs("num_emptied_parameters")] = 0
     note: str | None = None

@@ -1,14 +1,26 @@
 """Requests and results of scoring."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
+from annotated_types import Ge, Gt, Le, MinLen
 
 from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSettings, TextSpec
-from actors.contracts.models import BLOCK, Merge, ModelRef
+from actors.contracts.models import Merge, ModelRef
 from actors.contracts.settings import AddedLater, Doc, InKeyAs, NotInKey, Settings
+
+ScoreKind = Literal["exact", "bound", "screened", "screened_bound"]
+"""What a score is: its value, or what it is at best; the same as seen in the screening dtype."""
+
+SCORE_METRICS: Mapping[ScoreKind, str] = {
+    "exact": "score",
+    "bound": "score_bound",
+    "screened": "score_screened",
+    "screened_bound": "score_screened_bound",
+}
+"""What the ledger calls a layer's score, by what it is."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +62,9 @@ class MergeSpec(Settings):
 class ScoringSettings(Settings):
     """How the next layer to remove is chosen."""
 
+    REMOVED: ClassVar[Mapping[str, Any]] = {"granularity": "block", "confidence": None}
+
     criterion: Annotated[str, Doc("A name in the table of criteria, or a plug-in's.")] = "hidden_cosine"
-    granularity: Annotated[
-        Literal["block", "attention", "mlp"],
-        Doc("What is removed: whole blocks, or the attention or the MLP of single blocks."),
-    ] = BLOCK
     reference: Annotated[
         Literal["source", "current"],
         Doc("Model whose output is to be kept: the unpruned or the current one."),
@@ -74,11 +84,21 @@ class ScoringSettings(Settings):
     stream_weights: Annotated[
         bool, Doc("Read layers from their files one at a time, for models larger than memory."), NotInKey()
     ] = False
-    confidence: Annotated[
-        float | None,
-        Gt(0.5),
-        Lt(1),
-        Doc("Give up candidates that at this level will not be the next to go."),
+    eliminate: Annotated[
+        bool,
+        Doc(
+            "Give up a layer as soon as it is proved not to be the next to go; its score is then a bound. "
+            "For hidden_cosine, perplexity and kl; the choice is that of scoring all."
+        ),
+        AddedLater(False),
+    ] = False
+    screen_dtype: Annotated[
+        Literal["bfloat16"] | None,
+        Doc(
+            "Score in this dtype first, and in float32 only what comes near the best. A measured rule, "
+            "not a proof: docs/criteria.md."
+        ),
+        AddedLater(None),
     ] = None
 
 
@@ -109,7 +129,8 @@ class ScoreResult:
     the layers to remove go, if they are merged rather than dropped.
     `layer_forwards` counts how often a sequence passed a block;
     `layer_forwards_saved` how much more often it would have, had no candidate
-    been given up early.
+    been given up early. `kinds[i]` says what `scores[i]` is; where it is empty
+    all are exact. The first of the order of removal, as many as will go, always are.
     """
 
     source_layers: tuple[int, ...]
@@ -120,17 +141,23 @@ class ScoreResult:
     layer_forwards: int
     merges: tuple[Merge, ...] = ()
     layer_forwards_saved: int = 0
+    kinds: tuple[ScoreKind, ...] = ()
+
+    @property
+    def kind_of_each(self) -> tuple[ScoreKind, ...]:
+        """What each of `scores` is."""
+        exact: ScoreKind = "exact"
+        return self.kinds or (exact,) * len(self.scores)
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What a model loses next: `source_layers` of a granularity, each with its score, and their merges.
+    """What a model loses next: `source_layers`, each with its score, and their merges.
 
     In a dry run the layers are not known before they are scored: `placeholder` then stands for
     the choice, named by the stage that will decide.
     """
 
-    granularity: str
     source_layers: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
     merges: tuple[Merge, ...] = ()
@@ -140,4 +167,4 @@ class Removal:
         """Return `model` without those layers."""
         if self.placeholder is not None:
             return model.adapted(self.placeholder)
-        return model.pruned(self.granularity, self.source_layers).merged(self.merges)
+        return model.without(self.source_layers).merged(self.merges)

@@ -9,7 +9,7 @@ stages follow from them. Nothing here imports pydantic, which finds the methods 
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
@@ -73,13 +73,6 @@ class InKeyAs:
     name: str
 
 
-@dataclass(frozen=True)
-class StoredAs:
-    """Mark a field that was renamed: in keys and in JSON it has the name that it had."""
-
-    name: str
-
-
 @cache
 def marks(cls: Any, name: str) -> tuple[Any, ...]:
     """Return the markers of a field; one that is declared anew keeps those of the classes above."""
@@ -94,32 +87,21 @@ def unused_later(settings: Any) -> list[str]:
     return [name for name, value in values if AddedLater(value) in marks(cls, name)]
 
 
-def stored_names(cls: Any) -> dict[str, str]:
-    """Return the name in JSON of every field of a dataclass."""
-    renamed = {f.name: [m.name for m in marks(cls, f.name) if isinstance(m, StoredAs)] for f in fields(cls)}
-    return {name: before[0] if before else name for name, before in renamed.items()}
+def removed_fields(cls: Any) -> Mapping[str, Any]:
+    """Return the `REMOVED` of a dataclass: the fields that it no longer has.
 
-
-class Stored:
-    """Base of a result with a renamed field, which is read by either name."""
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        """Return pydantic's schema with the stored names taken, too."""
-        names = {stored: name for name, stored in stored_names(cls).items()}
-
-        def renamed(raw: Any) -> Any:
-            return {names.get(k, k): value for k, value in raw.items()} if isinstance(raw, dict) else raw
-
-        return {
-            "type": "function-before",
-            "function": {"type": "no-info", "function": renamed},
-            "schema": handler(source),
-        }
+    Each has the value at which results were the same as without it. At that value it stays in keys and in
+    JSON, so that older results are found.
+    """
+    removed: Mapping[str, Any] = getattr(cls, "REMOVED", {})
+    return removed
 
 
 class Settings:
-    """Base of what is read from a campaign file: unknown keys are refused, and no value is coerced."""
+    """Base of what is read from a campaign file: unknown keys are refused, and no value is coerced.
+
+    A file may still give a field of `REMOVED`, at its value.
+    """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 
@@ -130,7 +112,17 @@ class Settings:
         own = handler.resolve_ref_schema(schema)
         own["strict"] = False
         _take_lists(own["schema"])
-        return schema
+        removed = removed_fields(cls)
+        if not removed:
+            return schema
+
+        def without_removed(raw: Any) -> Any:
+            if not isinstance(raw, dict):
+                return raw
+            return {k: v for k, v in raw.items() if k not in removed or v != removed[k]}
+
+        check = {"type": "no-info", "function": without_removed}
+        return {"type": "function-before", "function": check, "schema": schema}
 
 
 def _take_lists(schema: Any) -> None:

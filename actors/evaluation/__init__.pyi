@@ -1,4 +1,5 @@
 from .evaluate import evaluate_model, metric_names
+from .layer_sweep import evaluate_prunings
 from .lm_eval.harness import evaluate_tasks
 from .lm_eval.suites import SUITES, suite_tasks
 from .lm_eval.task_folder import tasks_fingerprint
@@ -15,6 +16,7 @@ __all__ = [
     "check_task_data",
     "check_tasks",
     "evaluate_model",
+    "evaluate_prunings",
     "evaluate_tasks",
     "metric_names",
     "suite_tasks",

@@ -2,8 +2,10 @@
 
 import math
 from importlib.metadata import version
+from itertools import count
 
 import torch
+from torch import LongTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contracts import (
@@ -27,13 +29,15 @@ from actors.evaluation.perplexity import token_perplexity
 from actors.evaluation.probes.probes import check_probes, find_probe, run_probe
 from actors.evaluation.sandbox.runner import check_sandbox
 from actors.evaluation.throughput import check_length, throughput
-from actors.models import build_model, device, load_source, text_config
+from actors.models import build_model, load_source, places, text_config
 from actors.out_of_memory import once_more_with_less
 
 TIMED_TEXT = TextSpec(builtin="wikitext-2-raw-test")
 CHARS_PER_TOKEN = 20
 """The text whose first tokens throughput is measured on; tokens of it are shorter, on average."""
 
+MOST_NAMED = 3
+"""Tasks that progress names; of more it gives the number."""
 
 TEXT_MEASURES = ("token_perplexity", "loss_nats", "loss_over_log_vocab")
 
@@ -45,8 +49,20 @@ def evaluate_model(spec: EvaluationSpec, progress: Progress = no_progress) -> Ev
     if memory does not suffice, with half of the batch neither.
     """
     check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
-    model, tokenizer = build_model(spec.model)
-    model.to(device())
+    model, tokenizer = build_model(spec.model, places())
+    return evaluate_as_fits(model, tokenizer, spec, progress)
+
+
+def evaluate_as_fits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: EvaluationSpec,
+    progress: Progress = no_progress,
+) -> EvaluationResult:
+    """Return what `evaluate` does, with half of the batch if memory does not suffice for the whole.
+
+    Raises MemoryExhaustedError if half does not fit either.
+    """
 
     def measure(spec: EvaluationSpec) -> EvaluationResult:
         return evaluate(model, tokenizer, spec, progress)
@@ -64,7 +80,8 @@ def evaluate(
 
     `spec.model` is what the caller has loaded; only throughput reads it, for the
     unpruned model to compare with. The tasks run together, as one call of the
-    harness. Progress counts texts, probes, throughput and, as one unit, the tasks.
+    harness. Progress counts the units of each part from nothing to all: a text's windows, the
+    tasks' requests of one kind, a probe's prompts, throughput's runs.
 
     Raises RequestError for a task, probe or text that cannot be had, before the model
     has run, WorkError if generated code that is to be run cannot be shut in.
@@ -80,33 +97,46 @@ def evaluate(
         check_length(model, spec.throughput)
     texts = {text.name: load_texts(text.data) for text in spec.perplexity}
     total = len(spec.perplexity) + bool(spec.tasks) + len(spec.probes) + (spec.throughput is not None)
+    numbers = count(1)
+
+    def part(name: str) -> Progress:
+        """Return where the next part reports its units."""
+        place = f"{name}, part {next(numbers)} of {total}"
+        progress(0, 1, place)  # until it knows how many they are
+        return lambda done, units, unit="": progress(done, units, f"{unit} of {place}")
+
     metrics: list[Metric] = []
     versions = [(name, version(name)) for name in ("torch", "transformers")]
-    for done, text in enumerate(spec.perplexity):
-        progress(done, total, text.name)
-        metrics += _perplexity(model, tokenizer, text, texts[text.name], spec.batch_size or BATCH_SIZE)
+    for text in spec.perplexity:
+        input_ids = tokenize_text(texts[text.name], tokenizer, text.max_tokens, repr(text.data.name))
+        metrics += _perplexity(model, text, input_ids, spec.batch_size or BATCH_SIZE, part(text.name))
     if spec.tasks:
-        progress(len(spec.perplexity), total, ", ".join(spec.tasks))
-        respond = local_responder(model, tokenizer, spec.batch_size, spec.max_length)
+        respond = local_responder(
+            model, tokenizer, spec.batch_size, spec.max_length, part(tasks_in_words(spec))
+        )
         task_metrics, task_versions = measure_tasks(spec, respond, tokenizer)
         metrics += task_metrics
         versions += task_versions
-    for done, name in enumerate(spec.probes, start=len(spec.perplexity) + bool(spec.tasks)):
-        progress(done, total, name)
-        metrics += run_probe(name, model, tokenizer, spec)
+    for name in spec.probes:
+        metrics += run_probe(name, model, tokenizer, spec, part(name))
     if spec.throughput is not None:
-        progress(total - 1, total, "throughput")
+        report = part("throughput")
         unpruned = spec.model == ModelRef(spec.model.source)
-        dense = None if unpruned else load_source(spec.model)[0].to(model.device)
+        dense = None if unpruned else load_source(spec.model, places())[0]
         needed = spec.throughput.batch_size * spec.throughput.context
         beginning = "".join(load_texts(TIMED_TEXT))[: needed * CHARS_PER_TOKEN]
         timed_ids = tokenize_text([beginning], tokenizer, needed)
-        metrics += throughput(model, dense, timed_ids, spec.throughput)
+        metrics += throughput(model, dense, timed_ids, spec.throughput, report)
         cuda = model.device.type == "cuda"
         versions.append(("device", torch.cuda.get_device_name(model.device) if cuda else model.device.type))
     progress(total, total, "evaluated")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return EvaluationResult(tuple(metrics), num_parameters, tuple(versions))
+
+
+def tasks_in_words(spec: EvaluationSpec) -> str:
+    """Return the tasks' names, or how many they are."""
+    return ", ".join(spec.tasks) if len(spec.tasks) <= MOST_NAMED else f"{len(spec.tasks)} tasks"
 
 
 def metric_names(spec: EvaluationSpec) -> tuple[list[str], list[str]]:
@@ -136,15 +166,14 @@ def measure_tasks(
 
 def _perplexity(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     spec: PerplexitySpec,
-    texts: list[str],
+    input_ids: LongTensor,
     batch_size: int,
+    progress: Progress,
 ) -> list[Metric]:
     """Return perplexity, loss, and loss over log V, 1 for uniform predictions (Gromov et al., §4)."""
-    input_ids = tokenize_text(texts, tokenizer, spec.max_tokens, repr(spec.data.name))
     vocab_size = text_config(model.config).vocab_size
-    measured = token_perplexity(model, input_ids, spec.context, batch_size)
+    measured = token_perplexity(model, input_ids, spec.context, batch_size, progress)
     values = (
         (measured.perplexity, "ppl"),
         (measured.loss_nats, "nats"),

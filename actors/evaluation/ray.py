@@ -4,12 +4,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from actors.contracts import ActorPoolSpec, EvaluationResult, EvaluationSpec, Progress, no_progress
+from actors.contracts import (
+    ActorPoolSpec,
+    EvaluationResult,
+    EvaluationSpec,
+    ModelRef,
+    Progress,
+    common_base,
+    no_progress,
+)
 from actors.evaluation.batch_size import batch_sizes
 from actors.out_of_memory import once_more_with_less
 from actors.ray_pool import ActorPool, result_of, run_in_task, task_name
 
 if TYPE_CHECKING:
+    from actors.evaluation.layer_sweep import PruningEvaluator
     from actors.evaluation.lm_eval.language_models import Responder
 
 SHARDS_PER_ACTOR = 8
@@ -24,6 +33,7 @@ class EvalActor:
 
     def __init__(self) -> None:
         self._respond: Responder | None = None
+        self._prunings: PruningEvaluator | None = None
 
     def evaluate(self, spec: EvaluationSpec, progress: Progress = no_progress) -> EvaluationResult:
         """Measure `spec.model` on the GPU this actor was given, or else on its CPUs.
@@ -35,6 +45,14 @@ class EvalActor:
 
         return evaluate_model(spec, progress)
 
+    def evaluate_pruning(self, spec: EvaluationSpec, base: ModelRef) -> EvaluationResult:
+        """Measure `spec.model`, a pruning of `base`, which is kept: every call must name the same."""
+        if self._prunings is None:
+            from actors.evaluation.layer_sweep import PruningEvaluator
+
+            self._prunings = PruningEvaluator(base)
+        return self._prunings.evaluate(spec)
+
     def respond(self, spec: EvaluationSpec, kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         """Return the responses of `spec.model` to lm-eval's requests.
 
@@ -42,10 +60,10 @@ class EvalActor:
         """
         if self._respond is None:
             from actors.evaluation.lm_eval.language_models import local_responder
-            from actors.models import build_model, device
+            from actors.models import build_model, places
 
-            model, tokenizer = build_model(spec.model)
-            self._respond = local_responder(model.to(device()), tokenizer, spec.batch_size, spec.max_length)
+            model, tokenizer = build_model(spec.model, places())
+            self._respond = local_responder(model, tokenizer, spec.batch_size, spec.max_length)
         return self._respond(kind, arguments)
 
 
@@ -77,8 +95,8 @@ def evaluate_on_ray(
 
 def _evaluate_on_pool(spec: EvaluationSpec, pool: ActorPool, progress: Progress) -> EvaluationResult:
     """Build the requests, have `pool` respond to them, aggregate the responses."""
-    from actors.evaluation.evaluate import measure_tasks
-    from actors.evaluation.lm_eval.language_models import check_chat_template
+    from actors.evaluation.evaluate import measure_tasks, tasks_in_words
+    from actors.evaluation.lm_eval.language_models import UNITS, check_chat_template
     from actors.evaluation.lm_eval.task_folder import check_tasks_unchanged
     from actors.evaluation.lm_eval.task_loading import check_task_data
     from actors.models import load_tokenizer
@@ -89,9 +107,6 @@ def _evaluate_on_pool(spec: EvaluationSpec, pool: ActorPool, progress: Progress)
     if spec.apply_chat_template:
         check_chat_template(tokenizer)
     without_tasks = _submit(pool.first, replace(spec, tasks=(), suites=()))
-
-    def named(actor: Any) -> Any:
-        return actor.respond.options(**task_name())
 
     def respond(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         size = -(-len(arguments) // (len(pool) * SHARDS_PER_ACTOR))
@@ -105,10 +120,13 @@ def _evaluate_on_pool(spec: EvaluationSpec, pool: ActorPool, progress: Progress)
             busy=without_tasks,
         ):
             responses[shard] = found
-            progress(len(responses), len(shards), kind)
+            done = sum(len(found) for found in responses.values())
+            progress(done, len(arguments), f"{UNITS[kind]} of {tasks_in_words(spec)}")
         return [response for shard in range(len(shards)) for response in responses[shard]]
 
     metrics, versions = measure_tasks(spec, respond, tokenizer)
+    if spec.perplexity or spec.probes or spec.throughput:
+        progress(0, 1, "texts, probes and throughput, on one actor")
     others = result_of(without_tasks)
     return replace(
         others,
@@ -122,15 +140,20 @@ def evaluate_all_on_ray(
 ) -> Iterator[tuple[int, EvaluationResult]]:
     """Yield the position and the result of each spec, when done; one model on each actor at a time.
 
+    Their models must be prunings of one, which each actor loads once.
     Begins as soon as one actor has a place. An evaluation whose machine is lost is begun again.
 
     Raises:
         WorkError: no actor got a place in time, or all were lost.
     """
+    base = common_base([spec.model for spec in specs])
     pool = replace(pool, actors=min(pool.actors, len(specs)))
     with ActorPool(pool, EvalActor, setting="evaluation", progress=progress) as actors:
         yield from actors.dispatch(
-            range(len(specs)), submit=lambda actor, position: _submit(actor, specs[position])
+            range(len(specs)),
+            submit=lambda actor, position: actor.evaluate_pruning.options(
+                max_task_retries=RETRIES, **task_name()
+            ).remote(specs[position], base),
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import PreTrainedModel
 
-from actors.contracts import Metric, ThroughputSpec
+from actors.contracts import Metric, Progress, ThroughputSpec, no_progress
 from actors.errors import RequestError
 from actors.evaluation.probes.decoding import last_logits_only
 from actors.models.offloading.dispatch import input_device
@@ -45,7 +45,10 @@ class _Timing:
 
 
 def measure_speed(
-    models: Sequence[PreTrainedModel], input_ids: LongTensor, spec: ThroughputSpec
+    models: Sequence[PreTrainedModel],
+    input_ids: LongTensor,
+    spec: ThroughputSpec,
+    progress: Progress = no_progress,
 ) -> list[Speed]:
     """Measure the speed of each model on the same tokens, in this process.
 
@@ -69,9 +72,13 @@ def measure_speed(
         )
     ids_BT = input_ids[: spec.batch_size * spec.context].view(spec.batch_size, spec.context)
     runs: list[list[_Timing]] = [[] for _ in models]
-    for _ in range(WARM_UPS + spec.repeats):
-        for model, own in zip(models, runs, strict=True):
-            own.append(_run(model.eval(), ids_BT.to(input_device(model)), spec.new_tokens))
+    num_runs = (WARM_UPS + spec.repeats) * len(models)
+    for done in range(num_runs):
+        progress(done, num_runs, "runs")
+        turn = done % len(models)
+        model = models[turn].eval()
+        runs[turn].append(_run(model, ids_BT.to(input_device(model)), spec.new_tokens))
+    progress(num_runs, num_runs, "runs")
     tokens = spec.batch_size * spec.context
     speeds = []
     for model, own in zip(models, runs, strict=True):
@@ -90,13 +97,17 @@ def measure_speed(
 
 
 def throughput(
-    model: PreTrainedModel, dense: PreTrainedModel | None, input_ids: LongTensor, spec: ThroughputSpec
+    model: PreTrainedModel,
+    dense: PreTrainedModel | None,
+    input_ids: LongTensor,
+    spec: ThroughputSpec,
+    progress: Progress = no_progress,
 ) -> list[Metric]:
     """Return metrics of `model` beside the unpruned `dense`, or of `model` alone if it is that (speed-ups 1).
 
     Raises RequestError as `measure_speed` does.
     """
-    speeds = measure_speed([model] if dense is None else [model, dense], input_ids, spec)
+    speeds = measure_speed([model] if dense is None else [model, dense], input_ids, spec, progress)
     own, base = speeds[0], speeds[-1]
     decode, prefill = own.decode_tokens_per_second, own.prefill_tokens_per_second
     return [

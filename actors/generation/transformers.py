@@ -19,7 +19,7 @@ from transformers import (
 from actors.contracts import GenerationSpec, ModelRef, digest
 from actors.generation.prompts import encode_prompts
 from actors.generation.responses import Prompt, Response, Shard
-from actors.models import build_model, device, text_config
+from actors.models import build_model, places, text_config
 from actors.models.decoding import end_tokens, plain_greedy
 
 PADDING = 0
@@ -30,8 +30,7 @@ class TransformersEngine:
 
     def __init__(self, spec: GenerationSpec):
         self._spec = spec
-        model, self._tokenizer = build_model(ModelRef(spec.model))
-        self._model = model.to(device())
+        self._model, self._tokenizer = build_model(ModelRef(spec.model), places())
 
     def respond(self, shard: Shard) -> list[Response]:
         return generate_responses(self._model, self._tokenizer, shard.prompts, self._spec, shard.first)

@@ -5,37 +5,24 @@ from .layerwise import LayerwisePass
 from .loading.load import describe_model, load_model, load_tokenizer, open_model
 from .loading.source import check_revision
 from .model_builder import build_model, device, load_source, prune_to
+from .offloading.placement import places
 from .offloading.sharded import prune_checkpoint
 from .offloading.streaming import load_streamed, resident
 from .pruning.removable import any_layers, check_prunable, choose_removable, removable_layers
-from .pruning.subblocks import (
-    BLOCK,
-    GRANULARITIES,
-    check_granularity,
-    check_sub_blocks,
-    sub_block_weights,
-    without_sub_block,
-    zero_sub_blocks,
-)
 from .pruning.surgery import remove_layers, without_layers
 from .weights import put_weights, read_weights, save_weights, weight_shapes
 
 __all__ = [
-    "BLOCK",
     "Deltas",
-    "GRANULARITIES",
     "LayerwisePass",
     "add_deltas",
     "any_layers",
-    "check_granularity",
     "check_prunable",
     "check_revision",
-    "check_sub_blocks",
     "choose_removable",
     "depth",
     "describe_model",
     "device",
-    "zero_sub_blocks",
     "export_model",
     "find_layers",
     "join_deltas",
@@ -45,6 +32,7 @@ __all__ = [
     "load_tokenizer",
     "build_model",
     "open_model",
+    "places",
     "prune_checkpoint",
     "removable_layers",
     "prune_to",
@@ -55,9 +43,7 @@ __all__ = [
     "resident",
     "save_pretrained",
     "save_weights",
-    "sub_block_weights",
     "text_config",
     "weight_shapes",
     "without_layers",
-    "without_sub_block",
 ]

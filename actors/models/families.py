@@ -69,6 +69,23 @@ REPEATED = frozenset({"block_types"})
 BORROWERS = {"indexer_types": "shared"}
 """Per-layer lists of kinds, and the kind that reuses the choice of the last layer of another kind."""
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Config fields that say how many experts a block's router chooses from."""
+
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)
+"""Config fields that say how many of them a token passes."""
+
+EVERY_EXPERT = frozenset({"llama4_text"})
+"""Model types that pass every token through every expert, and give those not chosen the weight 0."""
+
 INDEXED_AT_RUN = ("rescale_every",)
 """Config fields, 0 for off, by which a model changes its layers' weights by index when it runs (RWKV)."""
 
@@ -117,6 +134,26 @@ def depth(config: PretrainedConfig) -> int:
             f"model type {config.model_type!r} declares no num_hidden_layers: not a decoder language model"
         )
     return layers
+
+
+def experts_of(config: PretrainedConfig) -> tuple[int, int] | None:
+    """Return how many experts a block's router chooses from, and how many of them a token passes.
+
+    None where the config does not say both. Where layers differ, it is the least choice and the most passed.
+    """
+    parts = [config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))]
+
+    def find(names: Sequence[str]) -> list[int]:
+        values = [getattr(part, name, None) for part in parts for name in names]
+        found = next((value for value in values if value), 0)
+        return [count for count in (found if isinstance(found, (list, tuple)) else [found]) if count]
+
+    num_experts, num_passed = find(EXPERTS), find(EXPERTS_PER_TOKEN)
+    if not num_experts or not num_passed:
+        return None
+    if config.model_type in EVERY_EXPERT:
+        num_passed = num_experts
+    return min(num_experts), min(min(num_experts), max(num_passed))
 
 
 def find_layers(model: PreTrainedModel) -> LayerList:

@@ -73,10 +73,11 @@ class LayerwisePass:
         self.hidden_BTD = entered[0]
 
     def block(self, index: int, hidden_BTD: Tensor) -> Tensor:
-        """Return the output of block `index` on `hidden_BTD`."""
+        """Return the output of block `index` on `hidden_BTD`, on the device of that."""
         args, kwargs = self._calls[index]
         output = self._blocks[index](hidden_BTD, *args, **kwargs)
-        return output[0] if isinstance(output, (tuple, list)) else output
+        leaving_BTD = output[0] if isinstance(output, (tuple, list)) else output
+        return leaving_BTD.to(hidden_BTD.device)
 
     def finish(self, hidden_BTD: Tensor) -> Tensor:
         """Return the last hidden state after the final norm, from the output of the last block."""

@@ -22,23 +22,23 @@ from actors.contracts import ArtifactRef, ModelRef
 from actors.models.adapter_deltas import ADAPTER_WEIGHTS, add_deltas, plain_deltas
 from actors.models.families import depth, find_layers
 from actors.models.loading.load import open_model
+from actors.models.offloading.placement import Place
 from actors.models.pruning.merging import merge_blocks
-from actors.models.pruning.subblocks import SUB_BLOCKS, zero_sub_blocks
 from actors.models.pruning.surgery import remove_layers
 from actors.models.weights import put_weights
 
 ValueT = TypeVar("ValueT")
 
 
-def build_model(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model that `ref` describes, with its adapters merged, and its tokenizer."""
-    model, tokenizer = load_source(ref)
+def build_model(ref: ModelRef, over: Sequence[Place] = ()) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model that `ref` describes, with its adapters merged, and its tokenizer; see `open_model`."""
+    model, tokenizer = load_source(ref, over)
     return prune_to(model, ref), tokenizer
 
 
-def load_source(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_source(ref: ModelRef, over: Sequence[Place] = ()) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the unpruned model that `ref` starts from, and its tokenizer."""
-    return open_model(ref.source)
+    return open_model(ref.source, over)
 
 
 def prune_to(model: PreTrainedModel, ref: ModelRef) -> PreTrainedModel:
@@ -49,16 +49,7 @@ def prune_to(model: PreTrainedModel, ref: ModelRef) -> PreTrainedModel:
         put_weights(model, ref.weights)
     if ref.dropped:
         remove_layers(model, ref.dropped)
-    model = merge_adapters(model, ref.adapters, kept)
-    for kind in SUB_BLOCKS:
-        if layers := zeroed_layers(ref, kind, kept):
-            zero_sub_blocks(model, kind, layers)
-    return model
-
-
-def zeroed_layers(ref: ModelRef, kind: str, kept: Sequence[int]) -> list[int]:
-    """Return the positions among the source layers `kept` whose sub-block of that kind is zeroed."""
-    return [position for position, source in enumerate(kept) if (source, kind) in ref.zeroed]
+    return merge_adapters(model, ref.adapters, kept)
 
 
 @torch.no_grad()

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from actors.contracts import ScoreSpec
 from actors.errors import RequestError, unknown_name
-from actors.models import BLOCK, check_granularity
 from actors.plugins import find_row
-from actors.scoring.measures import activations, angular, linear_maps, positions, weights
+from actors.scoring.measures import activations, angular, linear_maps, positions, taylor, weights
 from actors.scoring.measures.calibration import Measure
 from actors.scoring.measures.pooling import POOLING
 from actors.scoring.measures.wavefront import layer_forwards
@@ -30,7 +29,6 @@ class Criterion:
         forwards: layer-forwards spent by a model of N layers on S sequences, where known beforehand.
         chooses_run: the layers to go are chosen together, `num_remove` of them: the score at a layer
             is that of the run from it on.
-        blocks_only: has no meaning for attention or MLP alone.
         seeded: the scores depend on the seed.
     """
 
@@ -40,7 +38,6 @@ class Criterion:
     uses_sequences: bool
     forwards: Callable[[int, int], int] = lambda num_layers, num_sequences: 0
     chooses_run: bool = False
-    blocks_only: bool = False
     seeded: bool = False
 
 
@@ -51,17 +48,22 @@ class LayerCriterion(Criterion):
     Attributes:
         measure: gives [S, N] scores (or [1, N] where sequences do not matter); what was not requested is NaN.
         joint: the sequences' rows cannot be computed apart (a measure gives the same row for each).
-        by_candidate: scores the `candidates` of the calibration alone, any part of them by itself,
-            and can pass through a model whose weights are streamed.
+        by_candidate: scores the `candidates` of the calibration alone, any part of them by itself; is
+            `by_block`, too.
+        by_block: uses a block only where its weights are `resident`, so that they can be streamed.
         weight: how much a sequence of T tokens counts in a layer's score.
-        link: from the weighted mean of a layer's rows to its score.
+        link: from the weighted mean of a layer's rows to its score; it grows with it.
+        best: the best that a sequence can say of a layer, where there is such a value: it bounds what
+            was not computed (`scoring.eliminate`).
     """
 
     measure: Measure
     joint: bool = False
     by_candidate: bool = False
+    by_block: bool = False
     weight: Callable[[int], float] = lambda num_tokens: 1.0
     link: Callable[[Tensor], Tensor] = lambda mean_C: mean_C
+    best: float | None = None
 
     def weights(self, lengths: Sequence[int]) -> Tensor:
         """Return how much sequences of these lengths count. [S]"""
@@ -96,6 +98,7 @@ CRITERIA: dict[str, Criterion] = {
         uses_sequences=True,
         forwards=layer_forwards,
         by_candidate=True,
+        best=1.0,
     ),
     "perplexity": LayerCriterion(
         source="Shortened LLaMA (arXiv 2402.02834) §3.2; SLEB (arXiv 2402.09025) §3",
@@ -107,6 +110,7 @@ CRITERIA: dict[str, Criterion] = {
         by_candidate=True,
         weight=lambda num_tokens: num_tokens - 1,
         link=torch.exp,
+        best=0.0,
     ),
     "kl": LayerCriterion(
         source="EvoPress (arXiv 2410.14649), the fitness of its search",
@@ -117,11 +121,13 @@ CRITERIA: dict[str, Criterion] = {
         forwards=layer_forwards,
         by_candidate=True,
         weight=lambda num_tokens: num_tokens,
+        best=0.0,
     ),
     "block_influence": LayerCriterion(
         source="ShortGPT (arXiv 2403.03853) §2.3, Eq. 1",
         equation="1 − mean_t cos(x_i,t, x_i+1,t)",
         measure=activations.block_influence,
+        by_block=True,
         highest_first=False,
         uses_sequences=True,
         forwards=_one_pass,
@@ -130,11 +136,11 @@ CRITERIA: dict[str, Criterion] = {
         source="The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887) §3.2, Eq. 6 and 7",
         equation="arccos(cos(x_i,T, x_i+n,T)) / π for the run of n blocks from i on",
         measure=angular.angular_block,
+        by_block=True,
         highest_first=False,
         uses_sequences=True,
         forwards=_one_pass,
         chooses_run=True,
-        blocks_only=True,
     ),
     "bridge_residual": LayerCriterion(
         source="Your Transformer is Secretly Linear (arXiv 2405.12250), linearity of blocks; "
@@ -142,17 +148,18 @@ CRITERIA: dict[str, Criterion] = {
         equation="mean_t ‖x_i,t (1 + A) − x_i+n,t‖² / ‖x_i+n,t‖² for the run of n blocks from i on, "
         "A fitted to other sequences",
         measure=linear_maps.bridge_residual,
+        by_block=True,
         highest_first=False,
         uses_sequences=True,
         forwards=_one_pass,
         chooses_run=True,
-        blocks_only=True,
         joint=True,
     ),
     "deepest": LayerCriterion(
         source="The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887) §4.4",
         equation="i, the last block kept to the end",
         measure=positions.deepest,
+        by_block=True,
         highest_first=True,
         uses_sequences=False,
     ),
@@ -161,13 +168,15 @@ CRITERIA: dict[str, Criterion] = {
         "(arXiv 2602.01997) §2",
         equation="i",
         measure=positions.reverse,
+        by_block=True,
         highest_first=True,
         uses_sequences=False,
     ),
     "taylor": LayerCriterion(
         source="Shortened LLaMA (arXiv 2402.02834) §3, Taylor; LLM-Pruner (arXiv 2305.11627) §3.2",
         equation="Σ_k Σ_ij abs(W_k,ij · ∂L/∂W_k,ij), L the mean next-token loss",
-        measure=weights.taylor,
+        measure=taylor.taylor,
+        by_block=True,
         highest_first=False,
         uses_sequences=True,
         forwards=lambda num_layers, num_sequences: 2 * _one_pass(num_layers, num_sequences),
@@ -178,6 +187,7 @@ CRITERIA: dict[str, Criterion] = {
         "Reassessing Layer Pruning (arXiv 2411.15558)",
         equation="Σ_k ‖W_k‖₁, entrywise",
         measure=weights.magnitude_l1,
+        by_block=True,
         highest_first=False,
         uses_sequences=False,
     ),
@@ -185,6 +195,7 @@ CRITERIA: dict[str, Criterion] = {
         source="Reassessing Layer Pruning (arXiv 2411.15558), Magnitude-L2",
         equation="Σ_k ‖W_k‖₂, entrywise (Frobenius)",
         measure=weights.magnitude_l2,
+        by_block=True,
         highest_first=False,
         uses_sequences=False,
     ),
@@ -202,12 +213,12 @@ CRITERIA: dict[str, Criterion] = {
         highest_first=True,
         uses_sequences=True,
         chooses_run=True,
-        blocks_only=True,
     ),
     "random": LayerCriterion(
         source="seeded draw, the baseline of every comparison",
         equation="uniform in 0..1",
         measure=positions.random,
+        by_block=True,
         highest_first=True,
         uses_sequences=False,
         seeded=True,
@@ -215,22 +226,15 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def find_criterion(name: str, pooling: str = "flatten", granularity: str = BLOCK) -> Criterion:
+def find_criterion(name: str, pooling: str = "flatten") -> Criterion:
     """Return the criterion of that name, ours or of another installed package.
 
     Raises:
-        RequestError: an unknown criterion, pooling or granularity, with the nearest names,
-            or a criterion of whole blocks for something else.
+        RequestError: an unknown criterion or pooling, with the nearest names.
     """
     criterion = find_row("criterion", name, CRITERIA, LayerCriterion)
     if pooling not in POOLING:
         raise unknown_name("pooling", pooling, POOLING)
-    check_granularity(granularity)
-    if granularity != BLOCK and criterion.blocks_only:
-        raise RequestError(
-            f"criterion {name!r} chooses whole blocks and has no meaning for {granularity} alone; "
-            "set granularity: block or take another criterion"
-        )
     return criterion
 
 
@@ -240,11 +244,20 @@ def criterion_of(spec: ScoreSpec) -> Criterion:
     Raises:
         RequestError: it is unknown or cannot do what the spec requires.
     """
-    criterion = find_criterion(spec.criterion, spec.pooling, spec.granularity)
-    for setting in ("stream_weights", "confidence"):
-        by_candidate = isinstance(criterion, LayerCriterion) and criterion.by_candidate
-        if getattr(spec, setting) and not by_candidate:
+    criterion = find_criterion(spec.criterion, spec.pooling)
+    by_candidate = isinstance(criterion, LayerCriterion) and criterion.by_candidate
+    bounded = isinstance(criterion, LayerCriterion) and by_candidate and criterion.best is not None
+    by_block = isinstance(criterion, LayerCriterion) and (by_candidate or criterion.by_block)
+    able = {"stream_weights": by_block, "eliminate": bounded, "screen_dtype": by_candidate}
+    for setting, possible in able.items():
+        if getattr(spec, setting) and not possible:
             raise RequestError(f"scoring.{setting} does not go with criterion {spec.criterion!r}")
+    if spec.screen_dtype and spec.model.source.dtype != "float32":
+        raise RequestError(
+            f"scoring.screen_dtype: {spec.screen_dtype} screens for scores in float32, and "
+            f"{spec.model.source.path!r} is in {spec.model.source.dtype}; leave it out, or set the model's "
+            "dtype: float32"
+        )
     return criterion
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from actors.scoring.criteria import CRITERIA, MergeCriterion, TaskCriterion
+from actors.scoring.criteria import CRITERIA, LayerCriterion, MergeCriterion, TaskCriterion
 
 HEAD = """# Criteria
 
@@ -38,25 +38,77 @@ Every criterion but `laco` goes with both schedules. `iterative` scores again af
   `logit_loss: forward_kl` makes small.
 - `taylor` takes the gradient of the mean over sequences of the mean next-token loss. All sequences are
   scored by one actor, as the gradients are added up before their absolute value is taken; one layer's
-  gradients are held at a time.
+  gradients are held at a time. What the layers receive stays in memory, in half of the memory budget, and
+  what does not fit is below `ITERABRE_CACHE` meanwhile.
 - `magnitude_l1` and `magnitude_l2` leave out norms and biases, and so does `taylor`.
 - `task_metric` evaluates every model with one layer less on `scoring.task`, as many at a time as
-  `execution.scoring.actors` says, each with the resources of an evaluation. It runs in campaigns only.
+  `execution.scoring.actors` says, each with the resources of an evaluation and the model loaded once. It
+  runs in campaigns only.
 
-## Granularity
+## Models larger than memory
 
-`scoring.granularity` says what of a layer goes: the whole `block`, or its `attention` (in hybrids what
-mixes tokens in its place) or its `mlp`. "M without i" is then M with that sub-block of layer i adding
-nothing, W_k are the sub-block's matrices, and a candidate passes its own layer, too: S·N more layer-forwards.
-`block_influence` compares the stream before the sub-block with the stream after it, with 2·S·N. Targets
-count the sub-blocks that are left. {blocks_only} choose whole blocks and are refused.
+With `scoring.stream_weights: true` the layers stay in the model's files, and each is read when it is due, the
+next one meanwhile. That goes with every criterion but `task_metric` and `laco`. All sequences that fit into
+`scoring.memory_budget_gb` pass a layer together, so that its weights are read once for all of them. `taylor`
+reads each layer twice, there and back, whatever the budget; `bridge_residual` once for as many runs as have
+room for their sums; `deepest`, `reverse` and `random` read no layer. Experts that are apart in the files are
+joined as they are read, by the rules of transformers.
 
-No config of transformers says that half a block is missing. So a removed sub-block stays in the checkpoint,
-as zeros: plain transformers then computes exactly what a model without it would, but the files, the memory
-and the time are those of the source; the ledger has `parameters_in_use` beside `parameters`.
-docs/families.md lists for which families this holds. Where a norm or a gate changes the stream between the
-sub-blocks, as in BERT, layers are scored but not pruned; where a block is one sub-block, as in `nemotron_h`
-and Mamba, remove blocks. Recovery would fill the zeros again, so it has to be `objective: none`.
+Of a mixture of experts, a token costs the budget the experts that it passes, not those that there are.
+
+## Giving up layers early
+
+`scoring.eliminate: true` gives a layer up as soon as it is proved not to be among the next to go; the
+layers that go are those that scoring all on all sequences would choose, ties and their order included. It
+goes with {bounded}, whose scores are means over sequences (or grow with one) of something that has a best
+value: a cosine is at most 1, a next-token loss and a divergence are at least 0.
+
+1. All layers are scored on a first portion of the sequences, a tenth.
+2. Those in the lead, as many as will go, are scored on all sequences. The worst of their scores is the
+   threshold.
+3. Of every other layer the bound is the score that it would have if all sequences that it was not scored on
+   said the best value. A layer whose bound is worse than the threshold by more than a tie and rounding
+   (2e-6 for scores up to 1) is given up. What is left is scored on the next portion; a layer that takes the
+   lead is scored on all sequences at once.
+
+Sequences that cost least by their weight come first: the shortest with `hidden_cosine`, where all weigh
+alike. How much this saves is a matter of the scores: a layer at a distance of 1 − c from the best value
+needs the share (1 − c*) / (1 − c) of the sequences, c* being the winner's score. So much is saved with
+`hidden_cosine` and `kl`, and little with `perplexity`, whose losses are far from 0.
+
+The scored model's own stream of a sequence is kept at every layer while other layers have still to be
+scored on the sequence, in at most a quarter of the memory budget; they begin at their own layer. What does
+not fit is computed again. A pool of actors works round by round: each portion is divided by sequences and,
+where it has fewer of these than there are actors, by layers. An actor that gets a sequence that another had
+before computes its stream again. With `stream_weights` every round reads the files: eliminate then if scoring
+all takes many waves, too.
+
+Every score says what it is: in the ledger `score` is exact and `score_bound` the bound of a layer that was
+given up; `iterabre score --eliminate` writes ≤ or ≥ before bounds. Where a family's config cannot be
+without some layers, so that others than the best may have to go, a campaign scores all.
+
+## Screening in bfloat16
+
+`scoring.screen_dtype: bfloat16` scores a model of dtype float32 in bfloat16 first and then in float32, from
+the layers that score best on: those are confirmed, as many as will go, and then every layer whose bfloat16
+score comes within a margin of the last of them, until there is none. The margin is three times the largest
+difference of the two scores seen on confirmed layers, and at least 0.001 of the score.
+
+**This is a rule that measurements speak for, not a proof**: a layer that should go is missed if rounding
+puts it farther from the best than three times as much as any confirmed one. It is off by default. With
+`eliminate`, layers are given up in the bfloat16 pass, too, by bounds that must be worse by 0.001 of the
+score, and then among the layers to confirm. The ledger has what was not confirmed as `score_screened` and
+`score_screened_bound`, the command line marks it with ~. A copy of the weights in bfloat16 is in memory
+beside the model.
+
+## What is computed once
+
+The last hidden states of the unpruned model are the same for every iteration, method and wave. They are
+kept on the node, below `ITERABRE_CACHE`, by the contents of the model, its dtype, the kind of device, the
+versions of torch and transformers, and the token ids; 8 GiB at most, the least recently read go first. The
+first scoring, of the unpruned model itself, fills them; where they are found, the unpruned model is not
+even loaded for `hidden_cosine`. With `reference: current`, and for models whose contents are not known,
+they are kept for one scoring.
 
 ## Merging instead of removing
 
@@ -79,7 +131,11 @@ collapses.
 
 def criteria_page() -> str:
     """Return the whole page as Markdown."""
-    blocks_only = " and ".join(f"`{name}`" for name, row in CRITERIA.items() if row.blocks_only)
+    bounded = ", ".join(
+        f"`{name}`"
+        for name, row in CRITERIA.items()
+        if isinstance(row, LayerCriterion) and row.best is not None
+    )
     rows = ""
     for name, row in CRITERIA.items():
         match row:
@@ -93,7 +149,7 @@ def criteria_page() -> str:
         cells = [f"`{name}`", row.source, row.equation, "highest" if row.highest_first else "lowest"]
         cells += ["yes" if row.uses_sequences else "no", forwards]
         rows += f"| {' | '.join(cells)} |\n"
-    return HEAD + rows + TAIL.format(blocks_only=blocks_only)
+    return HEAD + rows + TAIL.format(bounded=bounded)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from actors.contracts import Merge, MergeSpec, ScoreResult, ScoreSpec
 from actors.data import calibration_sequences, load_texts
 from actors.errors import RequestError, WorkError
-from actors.models import LayerwisePass, build_model, depth, device, find_layers, remove_layers
+from actors.models import LayerwisePass, build_model, depth, find_layers, places, remove_layers
 from actors.models.pruning.merging import merge_blocks
 from actors.scoring.measures.pooling import POOLING
 
@@ -111,7 +111,7 @@ def merge_result(spec: ScoreSpec) -> ScoreResult:
         WorkError: merges above the threshold do not take away so many.
     """
     settings = spec.merge or MergeSpec()
-    model, tokenizer = build_model(spec.model)
+    model, tokenizer = build_model(spec.model, places())
     sequences = calibration_sequences(
         load_texts(spec.calibration),
         tokenizer,
@@ -120,9 +120,9 @@ def merge_result(spec: ScoreSpec) -> ScoreResult:
         repr(spec.calibration.name),
     )
     kept = spec.model.kept(depth(model.config) + len(spec.model.dropped))
-    here = [sequence.to(device()) for sequence in sequences]
+    here = [sequence.to(model.device) for sequence in sequences]
     collapse = laco_compress(
-        model.to(device()), here, settings, min_layers=len(kept) - spec.num_remove, pooling=spec.pooling
+        model, here, settings, min_layers=len(kept) - spec.num_remove, pooling=spec.pooling
     )
     cosine_of = {kept[i]: found.cosine for found in collapse.accepted for i in found.merge.merged}
     if len(cosine_of) < spec.num_remove:

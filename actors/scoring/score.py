@@ -1,26 +1,26 @@
 """Scoring a model's layers: in one process, or one shard of the sequences and candidates at a time."""
 
-import random
+import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.contracts import ModelRef, Progress, ScoreResult, ScoreSpec, no_progress
+from actors.contracts import ModelRef, Progress, ScoreResult, ScoreSpec, digest, no_progress
 from actors.data import calibration_sequences, load_texts
 from actors.models import (
-    BLOCK,
     build_model,
-    check_sub_blocks,
     depth,
     device,
     load_source,
     load_streamed,
     load_tokenizer,
+    places,
     text_config,
 )
 from actors.models.loading.load import load_config
@@ -32,13 +32,14 @@ from actors.scoring.criteria import (
     as_layer_criterion,
     criterion_of,
     find_criterion,
-    removal_order,
 )
-from actors.scoring.early_elimination import ROUND_SEQUENCES, surviving_candidates
 from actors.scoring.laco import merge_result
 from actors.scoring.measures.calibration import Calibration
-from actors.scoring.measures.memory_budget import GIB, default_budget
+from actors.scoring.measures.kept_streams import KeptStreams, name_of
+from actors.scoring.measures.memory_budget import GIB, costs_of, default_budget
+from actors.scoring.measures.reference import Reference
 from actors.scoring.measures.wavefront import ForwardCounter
+from actors.scoring.score_table import ScoreTable, in_doubt, score_result
 
 ScoreRows = list[list[float]]
 """One row a calibration sequence, one score a candidate: [S][C]."""
@@ -57,9 +58,8 @@ def score_layers(
     seed: int = 0,
     num_remove: int = 1,
     memory_budget: int | None = None,
-    granularity: str = BLOCK,
 ) -> list[float]:
-    """Score every block of `model`, or its attention or MLP, as a candidate for removal.
+    """Score every block of `model` as a candidate for removal.
 
     Args:
         model: a decoder language model of N blocks, in eval mode.
@@ -69,24 +69,20 @@ def score_layers(
         pooling: for `hidden_cosine`: `flatten`, `token_mean` or `last_token`.
         num_remove: for `angular_block`: how many blocks go together.
         memory_budget: bytes that hidden states may take, beside the weights.
-        granularity: what is removed: `block`, `attention` or `mlp`.
 
     Returns:
         One float a block, in the order of the blocks.
     """
-    chosen = as_layer_criterion(find_criterion(criterion, pooling, granularity))
-    if granularity != BLOCK:
-        check_sub_blocks(model, granularity)
+    chosen = as_layer_criterion(find_criterion(criterion, pooling))
     calibration = Calibration(
         sequences,
-        reference,
+        Reference(None if reference is None else lambda: reference),
         pooling,
         seed,
         num_remove,
         memory_budget=memory_budget,
-        granularity=granularity,
     )
-    rows = chosen.measure(model, calibration)
+    rows = chosen.measure(model, calibration).cpu()
     if not chosen.uses_sequences:
         return rows[0].tolist()
     return chosen.combine(rows, chosen.weights([len(sequence) for sequence in sequences])).tolist()
@@ -94,10 +90,17 @@ def score_layers(
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of the work: sequences × candidates (layers of the scored model, ascending)."""
+    """A part of the work: sequences × candidates (layers of the scored model, ascending).
+
+    Attributes:
+        screened: in the screening dtype.
+        again: the sequences will come again for other candidates.
+    """
 
     positions: tuple[int, ...]
     candidates: tuple[int, ...]
+    screened: bool = False
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,26 +129,42 @@ class Scorer:
         self.spec = spec
         self.criterion = as_layer_criterion(criterion_of(spec))
         self._memory_share = memory_share
+        self._streams: dict[bool, KeptStreams] = {}
 
     @cached_property
     def _model(self) -> PreTrainedModel:
         if self.spec.stream_weights:
-            model = load_streamed(self.spec.model, device())
-        else:
-            model = build_model(self.spec.model)[0].to(device())
-        if self.spec.granularity != BLOCK:
-            check_sub_blocks(model, self.spec.granularity)
+            return load_streamed(self.spec.model, device())
+        return build_model(self.spec.model, places())[0]
+
+    @cached_property
+    def _screening_model(self) -> PreTrainedModel:
+        """The model in the screening dtype; buffers, such as those of rotary embeddings, stay as they are."""
+        source = self.spec.model.source
+        if self.spec.stream_weights and self.spec.screen_dtype:
+            rounded = replace(self.spec.model, source=replace(source, dtype=self.spec.screen_dtype))
+            return load_streamed(rounded, device())
+        model = copy.deepcopy(self._model)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
         return model
 
     @cached_property
-    def _reference(self) -> PreTrainedModel | None:
-        """The unpruned model, where the criterion compares with it and it is not the scored one."""
-        pruned = self.spec.model != ModelRef(self.spec.model.source)
-        if self.spec.reference != "source" or not pruned:
-            return None
+    def _reference(self) -> Reference:
+        """The unpruned model's states, where the criterion compares with it, else the scored one's own."""
+        source = self.spec.model.source
+        pruned = self.spec.model != ModelRef(source)
+        versions = [torch.__version__, transformers.__version__]
+        kept_as = source.contents and digest(
+            [source.contents, source.dtype, source.trust_remote_code, device().type, *versions]
+        )
+        if not pruned:
+            return Reference(kept_as=kept_as)
+        if self.spec.reference != "source":
+            return Reference()
         if self.spec.stream_weights:
-            return load_streamed(ModelRef(self.spec.model.source), device())
-        return load_source(self.spec.model)[0].to(device())
+            return Reference(lambda: load_streamed(ModelRef(source), device()), kept_as)
+        return Reference(lambda: load_source(self.spec.model, places())[0], kept_as)
 
     @cached_property
     def sequences(self) -> list[Tensor]:
@@ -171,22 +190,9 @@ class Scorer:
         return len(self.source_layers)
 
     @property
-    def candidates(self) -> tuple[int, ...]:
-        """Layers of the scored model that still have what would be removed."""
-        model, granularity = self.spec.model, self.spec.granularity
-        left = model.candidates(granularity, self.num_layers + len(model.dropped))
-        return tuple(i for i, source in enumerate(self.source_layers) if source in left)
-
-    def rounds(self) -> list[list[int]]:
-        """Return the positions of the sequences, in the portions after which candidates may be eliminated."""
-        positions = list(range(max(1, len(self.sequences))))
-        if self.spec.confidence is None:
-            return [positions]
-        # Neighbours in a text are alike; the first portion should stand for all of it.
-        random.Random(self.spec.seed).shuffle(positions)
-        return [
-            positions[start : start + ROUND_SEQUENCES] for start in range(0, len(positions), ROUND_SEQUENCES)
-        ]
+    def candidates(self) -> range:
+        """Layers that can be removed: all of the scored model."""
+        return range(self.num_layers)
 
     def shards(
         self,
@@ -202,7 +208,7 @@ class Scorer:
         sequences whose scores hang together stay in one shard.
         """
         positions = range(max(1, len(self.sequences))) if positions is None else positions
-        chosen = self.candidates if candidates is None else tuple(candidates)
+        chosen = tuple(range(self.num_layers) if candidates is None else candidates)
         count = 1 if self.criterion.joint else min(count, len(positions))
         if self.sequences:
             positions = sorted(positions, key=lambda i: (-len(self.sequences[i]), i))
@@ -216,116 +222,85 @@ class Scorer:
 
     def score(self, shard: Shard) -> ShardScores:
         """Return the scores of the shard's candidates on its sequences, in its order."""
-        model, spec, counter = self._model, self.spec, ForwardCounter()
-        sequences = [self.sequences[i].to(model.device) for i in shard.positions if self.sequences]
-        budget = None if spec.memory_budget_gb is None else int(spec.memory_budget_gb * GIB)
-        if self._memory_share < 1:
-            budget = int((budget or default_budget(input_device(model))) * self._memory_share)
+        spec, counter = self.spec, ForwardCounter()
+        model = self._screening_model if shard.screened else self._model
+        sequences = [self.sequences[i].to(input_device(model)) for i in shard.positions if self.sequences]
+        reference = self._reference
+        if shard.screened and reference.load is None:
+            # What is kept was computed in float32, and so is what comes to it.
+            reference = reference.given_by(lambda: self._model, self._kept(self._model, screened=False))
+        kept, budget = self._kept(model, shard.screened), self._budget(model)
         calibration = Calibration(
             sequences,
-            self._reference,
+            reference,
             spec.pooling,
             spec.seed,
             spec.num_remove,
             candidates=shard.candidates,
-            memory_budget=budget,
+            memory_budget=budget - kept.num_bytes if budget and kept else budget,
             counter=counter,
-            granularity=spec.granularity,
+            kept=kept,
         )
         rows = self.criterion.measure(model, calibration).double()[:, list(shard.candidates)]
-        passed = counter.layer_forwards or self.criterion.forwards(depth(model.config), len(sequences))
+        if kept is not None and not shard.again:
+            kept.release([name_of(ids_T) for ids_T in sequences])
+        passed = counter.layer_forwards
+        if not self.criterion.by_candidate:
+            passed = passed or self.criterion.forwards(depth(model.config), len(sequences))
         return ShardScores(rows.tolist(), passed)
 
+    def _budget(self, model: PreTrainedModel) -> int | None:
+        """Return the bytes that hidden states may take; None for what is usual."""
+        spec = self.spec
+        budget = None if spec.memory_budget_gb is None else int(spec.memory_budget_gb * GIB)
+        if self._memory_share < 1 or spec.eliminate or spec.screen_dtype:
+            budget = int((budget or default_budget(input_device(model))) * self._memory_share)
+        return budget
 
-class ScoreTable:
-    """Scores of sequences × layers, filled in as shards are done; holds the surviving candidates."""
-
-    def __init__(self, scorer: Scorer):
-        self._scorer, self._num_winners = scorer, scorer.spec.num_remove
-        self._rows = torch.zeros(max(1, len(scorer.sequences)), scorer.num_layers, dtype=torch.float64)
-        self._known = torch.zeros_like(self._rows, dtype=torch.bool)
-        self._weights = torch.ones(1, dtype=torch.float64)
-        if scorer.sequences:
-            self._weights = scorer.criterion.weights([len(sequence) for sequence in scorer.sequences])
-        self._layer_forwards = 0
-        self.candidates = scorer.candidates
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences that all present candidates have been scored on."""
-        return int(self._known[:, list(self.candidates)].all(1).sum())
-
-    def add(self, shard: Shard, scores: ShardScores) -> None:
-        """Enter the scores of a shard."""
-        place = (torch.tensor(shard.positions)[:, None], torch.tensor(shard.candidates))
-        self._rows[place] = torch.tensor(scores.rows, dtype=torch.float64)
-        self._known[place] = True
-        self._layer_forwards += scores.layer_forwards
-
-    def eliminate(self, confidence: float, looks: int) -> None:
-        """Drop candidates that, at this level of confidence, are not the next to be removed."""
-        seen = self._known[:, list(self.candidates)].all(1)
-        weights = self._weights[seen]
-        rows = self._rows[seen][:, list(self.candidates)] * (weights / weights.mean())[:, None]
-        sign = 1 if self._scorer.criterion.highest_first else -1
-        left = surviving_candidates(sign * rows, self._num_winners, confidence, looks)
-        self.candidates = tuple(self.candidates[c] for c in left)
-
-    @property
-    def decided(self) -> bool:
-        """No more candidates are left than will be removed."""
-        return len(self.candidates) <= self._num_winners
-
-    def result(self) -> ScoreResult:
-        """Return the scores; an eliminated layer has that of the sequences it was scored on, and is last."""
-        scorer, criterion = self._scorer, self._scorer.criterion
-        scores = []
-        for layer in scorer.candidates:
-            known = self._known[:, layer]
-            score = criterion.combine(self._rows[known, layer, None], self._weights[known])
-            scores.append(score.item())
-        scored = [scorer.source_layers[layer] for layer in scorer.candidates]
-        run = scorer.spec.num_remove if criterion.chooses_run else 1
-        order = removal_order(scores, criterion.highest_first, run)
-        order.sort(key=lambda i: scorer.candidates[i] not in self.candidates)
-        sequences = scorer.sequences
-        return ScoreResult(
-            source_layers=tuple(scored),
-            scores=tuple(scores),
-            removal_order=tuple(scored[i] for i in order),
-            num_sequences=len(sequences),
-            num_tokens=sum(len(sequence) for sequence in sequences),
-            layer_forwards=self._layer_forwards,
-            layer_forwards_saved=self._saved(),
-        )
-
-    def _saved(self) -> int:
-        """Return the cost of the unknown cells: the blocks after candidate i, N for a new sequence.
-
-        A candidate that is without a sub-block only passes its own block, too.
-        """
-        scorer, num_layers = self._scorer, self._rows.shape[1]
-        passed = torch.arange(num_layers - 1, -1, -1) + (scorer.spec.granularity != BLOCK)
-        unseen = int((~self._known.any(1)).sum())
-        return int((~self._known * passed)[:, list(scorer.candidates)].sum()) + unseen * num_layers
+    def _kept(self, model: PreTrainedModel, screened: bool) -> KeptStreams | None:
+        """Return the streams kept for sequences that come again: at most a quarter of the budget."""
+        comes_again = self.spec.eliminate or (self.spec.screen_dtype and not screened)
+        budget = self._budget(model)
+        if not comes_again or budget is None:
+            return None
+        if screened not in self._streams:
+            least = costs_of(model).least(max(map(len, self.sequences)))
+            room = max(0, min(budget // 4, budget - least))
+            self._streams[screened] = KeptStreams(room, depth(model.config))
+        return self._streams[screened]
 
 
 def run_shards(
     scorer: Scorer, compute: Compute, count: int, at_least: int = 1, progress: Progress = no_progress
 ) -> ScoreResult:
-    """Have all shards computed, in as many rounds as the spec's confidence requires."""
-    table, rounds = ScoreTable(scorer), scorer.rounds()
-    total = sum(len(positions) for positions in rounds)
-    for positions in rounds:
-        if scorer.spec.confidence and table.num_sequences:
-            table.eliminate(scorer.spec.confidence, len(rounds))
-            if table.decided:
-                break
-        shards = scorer.shards(count, positions, table.candidates, at_least=at_least)
-        for shard, scores in compute(shards):
-            table.add(shard, scores)
-            progress(table.num_sequences, total, "sequences")
-    return table.result()
+    """Have all computed that decides which layers go next, at most `count` shards at a time.
+
+    That is everything in one round, or with `eliminate` what the rounds before leave open. With
+    `screen_dtype` it is first computed in that, then for those in doubt in the model's own.
+    """
+
+    def fill(table: ScoreTable, candidates: Sequence[int], again: bool = False) -> None:
+        while (cells := table.next_cells(candidates, again)) is not None:
+            shards = scorer.shards(count, cells.positions, cells.candidates, at_least=at_least)
+            shards = [replace(shard, screened=table.screened, again=cells.again) for shard in shards]
+            for shard, scores in compute(shards):
+                table.add(shard, scores)
+                progress(table.progress(candidates), table.num_sequences, "sequences")
+
+    table = ScoreTable(scorer)
+    if scorer.spec.screen_dtype is None:
+        fill(table, scorer.candidates)
+        return score_result(table)
+    screened = ScoreTable(scorer, screened=True)
+    fill(screened, scorer.candidates)
+    best_C = screened.sign * screened.best(scorer.candidates)
+    first = best_C.argsort(descending=True)[: scorer.spec.num_remove].tolist()
+    confirmed = doubtful = sorted(scorer.candidates[c] for c in first)
+    while doubtful:
+        fill(table, confirmed, again=True)
+        doubtful = in_doubt(table, screened)
+        confirmed = sorted([*confirmed, *doubtful])
+    return score_result(table, screened)
 
 
 def score_locally(spec: ScoreSpec, progress: Progress = no_progress) -> ScoreResult:

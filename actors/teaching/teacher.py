@@ -34,7 +34,7 @@ from actors.data.teacher_states import (
     write_shard,
 )
 from actors.errors import RequestError
-from actors.models import LayerwisePass, build_model, device, find_layers
+from actors.models import LayerwisePass, build_model, find_layers, places
 from actors.models.head import LogitHead
 from actors.out_of_memory import once_more_with_less
 from actors.recovery import check_vocabulary, training_data
@@ -55,8 +55,8 @@ class Teacher:
     def __init__(self, spec: TeachSpec):
         self._spec = spec
         # In the type that recoveries load it in, so that what is stored is what they would compute.
-        model, tokenizer = build_model(ModelRef(replace(spec.model, dtype=spec.precision)))
-        self._model = model.to(device()).requires_grad_(False).eval()
+        model, tokenizer = build_model(ModelRef(replace(spec.model, dtype=spec.precision)), places())
+        self._model = model.requires_grad_(False).eval()
         self._data = training_data(spec.reading(), tokenizer)
         check_vocabulary(self._data, self._model)
         if spec.packing == "documents":

@@ -59,10 +59,6 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "prune": (
         ("without layers 20, 21 and 22", "iterabre prune --model DIR --drop 20-22 --output pruned"),
         (
-            "attention of two layers only",
-            "iterabre prune --model M --drop 3,4 --granularity attention --output out",
-        ),
-        (
             "a model that brings its own code, which you have read",
             "iterabre prune --model O/M --drop 3 --output out --trust-remote-code",
         ),

@@ -22,9 +22,6 @@ Set = Annotated[
 Address = Annotated[
     str | None, typer.Option(help="Ray cluster to join: auto, or HOST:PORT. This machine alone if not given.")
 ]
-Granularity = Annotated[
-    str, typer.Option(help="What is removed: block, or attention or mlp of single blocks, left as zeros.")
-]
 Output = Annotated[Path, typer.Option("--output", help="Directory to write; must not exist or be empty.")]
 Run = Annotated[
     str, typer.Argument(help="Where a run lies: runs/smollm2-demo, s3://bucket/runs/x.", show_default=False)

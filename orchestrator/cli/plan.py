@@ -94,7 +94,7 @@ def _show(summary: dict[str, Any]) -> None:
         "stage": [row["kind"] for row in kinds],
         "to run": [str(row["to_run"]) for row in kinds],
         "FLOPs": [f"{row['flops']:.2e}" for row in kinds],
-        "GB a worker": [f"{row['memory_bytes'] / 1e9:.2f}" for row in kinds],
+        "GB a device": [f"{row['memory_bytes'] / 1e9:.2f}" for row in kinds],
     }
     print_table(columns, "Work, and peak memory")
     machines = summary["machines"]

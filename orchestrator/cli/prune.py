@@ -5,7 +5,6 @@ from typing import Annotated, Any, cast
 import typer
 
 from orchestrator.cli.options import (
-    Granularity,
     Model,
     Output,
     Revision,
@@ -21,18 +20,13 @@ def prune(
     model: Model,
     drop: Annotated[str, typer.Option(help="Layers to drop, from 0, e.g. 3,4 or 20-24.")],
     output: Output,
-    granularity: Granularity = "block",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given.")
     ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a model without some of its layers, with no recovery; models larger than memory too.
-
-    With attention or mlp as granularity, that part of the layers is filled with zeros: it then adds
-    nothing, and is as large as before.
-    """
+    """Write a model without some of its layers, with no recovery; models larger than memory too."""
     from actors.models import prune_checkpoint
 
     layers = parse_layers(drop)
@@ -43,7 +37,6 @@ def prune(
             layers,
             output,
             dtype=cast(Any, None if dtype == "auto" else dtype),
-            granularity=granularity,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )

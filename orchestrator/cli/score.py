@@ -6,7 +6,6 @@ import typer
 
 from orchestrator.cli.options import (
     Dtype,
-    Granularity,
     Json,
     Model,
     Revision,
@@ -22,7 +21,16 @@ def score(
     calibration: Annotated[
         str, typer.Option(help="Text file, or the name of a built-in text.")
     ] = "iterabre-appendix-a",
-    granularity: Granularity = "block",
+    remove: Annotated[
+        int,
+        typer.Option(min=1, help="Layers that will go: their choice stays exact with --eliminate."),
+    ] = 1,
+    eliminate: Annotated[
+        bool, typer.Option("--eliminate", help="Give up layers that bounds prove not to be the next to go.")
+    ] = False,
+    screen_dtype: Annotated[
+        str | None, typer.Option(help="bfloat16: score in it first, then in float32 what is near the best.")
+    ] = None,
     dtype: Dtype = "float32",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -31,31 +39,43 @@ def score(
     """Score every layer of a model as a candidate for removal."""
     from actors.contracts import ModelRef, ScoreSpec, TextSpec
     from actors.data import BUILTIN_TEXTS, describe_text
+    from actors.errors import unknown_name
     from actors.models import describe_model, load_tokenizer
     from actors.scoring import find_criterion, score_locally
     from orchestrator.planning.checks import check_calibration
 
-    find_criterion(criterion, granularity=granularity)
+    judged = find_criterion(criterion)
+    if screen_dtype not in (None, "bfloat16"):
+        raise unknown_name("screening dtype", str(screen_dtype), ["bfloat16"])
     text = TextSpec(builtin=calibration) if calibration in BUILTIN_TEXTS else TextSpec(path=calibration)
     text = describe_text(text).spec
     info = describe_model(source_model(model, dtype, revision, trust_remote_code))
     spec = ScoreSpec(
-        model=ModelRef(info.spec), calibration=text, criterion=criterion, granularity=cast(Any, granularity)
+        model=ModelRef(info.spec),
+        calibration=text,
+        criterion=criterion,
+        num_remove=remove,
+        eliminate=eliminate,
+        screen_dtype=cast(Any, screen_dtype),
     )
     check_calibration(spec, info, load_tokenizer(info.spec))
     result = score_locally(spec)
     order = {layer: rank for rank, layer in enumerate(result.removal_order, start=1)}
-    rows = [
-        {"layer": layer, "score": value, "remove": order[layer]}
-        for layer, value in zip(result.source_layers, result.scores, strict=True)
+    rows: list[dict[str, Any]] = [
+        {"layer": layer, "score": value, "kind": kind, "remove": order[layer]}
+        for layer, value, kind in zip(result.source_layers, result.scores, result.kind_of_each, strict=True)
     ]
+    at_best = "≤" if judged.highest_first else "≥"
+    marks = {"exact": "", "bound": f"{at_best} ", "screened": "~ ", "screened_bound": f"~{at_best} "}
     if as_json:
-        print_json({"criterion": criterion, "granularity": granularity, "layers": rows})
+        print_json({"criterion": criterion, "layers": rows})
     else:
         columns = {
             "layer": [str(row["layer"]) for row in rows],
-            "score": [f"{row['score']:.6f}" for row in rows],
+            "score": [f"{marks[row['kind']]}{row['score']:.6f}" for row in rows],
             "remove": [str(row["remove"]) for row in rows],
         }
-        what = criterion if granularity == "block" else f"{criterion} of {granularity}"
-        print_table(columns, f"{what}, {result.num_sequences} sequences; remove 1 first")
+        title = f"{result.num_sequences} sequences; remove 1 first"
+        if result.kinds:
+            title += f"; {at_best} what a score can be at best, ~ seen in the screening dtype"
+        print_table(columns, f"{criterion}, {title}")

@@ -13,7 +13,11 @@ class ActorConfig(Section):
     """What one actor or worker holds, all on one node."""
 
     cpus: float = Field(1.0, gt=0, description="CPUs an actor.")
-    gpus: float = Field(0.0, ge=0, description="GPUs an actor; may be a fraction.")
+    gpus: float = Field(
+        0.0,
+        ge=0,
+        description="GPUs an actor; may be a fraction. A model that one cannot hold is placed over all.",
+    )
     memory_gb: float | None = Field(None, gt=0, description="GB of a node's memory that are reserved for it.")
     accelerator: str | None = Field(
         None, min_length=1, description="Type of GPU, as Ray names it, e.g. A100 or H100; any if not given."

@@ -65,7 +65,7 @@ class PlaceholderResolver:
         plan, store = self._plan, self._store
         inputs = plan.export_inputs(model, iteration)
         key = stage_key("export", inputs)
-        uri = store.models_uri(plan.id, iteration.layers_left, plan.unit) if store is not None else ""
+        uri = store.models_uri(plan.id, iteration.layers_left) if store is not None else ""
         done = store is not None and (
             store.peek("export", key, ExportResult) is not None
             or find_former_export(store, inputs, uri) is not None

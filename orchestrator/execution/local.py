@@ -16,7 +16,6 @@ from actors.contracts import (
     ScoreSpec,
     TeachResult,
     TeachSpec,
-    no_progress,
 )
 from orchestrator.config import ExecutionConfig
 from orchestrator.execution.task_scoring import score_by_task
@@ -31,9 +30,7 @@ class LocalBackend:
 
     def score(self, spec: ScoreSpec, progress: Progress) -> ScoreResult:
         if spec.task is not None:
-            return score_by_task(
-                spec, lambda specs: enumerate(self.evaluate(each, no_progress) for each in specs), progress
-            )
+            return score_by_task(spec, evaluation.evaluate_prunings, progress)
         return scoring.score_locally(spec, progress)
 
     def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult:

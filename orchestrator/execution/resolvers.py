@@ -126,7 +126,7 @@ class ComputeResolver:
             log.info("%s iteration %d: %s %s starts", *at)
             uri = self._store.payload_uri(kind, key, time.time_ns())
             if stage.kind is EXPORT:
-                uri = self._store.models_uri(self._plan.id, stage.layers, self._plan.unit)
+                uri = self._store.models_uri(self._plan.id, stage.layers)
             started = time.monotonic()
             try:
                 result = stage.kind.compute(self._backend, stage, progress, uri)
@@ -171,7 +171,7 @@ class ComputeResolver:
         from orchestrator.export.former import adopt_former_export
 
         plan, layers = self._plan, iteration.layers_left
-        uri = self._store.models_uri(plan.id, layers, plan.unit)
+        uri = self._store.models_uri(plan.id, layers)
         inputs = plan.export_inputs(model, iteration)
         key = stage_key(EXPORT.name, inputs)
         adopt_former_export(self._store, key, inputs, uri)

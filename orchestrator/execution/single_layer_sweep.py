@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from actors.contracts import EvaluationResult, EvaluationSpec, Progress, no_progress, to_json
 from actors.evaluation.layer_sweep import evaluate_prunings
-from actors.models import device, load_source
 from orchestrator.execution.task_scoring import EvaluateAll
 from orchestrator.reporting.charts.figures import COLOURS
 
@@ -52,7 +51,7 @@ def run_sweep(
     specs = [spec, *(replace(spec, model=spec.model.without((layer,))) for layer in layers)]
     results: dict[int, EvaluationResult] = {}
     progress(0, len(specs), "models")
-    for position, result in (evaluate_all or _evaluate_here)(specs):
+    for position, result in (evaluate_all or evaluate_prunings)(specs):
         results[position] = result
         progress(len(results), len(specs), "models")
     values = [{m.name: m.value for m in results[position].metrics} for position in range(len(specs))]
@@ -64,11 +63,6 @@ def run_sweep(
         {name: tuple(found[name] for found in pruned) for name in dense},
         {metric.name: metric.unit for metric in results[0].metrics},
     )
-
-
-def _evaluate_here(specs: Sequence[EvaluationSpec]) -> Iterator[tuple[int, EvaluationResult]]:
-    model, tokenizer = load_source(specs[0].model)
-    yield from evaluate_prunings(model.to(device()), tokenizer, specs)
 
 
 def sweep_columns(sweep: Sweep) -> dict[str, list[str]]:

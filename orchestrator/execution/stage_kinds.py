@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from actors.contracts import (
+    SCORE_METRICS,
     EvaluationResult,
     EvaluationSpec,
     ExportResult,
@@ -81,11 +82,11 @@ class StageRequest(Generic[ResultT]):
 
 
 def score_numbers(result: ScoreResult) -> Numbers:
-    for layer, score in zip(result.source_layers, result.scores, strict=True):
-        yield "score", score, "", {"layer": layer}
-    yield "layer_forwards", result.layer_forwards, "", {}
+    for layer, score, kind in zip(result.source_layers, result.scores, result.kind_of_each, strict=True):
+        yield SCORE_METRICS[kind], score, "", {"layer": layer}
+    yield "layer_forwards", result.layer_forwards, "forwards", {}
     if result.layer_forwards_saved:
-        yield "layer_forwards_saved", result.layer_forwards_saved, "", {}
+        yield "layer_forwards_saved", result.layer_forwards_saved, "forwards", {}
     yield "sequences", result.num_sequences, "", {}
     yield "tokens", result.num_tokens, "tokens", {}
 
@@ -136,8 +137,6 @@ def evaluation_numbers(result: EvaluationResult) -> Numbers:
 def export_numbers(result: ExportResult) -> Numbers:
     yield "parameters", result.num_parameters, "", {}
     yield "layers", result.num_layers, "", {}
-    if zeroed := result.num_zeroed_parameters:
-        yield "parameters_in_use", result.num_parameters - zeroed, "", {}
 
 
 SCORE = StageKind(

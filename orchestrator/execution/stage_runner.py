@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from actors import models
 from actors.contracts import (
-    BLOCK,
     ArtifactRef,
     EvaluationSpec,
     FileRef,
@@ -99,12 +98,12 @@ class StageRunner:
 
     def select(self, iteration: IterationPlan, model: ModelRef, scores: ScoreResult) -> Removal:
         """Choose what goes: the first of the removal order that the model's config can be without."""
-        granularity, count = self._plan.granularity, iteration.layers_to_drop
+        count = iteration.layers_to_drop
         if scores is NOT_SCORED:
             scored_by = stage_key("score", self._plan.key_inputs(self._plan.score_spec(model, count)))
-            return Removal(granularity, placeholder=placeholder("pruned", [scored_by, count]))
+            return Removal(placeholder=placeholder("pruned", [scored_by, count]))
         chosen = scores.removal_order[:count]
-        if granularity == BLOCK and not self._plan.any_layers and not scores.merges:
+        if not self._plan.any_layers and not scores.merges:
             best = chosen
             chosen = tuple(models.choose_removable(model.source, model.dropped, scores.removal_order, count))
             if chosen != best:
@@ -114,7 +113,7 @@ class StageRunner:
                     self._plan.id, iteration.index, list(best), list(chosen),
                 )  # fmt: skip
         score_of = dict(zip(scores.source_layers, scores.scores, strict=True))
-        return Removal(granularity, chosen, tuple(score_of[layer] for layer in chosen), scores.merges)
+        return Removal(chosen, tuple(score_of[layer] for layer in chosen), scores.merges)
 
     def prune(self, iteration: IterationPlan, model: ModelRef, removal: Removal) -> ModelRef:
         """Return `model` without what `removal` names; nothing is computed, the choice is recorded."""

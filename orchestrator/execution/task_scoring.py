@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 from actors import models, scoring
 from actors.contracts import (
-    BLOCK,
     EvaluationResult,
     EvaluationSpec,
     Progress,
@@ -25,9 +24,8 @@ def score_by_task(spec: ScoreSpec, evaluate_all: EvaluateAll, progress: Progress
     """
     assert spec.task is not None, "the plan gives task_metric its task"
     model = spec.model
-    layers = model.candidates(spec.granularity, models.describe_model(model.source).num_layers)
-    if spec.granularity == BLOCK:
-        layers = models.removable_layers(model.source, model.dropped, layers)
+    left = model.kept(models.describe_model(model.source).num_layers)
+    layers = models.removable_layers(model.source, model.dropped, left)
     candidates = [_evaluation(spec, spec.task, layer) for layer in layers]
     values: dict[int, float] = {}
     for position, result in evaluate_all(candidates):
@@ -38,7 +36,7 @@ def score_by_task(spec: ScoreSpec, evaluate_all: EvaluateAll, progress: Progress
 
 def _evaluation(spec: ScoreSpec, task: TaskSpec, layer: int) -> EvaluationSpec:
     return EvaluationSpec(
-        model=spec.model.pruned(spec.granularity, (layer,)),
+        model=spec.model.without((layer,)),
         tasks=(task.name,),
         include_path=task.include_path,
         limit=task.limit,

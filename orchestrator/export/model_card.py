@@ -12,12 +12,6 @@ from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
 from orchestrator.reporting.tables.tables import show
 
-EMPTIED = (
-    "An emptied sub-block is stored as zeros and adds nothing: the model computes what one without it would, "
-    "but in plain transformers it takes as much memory and time as before."
-)
-"""What a user of a model with zeroed sub-blocks needs to take into account."""
-
 
 def model_card(
     plan: TrajectoryPlan,
@@ -37,15 +31,9 @@ def model_card(
     tokens = recovery_tokens(rows, plan.id, iteration.index)
     names = dict.fromkeys((*before, *after))
     table = [f"| {name} | {show(before.get(name))} | {show(after.get(name))} |" for name in names]
-    unit = plan.unit
-    title = f"{plan.model_id}, {iteration.layers_left} of {plan.model.num_layers} {unit}"
+    title = f"{plan.model_id}, {iteration.layers_left} of {plan.model.num_layers} layers"
     source, text = plan.origin, plan.recovery_text
-    if model.zeroed:
-        kinds = sorted({kind for _, kind in model.zeroed})
-        parts = (f"the {kind} of blocks {[i for i, k in model.zeroed if k == kind]}" for kind in kinds)
-        change = f"emptying {' and '.join(parts)}"
-    else:
-        change = f"{'merging' if model.merges else 'removing'} transformer blocks {list(model.dropped)}"
+    change = f"{'merging' if model.merges else 'removing'} transformer blocks {list(model.dropped)}"
     licence = "The source does not name its licence here; whatever it is, it applies."
     if source.licence is not None:
         licence = f"The licence of the source model applies: {source.licence_name or source.licence}."
@@ -61,8 +49,7 @@ def model_card(
         f"recovery `{plan.method.recovery.objective}` on {tokens:,} tokens"
         f"{f' of `{text.builtin or _public_name(str(text.path))}`' if tokens else ''}). {licence}",
         "",
-        *([EMPTIED, ""] if model.zeroed else []),
-        f"| measure | source, {plan.model.num_layers} {unit} | this model |",
+        f"| measure | source, {plan.model.num_layers} layers | this model |",
         "|---|---|---|",
         *table,
         "",

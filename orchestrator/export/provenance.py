@@ -16,7 +16,6 @@ LedgerRow = Mapping[str, Any]
 
 MODEL = (
     "dropped_source_layers",
-    "emptied_sub_blocks",
     "merges",
     "adapters_sha256",
     "weights_sha256",
@@ -36,8 +35,6 @@ def provenance(
         "source_layers": plan.model.num_layers,
         "layers": iteration.layers_left,
         "dropped_source_layers": list(model.dropped),
-        "granularity": plan.granularity,
-        "emptied_sub_blocks": [list(sub_block) for sub_block in model.zeroed],
         "merges": [{**asdict(merge), "merged": list(merge.merged)} for merge in model.merges],
         "adapters_sha256": [adapter.sha256 for adapter in model.adapters],
         "weights_sha256": model.weights and model.weights.sha256,

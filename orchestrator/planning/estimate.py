@@ -18,6 +18,7 @@ from actors.contracts import (
 from actors.recovery import find_objective
 from actors.scoring import TaskCriterion, find_criterion
 from orchestrator.config import CampaignConfig
+from orchestrator.config.execution import ExecutionConfig
 from orchestrator.planning.cost_model import (
     GB,
     Machine,
@@ -32,7 +33,7 @@ from orchestrator.planning.cost_model import (
 from orchestrator.planning.plan import CampaignPlan, TextSize, TrajectoryPlan
 from orchestrator.planning.stages import PlannedStage, count_stages, distinct_stages
 from orchestrator.planning.training_memory import training_memory
-from orchestrator.scheduling.resources import devices_held, resource_kind
+from orchestrator.scheduling.resources import devices_held, resource_kind, stage_resources
 from orchestrator.storage.ledger import measured_seconds
 
 TASK_DOCUMENTS, TASK_REQUESTS, TASK_TOKENS = 1000, 4, 100
@@ -55,6 +56,12 @@ class Costed:
     def devices(self, held: Mapping[str, float]) -> float:
         """Return the devices of the stage, from those that each kind holds."""
         return held.get(resource_kind(self.stage.kind, self.stage.spec), 0.0)
+
+    def memory_bytes_a_device(self, execution: ExecutionConfig) -> float:
+        """Return the memory of each GPU of an actor, over which a model's blocks are placed."""
+        request = stage_resources(execution).get(resource_kind(self.stage.kind, self.stage.spec))
+        gpus = 1.0 if request is None or self.stage.kind == "recover" else request.bundle.gpus
+        return self.cost.memory_bytes / max(1.0, gpus)
 
 
 Planned = Mapping[str, Sequence[PlannedStage]]
@@ -271,7 +278,7 @@ def estimate(
         longest[costed.trajectory.id] += time_s
     device_hours = device_seconds / 3600
     hours = max(device_hours / count, max(longest.values(), default=0.0) / 3600)
-    memory = max((costed.cost.memory_bytes for costed in stages), default=0.0)
+    memory = max((costed.memory_bytes_a_device(config.execution) for costed in stages), default=0.0)
     widest = max((costed.devices(devices) for costed in stages), default=0.0)
     fits = memory <= machine.memory_gb * GB and count >= widest
     return MachineEstimate(machine, count, fits, device_hours, hours, device_hours * machine.price_per_hour)
@@ -314,7 +321,9 @@ def plan_summary(
                 "stages": sum(c.stage.kind == kind for c in stages),
                 "to_run": sum(c.stage.kind == kind and not c.stage.finished for c in stages),
                 "flops": sum(c.cost.flops for c in stages if c.stage.kind == kind and not c.stage.finished),
-                "memory_bytes": max(c.cost.memory_bytes for c in stages if c.stage.kind == kind),
+                "memory_bytes": max(
+                    c.memory_bytes_a_device(config.execution) for c in stages if c.stage.kind == kind
+                ),
             }
             for kind in kinds
         ],

@@ -16,7 +16,7 @@ from actors.contracts import (
     TextSpec,
     digest,
 )
-from actors.contracts.settings import AddedLater, InKeyAs, InKeyWhereUsed, NotInKey, StoredAs, marks
+from actors.contracts.settings import AddedLater, InKeyAs, InKeyWhereUsed, NotInKey, marks, removed_fields
 from actors.plugins import releases
 
 STAGE_VERSION: Mapping[str, int] = {
@@ -75,7 +75,8 @@ def _fields_in_key(spec: Any) -> Iterator[tuple[str, Any]]:
         value, marked = getattr(spec, field.name), marks(cls, field.name)
         if {NotInKey(), InKeyWhereUsed()} & set(marked) or AddedLater(value) in marked:
             continue
-        yield next((m.name for m in marked if isinstance(m, InKeyAs | StoredAs)), field.name), value
+        yield next((m.name for m in marked if isinstance(m, InKeyAs)), field.name), value
+    yield from removed_fields(cls).items()
 
 
 def _computed_anew(spec: Any) -> dict[str, str]:

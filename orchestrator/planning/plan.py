@@ -9,7 +9,6 @@ from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from actors.contracts import (
-    BLOCK,
     Dtype,
     EvaluationSpec,
     ExportSpec,
@@ -107,16 +106,6 @@ class TrajectoryPlan:
         return iteration.recovers and self.traits.applies_recovery
 
     @property
-    def granularity(self) -> str:
-        """The unit that is removed, in which depths and layers to drop are counted."""
-        return self.method.scoring.granularity
-
-    @property
-    def unit(self) -> str:
-        """The name of what is removed in the plural, to follow a count."""
-        return "layers" if self.granularity == BLOCK else f"{self.granularity}s"
-
-    @property
     def recovery_text(self) -> TextSpec:
         """The text that recovery is configured with; for generated responses, the prompts."""
         return self._found(self.method.recovery.data)
@@ -128,6 +117,11 @@ class TrajectoryPlan:
     def score_spec(self, model: ModelRef, layers_to_drop: int = 1) -> ScoreSpec:
         """Return the request for scoring `model`, from which so many layers are to go."""
         scoring, evaluation = self.method.scoring, self.evaluation
+        # Where the config cannot be without any layers, the best may have to stay: every score is needed.
+        eliminate, screen_dtype = (
+            (scoring.eliminate, scoring.screen_dtype) if self.any_layers else (False, None)
+        )
+        goes_by_portion = self.traits.chooses_run or eliminate or screen_dtype is not None
         task = scoring.task and extend(
             TaskSpec,
             scoring.task,
@@ -142,9 +136,11 @@ class TrajectoryPlan:
             model=model,
             calibration=self._found(scoring.calibration),
             task=task,
+            eliminate=eliminate,
+            screen_dtype=screen_dtype,
             # Seed and portion are left out where they do not matter, so that all share one stage.
-            seed=self.seed if self.traits.seeded or scoring.confidence else 0,
-            num_remove=layers_to_drop if self.traits.chooses_run or scoring.confidence else 1,
+            seed=self.seed if self.traits.seeded else 0,
+            num_remove=layers_to_drop if goes_by_portion else 1,
         )
 
     def generation_spec(self) -> GenerationSpec | None:
@@ -256,7 +252,7 @@ class TrajectoryPlan:
 
     def export_inputs(self, model: ModelRef, iteration: IterationPlan) -> Any:
         """Return what the export of `model` depends on: the model, and where in the run it is written."""
-        directory = f"{self.id}/{iteration.layers_left}-{self.unit}"
+        directory = f"{self.id}/{iteration.layers_left}-layers"
         return {**self.key_inputs(ExportSpec(model)), "directory": directory}
 
     def to_json(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from actors.contracts import BLOCK, EvaluationSpec, ModelInfo, ModelRef, ModelSpec, TextInfo, TextSpec, extend
+from actors.contracts import EvaluationSpec, ModelInfo, ModelRef, ModelSpec, TextInfo, TextSpec, extend
 from actors.data import chat_template, describe_text
 from actors.data.text import builtin_file
 from actors.evaluation import check_probes, check_tasks, metric_names, suite_tasks, tasks_fingerprint
@@ -117,11 +117,9 @@ def _check(config: CampaignConfig, trajectories: Sequence[TrajectoryPlan]) -> No
     check_exclusions(config)
     if not trajectories:
         raise RequestError("`exclude` leaves nothing to run; take an entry out")
-    removals = {
-        (t.model.spec, t.granularity, t.model.num_layers - t.iterations[-1].layers_left) for t in trajectories
-    }
-    for spec, granularity, count in removals:
-        check_prunable(spec, granularity, count)
+    removals = {(t.model.spec, t.model.num_layers - t.iterations[-1].layers_left) for t in trajectories}
+    for spec, count in removals:
+        check_prunable(spec, count)
     training = config.execution.training
     check_deepspeed(trajectories, training)
     for trajectory in trajectories:
@@ -175,7 +173,7 @@ def _check_scoring(method: MethodConfig, include_path: str | None) -> None:
 def _misfit(method: MethodConfig) -> str | None:
     """Return what does not go with the method's criterion, in words that follow its name."""
     scoring = method.scoring
-    criterion = find_criterion(scoring.criterion, scoring.pooling, scoring.granularity)
+    criterion = find_criterion(scoring.criterion, scoring.pooling)
     if isinstance(criterion, TaskCriterion) and scoring.task is None:
         return "needs scoring.task"
     if scoring.task is not None and not isinstance(criterion, TaskCriterion):
@@ -186,8 +184,6 @@ def _misfit(method: MethodConfig) -> str | None:
         return "merges all layers at once; set schedule.mode: direct"
     if isinstance(criterion, MergeCriterion) and _applies_recovery(method):
         return "changes weights that recovery trains on; set recovery.objective: none"
-    if scoring.granularity != BLOCK and _applies_recovery(method):
-        return f"empties {scoring.granularity}, which recovery would fill again; set recovery.objective: none"
     return None
 
 

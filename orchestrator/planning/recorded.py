@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -55,10 +54,28 @@ def read_recorded(store: Store) -> Recorded | None:
     names = [str(each["trajectory"]) for each in pairs.values()]
     with ThreadPoolExecutor(WRITERS) as pool:
         plans = [plan for plan in pool.map(partial(_read_plan, store), names) if plan is not None]
-    config: Mapping[str, Any] = stored["config"]
-    with suppress(ConfigError):  # of an earlier version: as it stands
-        config = parse_config(stored["config"], "campaign.json").model_dump(mode="json")
+    config = _with_defaults(stored["config"])
     return Recorded(record_of(config, plans, stored.get("versions") or {}), plans)
+
+
+def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a recorded configuration with the fields that came later at their defaults.
+
+    A method that this version does not offer any more is left as it stands; so is all of a configuration
+    that this version cannot read for another reason.
+    """
+
+    def read(methods: Sequence[Any]) -> dict[str, Any] | None:
+        try:
+            return parse_config({**config, "methods": methods}, "campaign.json").model_dump(mode="json")
+        except ConfigError:
+            return None
+
+    if (known := read(config["methods"])) is not None:
+        return known
+    gone = [method for method in config["methods"] if read([method]) is None]
+    known = read([method for method in config["methods"] if method not in gone])
+    return config if known is None else {**known, "methods": [*known["methods"], *gone]}
 
 
 def continue_plan(

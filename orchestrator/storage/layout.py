@@ -156,9 +156,9 @@ class RunLayout:
         """Return the directory of checkpoints of the training behind the recovery stage `key`."""
         return join(self.uri, "train", safe_name(key))
 
-    def models_uri(self, trajectory: str, num_left: int, unit: str = "layers") -> str:
-        """Return the directory of a trajectory's exported checkpoint with so many layers, or sub-blocks."""
-        return join(self.uri, "models", safe_name(trajectory), f"{num_left}-{unit}")
+    def models_uri(self, trajectory: str, num_left: int) -> str:
+        """Return the directory of a trajectory's exported checkpoint with so many layers."""
+        return join(self.uri, "models", safe_name(trajectory), f"{num_left}-layers")
 
     @property
     def trajectories_uri(self) -> str:

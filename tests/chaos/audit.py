@@ -12,7 +12,7 @@ import pyarrow.dataset as ds
 from actors.artifacts import is_temporary
 from actors.stage_output import MARK
 
-OF_THE_MACHINE = ("s", "tokens/s", "bytes")
+OF_THE_MACHINE = ("s", "tokens/s", "bytes", "forwards")
 """Units of numbers that differ between two runs that did the same."""
 TOLERANCE = 1e-6
 CLOCKS_S = 0.05

@@ -18,7 +18,7 @@ import yaml
 from tests.support.tiny_models import save_tiny
 
 TIMEOUT_S = 600
-OF_THE_MACHINE = ("s", "tokens/s", "bytes")
+OF_THE_MACHINE = ("s", "tokens/s", "bytes", "forwards")
 """Units of numbers that differ between two runs that did the same."""
 
 TEXT = "The gods and goddesses worshipped in the ancient land give rise to local manifestations .\n"
@@ -130,7 +130,7 @@ def ledger(run: Path) -> list[dict[str, Any]]:
 
 
 def numbers(run: Path) -> dict[tuple[Any, ...], float]:
-    """Every measured number that says nothing of the machine's speed or memory, by what it is."""
+    """Every measured number that says nothing of the machine: its speed, its memory, what it kept."""
     rows = [row for row in ledger(run) if row["unit"] not in OF_THE_MACHINE]
     where = ("iteration", "stage", "phase", "metric", "step", "layer")
     found = {tuple(row[name] for name in where): row["value"] for row in rows}

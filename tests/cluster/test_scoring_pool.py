@@ -86,6 +86,18 @@ def test_more_actors_than_sequences_shard_the_candidates(spec: ScoreSpec) -> Non
     assert got.removal_order == want.removal_order
 
 
+@pytest.mark.parametrize("actors", [2, pytest.param(4, marks=LONG)])
+def test_rounds_of_bounds_are_those_of_one_process(spec: ScoreSpec, actors: int) -> None:
+    bounded = replace(spec, eliminate=True, screen_dtype="bfloat16")
+    heard: list[int] = []
+    got = on_ray(bounded, actors, lambda done, _total, _note: heard.append(done))
+    want = score_locally(bounded)
+    assert got.removal_order[0] == want.removal_order[0] == score_locally(spec).removal_order[0]
+    assert got.kinds == want.kinds
+    assert got.scores == pytest.approx(want.scores, abs=1e-3)
+    assert heard[-1] == 9
+
+
 @pytest.mark.parametrize("actors", [pytest.param(1, marks=LONG), 2, pytest.param(3, marks=LONG)])
 def test_an_actor_killed_in_mid_score_costs_its_shard_alone(
     spec: ScoreSpec, local: ScoreResult, actors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.errors import RequestError
-from actors.models import remove_layers, save_pretrained, zero_sub_blocks
+from actors.models import remove_layers, save_pretrained
 from tests.support.decoder_zoo import NOT_TINY, NUM_LAYERS, decoder_types, tiny_decoder
 from tests.support.tiny_models import tiny_ids
 
@@ -31,29 +31,6 @@ NO_CACHE = {
     "xlstm": "transformers' own cache has the wrong shape",
 }
 """Families whose cached forward cannot be compared token by token, and why."""
-
-ZEROED = {"attention": (0, 3), "mlp": (2, 5)}
-"""Layers whose sub-block of each kind is zeroed."""
-
-BRANCHES = {
-    "attention": (
-        "self_attn", "self_attention", "attn", "attention", "self_att", "multi_head_attention", "linear_attn",
-        "mamba", "conv", "temporal_block", "mlstm_layer", "norm_attn_norm.attn", "attention.output.dense",
-    ),
-    "mlp": (
-        "mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "shared_mlp", "fc2", "output.dense",
-    ),
-}  # fmt: skip
-"""The modules whose output a block adds to the residual stream, where families have them."""
-
-ADDS_ITSELF = {
-    ("bloom", "attention"): 1,
-    ("bloom", "mlp"): 1,
-    ("cpmant", "attention"): 0,
-    ("cpmant", "mlp"): 0,
-    ("mpt", "mlp"): 1,
-}
-"""Modules that add their argument of this position to what they give, rather than leave it to the block."""
 
 TWO_STREAMS = ("XLNetLayer", "ZayaDecoderLayer")
 """Blocks that receive and hand on two tensors."""
@@ -70,13 +47,8 @@ and the end, and several at once ({drops} of {layers}), and all layers of one ki
 - **refused**: all of them are.
 - **not built**: no tiny model of it could be built or run, so that nothing is known.
 
-Under *sub-blocks* is what of a block can go alone (`granularity: attention` or `mlp`): its parameters are
-stored as zeros, so that it adds nothing. What is listed was tried ({zeroed}) and gives, loaded by plain
-transformers, the logits and tokens of the source model with that branch's output set to zero. No file becomes
-smaller. Where a block is a single sub-block (`nemotron_h`, Mamba), removing blocks is the way.
-
-| model type | outcome | sub-blocks | note |
-|---|---|---|---|
+| model type | outcome | note |
+|---|---|---|
 """
 
 
@@ -87,10 +59,9 @@ class Judgement:
     model_type: str
     verdict: str
     note: str = ""
-    sub_blocks: str = ""
 
     def __str__(self) -> str:
-        return f"| {self.model_type} | {self.verdict} | {self.sub_blocks} | {self.note} |"
+        return f"| {self.model_type} | {self.verdict} | {self.note} |"
 
 
 @dataclass(frozen=True)
@@ -201,7 +172,7 @@ def judge(model_type: str) -> Judgement:
     shown = notes[:1] if verdict == "refused" else notes
     if model_type in NO_CACHE:
         shown.append(f"without cache: {NO_CACHE[model_type]}")
-    return Judgement(model_type, verdict, "; ".join(shown), _judge_sub_blocks(source, model_type))
+    return Judgement(model_type, verdict, "; ".join(shown))
 
 
 def _listed(model: PreTrainedModel) -> bool:
@@ -235,53 +206,6 @@ def _check_saved(pruned: PreTrainedModel, want: Behaviour, model_type: str, how:
         assert difference is None, f"{model_type} {how}, {name}: {difference}"
 
 
-@contextmanager
-def branch_off(block: nn.Module, kind: str, model_type: str) -> Iterator[None]:
-    """Compute as if the block's attention or MLP gave zeros; nothing is known of its weights."""
-    own = ADDS_ITSELF.get((model_type, kind))
-
-    def give_nothing(_module: nn.Module, args: Any, output: Any) -> Any:
-        first = output[0] if isinstance(output, (tuple, list)) else output
-        nothing = torch.zeros_like(first) if own is None else args[own]
-        return (nothing, *output[1:]) if isinstance(output, (tuple, list)) else nothing
-
-    ends = {path: module for path, module in block.named_modules() if path in BRANCHES[kind]}
-    modules = [ends[path] for path in ends if not any(other.startswith(f"{path}.") for other in ends)]
-    assert modules, f"{model_type} has no {kind} by a known name"
-    hooks = [module.register_forward_hook(give_nothing) for module in modules]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _judge_sub_blocks(source: PreTrainedModel, model_type: str) -> str:
-    """The kinds of sub-block that can be zeroed, or why none can."""
-    refusals = {kind: _judge_zeroed(source, model_type, kind) for kind in ZEROED}
-    possible = ", ".join(kind for kind, refusal in refusals.items() if refusal is None)
-    own_name = f"model type {model_type!r}: "
-    reason = next((refusal for refusal in refusals.values() if refusal), "").removeprefix(own_name)
-    return possible or f"none: {_one_line(reason.partition(', so that')[0].partition('; remove')[0])}"
-
-
-def _judge_zeroed(source: PreTrainedModel, model_type: str, kind: str) -> str | None:
-    """Why the sub-blocks cannot be zeroed; None if zeroing them is right."""
-    zeroed, layers = copy.deepcopy(source), ZEROED[kind]
-    try:
-        zero_sub_blocks(zeroed, kind, layers)
-    except RequestError as refusal:
-        return str(refusal)
-    hooked = copy.deepcopy(source)
-    with ExitStack() as hooks:
-        for layer in layers:
-            hooks.enter_context(branch_off(blocks_of(hooked)[layer], kind, model_type))
-        want = behaviour(hooked, model_type)
-    assert (want.logits - behaviour(source, model_type).logits).abs().max() > 1e-3, (model_type, kind)
-    _check_saved(zeroed, want, model_type, f"with {kind} of {layers} empty")
-    return None
-
-
 def _one_line(text: str) -> str:
     shortened = " ".join(text.split()).replace("|", "/")
     return shortened if len(shortened) <= 240 else f"{shortened[:239]}…"
@@ -294,10 +218,7 @@ def table(judgements: Iterable[Judgement]) -> str:
     rows = list(judgements)
     totals = Counter(row.verdict for row in rows)
     drops = ", ".join(str(list(drop)) for drop in DROPS)
-    zeroed = ", ".join(f"{kind} of {list(layers)}" for kind, layers in ZEROED.items())
-    header = HEADER.format(
-        count=len(rows), version=__version__, drops=drops, layers=NUM_LAYERS, zeroed=zeroed
-    )
+    header = HEADER.format(count=len(rows), version=__version__, drops=drops, layers=NUM_LAYERS)
     total = ", ".join(f"{number} {verdict}" for verdict, number in totals.most_common())
     lines = "\n".join(map(str, rows))
     return f"{header}{lines}\n\n{total}.\n"

@@ -105,11 +105,11 @@ def test_an_evaluation_that_does_not_fit_has_the_same_numbers_with_half_the_batc
     sizes: list[int] = []
     measured = evaluate.token_perplexity
 
-    def limited(model: object, ids: object, context: int, batch_size: int) -> object:
+    def limited(model: object, ids: object, context: int, batch_size: int, *progress: object) -> object:
         sizes.append(batch_size)
         if batch_size > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return measured(model, ids, context, batch_size)
+        return measured(model, ids, context, batch_size, *progress)
 
     monkeypatch.setattr(evaluate, "token_perplexity", limited)
     halved = evaluate_model(spec)

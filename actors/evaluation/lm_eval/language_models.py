@@ -9,15 +9,22 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actors.contracts import Progress, no_progress
 from actors.errors import RequestError
+from actors.evaluation.lm_eval.generation import generation_batch, longest_text
 from actors.evaluation.lm_eval.loglikelihood import LikelihoodModel, Scored
 from actors.evaluation.lm_eval.quiet import quiet
 from actors.models.offloading.dispatch import input_device
 
-CPU_GENERATION_BATCH = 8
-"""Texts generated at a time on a CPU where no batch size is given."""
+UNITS = {
+    "loglikelihood": "log-likelihoods",
+    "loglikelihood_rolling": "log-likelihoods",
+    "generate_until": "generated texts",
+}
+"""What progress counts, by kind of request."""
 
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
 """A request as HFLM encodes it: its strings, the tokens of the context and of the continuation."""
@@ -39,6 +46,7 @@ class PrefixTreeLM(HFLM):
         batch_size: longest requests evaluated at a time, so many more short
             ones; None finds by itself what memory allows.
         max_length: longest input in tokens; the model's own if None.
+        progress: counts windows and continuations, and texts that have been generated.
     """
 
     def __init__(
@@ -47,19 +55,20 @@ class PrefixTreeLM(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int | None = None,
         max_length: int | None = None,
+        progress: Progress = no_progress,
     ):
-        # HFLM's search for a batch size runs the longest input 64 times over, which a CPU takes minutes for.
-        generating = batch_size or ("auto" if input_device(model).type == "cuda" else CPU_GENERATION_BATCH)
         # HFLM sets a missing pad token on the tokenizer it is given; the caller's stays as it is.
         super().__init__(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),
-            batch_size=generating,
+            batch_size=batch_size or 1,  # `generate_until` finds its own: HFLM searches at the model's length
             max_length=max_length,
             softmax_dtype="float32",
         )
         self._device = input_device(model)
         self._longest_at_a_time = batch_size
+        self._searched_length = 0
+        self._progress, self._num_texts, self._num_generated = progress, 0, 0
         self._likelihoods = LikelihoodModel(model)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -98,6 +107,25 @@ class PrefixTreeLM(HFLM):
         scored = iter(self._loglikelihood_tokens([(None, *pair) for pairs in windows for pair in pairs]))
         return [sum(next(scored)[0] for _ in pairs) for pairs in windows]
 
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return each request's text, as many at a time as memory allows of the longest of these requests."""
+        if self._longest_at_a_time is None:
+            ids = self._encode({request.args[0] for request in requests}, None)
+            asked = [(len(ids[request.args[0]]), request.args[1]) for request in requests]
+            longest = longest_text(asked, self.max_gen_toks, self.max_length)
+            if longest > self._searched_length:
+                self.batch_size_per_gpu = generation_batch(self.model, longest)
+                self._searched_length = longest
+        self._num_texts, self._num_generated = len(requests), 0
+        return super().generate_until(requests, disable_tqdm)
+
+    def _model_generate(self, context: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        self._progress(self._num_generated, self._num_texts, UNITS["generate_until"])
+        generated = super()._model_generate(context, *arguments, **settings)
+        self._num_generated += len(context)
+        self._progress(self._num_generated, self._num_texts, UNITS["generate_until"])
+        return generated
+
     def _loglikelihood_tokens(
         self, requests: list[Encoded], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
@@ -111,7 +139,7 @@ class PrefixTreeLM(HFLM):
         if self._longest_at_a_time and scored:
             longest = max(len(request.tokens) for request in scored)
             self._likelihoods.batch_tokens = self._longest_at_a_time * longest
-        return self._likelihoods.loglikelihoods(scored)
+        return self._likelihoods.loglikelihoods(scored, self._progress)
 
     def _encode(self, texts: set[str], add_special_tokens: bool | None) -> dict[str, list[int]]:
         """Return `tok_encode` of each text, all in one call of the tokenizer."""
@@ -184,10 +212,11 @@ def local_responder(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int | None = None,
     max_length: int | None = None,
+    progress: Progress = no_progress,
 ) -> Responder:
     """Return a function that responds to lm-eval's requests by a `PrefixTreeLM` of this model."""
     with quiet():
-        lm = PrefixTreeLM(model, tokenizer, batch_size, max_length)
+        lm = PrefixTreeLM(model, tokenizer, batch_size, max_length, progress)
 
     def respond(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         with quiet():

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from actors.contracts import Progress, no_progress
 from actors.errors import MemoryExhaustedError
 from actors.evaluation.lm_eval.family_support import family_support
 from actors.evaluation.lm_eval.prefix_tree import PrefixTree, build_trees, run_rows
@@ -64,7 +65,9 @@ class LikelihoodModel:
             self._head = lambda logits: logits
         self.most_nodes = support.most_nodes
 
-    def loglikelihoods(self, requests: Sequence[Scored]) -> list[tuple[float, bool]]:
+    def loglikelihoods(
+        self, requests: Sequence[Scored], progress: Progress = no_progress
+    ) -> list[tuple[float, bool]]:
         """Return, for each request, the log-probability of its targets; true if each is the likeliest token.
 
         Both as HFLM gives them with `softmax_dtype=float32`: a log-softmax in bfloat16 would round what is
@@ -80,6 +83,7 @@ class LikelihoodModel:
             members = [member for tree in rows for member in tree.members]
             scored = self._fitting(rows, [requests[member] for member in members])
             found |= zip(members, scored, strict=True)
+            progress(len(found), len(requests), "log-likelihoods")
         return [found[i] for i in range(len(requests))]
 
     def _batches(self, trees: list[PrefixTree]) -> Iterator[list[PrefixTree]]:

@@ -13,6 +13,7 @@ from itertools import product
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actors.contracts import Progress, no_progress
 from actors.errors import RequestError
 from actors.evaluation.probes.decoding import last_logits_only
 from actors.models.offloading.dispatch import input_device
@@ -70,6 +71,7 @@ def answer_problems(
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     batch_size: int = 8,
+    progress: Progress = no_progress,
 ) -> list[DigitPrediction]:
     """Return the model's prediction of the right digit after each prompt, in the order of the problems.
 
@@ -86,6 +88,7 @@ def answer_problems(
     predictions: dict[int, DigitPrediction] = {}
     for alike in by_length.values():
         for start in range(0, len(alike), batch_size):
+            progress(len(predictions), len(problems), "problems")
             chosen = alike[start : start + batch_size]
             ids_BT = torch.tensor([encoded[i][0] for i in chosen], device=input_device(model))
             logits_BV = model(ids_BT, use_cache=False, **last_only).logits[:, -1].float()
@@ -97,6 +100,7 @@ def answer_problems(
                     log_probability_vocabulary=logits_V.log_softmax(-1)[tokens[right]].item(),
                     right=digits.argmax().item() == right,
                 )
+    progress(len(problems), len(problems), "problems")
     return [predictions[index] for index in range(len(problems))]
 
 

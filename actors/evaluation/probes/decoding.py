@@ -8,6 +8,7 @@ from inspect import signature
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actors.contracts import Progress, no_progress
 from actors.models.decoding import end_tokens, plain_greedy
 from actors.models.offloading.dispatch import input_device
 
@@ -28,6 +29,7 @@ def respond(
     prompts: Sequence[str],
     max_new_tokens: int,
     batch_size: int = 8,
+    progress: Progress = no_progress,
 ) -> list[Response]:
     """Generate the likeliest tokens after each prompt, up to `max_new_tokens`, in the order of the prompts.
 
@@ -52,6 +54,7 @@ def respond(
     place = input_device(model)
     responses: dict[int, Response] = {}
     for start in range(0, len(order), batch_size):
+        progress(start, len(order), "prompts")
         chosen = order[start : start + batch_size]
         batch = padder.pad({"input_ids": [encoded[i] for i in chosen]}, return_tensors="pt").to(place)
         with plain_greedy(model, **settings) as config:
@@ -61,6 +64,7 @@ def respond(
             tokens = tuple(row[:stop])
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             responses[index] = Response(tokens, text, stop is not None)
+    progress(len(order), len(order), "prompts")
     return [responses[index] for index in range(len(prompts))]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.contracts import EvaluationSpec, Metric
+from actors.contracts import EvaluationSpec, Metric, Progress, no_progress
 from actors.evaluation.batch_size import BATCH_SIZE
 from actors.evaluation.probes.arithmetic import answer_problems, draw_problems
 from actors.evaluation.probes.code_tasks import score_code
@@ -38,12 +38,14 @@ class Probe:
 
     It reads of the spec `limit` (how many problems or prompts), `max_new_tokens`,
     `batch_size`, `seed` and `allow_code_execution`. `gives` are its metrics, to which
-    the probe's name is prefixed, and what each is.
+    the probe's name is prefixed, and what each is. With `reports`, it takes a `Progress` as its
+    fourth argument.
     """
 
-    run: Callable[[PreTrainedModel, PreTrainedTokenizerBase, EvaluationSpec], list[Metric]]
+    run: Callable[..., list[Metric]]
     paper: str
     gives: Mapping[str, str]
+    reports: bool = False
 
 
 def check_probes(names: Sequence[str]) -> None:
@@ -58,10 +60,15 @@ def find_probe(name: str) -> Probe:
 
 
 def run_probe(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: EvaluationSpec,
+    progress: Progress = no_progress,
 ) -> list[Metric]:
     """Return metrics `name/measure` of one probe, measured on a model that is in memory."""
-    measured = find_probe(name).run(model, tokenizer, spec)
+    probe = find_probe(name)
+    measured = probe.run(model, tokenizer, spec, *([progress] if probe.reports else []))
     return [Metric(f"{name}/{metric.name}", metric.value, metric.unit, metric.stderr) for metric in measured]
 
 
@@ -85,11 +92,16 @@ def _code_prompts(tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec) -> l
 
 
 def degeneration(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: EvaluationSpec,
+    progress: Progress = no_progress,
 ) -> list[Metric]:
     """Measure repetition within the responses to instructions, and among them."""
     prompts = _instructions(spec)
-    responses = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
+    responses = respond(
+        model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE, progress
+    )
     texts = [response.tokens for response in responses]
     return [
         _mean("repetition_4", [repetition(text) for text in texts]),
@@ -99,11 +111,14 @@ def degeneration(
 
 
 def arithmetic(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: EvaluationSpec,
+    progress: Progress = no_progress,
 ) -> list[Metric]:
     """Measure one-digit sums; the change is taken against the unpruned model's row."""
     problems = draw_problems(spec.limit or NUM_PROBLEMS, spec.seed)
-    predictions = answer_problems(model, tokenizer, problems, spec.batch_size or BATCH_SIZE)
+    predictions = answer_problems(model, tokenizer, problems, spec.batch_size or BATCH_SIZE, progress)
     return [
         _mean("log_probability", [found.log_probability for found in predictions], "nats"),
         _mean(
@@ -114,7 +129,10 @@ def arithmetic(
 
 
 def code_failures(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: EvaluationSpec,
+    progress: Progress = no_progress,
 ) -> list[Metric]:
     """Classify the failures of the code that a model writes for small problems.
 
@@ -124,7 +142,9 @@ def code_failures(
     problems = _code_problems()[: spec.limit]
     chat = bool(tokenizer.chat_template)
     prompts = _code_prompts(tokenizer, spec)
-    responses = respond(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE)
+    responses = respond(
+        model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size or BATCH_SIZE, progress
+    )
     texts = [response.text for response in responses]
     if not chat:
         ends = [[at for stop in STOPS if (at := text.find(stop)) >= 0] for text in texts]
@@ -161,6 +181,7 @@ PROBES: Mapping[str, Probe] = {
             "self_bleu_4": "BLEU-4 of a text with all others as references, mean over texts",
             "mean_tokens": "tokens of a text, mean over texts",
         },
+        reports=True,
     ),
     "arithmetic": Probe(
         arithmetic,
@@ -170,6 +191,7 @@ PROBES: Mapping[str, Probe] = {
             "log_probability_vocabulary": "the same among all tokens",
             "top1": "share of problems whose right digit is the likeliest of the ten",
         },
+        reports=True,
     ),
     "code_failures": Probe(
         code_failures,
@@ -184,5 +206,6 @@ PROBES: Mapping[str, Probe] = {
             "pass_at_1": "share that passes its tests; only with allow_code_execution",
             "unfinished": "share of responses that were cut at max_new_tokens",
         },
+        reports=True,
     ),
 }

@@ -27,7 +27,7 @@ from actors.models.exporting.exported_config import (
     exported_config,
     shifted_fields,
 )
-from actors.models.families import depth, find_layers, text_config
+from actors.models.families import depth, text_config
 from actors.models.loading.gguf_file import drop_quantization
 from actors.models.loading.licence import licence_files
 from actors.models.loading.source_files import (
@@ -41,8 +41,7 @@ from actors.models.loading.source_files import (
     source_files,
     write_json,
 )
-from actors.models.model_builder import build_model, zeroed_layers
-from actors.models.pruning.subblocks import SUB_BLOCKS, sub_block_weights
+from actors.models.model_builder import build_model
 from actors.models.pruning.surgery import pruned_config
 
 log = logging.getLogger(__name__)
@@ -90,16 +89,7 @@ def export_model(spec: ExportSpec, uri: str) -> ExportResult:
         for file in licence_files(spec.model.source):
             shutil.copy(file, directory)
         artifact = publish(directory, uri)
-    num_layers = depth(model.config)
-    blocks = find_layers(model).modules
-    kept = spec.model.kept(len(blocks) + len(spec.model.dropped))
-    num_zeroed = sum(
-        parameter.numel()
-        for kind in SUB_BLOCKS
-        for layer in zeroed_layers(spec.model, kind, kept)
-        for parameter in sub_block_weights(blocks[layer], kind).values()
-    )
-    return ExportResult(artifact, num_layers, model.num_parameters(), num_zeroed, note)
+    return ExportResult(artifact, depth(model.config), model.num_parameters(), note)
 
 
 def save_with_files(

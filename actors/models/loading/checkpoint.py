@@ -1,13 +1,13 @@
 """Weights of a model directory: the one reading that loading, streaming, pruning and planning share.
 
 A safetensors file is an 8-byte length, a JSON header and the tensors' bytes
-(https://github.com/huggingface/safetensors#format). Only headers are read here.
+(https://github.com/huggingface/safetensors#format). Headers are read and written here, and nowhere else.
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -266,6 +266,22 @@ def _tensor(file: Path, name: str, entry: Any, data: int) -> StoredTensor:
                 raise ValueError(f"tensor {name!r} of shape {shape} and type {dtype} has {end - start} bytes")
             return StoredTensor(name, file, dtype, tuple(shape), data + start, data + end)
     raise ValueError(f"tensor {name!r} lacks its type, shape or offsets")
+
+
+def header_of(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> tuple[bytes, int]:
+    """Return the beginning of a safetensors file, and the number of bytes that follow it.
+
+    Args:
+        tensors: name, type as in `BITS`, shape and bytes of each, in the order in which they will follow.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape, num_bytes in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + num_bytes]}
+        at += num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, at
 
 
 def _no_safetensors(file: Path, reason: str) -> RequestError:

@@ -29,11 +29,6 @@ def dummy_model(model: PreTrainedModel, draw: Callable[[torch.Size], Tensor]) ->
     return dummy
 
 
-def zeros(shape: torch.Size) -> Tensor:
-    """Return zeros of that shape in the memory of one."""
-    return torch.zeros(()).expand(shape)
-
-
 def overlapping_draws(seed: int = 0) -> Callable[[torch.Size], Tensor]:
     """Return a function that draws weights of any shape in the memory of a vector.
 

@@ -1,6 +1,7 @@
 """Loading and describing source models."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -40,6 +41,7 @@ from actors.models.loading.source import (
     snapshot,
 )
 from actors.models.loading.tokens import check_has_vocabulary, guard_token_ids
+from actors.models.offloading.placement import Place, device_map
 
 DTYPES: dict[ModelDtype, torch.dtype] = {
     "float32": torch.float32,
@@ -82,15 +84,27 @@ def load_model(
     return open_model(ModelSpec(path, dtype, revision, trust_remote_code))
 
 
-def open_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model that `spec` names, and its tokenizer, as `load_model` does."""
+def open_model(
+    spec: ModelSpec, over: Sequence[Place] = ()
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model that `spec` names, and its tokenizer, as `load_model` does.
+
+    Args:
+        over: devices to load it onto, each weight from its file to its device (see `device_map`); none: the
+            CPU.
+
+    Raises:
+        MemoryExhaustedError: they cannot hold the weights.
+    """
     spec = with_dtype(spec)
+    where = device_map(empty_model(spec, load_config(spec), dtype=DTYPES[spec.dtype]), over) if over else None
     directory = model_checkpoint(spec).directory
     tokenizer = load_tokenizer(spec)
     with opening(spec, "its weights"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=DTYPES[spec.dtype],
+            device_map=where,
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=spec.trust_remote_code,

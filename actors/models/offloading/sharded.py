@@ -1,27 +1,23 @@
 """Removing layers from a checkpoint on disk, file by file, for models larger than memory.
 
-A safetensors file is an 8-byte length, a JSON header and the tensors' bytes
-(https://github.com/huggingface/safetensors#format), so a pruned file is a new
-header and a copy of the bytes that stay. No more than one tensor is in memory.
+A pruned safetensors file is a new header and a copy of the bytes that stay. No more than one tensor is in
+memory.
 """
 
 import json
-import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from actors.contracts import Dtype, ModelDtype, ModelSpec
 from actors.errors import RequestError
 from actors.models.exporting.export import save_with_files, write_config
 from actors.models.families import depth, find_layers
-from actors.models.loading.checkpoint import FLOATING, INDEX, SINGLE, Checkpoint, StoredTensor
+from actors.models.loading.checkpoint import FLOATING, INDEX, SINGLE, Checkpoint, StoredTensor, header_of
+from actors.models.loading.conversion import Conversion
 from actors.models.loading.load import (
     DTYPES,
     check_dtype,
@@ -32,13 +28,6 @@ from actors.models.loading.load import (
     model_checkpoint,
 )
 from actors.models.loading.source_files import copy_source_files, source_files
-from actors.models.pruning.subblocks import (
-    BLOCK,
-    check_granularity,
-    check_zeroable,
-    sub_block_weights,
-    zero_sub_blocks,
-)
 from actors.models.pruning.surgery import remaining, remove_layers
 
 COPY_BYTES = 16 << 20
@@ -54,21 +43,18 @@ def prune_checkpoint(
     output: str | Path,
     *,
     dtype: Dtype | None = None,
-    granularity: str = BLOCK,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[int, int]:
-    """Write the checkpoint `source` without some of its blocks, or with sub-blocks zeroed, in little memory.
+    """Write the checkpoint `source` without some of its blocks, in little memory.
 
-    What is written is what `remove_layers` (or `zero_sub_blocks`) and
-    `save_pretrained` would write; everything is checked on a model without weights
-    first.
+    What is written is what `remove_layers` and `save_pretrained` would write;
+    everything is checked on a model without weights first.
 
     Args:
         source: as for `load_model`. GGUF files are converted first, hub ids downloaded.
         layers: indices of the blocks to drop, 0..N-1.
         output: an empty or new directory.
-        granularity: `block`, or `attention` or `mlp` to fill only that part of the blocks with zeros.
         dtype: convert floating-point weights to `float32`, `bfloat16` or `float16`; as stored if not given.
         revision, trust_remote_code: as for `load_model`.
 
@@ -76,9 +62,8 @@ def prune_checkpoint(
         Number of blocks left, number of parameters left.
 
     Raises:
-        RequestError: as `load_model`, `remove_layers` and `zero_sub_blocks`.
+        RequestError: as `load_model` and `remove_layers`.
     """
-    check_granularity(granularity)
     spec = ModelSpec(source, dtype or "float32", revision, trust_remote_code)
     check_dtype(spec)
     checkpoint, config = model_checkpoint(spec), load_config(spec)
@@ -89,15 +74,9 @@ def prune_checkpoint(
     block_list = find_layers(model)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     tied_blocks = any(name.startswith(f"{block_list.path}.") for pair in tied.items() for name in pair)
-    zeros: set[str] | None = set()
-    if granularity == BLOCK:
-        remove_layers(model, layers)
-    else:
-        check_zeroable(model, granularity)
-        kept = list(range(num_layers))
-        zeros = _sub_block_tensors(model, granularity, layers, checkpoint.tensors.values())
-    if type(model.config) is not type(config) or tied_blocks or zeros is None:
-        return _prune_in_memory(spec, checkpoint, dtype, layers, output, granularity)
+    remove_layers(model, layers)
+    if type(model.config) is not type(config) or tied_blocks:
+        return _prune_in_memory(spec, checkpoint, dtype, layers, output)
     prefix = _layers_prefix(checkpoint.tensors, block_list.path, num_layers)
     renumbered = {old: new for new, old in enumerate(kept)}
     files = source_files(spec)
@@ -105,41 +84,8 @@ def prune_checkpoint(
     written = DTYPES[dtype] if dtype else None
     copy_source_files(files, Path(output))
     write_config(model, Path(output), files, kept=kept, dtype=written)
-    _write_shards(checkpoint, Path(output), prefix, renumbered, written, zeros)
+    _write_shards(checkpoint, Path(output), prefix, renumbered, written)
     return depth(model.config), model.num_parameters()
-
-
-def _sub_block_tensors(
-    model: PreTrainedModel, kind: str, layers: Sequence[int], tensors: Collection[StoredTensor]
-) -> set[str] | None:
-    """Return the file's names of the sub-blocks' parameters; None if it does not hold them all, and whole.
-
-    Files may name them otherwise than the model does, and hold experts one by one that it holds together.
-    """
-    block_list, model_names = find_layers(model), _model_names(model, tensors)
-    found: set[str] = set()
-    for layer in layers:
-        weights = {
-            f"{block_list.path}.{layer}.{name}": parameter.numel()
-            for name, parameter in sub_block_weights(block_list.modules[layer], kind).items()
-        }
-        stored = [tensor for tensor in tensors if model_names[tensor.name] in weights]
-        if sum(math.prod(tensor.shape) for tensor in stored) != sum(weights.values()):
-            return None
-        found |= {tensor.name for tensor in stored}
-    return found
-
-
-def _model_names(model: PreTrainedModel, tensors: Collection[StoredTensor]) -> dict[str, str]:
-    """Return, by name in the files, the parameter of `model` that transformers makes of a tensor."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix, parameters = model.base_model_prefix, model.state_dict()
-    return {
-        tensor.name: rename_source_key(tensor.name, renamings, converters, prefix, parameters)[0]
-        for tensor in tensors
-    }
 
 
 def _prune_in_memory(
@@ -148,7 +94,6 @@ def _prune_in_memory(
     dtype: Dtype | None,
     layers: Sequence[int],
     output: str | Path,
-    granularity: str,
 ) -> tuple[int, int]:
     """Prune where files are no image of the model: a decoder among others, weights shared or renamed.
 
@@ -165,16 +110,12 @@ def _prune_in_memory(
         trust_remote_code=spec.trust_remote_code,
     )
     if dtype is None and len(stored) > 1:
-        names = _model_names(model, tensors)
-        types = {names[tensor.name]: FLOATING[tensor.dtype] for tensor in tensors}
+        conversion = Conversion(model)
+        types = {conversion.parameter_of(tensor.name): FLOATING[tensor.dtype] for tensor in tensors}
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(types.get(name, parameter.dtype))
-    kept = list(range(depth(model.config)))
-    if granularity == BLOCK:
-        kept = remaining(len(kept), layers)
-        remove_layers(model, layers)
-    else:
-        zero_sub_blocks(model, granularity, layers)
+    kept = remaining(depth(model.config), layers)
+    remove_layers(model, layers)
     save_with_files(model, Path(output), source_files(spec), kept)
     return depth(model.config), model.num_parameters()
 
@@ -217,7 +158,6 @@ def _write_shards(
     prefix: str,
     renumbered: Mapping[int, int],
     dtype: torch.dtype | None,
-    zeros: Collection[str],
 ) -> None:
     shards = []
     for file in checkpoint.files:
@@ -231,7 +171,7 @@ def _write_shards(
     total_size = 0
     for number, (file, kept) in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        total_size += _write_shard(file, output / name, kept, dtype, zeros)
+        total_size += _write_shard(file, output / name, kept, dtype)
         weight_map |= {new: name for new, _ in kept}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
@@ -243,32 +183,17 @@ def _write_shard(
     target: Path,
     kept: Sequence[tuple[str, StoredTensor]],
     dtype: torch.dtype | None,
-    zeros: Collection[str],
 ) -> int:
-    """Write the tensors `kept` of one file under their new names, zeros for `zeros`; return their bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, tensor in kept:
-        size = _size_bytes(tensor, dtype)
-        header[name] = {
-            "dtype": _written_dtype(tensor, dtype),
-            "shape": tensor.shape,
-            "data_offsets": [at, at + size],
-        }
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    """Write the tensors `kept` of one file under their new names; return their bytes."""
+    header, num_bytes = header_of(
+        (name, _written_dtype(tensor, dtype), tensor.shape, _size_bytes(tensor, dtype))
+        for name, tensor in kept
+    )
     with source.open("rb") as read, target.open("wb") as write:
-        write.write(len(text).to_bytes(8, "little") + text)
+        write.write(header)
         for _, tensor in kept:
-            if tensor.name in zeros:
-                # Zero bytes are zeros in every floating-point type.
-                size = _size_bytes(tensor, dtype)
-                for start in range(0, size, COPY_BYTES):
-                    write.write(bytes(min(COPY_BYTES, size - start)))
-            else:
-                _copy(tensor, read, write, dtype)
-    return at
+            _copy(tensor, read, write, dtype)
+    return num_bytes
 
 
 def _written_dtype(tensor: StoredTensor, dtype: torch.dtype | None) -> str:
@@ -276,15 +201,14 @@ def _written_dtype(tensor: StoredTensor, dtype: torch.dtype | None) -> str:
 
 
 def _size_bytes(tensor: StoredTensor, dtype: torch.dtype | None) -> int:
-    stored = tensor.end - tensor.start
     if (written := _written_dtype(tensor, dtype)) == tensor.dtype:
-        return stored
-    return stored // FLOATING[tensor.dtype].itemsize * FLOATING[written].itemsize
+        return tensor.num_bytes
+    return tensor.num_bytes // FLOATING[tensor.dtype].itemsize * FLOATING[written].itemsize
 
 
 def _copy(tensor: StoredTensor, read: BinaryIO, write: BinaryIO, dtype: torch.dtype | None) -> None:
     read.seek(tensor.start)
-    left = tensor.end - tensor.start
+    left = tensor.num_bytes
     convert = _written_dtype(tensor, dtype) != tensor.dtype
     while left:
         block = read.read(min(left, COPY_BYTES))

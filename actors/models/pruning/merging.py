@@ -22,7 +22,7 @@ def differences(base: nn.Module, following: Sequence[nn.Module]) -> None:
     for name, value in base.named_parameters():
         original = value.clone()
         for other in parameters:
-            value += other[name] - original
+            value += other[name].to(value.device) - original
 
 
 @torch.no_grad()

@@ -9,20 +9,16 @@ from actors.contracts import ModelSpec
 from actors.errors import RequestError
 from actors.models.families import depth
 from actors.models.loading.load import empty_model, load_config
-from actors.models.pruning.subblocks import BLOCK, check_zeroable
 from actors.models.pruning.surgery import blocks_alike, check_removal
 
 
-def check_prunable(spec: ModelSpec, granularity: str, count: int) -> None:
-    """Check that `count` blocks of the model, or as many of its sub-blocks, can be removed in some way.
+def check_prunable(spec: ModelSpec, count: int) -> None:
+    """Check that `count` blocks of the model can be removed in some way.
 
     Raises:
         RequestError: they cannot; names the config field.
     """
     model = _skeleton(spec)
-    if granularity != BLOCK:
-        check_zeroable(model, granularity)
-        return
     # Rules that go by a layer's index let the last layers go if any.
     _choose(model, (), range(depth(model.config) - 1, -1, -1), count)
 

@@ -132,7 +132,7 @@ def pruned_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedCo
     if len(kept) == text_config(config).num_hidden_layers:
         return pruned
     check_layers_apart(text_config(config), kept)
-    check_reads_back(pruned, kept_fields(text_config(config), kept))
+    _check_reads_back(pruned, kept_fields(text_config(config), kept))
     _check_cache(text_config(config), text_config(pruned))
     return pruned
 
@@ -164,7 +164,7 @@ def read_back(config: PretrainedConfig) -> PretrainedConfig:
     return type(config).from_dict(copy.deepcopy(config.to_diff_dict()))
 
 
-def check_reads_back(config: PretrainedConfig, fields: dict[str, Any]) -> None:
+def _check_reads_back(config: PretrainedConfig, fields: dict[str, Any]) -> None:
     """Check that transformers opens a model of this config again and reads these fields as they are.
 
     Raises:

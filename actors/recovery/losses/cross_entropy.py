@@ -3,8 +3,9 @@
 B sequences, T tokens, D hidden, V vocabulary, N any number of tokens.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from actors.models.next_token import next_token_nats
 from actors.recovery.losses.chunked_sum import Head, sum_over_chunks
 from actors.recovery.losses.token_weights import ALL_TOKENS, TokenWeights
 
@@ -25,8 +26,7 @@ def next_token_cross_entropy(
     targets_N = weights.rows(next_ids_BT[..., None])[:, 0]
 
     def chunk_sum(hidden_ND: Tensor, rows: slice) -> Tensor:
-        logits_NV = head(hidden_ND).float()
-        return nn.functional.cross_entropy(logits_NV, targets_N[rows], reduction="sum")[None]
+        return next_token_nats(lambda tokens_N: head(hidden_ND)[None], targets_N[None, rows]).sum(1)
 
     total, _ = sum_over_chunks(weights.rows(hidden_BTD), chunk_sum, head, chunk_tokens)
     return weights.divided(total, next_ids_BT.numel())

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from actors.artifacts import explained, sha256_of
 from actors.errors import WorkError
+from actors.models.loading.checkpoint import header_of, read_header
 from actors.recovery.training.train_context import CHECKPOINTS_TO_KEEP, WriteShard
 
 STATE = "state.json"
@@ -50,7 +50,9 @@ def write_shard(
     Raises:
         WorkError: they do not fit on the disk, or cannot be written; names place and bytes.
     """
-    header, size_bytes = _safetensors_header(shapes)
+    header, size_bytes = header_of(
+        (name, "F32", shape, FLOAT32_BYTES * math.prod(shape)) for name, shape in shapes.items()
+    )
     part = directory / f"part-{rank}-of-{world_size}.safetensors"
     with explained(str(directory), f"write a checkpoint of {size_bytes} bytes into"):
         with part.open("wb") as file:
@@ -63,18 +65,6 @@ def write_shard(
         if rank == 0:
             (directory / STATE).write_text(json.dumps({**state, "parts": world_size}))
             _write_checksum(directory / STATE)
-
-
-def _safetensors_header(shapes: Mapping[str, Sequence[int]]) -> tuple[bytes, int]:
-    """Return the beginning of a safetensors file of float32 tensors, and the bytes that follow it."""
-    fields, at = {}, 0
-    for name, shape in shapes.items():
-        end = at + FLOAT32_BYTES * math.prod(shape)
-        fields[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, at
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -93,9 +83,8 @@ def read_state(directory: Path) -> dict[str, Any]:
 def read_tensors(directory: Path, num_parts: int) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a checkpoint that `read_state` found intact."""
     for part in _parts(directory, num_parts):
-        with safe_open(part, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - the file is no mapping
-                yield name, file.get_tensor(name)
+        for tensor in read_header(part):
+            yield tensor.name, tensor.read()
 
 
 class CheckpointDirectory:

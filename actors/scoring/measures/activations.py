@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from actors.models import BLOCK, LayerwisePass, depth, find_layers, text_config, without_sub_block
+from actors.models import text_config
 from actors.models.head import LogitHead
 from actors.scoring.measures.calibration import Calibration
 from actors.scoring.measures.likelihood import divergences, negative_log_likelihoods
 from actors.scoring.measures.pooling import POOLING
-from actors.scoring.measures.wavefront import UNPRUNED, last_hiddens
+from actors.scoring.measures.wavefront import UNPRUNED
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def kl(model: PreTrainedModel, calibration: Calibration) -> Tensor:
 
     Every token counts, the last one too: its prediction is compared, not looked up in the text.
     """
-    heads = (LogitHead(calibration.reference or model), LogitHead(model))
+    heads = (LogitHead(calibration.reference.model or model), LogitHead(model))
     vocabulary = text_config(model.config).vocab_size
     rows = calibration.no_rows(model)
     for positions, layers, reference_GTD, hidden_CGTD in _beside_reference(model, calibration):
@@ -51,26 +51,23 @@ def _beside_reference(
     Each time: positions of the sequences [G], layers that the candidates are without [C],
     the reference's states [G, T, D] and the candidates' [C, G, T, D].
     """
-    own = calibration.reference is None
+    reference = calibration.reference
     for wave in calibration.waves(model):
+        sequences = [calibration.sequences[i] for i in wave.positions]
+        known = reference.last_hiddens(sequences, calibration.memory_budget, calibration.counter)
         references: dict[int, Tensor] = {}  # the last hidden state [T, D] to keep, by sequence
-        if calibration.reference is not None:
-            sequences = [calibration.sequences[i] for i in wave.positions]
-            hidden = last_hiddens(
-                calibration.reference,
-                sequences,
-                budget=calibration.memory_budget,
-                counter=calibration.counter,
-            )
-            references |= zip(wave.positions, hidden, strict=True)
-        for states in calibration.final_states(model, wave, keep_unpruned=own):
+        if known is not None:
+            references |= zip(wave.positions, known, strict=True)
+        for states in calibration.final_states(model, wave, keep_unpruned=known is None):
             hidden_CGTD = states.last_hidden()
             first = states.streams.count(UNPRUNED)
             if first:
                 references |= zip(states.positions, hidden_CGTD[0].clone(), strict=True)
+                for position in states.positions:
+                    reference.keep(calibration.sequences[position], references[position])
             if layers := list(states.streams[first:]):
                 reference_GTD = torch.stack([references[position] for position in states.positions])
-                yield states.positions, layers, reference_GTD, hidden_CGTD[first:]
+                yield states.positions, layers, reference_GTD.to(hidden_CGTD.device), hidden_CGTD[first:]
 
 
 @torch.no_grad()
@@ -91,27 +88,11 @@ def perplexity(model: PreTrainedModel, calibration: Calibration) -> Tensor:
 
 @torch.no_grad()
 def block_influence(model: PreTrainedModel, calibration: Calibration) -> Tensor:
-    """Return 1 − mean over tokens of the cosine of the stream before and after a block or sub-block. [S, N]
-
-    Attention stands between the block's input and its output without its MLP, the
-    MLP between that and the block's output.
-    """
-    rows = []
-    for sequence in calibration.sequences:
-        layerwise = LayerwisePass(model, sequence[None])
-        entering, row = layerwise.hidden_BTD, []
-        for index in range(depth(model.config)):
-            leaving = layerwise.block(index, entering)
-            before, after = entering, leaving
-            if calibration.granularity != BLOCK:
-                with without_sub_block(find_layers(model).modules[index], "mlp"):
-                    between = layerwise.block(index, entering)
-                before, after = (
-                    (entering, between) if calibration.granularity == "attention" else (between, after)
-                )
-            row.append(1 - cosine_similarity(before.float(), after.float(), dim=-1).mean())
-            entering = leaving
-        rows.append(torch.stack(row))
-    passes = 1 if calibration.granularity == BLOCK else 2
-    calibration.counter.layer_forwards += passes * depth(model.config) * len(rows)
-    return torch.stack(rows)
+    """Return 1 − mean over tokens of the cosine of the stream before and after a block. [S, N]"""
+    rows = calibration.no_rows(model)
+    for passed in calibration.passed_blocks(model):
+        leaving_GTD = passed.leaving_GTD.float()
+        entering_GTD = passed.entering_GTD.to(leaving_GTD)
+        similarity_G = cosine_similarity(entering_GTD, leaving_GTD, dim=-1).mean(-1)
+        rows[list(passed.positions), passed.index] = (1 - similarity_G).double().cpu()
+    return rows

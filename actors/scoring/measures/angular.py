@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from actors.models import LayerwisePass, depth
+from actors.models import depth
 from actors.scoring.measures.calibration import Calibration
 
 FARTHEST = 1.0
@@ -30,7 +30,7 @@ def angular_distances(model: PreTrainedModel, sequences: Sequence[Tensor]) -> Te
     Returns:
         [N+1, N+1], symmetric, in 0..1; entry [ℓ, ℓ+n] belongs to the run of n blocks from ℓ on.
     """
-    return torch.stack([_distances(model, sequence) for sequence in sequences]).mean(0)
+    return torch.stack(_distances(model, Calibration(sequences))).mean(0)
 
 
 def angular_block(model: PreTrainedModel, calibration: Calibration) -> Tensor:
@@ -43,20 +43,24 @@ def angular_block(model: PreTrainedModel, calibration: Calibration) -> Tensor:
     """
     num_starts = calibration.num_runs(model)
     rows = torch.full((len(calibration.sequences), depth(model.config)), FARTHEST, dtype=torch.float64)
-    for row, sequence in zip(rows, calibration.sequences, strict=True):
-        row[:num_starts] = _distances(model, sequence).diagonal(calibration.num_remove)
+    for row, distances in zip(rows, _distances(model, calibration), strict=True):
+        row[:num_starts] = distances.diagonal(calibration.num_remove)
     return rows
 
 
 @torch.no_grad()
-def _distances(model: PreTrainedModel, sequence_T: Tensor) -> Tensor:
-    """Return Eq. 7 for one sequence. [N+1, N+1]"""
-    layerwise = LayerwisePass(model, sequence_T[None])
-    hidden = layerwise.hidden_BTD
-    points = [hidden[0, -1]]
-    for index in range(depth(model.config)):
-        hidden = layerwise.block(index, hidden)
-        points.append(hidden[0, -1])
-    # In float64, as arccos near 1 turns an error of 1e-7 in the cosine into one of 1e-4.
-    directions = normalize(torch.stack(points).double(), dim=-1)
-    return torch.arccos((directions @ directions.T).clamp(-1, 1)).cpu() / math.pi
+def _distances(model: PreTrainedModel, calibration: Calibration) -> list[Tensor]:
+    """Return Eq. 7 for each sequence. [N+1, N+1]"""
+    points: list[list[Tensor]] = [[] for _ in calibration.sequences]  # the last token at each, [D]
+    for passed in calibration.passed_blocks(model):
+        states = [passed.leaving_GTD] if passed.index else [passed.entering_GTD, passed.leaving_GTD]
+        # A copy: what a part is kept of stays in memory as a whole.
+        for last_GD in (hidden_GTD[:, -1].cpu().clone() for hidden_GTD in states):
+            for position, last_D in zip(passed.positions, last_GD, strict=True):
+                points[position].append(last_D)
+    distances = []
+    for of_sequence in points:
+        # In float64, as arccos near 1 turns an error of 1e-7 in the cosine into one of 1e-4.
+        directions = normalize(torch.stack(of_sequence).double(), dim=-1)
+        distances.append(torch.arccos((directions @ directions.T).clamp(-1, 1)) / math.pi)
+    return distances

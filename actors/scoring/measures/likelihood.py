@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from actors.models import text_config
 from actors.models.head import LogitHead
+from actors.models.next_token import next_token_nats
 from actors.scoring.measures.wavefront import FinalStates
 
 LOGITS_BYTES = 256 * 2**20
@@ -28,15 +28,12 @@ def negative_log_likelihoods(
     ids_GT = torch.stack([sequences[i] for i in states.positions])
     targets_BT = ids_GT.repeat(len(states.streams), 1).to(states.hidden_BTD.device)
     num_rows, num_tokens = targets_BT.shape
-    at_once = _tokens_at_once(num_rows, text_config(states.layerwise.config).vocab_size, memory_budget)
-    nats_B = torch.zeros(num_rows, dtype=torch.float64, device=targets_BT.device)
-    for tokens_K in torch.arange(num_tokens - 1, device=targets_BT.device).split(at_once):
-        logits_BKV = states.layerwise.logits(states.hidden_BTD, tokens_K).to(targets_BT.device).float()
-        nats = cross_entropy(
-            logits_BKV.flatten(0, 1), targets_BT[:, tokens_K + 1].flatten(), reduction="none"
-        )
-        nats_B += nats.view(num_rows, -1).double().sum(1)
-    return (nats_B / max(1, num_tokens - 1)).view(len(states.streams), len(states.positions))
+    at_once = tokens_at_once(num_rows, text_config(states.layerwise.config).vocab_size, memory_budget)
+    nats_BT = next_token_nats(
+        lambda tokens_K: states.layerwise.logits(states.hidden_BTD, tokens_K), targets_BT[:, 1:], at_once
+    )
+    nats_B = nats_BT.double().sum(1) / max(1, num_tokens - 1)
+    return nats_B.view(len(states.streams), len(states.positions))
 
 
 def divergences(
@@ -57,7 +54,7 @@ def divergences(
     """
     reference_head, head = heads
     num_candidates, num_sequences, num_tokens, _ = hidden_CGTD.shape
-    at_once = _tokens_at_once((1 + num_candidates) * num_sequences, vocabulary, memory_budget)
+    at_once = tokens_at_once((1 + num_candidates) * num_sequences, vocabulary, memory_budget)
     nats_CG = torch.zeros(num_candidates, num_sequences, dtype=torch.float64, device=hidden_CGTD.device)
     for start in range(0, num_tokens, at_once):
         tokens = slice(start, start + at_once)
@@ -70,7 +67,7 @@ def divergences(
     return nats_CG / num_tokens
 
 
-def _tokens_at_once(num_rows: int, vocabulary: int, memory_budget: int | None) -> int:
+def tokens_at_once(num_rows: int, vocabulary: int, memory_budget: int | None) -> int:
     """Return how many tokens of so many rows may have their logits at one time."""
     budget = min(LOGITS_BYTES, memory_budget // 4) if memory_budget else LOGITS_BYTES
     return max(1, budget // (num_rows * vocabulary * BYTES_PER_LOGIT))

@@ -12,15 +12,17 @@ sequences of even positions are one half, the others the other, and each is judg
 T tokens, D hidden, S sequences, N blocks.
 """
 
+from collections import deque
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.errors import RequestError
-from actors.models import LayerwisePass, depth, text_config
+from actors.models import depth, text_config
 from actors.models.offloading.dispatch import input_device
 from actors.scoring.measures.calibration import Calibration
-from actors.scoring.measures.memory_budget import default_budget
+from actors.scoring.measures.memory_budget import costs_of
 
 RIDGE = 0.1
 """α over the mean of the Gram matrix's diagonal. On SmolLM2 (D = 576) and 1,024 tokens the residual out of
@@ -39,7 +41,7 @@ class _Half:
         self._squares = torch.zeros((), dtype=torch.float64, device=where)
 
     def add(self, entering_TD: Tensor, leaving_TD: Tensor) -> None:
-        """Add the tokens of a sequence, by what enters the run and what leaves it."""
+        """Add tokens, by what enters the run and what leaves it."""
         entering_TD, leaving_TD = (x.to(self._gram_DD) for x in (entering_TD, leaving_TD))
         norm_T1 = leaving_TD.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         rows_TD, wanted_TD = entering_TD / norm_T1, (leaving_TD - entering_TD) / norm_T1
@@ -63,12 +65,12 @@ def bridge_residual(model: PreTrainedModel, calibration: Calibration) -> Tensor:
     """Return the residual of the best linear map across the run of n blocks from i on. [S, N]
 
     n is `calibration.num_remove`. All rows are alike: the map is that of all sequences. Starts later
-    than N - n get the worst score of the others, and no less than `NOTHING_LEFT`. There is one pass
-    of the model if the sums of all runs, 32·D² bytes each, fit into the budget, else one for each
-    portion of the runs.
+    than N - n get the worst score of the others, and no less than `NOTHING_LEFT`. Half of the budget is
+    for what passes the model, of which the last n points are kept. There is one pass if the sums of all
+    runs, 32·D² bytes each, fit into the other half, else one for each portion of the runs.
 
     Raises:
-        RequestError: no run of so many blocks, or fewer than two sequences.
+        RequestError: no run of so many blocks, fewer than two sequences, or a budget too small for one.
     """
     sequences, num_starts = calibration.sequences, calibration.num_runs(model)
     if len(sequences) < 2:
@@ -77,28 +79,25 @@ def bridge_residual(model: PreTrainedModel, calibration: Calibration) -> Tensor:
             f"{len(sequences)}: give scoring.calibration two or more, or raise scoring.max_sequences"
         )
     where, size = input_device(model), text_config(model.config).hidden_size
-    budget = calibration.memory_budget or default_budget(where)
-    at_once = max(1, budget // (32 * size**2))
-    num_tokens = sum(len(sequence) for sequence in sequences)
+    lengths, run = [len(sequence) for sequence in sequences], calibration.num_remove
+    budget = calibration.budget(model)
+    for_states = min(budget, max(budget // 2, costs_of(model).of_streams(run).least(max(lengths))))
+    at_once = max(1, (budget - for_states) // (32 * size**2))
     row_N = torch.full((depth(model.config),), NOTHING_LEFT, dtype=torch.float64)
     for first in range(0, num_starts, at_once):
         starts = range(first, min(first + at_once, num_starts))
         halves = {start: (_Half(size, where), _Half(size, where)) for start in starts}
-        for position, sequence_T in enumerate(sequences):
-            points = _stream(model, sequence_T, starts.stop - 1 + calibration.num_remove)
-            calibration.counter.layer_forwards += len(points) - 1
-            for start, pair in halves.items():
-                pair[position % 2].add(points[start], points[start + calibration.num_remove])
+        last = starts.stop - 2 + run
+        received: dict[tuple[int, ...], deque[Tensor]] = {}  # by the last n blocks, by sequences
+        for passed in calibration.passed_blocks(model, budget=for_states, streams=run, num_blocks=last + 1):
+            points = received.setdefault(passed.positions, deque(maxlen=run))
+            points.append(passed.entering_GTD)
+            for remainder, half in enumerate(halves.get(passed.index + 1 - run, ())):
+                rows = [g for g, position in enumerate(passed.positions) if position % 2 == remainder]
+                half.add(points[0][rows].flatten(0, 1), passed.leaving_GTD[rows].flatten(0, 1))
+            if passed.index == last:
+                del received[passed.positions]
         for start, (even, odd) in halves.items():
-            row_N[start] = (even.residual(odd.solve()) + odd.residual(even.solve())).item() / num_tokens
+            row_N[start] = (even.residual(odd.solve()) + odd.residual(even.solve())).item() / sum(lengths)
     row_N[num_starts:] = row_N.max().clamp(min=NOTHING_LEFT)
     return row_N.expand(len(sequences), -1)
-
-
-def _stream(model: PreTrainedModel, sequence_T: Tensor, last: int) -> list[Tensor]:
-    """Return the points 0..`last` of a sequence's stream. [T, D] each"""
-    layerwise = LayerwisePass(model, sequence_T[None])
-    points = [layerwise.hidden_BTD]
-    for index in range(last):
-        points.append(layerwise.block(index, points[-1]))
-    return [point[0] for point in points]

@@ -5,13 +5,15 @@ Shape letters: S sequences, G sequences of one length, C candidates, T tokens, D
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from actors.errors import RequestError
 from actors.models import find_layers, text_config
+from actors.models.families import experts_of
 from actors.models.offloading.dispatch import input_device
 
 GIB = 2**30
@@ -40,9 +42,21 @@ class Costs:
     pair: int
     chunk_tokens: int
 
+    def least(self, num_tokens: int) -> int:
+        """Return the budget that one candidate needs on a sequence of so many tokens."""
+        return 2 * max(2 * num_tokens * self.stream, self.row(num_tokens))
+
     def row(self, num_tokens: int) -> int:
         """Return the bytes of one sequence inside a block."""
         return num_tokens * (self.working + num_tokens * self.pair)
+
+    def of_streams(self, count: int) -> "Costs":
+        """Return the costs where of every sequence so many states are kept between two blocks."""
+        return replace(self, stream=count * self.stream)
+
+    def with_gradients(self) -> "Costs":
+        """Return the costs where a block is passed back, too: what it makes is kept, and gets a gradient."""
+        return replace(self, working=2 * self.working, pair=2 * self.pair)
 
 
 @dataclass(frozen=True)
@@ -71,20 +85,39 @@ def costs_of(model: PreTrainedModel) -> Costs:
 
     Inside a block, the results of the matrix products exist at the same time as those of
     the norms, rotations and activations: twice their width is more than families of
-    dense blocks were seen to need.
+    blocks were seen to need. Of experts, those that a token passes count.
     """
     blocks = find_layers(model).modules
     config = text_config(model.config)
-    widths = [
-        sum(p.numel() // p.shape[-1] for p in block.parameters() if p.ndim > 1) + 4 * config.hidden_size
-        for block in blocks
-    ]
+    widths = [_width(block, config) for block in blocks]
     itemsize = model.dtype.itemsize
     is_matrix = getattr(config, "_attn_implementation", "eager") == "eager"
     # Scores, mask added, and their softmax in float32.
     pair = config.num_attention_heads * (itemsize + 8) if is_matrix else 0
     chunk_tokens = CHUNK_TOKENS.get(input_device(model).type, CHUNK_TOKENS["cuda"])
     return Costs(config.hidden_size * itemsize, 2 * max(widths) * itemsize, pair, chunk_tokens)
+
+
+def _width(block: nn.Module, config: PretrainedConfig) -> int:
+    """Return how many numbers the matrix products of a block make of a token, and its norms."""
+    num_experts, num_passed = experts_of(config) or (1, 1)
+    dense, routed = 4 * config.hidden_size, 0
+    for name, weight in block.named_parameters():
+        if weight.ndim < 2:
+            continue
+        joined = weight.ndim == 3 and weight.shape[0] == num_experts > 1
+        if joined:
+            # One matrix an expert, which some families multiply from the left.
+            routed += num_experts * max(weight.shape[1:])
+        elif "experts" in name.split("."):
+            routed += weight.numel() // weight.shape[-1]
+        else:
+            dense += weight.numel() // weight.shape[-1]
+    if not routed:
+        return dense
+    # The token is copied for each expert, and chosen from a mask of 8 bytes for each choice and expert.
+    copies = num_passed * (config.hidden_size + 4 * num_experts)
+    return dense + -(-routed * num_passed // num_experts) + copies
 
 
 def plan_waves(lengths: Sequence[int], candidates: Sequence[int], costs: Costs, budget: int) -> list[Wave]:
@@ -101,7 +134,7 @@ def plan_waves(lengths: Sequence[int], candidates: Sequence[int], costs: Costs, 
     available, longest = budget // 2, max(lengths)
     fits = available // (longest * costs.stream) - 1
     if fits < min(1, len(candidates)) or costs.row(longest) > available:
-        needed = 2 * max(2 * longest * costs.stream, costs.row(longest)) / GIB
+        needed = costs.least(longest) / GIB
         raise RequestError(
             f"a memory budget of {budget / GIB:.3g} GiB is too small for {longest} tokens; "
             f"it needs {needed:.3g}. Raise scoring.memory_budget_gb or lower scoring.sequence_length"

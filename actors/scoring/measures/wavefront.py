@@ -3,11 +3,14 @@
 At layer j the batch holds the unpruned stream and one stream for every candidate
 i < j, which left it when its layer was skipped. Candidate j joins after layer j
 with the unpruned *input* of layer j. A candidate's shared prefix is therefore
-never computed again: N(N+1)/2 layer-forwards instead of N². A candidate that is
-without its attention or MLP only passes layer j, too: N more.
+never computed again: N(N+1)/2 layer-forwards instead of N².
 
 Sequences of one length share a batch and nothing is padded. All of them pass a
 layer before the next layer begins, so that its weights are read once.
+
+The unpruned stream of sequences that come again, for other candidates, may be kept
+(`KeptStreams`): candidates then join with what is kept, and layers before the
+first of them are not passed.
 
 Shape letters: G sequences of one length, C candidates, B rows, T tokens, D hidden.
 """
@@ -20,8 +23,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.models import BLOCK, LayerwisePass, depth, find_layers, resident, without_sub_block
+from actors.models import LayerwisePass, depth, resident
 from actors.models.offloading.dispatch import input_device
+from actors.scoring.measures.kept_streams import KeptStreams, name_of
 from actors.scoring.measures.memory_budget import Group, Wave, costs_of, default_budget, plan_waves
 
 UNPRUNED = -1
@@ -63,37 +67,49 @@ class _Streams:
     def __init__(
         self,
         model: PreTrainedModel,
-        ids_GT: Tensor,
+        sequences: Sequence[Tensor],
         group: Group,
         candidates: Sequence[int],
-        keep: bool,
-        granularity: str,
+        keep_unpruned: bool,
+        kept: KeptStreams,
     ):
-        self._model, self._ids_GT, self._group = model, ids_GT, group
-        self._candidates, self._granularity = candidates, granularity
-        self._unpruned_until = depth(model.config) if keep else max(candidates, default=0)
+        self._model, self._group = model, group
+        ids_GT = torch.stack([sequences[i] for i in group.positions]).to(input_device(model))
+        self._ids_GT, self._names = ids_GT, [name_of(sequences[i]) for i in group.positions]
+        self._candidates, self._kept = candidates, kept
+        self._unpruned_until = depth(model.config) if keep_unpruned else max(candidates, default=0)
         self._at_once = max(1, group.rows // len(group.positions))
         self._passes: dict[int, LayerwisePass] = {}
         entering_GTD = LayerwisePass(model, ids_GT).hidden_BTD
         self._hidden_SGTD = entering_GTD.new_empty(1 + len(candidates), *entering_GTD.shape)
+        kept.keep(self._names, 0, entering_GTD)
+        # What enters blocks up to this one need not be computed.
+        self._known_until = min(max(0, kept.known(self._names) - 1), self._unpruned_until)
+        if self._known_until:
+            entering_GTD = kept.entering(self._names, self._known_until)
         self._hidden_SGTD[0] = entering_GTD
+
+    def passes(self, index: int) -> bool:
+        """Return whether any stream has something to do with block `index`."""
+        return self._known_until <= index < self._unpruned_until or any(
+            candidate <= index for candidate in self._candidates[:1]
+        )
 
     def advance(self, index: int, counter: ForwardCounter) -> None:
         """Take every active stream through block `index`."""
         active = 1 + bisect_left(self._candidates, index)
         if index in self._candidates:
-            # Candidate `index` leaves its layer with its input, or with that through the rest of the layer.
-            leaving_GTD = self._hidden_SGTD[0]
-            if self._granularity != BLOCK:
-                counter.layer_forwards += len(leaving_GTD)
-                with without_sub_block(find_layers(self._model).modules[index], self._granularity):
-                    leaving_GTD = self._pass_over(1).block(index, leaving_GTD)
-            self._hidden_SGTD[active] = leaving_GTD
-        first = 0 if index < self._unpruned_until else 1
+            # Candidate `index` leaves its layer with what entered it.
+            known = index < self._known_until
+            entering_GTD = self._kept.entering(self._names, index) if known else self._hidden_SGTD[0]
+            self._hidden_SGTD[active] = entering_GTD
+        first = 0 if self._known_until <= index < self._unpruned_until else 1
         for start, stop in self._chunks(first, active):
             rows_BTD = self._hidden_SGTD[start:stop].flatten(0, 1)
             rows_BTD.copy_(self._pass_over(stop - start).block(index, rows_BTD))
             counter.layer_forwards += len(rows_BTD)
+        if first == 0:
+            self._kept.keep(self._names, index + 1, self._hidden_SGTD[0])
 
     def final_states(self) -> Iterator[FinalStates]:
         """Yield the streams after the last block, the unpruned one first if it was kept."""
@@ -127,7 +143,7 @@ def wavefront(
     *,
     keep_unpruned: bool,
     counter: ForwardCounter,
-    granularity: str = BLOCK,
+    kept: KeptStreams | None = None,
 ) -> Iterator[FinalStates]:
     """Yield the unpruned model's and its candidates' final states for the sequences of one wave.
 
@@ -136,23 +152,18 @@ def wavefront(
         sequences: token ids [T] of every sequence that the wave's positions refer to.
         wave: which sequences and which candidates (ascending).
         keep_unpruned: take the unpruned stream to the end and yield it, before the group's candidates.
-        granularity: what each candidate is without: its block, or the block's attention or MLP.
+        kept: the unpruned streams of earlier waves, and where this one's are kept.
     """
     active: list[_Streams] = []
-    device = input_device(model)
+    kept = kept or KeptStreams(0, 0)
     for index in range(depth(model.config)):
+        if index and not any(streams.passes(index) for streams in active):
+            continue
         with resident(model, index):
             if index == 0:
                 # The first pass over a family looks into its first block, so the block must be there.
                 active = [
-                    _Streams(
-                        model,
-                        torch.stack([sequences[i] for i in group.positions]).to(device),
-                        group,
-                        wave.candidates,
-                        keep_unpruned,
-                        granularity,
-                    )
+                    _Streams(model, sequences, group, wave.candidates, keep_unpruned, kept)
                     for group in wave.groups
                 ]
             for streams in active:
@@ -182,12 +193,13 @@ def last_hiddens(
     *,
     budget: int | None = None,
     counter: ForwardCounter | None = None,
+    kept: KeptStreams | None = None,
 ) -> list[Tensor]:
     """Return each sequence's last hidden state [T, D] after the final norm; the LM head is not run."""
     counter = counter or ForwardCounter()
     found: dict[int, Tensor] = {}
     for wave in waves(model, sequences, (), budget):
-        for states in wavefront(model, sequences, wave, keep_unpruned=True, counter=counter):
+        for states in wavefront(model, sequences, wave, keep_unpruned=True, counter=counter, kept=kept):
             found.update(zip(states.positions, states.last_hidden()[0], strict=True))
     return [found[position] for position in range(len(sequences))]
 

@@ -7,6 +7,7 @@ from statistics import mean
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actors.contracts import SCORE_METRICS
 from orchestrator.reporting.charts.charts import Chart, Curve, Figure, HeatMap, chart, figure
 from orchestrator.reporting.data.comparisons import Entry, dense_of, entries
 from orchestrator.reporting.data.measured import (
@@ -256,21 +257,22 @@ def _score_maps(ledger: pa.Table, removed: Mapping[Place, int]) -> Figure | None
         "layer-scores",
         "Layer scores",
         "Score of every layer that was still there, by its index in the unpruned model, at each scoring. "
-        "A cross marks what was dropped then; empty cells were dropped before. Seeds that agree are one.",
+        "A cross marks what was dropped then; empty cells were dropped before. Seeds that agree are one. "
+        "Of layers that were given up early it is what the score can be at best.",
         panels[:MOST_SEEDS],
     )
 
 
 def _score_map(ledger: pa.Table, removed: Mapping[Place, int], title: str) -> HeatMap | None:
-    def by_place(stage: str, metric: str) -> dict[tuple[int, int], float]:
-        rows = ledger.filter((pc.field("stage") == stage) & (pc.field("metric") == metric))
+    def by_place(stage: str, *metrics: str) -> dict[tuple[int, int], float]:
+        rows = ledger.filter((pc.field("stage") == stage) & pc.field("metric").isin(metrics))
         return {
             (row["layer"], removed[place]): row["value"]
             for row in rows.select(["trajectory", "iteration", "layer", "value"]).to_pylist()
             if (place := (row["trajectory"], row["iteration"])) in removed
         }
 
-    scores = by_place("score", "score")
+    scores = by_place("score", *SCORE_METRICS.values())
     if not scores:
         return None
     x, y = (tuple(sorted(set(values))) for values in zip(*scores, strict=True))

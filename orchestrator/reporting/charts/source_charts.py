@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actors.contracts import SCORE_METRICS
 from orchestrator.reporting.charts.charts import Curve, Figure, HeatMap, Panel, chart, figure
 from orchestrator.reporting.charts.method_charts import dropped_layers, removed_layers, titled
 from orchestrator.reporting.data.comparisons import Entry, dense_of
@@ -15,7 +16,11 @@ MOST_PANELS = 12
 ANGULAR = "angular_block"
 RUN_CRITERIA = (ANGULAR, "bridge_residual")
 """The criteria that score a run of layers by where it begins."""
-FIRST_SCORE = (pc.field("stage") == "score") & (pc.field("metric") == "score") & (pc.field("iteration") == 1)
+FIRST_SCORE = (
+    (pc.field("stage") == "score")
+    & pc.field("metric").isin(list(SCORE_METRICS.values()))
+    & (pc.field("iteration") == 1)
+)
 
 
 def source_figures(
@@ -135,24 +140,28 @@ def _dropped_map(
 
 def _first_scores(source: str, ledger: pa.Table, criteria: Mapping[str, str]) -> Figure | None:
     """Plot the scores of all layers of the unpruned model, a panel a criterion."""
-    scored: dict[str, dict[int, float]] = {}
+    scored: dict[str, dict[str, dict[int, float]]] = {}
     methods: dict[str, str] = {}
-    for row in ledger.filter(FIRST_SCORE).select(["method", "key", "layer", "value"]).to_pylist():
-        scored.setdefault(row["key"], {})[row["layer"]] = row["value"]
+    for row in ledger.filter(FIRST_SCORE).select(["method", "key", "metric", "layer", "value"]).to_pylist():
+        kind = row["metric"].replace("_", " ")
+        scored.setdefault(row["key"], {}).setdefault(kind, {})[row["layer"]] = row["value"]
         methods.setdefault(row["key"], row["method"])
     panels: dict[str, Panel | None] = {}
     for key, scores in scored.items():
         name = criteria.get(methods[key], methods[key])
         if name in RUN_CRITERIA:
             continue
-        layers = tuple(sorted(scores))
-        curve = Curve("score", layers, tuple(scores[layer] for layer in layers))
-        panels.setdefault(name, chart(name, "source layer", "score", [curve]))
+        curves = [
+            Curve(kind, tuple(sorted(of_kind)), tuple(of_kind[layer] for layer in sorted(of_kind)))
+            for kind, of_kind in sorted(scores.items())
+        ]
+        panels.setdefault(name, chart(name, "source layer", "score", curves))
     return figure(
         f"criteria-{source}",
         f"{source}: every layer by each criterion",
         "The first scoring of the unpruned model, a panel a criterion with a scale of its own. For "
-        "hidden_cosine, perplexity, kl and task_metric it is a sweep: the model without that one layer.",
+        "hidden_cosine, perplexity, kl and task_metric it is a sweep: the model without that one layer. "
+        "A bound is the best that the score of a layer can be that was given up early.",
         panels.values(),
     )
 

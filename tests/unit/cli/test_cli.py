@@ -55,6 +55,26 @@ def test_score_ranks_every_layer(place: Path) -> None:
     assert f"{layers[0]['score']:.6f}" in iterabre(*arguments).out
 
 
+def test_score_marks_what_is_a_bound(place: Path) -> None:
+    arguments = ("score", "--model", place / "model", "--calibration", place / "text.txt")
+    every = json.loads(iterabre(*arguments, "--json").out)["layers"]
+    table = iterabre(*arguments, "--eliminate").out
+    layers = json.loads(iterabre(*arguments, "--eliminate", "--json").out)["layers"]
+    assert {row["kind"] for row in every} == {"exact"}
+    assert [row["layer"] for row in layers if row["remove"] == 1] == [
+        row["layer"] for row in every if row["remove"] == 1
+    ]
+    assert {row["kind"] for row in layers} == {"exact", "bound"}
+    for row in layers:
+        mark = "≤ " if row["kind"] == "bound" else ""
+        assert f"{mark}{row['score']:.6f}" in table
+    screened = iterabre(*arguments, "--screen-dtype", "bfloat16", "--json")
+    assert {row["kind"] for row in json.loads(screened.out)["layers"]} <= {"exact", "screened"}
+    refused = iterabre(*arguments, "--screen-dtype", "float16")
+    assert refused.exit_code == 2
+    assert "unknown screening dtype 'float16'" in refused.err
+
+
 @pytest.fixture(scope="module")
 def own_code(place: Path) -> Path:
     """A model that transformers opens by code that lies beside it."""

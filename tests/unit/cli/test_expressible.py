@@ -1,23 +1,20 @@
-"""What no config can express is refused by the plan, or passed over; attention and MLP as what is removed."""
+"""What no config can express is refused by the plan, or passed over."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from actors.contracts import ModelSpec
 from actors.errors import RequestError
 from actors.models import choose_removable, removable_layers, save_pretrained
 from orchestrator.config import parse_config
 from orchestrator.planning.planner import build_plan
-from orchestrator.storage.ledger import Ledger
 from tests.support.decoder_zoo import tiny_decoder
-from tests.support.surgery_truth import branch_off
 from tests.support.tiny_campaign import tiny_campaign, write_campaign
-from tests.support.tiny_models import blocks_of, tiny_ids, tiny_model, tiny_tokenizer
+from tests.support.tiny_models import tiny_model, tiny_tokenizer
 from tests.unit.cli.command import iterabre
 
 
@@ -52,30 +49,6 @@ def test_a_family_that_cannot_be_pruned_is_refused_by_the_plan(
         build_plan(parse_config(campaign, "campaign.yaml"))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"granularity": "attention"}, r"layer 0 has no attention of its own \(it holds norm, mixer\)"),
-        ({"granularity": "mlp", "criterion": "angular_block"}, "chooses whole blocks"),
-    ],
-)
-def test_a_sub_block_that_cannot_go_is_refused_by_the_plan(
-    change: dict[str, str], message: str, tmp_path: Path
-) -> None:
-    campaign = _campaign(tmp_path, tiny_decoder("mamba"), **change)
-    with pytest.raises(RequestError, match=message):
-        build_plan(parse_config(campaign, "campaign.yaml"))
-
-
-def test_recovery_of_zeroed_sub_blocks_is_refused_by_the_plan(tmp_path: Path) -> None:
-    campaign = _campaign(tmp_path, granularity="mlp")
-    campaign["methods"][0]["recovery"]["objective"] = "kd"
-    with pytest.raises(
-        RequestError, match=r"empties mlp, which recovery would fill again; set recovery\.obj"
-    ):
-        build_plan(parse_config(campaign, "campaign.yaml"))
-
-
 def test_the_first_in_order_that_can_go_are_chosen(tmp_path: Path) -> None:
     """DiffLlama's λ goes by a layer's index, so that only its last layers can go."""
     diffllama = ModelSpec(_saved(tiny_model("diffllama"), tmp_path / "diffllama"))
@@ -98,29 +71,3 @@ def test_a_campaign_passes_over_what_cannot_go(tmp_path: Path) -> None:
     assert json.loads((exported / "iterabre.json").read_text())["dropped_source_layers"] == [4, 5]
     log = (tmp_path / "runs/tiny/logs/driver.log").read_text()
     assert "cannot be without layers [4], which score best; layers [5] go" in log
-
-
-@torch.no_grad()
-def test_a_campaign_by_attention(tmp_path: Path) -> None:
-    campaign = _campaign(tmp_path, granularity="attention")
-    answer = iterabre("campaign", write_campaign(campaign, tmp_path / "c.yaml"))
-    assert answer.exit_code == 0, answer.err
-    exported = tmp_path / "runs/tiny/models/llama--iterabre--seed0/2-attentions"
-    reported = json.loads((exported / "iterabre.json").read_text())
-    assert (reported["granularity"], reported["dropped_source_layers"]) == ("attention", [])
-    layers = [layer for layer, kind in reported["emptied_sub_blocks"] if kind == "attention"]
-    assert len(layers) == 2
-
-    source = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    first, second = (blocks_of(source)[layer] for layer in layers)
-    with branch_off(first, "attention", "llama"), branch_off(second, "attention", "llama"):
-        want = source(tiny_ids(), use_cache=False).logits
-    pruned = AutoModelForCausalLM.from_pretrained(exported)
-    torch.testing.assert_close(pruned(tiny_ids(), use_cache=False).logits, want)
-    assert f"emptying the attention of blocks {layers}" in (exported / "README.md").read_text()
-
-    rows = Ledger(str(tmp_path / "runs/tiny/ledger")).read().to_pylist()
-    value = {row["metric"]: row["value"] for row in rows if (row["stage"], row["iteration"]) == ("export", 2)}
-    attention = sum(p.numel() for layer in layers for p in blocks_of(source)[layer].self_attn.parameters())
-    assert value["parameters"] - value["parameters_in_use"] == attention
-    assert value["layers"] == 4

@@ -83,6 +83,7 @@ def test_the_demo_is_shipped() -> None:
             [{"name": "x", "scoring": {"calibration": {"builtin": "a", "path": "b"}}}],
             r"exactly one of `builtin` and `path`",
         ),
+        ("methods", [{"name": "x", "scoring": {"confidence": 0.95}}], "confidence: unknown key"),
         (
             "evaluation",
             {"perplexity": [{"name": "w", "data": {"builtin": "b"}}] * 2},

@@ -35,7 +35,16 @@ def test_metrics_carry_names_units_and_versions() -> None:
     assert result.metrics[2].value == expected.loss_nats / math.log(model.config.vocab_size)
     assert result.num_parameters == model.num_parameters()
     assert {"torch", "transformers", "lm_eval", "task:blimp_sample"} == set(dict(result.versions))
-    assert reported == [(0, 2, "appendix"), (1, 2, "blimp_sample"), (2, 2, "evaluated")]
+    windows, requests = "appendix, part 1 of 2", "blimp_sample, part 2 of 2"
+    assert reported == [
+        (0, 1, windows),
+        (0, 5, f"windows of {windows}"),
+        (4, 5, f"windows of {windows}"),
+        (5, 5, f"windows of {windows}"),
+        (0, 1, requests),
+        (8, 8, f"log-likelihoods of {requests}"),
+        (2, 2, "evaluated"),
+    ]
 
 
 def test_nothing_asked_for_measures_nothing() -> None:

@@ -68,9 +68,28 @@ def test_chunks_of_positions_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert token_perplexity(model, ids, context=32).loss_nats == pytest.approx(whole.loss_nats, rel=1e-7)
 
 
-@pytest.mark.parametrize(("family", "plain"), [("llama", True), ("gpt2", True), ("gemma2", False)])
-def test_soft_capped_logits_are_noticed(family: str, plain: bool) -> None:
-    assert perplexity._has_plain_head(MODELS[family](), tokens(8)[None]) is plain
+def test_soft_capped_logits_are_taken_in_chunks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The family's own head, without the logits of a whole window."""
+    model, ids = tiny_gemma2(), tokens(64)
+    whole = token_perplexity(model, ids, context=64)
+    positions: list[int] = []
+    model.lm_head.register_forward_hook(lambda _head, _args, logits: positions.append(logits.shape[1]))
+    monkeypatch.setattr(perplexity, "_CHUNK", 10)
+    assert token_perplexity(model, ids, context=64).loss_nats == pytest.approx(whole.loss_nats, rel=1e-7)
+    assert max(positions) == 10
+
+
+def test_a_head_that_cannot_be_run_by_itself_is_run_with_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_gemma2(), tokens(22)
+    expected = token_perplexity(model, ids, context=8)
+    monkeypatch.setattr(perplexity, "_head_stands_alone", lambda *_: False)
+    assert token_perplexity(model, ids, context=8).loss_nats == pytest.approx(expected.loss_nats, rel=1e-7)
+
+
+def test_progress_counts_windows() -> None:
+    reported: list[tuple[int, int, str]] = []
+    token_perplexity(tiny_llama()[0], tokens(20), 4, 2, progress=lambda *step: reported.append(step))
+    assert reported == [(done, 5, "windows") for done in (0, 2, 4, 5)]
 
 
 def test_wrong_lengths_are_refused() -> None:

@@ -53,10 +53,15 @@ def test_every_probe_gives_what_its_row_says() -> None:
     spec = EvaluationSpec(
         model=MODEL, probes=tuple(PROBES), limit=3, max_new_tokens=6, allow_code_execution=True
     )
-    reported: list[str] = []
-    metrics = evaluate(model, tokenizer, spec, lambda _done, _total, note: reported.append(note)).metrics
+    reported: list[tuple[int, int, str]] = []
+    metrics = evaluate(model, tokenizer, spec, lambda *step: reported.append(step)).metrics
     assert [m.name for m in metrics] == [f"{name}/{gives}" for name in PROBES for gives in PROBES[name].gives]
-    assert reported == [*PROBES, "evaluated"]
+    assert [step for step in reported if step[0] == step[1]] == [
+        (3, 3, "prompts of degeneration, part 1 of 3"),
+        (3, 3, "problems of arithmetic, part 2 of 3"),
+        (3, 3, "prompts of code_failures, part 3 of 3"),
+        (3, 3, "evaluated"),
+    ]
     values = {metric.name: metric.value for metric in metrics}
     assert sum(values[f"code_failures/{name}"] for name in list(PROBES["code_failures"].gives)[:6]) == 1
     assert values["code_failures/cut_off"] == values["code_failures/unfinished"] == 1

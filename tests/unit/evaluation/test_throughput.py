@@ -6,7 +6,7 @@ import torch
 from actors.contracts import EvaluationSpec, ModelRef, ModelSpec, ThroughputSpec
 from actors.errors import RequestError
 from actors.evaluation.evaluate import evaluate
-from actors.evaluation.throughput import measure_speed, throughput
+from actors.evaluation.throughput import WARM_UPS, measure_speed, throughput
 from actors.models import without_layers
 from tests.support.tiny_models import save_tiny, tiny_ids, tiny_llama
 
@@ -45,6 +45,14 @@ def test_memory_is_weights_and_a_full_cache() -> None:
     head_dim, kv_heads, layers, tokens = 8, 2, 3, 16 + 4
     assert speed.cache_bytes == 2 * 2 * layers * kv_heads * head_dim * tokens * 4
     assert speed.peak_bytes == speed.weight_bytes + speed.cache_bytes
+
+
+def test_progress_counts_runs_of_all_models() -> None:
+    reported: list[tuple[int, int, str]] = []
+    models = [tiny_llama(2)[0], tiny_llama(3)[0]]
+    measure_speed(models, tiny_ids(1, 40)[0], SPEC, lambda *step: reported.append(step))
+    runs = 2 * (WARM_UPS + SPEC.repeats)
+    assert reported == [(done, runs, "runs") for done in range(runs + 1)]
 
 
 def test_an_evaluation_measures_a_pruned_model_beside_its_source(tmp_path) -> None:  # type: ignore[no-untyped-def]

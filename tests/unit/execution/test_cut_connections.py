@@ -24,11 +24,11 @@ RESULTS: dict[str, Any] = {
     "evaluate": EvaluationResult,
     "export": ExportResult,
 }
-OF_THE_MACHINE = ("s", "tokens/s", "bytes")
+OF_THE_MACHINE = ("s", "tokens/s", "bytes", "forwards")
 
 
 def numbers_in(store: Store) -> dict[tuple[Any, ...], float]:
-    """Every measured number that says nothing of the machine's speed or memory, by what it is."""
+    """Every measured number that says nothing of the machine: its speed, its memory, what it kept."""
     names = ("iteration", "stage", "phase", "metric", "step", "layer")
     rows = Ledger(store.ledger_uri).read().to_pylist()
     return {tuple(r[name] for name in names): r["value"] for r in rows if r["unit"] not in OF_THE_MACHINE}

@@ -78,7 +78,7 @@ def _numbers(run: Path) -> list[tuple[Any, ...]]:
     return sorted(
         tuple(str(row[name]) for name in names)
         for row in rows
-        if row["unit"] not in ("s", "tokens/s", "bytes")
+        if row["unit"] not in ("s", "tokens/s", "bytes", "forwards")
     )
 
 

@@ -54,6 +54,6 @@ def test_every_recipe_runs(file: Path, tmp_path: Path) -> None:
     measured = {row["metric"].partition("/")[0] for row in rows if row["stage"] == "evaluate"}
     assert measured >= {"wikitext2", *TASKS}
     iterations = {row["iteration"] for row in rows if row["stage"] == "recover"}
-    assert iterations == ({2} if file.stem == "cheap" else {1, 2})
+    assert iterations == ({1, 2} if file.stem == "paper" else {2})
     (model,) = run.glob("models/*/4-layers/iterabre.json")
     assert json.loads(model.read_text())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.contracts import BLOCK, ArtifactRef, FileRef, ModelRef, Removal, ScoreResult
+from actors.contracts import ArtifactRef, FileRef, ModelRef, Removal, ScoreResult
 from orchestrator.config import parse_config
 from orchestrator.execution.dry_run import planned_stages
 from orchestrator.execution.trajectory import run_trajectory
@@ -30,7 +30,7 @@ class Recording:
         return ScoreResult(layers, tuple(map(float, layers)), layers[::-1], 1, 1, 0)
 
     def select(self, iteration: IterationPlan, model: ModelRef, scores: ScoreResult) -> Removal:
-        return Removal(BLOCK, scores.removal_order[: iteration.layers_to_drop])
+        return Removal(scores.removal_order[: iteration.layers_to_drop])
 
     def prune(self, iteration: IterationPlan, model: ModelRef, removal: Removal) -> ModelRef:
         self._note("prune", iteration, model)

@@ -60,25 +60,22 @@ def _state(model: nn.Module) -> list[tuple[object, ...]]:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("criterion", "granularity"),
+    "criterion",
     [
-        ("hidden_cosine", "block"),
-        ("hidden_cosine", "attention"),
-        ("perplexity", "mlp"),
-        ("block_influence", "attention"),
-        ("kl", "block"),
-        ("angular_block", "block"),
-        ("bridge_residual", "block"),
-        ("taylor", "block"),
-        ("magnitude_l1", "mlp"),
+        "hidden_cosine",
+        "perplexity",
+        "kl",
+        "block_influence",
+        "angular_block",
+        "bridge_residual",
+        "taylor",
+        "magnitude_l1",
     ],
 )
-def test_scores_are_those_of_the_plain_model(
-    criterion: str, granularity: str, dispatched: PreTrainedModel
-) -> None:
+def test_scores_are_those_of_the_plain_model(criterion: str, dispatched: PreTrainedModel) -> None:
     plain, before = tiny_model("llama"), _state(dispatched)
-    expected = score_layers(plain, SEQUENCES, criterion, granularity=granularity)
-    found = score_layers(dispatched, SEQUENCES, criterion, granularity=granularity)
+    expected = score_layers(plain, SEQUENCES, criterion)
+    found = score_layers(dispatched, SEQUENCES, criterion)
     assert found == pytest.approx(expected, rel=1e-6)
     assert _state(dispatched) == before
     assert dispatched(tiny_ids()).logits.equal(plain(tiny_ids()).logits)
@@ -112,9 +109,9 @@ def test_texts_and_tasks_are_those_of_the_plain_model(dispatched: PreTrainedMode
 def test_hooks_outlive_a_failure(dispatched: PreTrainedModel) -> None:
     before, want = _state(dispatched), dispatched(tiny_ids()).logits
     handle = find_layers(dispatched).modules[3].register_forward_hook(_fail)
-    for criterion, granularity in [("hidden_cosine", "attention"), ("taylor", "block")]:
+    for criterion in ("hidden_cosine", "taylor"):
         with pytest.raises(torch.OutOfMemoryError):
-            score_layers(dispatched, SEQUENCES, criterion, granularity=granularity)
+            score_layers(dispatched, SEQUENCES, criterion)
     handle.remove()
     handle = dispatched.lm_head.register_forward_hook(_fail)
     layerwise = LayerwisePass(dispatched, tiny_ids())

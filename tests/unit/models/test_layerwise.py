@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actors.errors import RequestError
 from actors.models import LayerwisePass
+from tests.support.decoder_zoo import tiny_decoder
 from tests.support.tiny_models import FAMILIES, blocks_of, tiny_ids, tiny_model
 
 TUPLE_FAMILIES = ("bloom", "falcon", "gptj")
@@ -107,3 +109,20 @@ def test_gradients_flow_through_blocks_and_norm() -> None:
     assert model.model.layers[3].mlp.down_proj.weight.grad.abs().sum() > 0
     assert model.model.norm.weight.grad.abs().sum() > 0
     assert model.model.layers[2].mlp.down_proj.weight.grad is None
+
+
+def test_blocks_that_hand_on_more_than_hidden_states_are_not_run_alone() -> None:
+    with pytest.raises(RequestError, match=r"a block \(ZayaDecoderLayer\) goes on with more than the hidden"):
+        LayerwisePass(tiny_decoder("zaya"), tiny_ids(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["bert", "xlnet", "bloom"])
+def test_a_layerwise_pass_is_the_model(model_type: str) -> None:
+    """An encoder within the decoder, and blocks that return more than anyone goes on with."""
+    model, ids = tiny_decoder(model_type), tiny_ids(1)
+    layerwise = LayerwisePass(model, ids)
+    hidden = layerwise.hidden_BTD
+    for index in range(6):
+        hidden = layerwise.block(index, hidden)
+    torch.testing.assert_close(layerwise.logits(hidden, torch.arange(12)), model(ids, use_cache=False).logits)

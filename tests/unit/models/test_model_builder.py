@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from actors.artifacts import publish
-from actors.contracts import ArtifactRef, ModelRef, ModelSpec
+from actors.contracts import (
+    ArtifactRef,
+    EvaluationSpec,
+    ModelRef,
+    ModelSpec,
+    PerplexitySpec,
+    TextSpec,
+    common_base,
+)
+from actors.evaluation import evaluate_model, evaluate_prunings, layer_sweep
 from actors.models import build_model, load_model, load_streamed, remove_layers, resident
 from actors.models.model_builder import merge_adapters, rename_layers
 from tests.support.tiny_models import save_tiny, skipped, tiny_ids, tiny_llama, tiny_model
@@ -55,6 +65,35 @@ def _llama_adapter(directory: Path, layers: Sequence[int], seed: int) -> tuple[F
     factors = _draw(layers, seed)
     targets = {"target_modules": list(TARGETS), "layers_pattern": "layers"}
     return factors, _save_adapter(factors, layers, directory, **targets)
+
+
+def test_the_common_base_of_prunings_lacks_what_they_all_lack(tmp_path: Path) -> None:
+    _, adapter = _llama_adapter(tmp_path, [0, 2], seed=1)
+    model = ModelRef(ModelSpec("m"), dropped=(3,)).adapted(adapter)
+    prunings = [model.without((layer,)) for layer in (0, 1)]
+    assert common_base(prunings) == common_base([model, *prunings]) == model
+    assert common_base(prunings[:1]) == prunings[0]
+    with pytest.raises(ValueError, match="more than their dropped layers"):
+        common_base([model, replace(model, adapters=())])
+
+
+def test_prunings_of_a_loaded_model_are_those_that_are_loaded_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapted model that has lost a layer before: two more prunings of it, loaded once."""
+    source = ModelSpec(save_tiny(tmp_path / "model", 4))
+    _, adapter = _llama_adapter(tmp_path, [0, 2, 3], seed=1)
+    text = PerplexitySpec("appendix", TextSpec(builtin="iterabre-appendix-a"), context=32, max_tokens=200)
+    model = ModelRef(source, dropped=(1,)).adapted(adapter)
+    specs = [EvaluationSpec(model=model.without((layer,)), perplexity=(text,)) for layer in (0, 3)]
+    expected = [evaluate_model(spec) for spec in specs]
+    loaded: list[ModelRef] = []
+    monkeypatch.setattr(
+        layer_sweep, "build_model", lambda ref, over: loaded.append(ref) or build_model(ref, over)
+    )
+    assert list(evaluate_prunings(specs)) == list(enumerate(expected))
+    assert expected[0] != expected[1]
+    assert loaded == [model]
 
 
 def _changed_by_hand(weights: dict[str, Tensor], factors: Factors) -> dict[str, Tensor]:

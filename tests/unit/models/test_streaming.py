@@ -21,9 +21,13 @@ def _saved(family: str, directory: Path, **options: object) -> str:
     return str(directory)
 
 
+STREAMED = ["llama", "gpt2", "gemma3_text", "bloom", "smollm3", "mixtral", "qwen3_moe"]
+"""The last two have experts that are apart in the file and joined when loaded; Mixtral also renames some."""
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "bloom", "smollm3"])
+@pytest.mark.parametrize("family", STREAMED)
 def test_streamed_equals_loaded(family: str, dtype: str, tmp_path: Path) -> None:
     path = _saved(family, tmp_path, max_shard_size="100KB")
     spec, ids = ModelSpec(path, dtype), tiny_ids()
@@ -82,8 +86,32 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         _read_all(model)
 
 
-def test_a_family_whose_files_have_other_names_is_refused(tmp_path: Path) -> None:
-    """Mixtral's experts are separate in the file and joined when loaded."""
+@pytest.mark.parametrize("family", STREAMED)
+def test_every_weight_is_the_loaded_one(family: str, tmp_path: Path) -> None:
+    """Of a pruned model, too; experts by their numbers, of which there are more than ten."""
+    many = {"mixtral": {"num_local_experts": 12}, "qwen3_moe": {"num_experts": 12}}.get(family, {})
+    tiny_model(family, **many).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    want = load_model(str(tmp_path))[0].state_dict()
+    path = find_layers(load_model(str(tmp_path))[0]).path
+    streamed = load_streamed(ModelRef(ModelSpec(str(tmp_path))).without((1, 2)), CPU)
+    for index, source in enumerate((0, 3, 4, 5)):
+        with resident(streamed, index):
+            found = find_layers(streamed).modules[index].state_dict()
+            for name, tensor in found.items():
+                assert tensor.equal(want[f"{path}.{source}.{name}"]), name
+    outside = {name: tensor for name, tensor in streamed.state_dict().items() if path not in name}
+    assert all(tensor.equal(want[name]) for name, tensor in outside.items())
+    read = {name: t for name, t in read_checkpoint(tmp_path).tensors.items() if ".layers." in name}
+    kept = [t.num_bytes for name, t in read.items() if not any(f".layers.{i}." in name for i in (1, 2))]
+    assert streamed.layer_stream.bytes_read == sum(kept) or not read
+
+
+def test_files_that_lack_what_a_block_needs_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if no rule joined Mixtral's experts."""
     path = _saved("mixtral", tmp_path)
+    monkeypatch.setattr("actors.models.loading.conversion.get_model_conversion_mapping", lambda _model: [])
     with pytest.raises(RequestError, match=r"no weight 'model\.layers\.0.*scoring\.stream_weights to false"):
         load_streamed(ModelRef(ModelSpec(path)), CPU)

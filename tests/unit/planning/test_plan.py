@@ -183,6 +183,16 @@ def _set(path: str, value: Any) -> Change:
 SCORING, RECOVERY, PERPLEXITY = "methods.0.scoring", "methods.0.recovery", "evaluation.perplexity.0"
 
 
+def test_layers_are_given_up_early_where_the_best_can_go(place: Path) -> None:
+    campaign = tiny_campaign(place)
+    _set(f"{SCORING}.eliminate", True)(campaign)
+    trajectory = _plan(campaign).trajectories[0]
+    spec = trajectory.score_spec(trajectory.dense, 2)
+    assert (spec.eliminate, spec.num_remove) == (True, 2)
+    held = replace(trajectory, any_layers=False).score_spec(trajectory.dense, 2)
+    assert (held.eliminate, held.num_remove) == (False, 1)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "changed"),
     [
@@ -192,6 +202,8 @@ SCORING, RECOVERY, PERPLEXITY = "methods.0.scoring", "methods.0.recovery", "eval
         (f"{SCORING}.pooling", "last_token", {"score"}),
         (f"{SCORING}.max_sequences", 3, {"score"}),
         (f"{SCORING}.sequence_length", 31, {"score"}),
+        (f"{SCORING}.eliminate", True, {"score"}),
+        (f"{SCORING}.screen_dtype", "bfloat16", {"score"}),
         (f"{SCORING}.calibration", {"builtin": "iterabre-appendix-a"}, {"score"}),
         ("seeds", [1], {"recover", "evaluate"}),
         (f"{RECOVERY}.objective", "none", {"recover"}),

@@ -38,6 +38,25 @@ def test_distances_over_runs_have_a_row_a_length(tmp_path: Path) -> None:
     assert panel.marked == ((1, 2), (1, 1))
 
 
+def test_bounds_are_a_curve_of_their_own(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path))
+    common = {"campaign": "c", "trajectory": "t", "model": "smol", "method": "m", "seed": 0}
+    common |= {"iteration": 1, "key": "k", "stage": "score"}
+    values = {0: ("score_bound", 0.7), 1: ("score", 0.9), 2: ("score_bound", 0.8)}
+    rows = [
+        Row(**common, metric=metric, value=value, layer=layer)  # type: ignore[arg-type]
+        for layer, (metric, value) in values.items()
+    ]
+    ledger.append("t", rows)
+    (drawn,) = source_figures("smol", ledger.read(), [], ["m"], {"m": "hidden_cosine"})
+    (panel,) = drawn.panels
+    assert isinstance(panel, Chart)
+    assert [(curve.name, curve.x, curve.y) for curve in panel.curves] == [
+        ("score", (1,), (0.9,)),
+        ("score bound", (0, 2), (0.7, 0.8)),
+    ]
+
+
 def test_the_map_of_dropped_layers_has_a_column_for_every_layer(tmp_path: Path) -> None:
     ledger = sample_ledger(str(tmp_path))
     figures = source_figures("smol", ledger, entries(measured_models(ledger)), ["iterabre"], {})

@@ -137,11 +137,11 @@ def test_maps_in_portions_of_the_runs() -> None:
     """With room for the sums of two runs only, the model runs three times; the scores are the same."""
     model, counters = tiny_model("llama"), []
     found = []
-    for budget in (None, 2 * 32 * 32**2):
+    for budget in (None, 4 * 32 * 32**2 + 20_000):
         counters.append(ForwardCounter())
         calibration = Calibration(SEQUENCES, memory_budget=budget, counter=counters[-1])
         found.append(bridge_residual(model, calibration))
-    assert found[0].equal(found[1])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0)
     assert [counter.layer_forwards for counter in counters] == [3 * 6, 3 * (2 + 4 + 6)]
 
 

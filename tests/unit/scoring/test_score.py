@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from actors.artifacts import publish
 from actors.contracts import ArtifactRef, ModelRef, ModelSpec, ScoreResult, ScoreSpec, TextSpec
 from actors.errors import RequestError
-from actors.models import load_model, remove_layers
+from actors.models import describe_model, load_model, remove_layers
 from actors.scoring import Scorer, score, score_layers, score_locally
 from actors.scoring.measures.memory_budget import GIB
 from actors.scoring.score import Shard, ShardScores, run_shards
@@ -139,7 +139,7 @@ def test_a_memory_budget_changes_no_score(spec: ScoreSpec, criterion: str) -> No
     assert budgeted.scores == pytest.approx(score_locally(spec).scores, rel=1e-6)
 
 
-@pytest.mark.parametrize("criterion", ["hidden_cosine", "kl"])
+@pytest.mark.parametrize("criterion", ["hidden_cosine", "kl", "block_influence", "taylor"])
 def test_a_streamed_model_has_the_same_scores(spec: ScoreSpec, adapter: ArtifactRef, criterion: str) -> None:
     """Unpruned, and pruned and recovered against the unpruned source; two shards, too."""
     spec = replace(spec, criterion=criterion)
@@ -151,10 +151,16 @@ def test_a_streamed_model_has_the_same_scores(spec: ScoreSpec, adapter: Artifact
         assert _in_shards(streamed, 2).scores == pytest.approx(want.scores, abs=1e-6)
 
 
-@pytest.mark.parametrize("option", [{"stream_weights": True}, {"confidence": 0.9}])
+@pytest.mark.parametrize("option", [{"eliminate": True}, {"screen_dtype": "bfloat16"}])
 def test_options_that_a_criterion_cannot_take_are_refused(spec: ScoreSpec, option: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=f"{min(option)} does not go with criterion 'block_influence'"):
         Scorer(replace(spec, criterion="block_influence", **option))
+
+
+@pytest.mark.parametrize("criterion", ["task_metric", "laco"])
+def test_whole_models_cannot_be_streamed(spec: ScoreSpec, criterion: str) -> None:
+    with pytest.raises(RequestError, match=f"stream_weights does not go with criterion '{criterion}'"):
+        Scorer(replace(spec, criterion=criterion, stream_weights=True))
 
 
 @pytest.fixture(scope="module")
@@ -168,14 +174,47 @@ def long_spec(tmp_path_factory: pytest.TempPathFactory, spec: ScoreSpec) -> Scor
 
 
 def test_giving_up_candidates_saves_work_and_not_the_winner(long_spec: ScoreSpec) -> None:
-    whole, eliminated = score_locally(long_spec), score_locally(replace(long_spec, confidence=0.99))
+    whole, eliminated = score_locally(long_spec), score_locally(replace(long_spec, eliminate=True))
     assert eliminated.removal_order[0] == whole.removal_order[0]
     assert sorted(eliminated.removal_order) == sorted(whole.removal_order)
     assert whole.layer_forwards_saved == 0 < eliminated.layer_forwards_saved
     assert eliminated.layer_forwards + eliminated.layer_forwards_saved == whole.layer_forwards
-    shared = _in_shards(replace(long_spec, confidence=0.99), 4)
+    shared = _in_shards(replace(long_spec, eliminate=True), 4)
     assert shared.scores == pytest.approx(eliminated.scores, abs=1e-6)
     assert shared.layer_forwards_saved == eliminated.layer_forwards_saved
+
+
+def test_screening_is_of_models_in_float32(spec: ScoreSpec) -> None:
+    model = ModelRef(replace(spec.model.source, dtype="bfloat16"))
+    with pytest.raises(RequestError, match=r"screens for scores in float32, and .* is in bfloat16"):
+        Scorer(replace(spec, model=model, screen_dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("stream_weights", [False, True])
+def test_screened_and_bounded_scores_are_of_the_right_layers(
+    spec: ScoreSpec, adapter: ArtifactRef, stream_weights: bool
+) -> None:
+    spec = replace(spec, model=spec.model.adapted(adapter).without(DROPPED), stream_weights=stream_weights)
+    want = score_locally(spec)
+    got = score_locally(replace(spec, eliminate=True, screen_dtype="bfloat16"))
+    assert got.removal_order[0] == want.removal_order[0]
+    assert sorted(got.removal_order) == sorted(KEPT)
+    exact = [i for i, kind in enumerate(got.kind_of_each) if kind == "exact"]
+    assert [got.scores[i] for i in exact] == pytest.approx([want.scores[i] for i in exact], abs=1e-6)
+
+
+def test_the_unpruned_model_is_read_once_for_all_iterations(
+    spec: ScoreSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its contents are known, its states are found on the node."""
+    source = replace(spec.model.source, contents=describe_model(spec.model.source).spec.contents)
+    first = replace(spec, model=ModelRef(source))
+    want = score_locally(replace(spec, model=spec.model.without(DROPPED)))
+    score_locally(first)
+    monkeypatch.setattr(score, "load_source", None)
+    pruned = score_locally(replace(first, model=first.model.without(DROPPED)))
+    assert pruned.scores == pytest.approx(want.scores, abs=1e-6)
+    assert pruned.layer_forwards == want.layer_forwards - 7 * 6
 
 
 @pytest.mark.parametrize("reference", ["source", "current"])
