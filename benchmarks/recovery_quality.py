@@ -29,6 +29,7 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot
+from matplotlib.ticker import ScalarFormatter
 from torch import nn
 
 from actors.contracts import RecoverySpec, digest
@@ -267,6 +268,8 @@ def draw(points: Sequence[Point], file: Path) -> None:
             if curve := line(points, way, name):
                 axis.plot(*zip(*curve, strict=True), marker="o", label=way)
         axis.set(xlabel="seconds of scoring and recovery", ylabel=meaning, xscale="log")
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(ScalarFormatter())
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.tight_layout()
