@@ -5,6 +5,7 @@ from typing import Any
 
 from orchestrator.reporting.charts.charts import short
 from orchestrator.reporting.charts.figures import COLOURS, GREY
+from orchestrator.reporting.charts.method_charts import LEAST_DEPTHS
 from orchestrator.reporting.data.accuracies import MEAN_ACCURACY
 from orchestrator.reporting.data.comparisons import NOT_PRUNED, Entry
 from orchestrator.reporting.data.measured import DENSE, RECOVERED, direction, headline_metrics, is_speed
@@ -15,11 +16,11 @@ AXES = {"parameters": "parameters", "layers": "layers left"}
 
 
 def describe(found: Sequence[Entry]) -> dict[str, Any] | None:
-    """Return JSON-able data of the figure, None if no pruned model has a number with a direction."""
+    """Return JSON-able data of the figure, None if there are no two sizes of pruned models to compare."""
     sized = [one for one in found if one.parameters and one.phase in (DENSE, RECOVERED)]
     pruned = [one for one in sized if one.phase != DENSE]
     metrics = headline_metrics(pruned)
-    if not metrics:
+    if not metrics or len({(one.model, one.layers) for one in pruned}) < LEAST_DEPTHS:
         return None
     metrics.sort(key=lambda name: name != MEAN_ACCURACY)
     return {

@@ -27,7 +27,8 @@ def join_sources(runs: Mapping[str, Source]) -> Source:
     for run in runs.values():
         for name in _unique(run, "model"):
             hashes.setdefault(name, set()).add(run.hashes.get(f"model {name}", ""))
-    others = {name for name, found in hashes.items() if len(found) > 1}
+    # What is not read yet has no hash.
+    others = {name for name, found in hashes.items() if len(found - {""}) > 1}
 
     def own_names(run: str) -> dict[str, Callable[[str], str]]:
         return {

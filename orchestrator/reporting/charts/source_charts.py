@@ -62,7 +62,7 @@ def _over_share(source: str, found: Sequence[Entry], methods: Sequence[str]) -> 
             f"{source}: methods at {recovered[0].layers} of {dense.layers} layers",
             "Arrows say which way is better; lines at the bars' ends are one standard error.",
             [_method_bars(metric, [dense, *recovered, *pruned], methods) for metric in metrics],
-            palette=PHASES.values(),
+            palette=tuple(PHASES.values()),
         )
     panels = []
     for metric in metrics:

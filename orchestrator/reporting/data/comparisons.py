@@ -2,7 +2,7 @@
 languages, and what is retained of the unpruned model."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import hypot
 from statistics import mean, stdev
 from typing import Any
@@ -36,6 +36,7 @@ from orchestrator.reporting.tables.tables import Cell, Line, show
 LANGUAGE_TASKS = ("xwinograd", "xstorycloze", "xnli", "xcopa")
 NOT_PRUNED = "unpruned"
 DIFFERENCE = "difference"
+MAIN = "methods"
 ZERO = Number(0.0, 0.0, "")
 LABELS = ("model", "method", "layers", "removed", "parameters", "state", "seeds")
 """Columns that say what a row is; all others are measured."""
@@ -57,6 +58,11 @@ class Grid:
     best: frozenset[Cell] = frozenset()
     even: frozenset[Cell] = frozenset()
     bars: Mapping[Cell, float] = field(default_factory=dict)
+
+    @property
+    def main(self) -> bool:
+        """True for the one table that says it all."""
+        return self.name == MAIN
 
     def shown(self, lines: Sequence[tuple[int, Line]]) -> list[str]:
         """Return the columns that hold anything, without the source model, which a part on the page names."""
@@ -111,8 +117,11 @@ def entries(models: Iterable[Measured]) -> list[Entry]:
             groups.setdefault((each.model, method, each.phase, each.layers), []).append(each)
     joined: list[Entry] = []
     for (model, method, phase, layers), group in groups.items():
-        # The unpruned model is one and the same whatever the method and seed.
-        seeds = group[:1] if phase == DENSE else group
+        seeds = group
+        if phase == DENSE:
+            # The unpruned model is the same whatever the method and seed; runs may measure more of it.
+            measured = {name: number for each in reversed(group) for name, number in each.numbers.items()}
+            seeds = [replace(group[0], numbers=measured)]
         names = [name for name in seeds[0].numbers if all(name in each.numbers for each in seeds)]
         numbers = {name: _over_seeds([each.numbers[name] for each in seeds]) for name in names}
         num_seeds = len({each.seed for each in seeds})
@@ -164,7 +173,7 @@ def method_grid(found: Sequence[Entry]) -> Grid | None:
         lines.append(line)
     lines = _same_columns(lines)
     return Grid(
-        "methods",
+        MAIN,
         "Methods at their targets",
         "Bold: best of the pruned models of a source at one depth; ≈: not to be told from the best. A bar is "
         "the share of the unpruned model's value; of a perplexity, of its inverse.",
