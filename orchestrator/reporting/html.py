@@ -21,12 +21,7 @@ from orchestrator.reporting.data import provenance
 from orchestrator.reporting.data.accuracies import with_mean_accuracy
 from orchestrator.reporting.data.comparisons import NOT_PRUNED, Entry, Grid, comparison_grids, entries
 from orchestrator.reporting.data.due import due_models
-from orchestrator.reporting.data.measured import (
-    Measured,
-    headline_metrics,
-    measured_models,
-    usable_models,
-)
+from orchestrator.reporting.data.measured import RECOVERED, Measured, headline_metrics, measured_models
 from orchestrator.reporting.page import environment, file_name
 from orchestrator.reporting.run_source import Source
 from orchestrator.reporting.tables.costs import cost_grid
@@ -120,7 +115,7 @@ def in_order_of(config: Mapping[str, Any], models: Sequence[Measured]) -> list[M
 
 @dataclass(frozen=True)
 class Progress:
-    """Iterations measured to the end, of those planned; `waiting` trajectories have none yet."""
+    """Models measured after their recovery, of those planned; `waiting` trajectories have none yet."""
 
     done: int
     total: int
@@ -132,12 +127,17 @@ class Progress:
 
 
 def progress(models: Iterable[Measured], source: Source) -> Progress | None:
-    """Return how far the run is; None where the plan is not known."""
-    if not source.planned:
+    """Return how far the run is; None where the plan is not known. What failed or was given up is left out."""
+    planned = {one["trajectory"]: len(one["depths"]) for one in source.trajectories} or source.planned
+    ended = {*source.failures, *source.given_up}
+    planned = {trajectory: count for trajectory, count in planned.items() if trajectory not in ended}
+    if not planned:
         return None
-    finished = {(m.trajectory, m.iteration) for m in usable_models(models) if m.iteration > 0}
+    finished = {
+        (m.trajectory, m.iteration) for m in models if m.phase == RECOVERED and m.trajectory in planned
+    }
     begun = {trajectory for trajectory, _ in finished}
-    return Progress(len(finished), sum(source.planned.values()), len(source.planned.keys() - begun))
+    return Progress(len(finished), sum(planned.values()), len(planned.keys() - begun))
 
 
 def scope(ledger: pa.Table) -> dict[str, int]:

@@ -171,11 +171,6 @@ def metrics_of(models: Iterable[Any]) -> list[str]:
     )
 
 
-def usable_models(models: Iterable[Measured]) -> list[Measured]:
-    """Return the models that one could take away and use: the unpruned, and those that iterations left."""
-    return [model for model in models if model.phase in (DENSE, RECOVERED)]
-
-
 def retention(value: float, dense: float, metric: str) -> float:
     """Return the share of the unpruned model's quality that is left, 1 for all of it.
 

@@ -174,7 +174,7 @@ def test_the_best_at_each_size_is_reported_with_its_rival(tmp_path: Path) -> Non
     assert choices[0].facts == (
         ("131 M", "parameters, 3% fewer"),
         ("1.25 ×", "the WikiText-2 perplexity, 29 → 36.25"),
-        ("96 % kept", "of blimp sample, 0.78 → 0.75 ± 0.012"),
+        ("96 % kept", "of BLiMP sample, 0.78 → 0.75 ± 0.012"),
     )
     assert (choices[0].rivals, choices[0].even) == (("bad (37.25)",), ())
 

@@ -96,7 +96,12 @@ def test_methods_are_compared_over_the_share_removed(tmp_path: Path) -> None:
 def test_a_run_under_way_says_how_far_it_is(ledger: pa.Table, tmp_path: Path) -> None:
     planned = {"smol-iterabre-s0": 6}
     page = build_report(Source(ledger, planned=planned), tmp_path).read_text()
-    assert "3 of 6 iterations are finished (50 %)" in page
+    assert "3 of 6 models are measured (50 %)" in page
+    at_targets = [
+        {"trajectory": "smol-iterabre-s0", "model": "smol", "method": "iterabre", "depths": [9, 8, 7]}
+    ]
+    both = Source(ledger, planned=planned, trajectories=at_targets)
+    assert "under way" not in _without_scripts(build_report(both, tmp_path).read_text())
     done = build_report(Source(ledger, planned={"smol-iterabre-s0": 3}), tmp_path).read_text()
     assert "under way" not in _without_scripts(done)
     assert ("so far" in _without_scripts(page), "so far" in _without_scripts(done)) == (True, False)

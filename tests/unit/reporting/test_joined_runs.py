@@ -1,8 +1,8 @@
 """Several runs in one report: what they have in common has one name, what they do not has two."""
 
+from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestrator.cli.runs import short_names
@@ -58,8 +58,7 @@ def test_runs_that_measured_otherwise_are_told_apart(tmp_path: Path) -> None:
 
 def test_the_page_has_both_and_no_link_into_one_run(tmp_path: Path) -> None:
     joined = join_sources({"one": _run(tmp_path / "one", "a"), "two": _run(tmp_path / "two", "c")})
-    assert isinstance(joined.ledger, pa.Table)
-    page = build_report(joined, tmp_path / "report").read_text()
+    page = build_report(replace(joined, stages=None), tmp_path / "report").read_text()
     assert "<h1>one and two</h1>" in page
     assert "../stages" not in page
     assert "from_pretrained" in page

@@ -65,7 +65,7 @@ def test_quality_stays_where_it_is_narrow_and_what_goes_is_named(lines: list[Lin
         {**line, "dropped": tuple(range(10, 30)), "dropped score": (0.91234, 0.8, 0.7), "seconds": 12345.0}
         for line in lines
     ]
-    shown = _shown(many, 40)
+    shown = _shown(many, 60)
     for text in ("56.64", "0.69", "57.64"):
         assert text in shown
     left_out = " ".join(shown.split()).split("not shown: ")[1]
