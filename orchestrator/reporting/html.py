@@ -127,15 +127,14 @@ class Progress:
 
 
 def progress(models: Iterable[Measured], source: Source) -> Progress | None:
-    """Return how far the run is; None where the plan is not known. What failed or was given up is left out."""
+    """Return how far the run is, without what failed or was given up; None where the plan is not known."""
     planned = {one["trajectory"]: len(one["depths"]) for one in source.trajectories} or source.planned
     ended = {*source.failures, *source.given_up}
     planned = {trajectory: count for trajectory, count in planned.items() if trajectory not in ended}
     if not planned:
         return None
-    finished = {
-        (m.trajectory, m.iteration) for m in models if m.phase == RECOVERED and m.trajectory in planned
-    }
+    recovered = [model for model in models if model.phase == RECOVERED and model.trajectory in planned]
+    finished = {(model.trajectory, model.iteration) for model in recovered}
     begun = {trajectory for trajectory, _ in finished}
     return Progress(len(finished), sum(planned.values()), len(planned.keys() - begun))
 

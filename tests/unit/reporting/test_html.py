@@ -97,10 +97,8 @@ def test_a_run_under_way_says_how_far_it_is(ledger: pa.Table, tmp_path: Path) ->
     planned = {"smol-iterabre-s0": 6}
     page = build_report(Source(ledger, planned=planned), tmp_path).read_text()
     assert "3 of 6 models are measured (50 %)" in page
-    at_targets = [
-        {"trajectory": "smol-iterabre-s0", "model": "smol", "method": "iterabre", "depths": [9, 8, 7]}
-    ]
-    both = Source(ledger, planned=planned, trajectories=at_targets)
+    at_targets = {"model": "smol", "method": "iterabre", "depths": [9, 8, 7]}
+    both = Source(ledger, planned=planned, trajectories=[{"trajectory": "smol-iterabre-s0", **at_targets}])
     assert "under way" not in _without_scripts(build_report(both, tmp_path).read_text())
     done = build_report(Source(ledger, planned={"smol-iterabre-s0": 3}), tmp_path).read_text()
     assert "under way" not in _without_scripts(done)
