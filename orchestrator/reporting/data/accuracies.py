@@ -66,13 +66,15 @@ def chance_of(tasks: Sequence[str]) -> float | None:
     return mean(found) if found and len(found) == len(known) else None
 
 
-def kept(number: Number, dense: Number, chance: float = 0.0) -> Number:
+def kept(number: Number, dense: Number, chance: float = 0.0) -> Number | None:
     """Return the per cent that is left of an unpruned score, or of what of it is above chance.
 
-    Its standard error takes both scores for independent, so that it is an upper bound: they answer the same
-    questions.
+    None where there is nothing that could be left. Its standard error takes both scores for independent, which
+    makes it an upper bound: they answer the same questions.
     """
     whole = dense.value - chance
+    if whole <= 0:
+        return None
     share = (number.value - chance) / whole
     stderr = hypot(number.stderr or 0.0, share * (dense.stderr or 0.0)) / whole
     return Number(100 * share, 100 * stderr if stderr else None, "")

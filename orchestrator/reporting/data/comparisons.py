@@ -194,7 +194,7 @@ def mean_kept_above_chance(entry: Entry, dense: Entry | None) -> Number | None:
     if dense is None or not {MEAN_ACCURACY} <= entry.numbers.keys() & dense.numbers:
         return None
     chance = chance_of(accuracy_tasks([dense]))
-    if chance is None or dense.numbers[MEAN_ACCURACY].value <= chance:
+    if chance is None:
         return None
     return kept(entry.numbers[MEAN_ACCURACY], dense.numbers[MEAN_ACCURACY], chance)
 
@@ -225,7 +225,7 @@ def retention_grid(found: Sequence[Entry]) -> Grid | None:
         of_tasks = {
             name: kept(entry.numbers[name], dense.numbers[name])
             for name in accuracy_tasks([dense])
-            if name in entry.numbers and dense.numbers[name].value > 0
+            if name in entry.numbers
         }
         lines.append(
             _labels(entry) | {KEPT: average, ABOVE_CHANCE: mean_kept_above_chance(entry, dense)} | of_tasks

@@ -80,7 +80,8 @@ def _line(model: Measured, dense: Measured | None, pruned: Measured | None, metr
         line[name] = number and number.value
         if name == MEAN_ACCURACY:
             whole = dense and dense.numbers.get(name)
-            line[KEPT] = kept(number, whole).value if number and whole else None
+            share = kept(number, whole) if number and whole else None
+            line[KEPT] = share and share.value
     line["parameters"] = model.parameters
     for name in filter(is_perplexity, metrics):
         number = pruned.numbers.get(name) if pruned else None
@@ -115,7 +116,9 @@ def comparison_table(lines: Sequence[Line], width: int) -> Table:
         for name in lines[0]
         if any(line[name] not in (None, ()) for line in lines)
     }
-    free, shown, left_out = width, {}, []
+    free = width
+    shown: dict[str, list[str]] = {}
+    left_out: list[str] = []
     for name, cells in columns.items():
         needed = _width(name, cells)
         if needed <= free or name in FIRST:
