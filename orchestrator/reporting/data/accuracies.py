@@ -69,8 +69,8 @@ def chance_of(tasks: Sequence[str]) -> float | None:
 def kept(number: Number, dense: Number, chance: float = 0.0) -> Number | None:
     """Return the per cent that is left of an unpruned score, or of what of it is above chance.
 
-    None where there is nothing that could be left. Its standard error takes both scores for independent, which
-    makes it an upper bound: they answer the same questions.
+    None where there is nothing that could be left. Its standard error takes both scores for independent,
+    which makes it an upper bound: they answer the same questions.
     """
     whole = dense.value - chance
     if whole <= 0:
