@@ -19,7 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from orchestrator.reporting.charts.charts import Chart, Figure, HeatMap, Panel
 
 # Mid-tones: each has a contrast of 3 at least with white and with near-black.
-COLOURS = ("#4c8bc9", "#cf7420", "#3a9a5e", "#c25fb0", "#d9534f", "#9a8620", "#2f94a0", "#8f76d6")
+COLOURS = ("#4c8bc9", "#cf7420", "#3a9a5e", "#c25fb0", "#d9534f", "#9a8620", "#2f94a0", "#8f76d6",
+           "#a9745b", "#d6608c")  # fmt: skip
 GREY = "#8c8c8c"
 SEQUENCE = ("#7b6fd0", "#5380cf", "#3590b0", "#2f9a83", "#549a45", "#938a22", "#c27a28", "#d9603f")
 """Of what comes one after another: the colours of a spectrum, all equally bright."""

@@ -49,6 +49,11 @@ class Choice:
     due: tuple[str, ...] = ()
     ended: tuple[str, ...] = ()
 
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """The other methods that are told apart from the best, with their numbers."""
+        return self.rivals[len(self.even) :] if self.method else ()
+
 
 def best_at_each_size(
     found: Sequence[Entry], due: Sequence[Due] = (), exports: Exports | None = None
@@ -113,7 +118,7 @@ def _at_depth(
         tuple(_facts(best, dense)),
         metric,
         show(best.numbers[decides]),
-        tuple(_with_number(one, decides) for one in others),
+        tuple(_with_number(one, decides) for one in (*even, *(one for one in others if one not in even))),
         tuple(one.method for one in even),
         _why(best, even, decides),
         places[0] if places else "",
