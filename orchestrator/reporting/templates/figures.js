@@ -39,7 +39,7 @@
   function bars(panel, colours) {
     const traces = panel.curves.map((c) => ({
       name: c.n, x: c.x.map(String), y: c.y, legendgroup: c.g, type: "bar", marker: { color: colours[c.g] },
-      error_y: c.e ? { type: "data", array: c.e, thickness: 1, width: 2 } : undefined,
+      error_y: c.e ? { type: "data", array: c.e, thickness: 1, width: 2, color: "#8c8c8c" } : undefined,
       hovertemplate: "%{y:.4g}",
     }));
     const layout = base(panel);
