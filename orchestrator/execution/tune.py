@@ -35,12 +35,9 @@ from orchestrator.execution.control import control_reader, watching_for_cancella
 from orchestrator.execution.dry_run import planned_stages, unfinished_trajectories
 from orchestrator.execution.gauges import CampaignGauges
 from orchestrator.execution.head_actors import start_board, start_coordinator
-from orchestrator.execution.progress import (
-    RemoteReport,
-    Report,
-    TrajectoryProgress,
-    live_view,
-)
+from orchestrator.execution.live_view import live_view
+from orchestrator.execution.overview import overview
+from orchestrator.execution.progress import RemoteReport, Report, TrajectoryProgress
 from orchestrator.execution.ray import RayBackend
 from orchestrator.execution.resolvers import ComputeResolver
 from orchestrator.execution.stage_kinds import Backend
@@ -147,9 +144,11 @@ def run_trials(
         gauges.show(shown)
         return shown
 
+    planned = {name: len(plan.find(name).iterations) for name in trajectories}
+    whole = partial(overview, trajectories, time.time())
     with (
-        live_view(snapshot),
-        progress_written(store, snapshot),
+        live_view(snapshot, planned, whole),
+        progress_written(store, snapshot, overview=whole),
         stop.calls(coordinator.stop) if stop else nullcontext(),
     ):
         results = tuner.fit()
@@ -295,7 +294,7 @@ def run_trial(
             return None
         except (LimitReachedError, StopRequestedError) as limit:
             log.warning("%s ends at iteration %d: %s", trajectory.id, resolver.progress.iteration, limit)
-            report(replace(resolver.progress, stage="ended early", finished=True))
+            report(replace(resolver.progress, stage="ended early", finished=True, note=str(limit)))
             return None
         except DamagedArtifactError as damaged:
             if quarantined == MOST_QUARANTINES or not store.quarantine_artifact(damaged.uri):
@@ -311,9 +310,9 @@ def run_trial(
                 return _failed(trajectory, error, resolver.progress, store, report, coordinator)
             pause_s = backoff_s(tries)
             tries += 1
-            said = f"{last_line(error)}; trying again in {pause_s:.0f} s"
+            said = f"{last_line(error)}; restarted in {pause_s:.0f} s, try {tries} of {LOST_TRIAL_RETRIES}"
             log.warning("%s: %s", trajectory.id, said)
-            report(replace(resolver.progress, waits_for=said))
+            report(replace(resolver.progress, started_at=time.time(), waits_for=said))
             time.sleep(pause_s)
         else:
             report(replace(resolver.progress, finished=True))
@@ -345,7 +344,7 @@ def _failed(
     where = f"; the traceback is in {store.logs_dir}" if isinstance(shown, UnexpectedError) else ""
     reason = f"{shown}{where}"
     log.error("%s failed: %s", trajectory.id, reason, exc_info=error if shown is not error else None)
-    report(replace(progress, stage="failed", finished=True))
+    report(replace(progress, stage="failed", finished=True, note=reason))
     at = stage_log(trajectory.id, progress.iteration, progress.stage, progress.key) if progress.key else ""
     write_status(store, trajectory.id, TrajectoryStatus("failed", reason, at))
     coordinator.fail(trajectory.id)
