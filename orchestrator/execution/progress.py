@@ -72,6 +72,7 @@ def merged(before: TrajectoryProgress | None, now: TrajectoryProgress, time_s: f
         )
     now = replace(
         now,
+        stages_total=now.stages_total or before.stages_total,
         perplexities=now.perplexities or before.perplexities,
         measured=now.measured or before.measured,
     )

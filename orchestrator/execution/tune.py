@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.trainable import wrap_function
 
 from actors.artifacts import retrying_filesystem
 from actors.errors import DamagedArtifactError, StopRequestedError, StorageUnavailableError, last_line
@@ -108,8 +109,8 @@ def run_trials(
         return CampaignOutcome({})
     stopper = LedgerStopper(config.search, plan, Ledger(store.ledger_uri)) if searching else None
     control = control_reader(config, plan, store)
-    board = start_board()
-    coordinator = start_coordinator(limits, admission, store, at_a_time, control)
+    board = start_board(config.name)
+    coordinator = start_coordinator(limits, admission, store, at_a_time, control, config.name)
     trainable = tune.with_parameters(
         trial,
         plan=plan,
@@ -121,12 +122,15 @@ def run_trials(
         metric=config.search.metric if searching else None,
     )
     filesystem, tune_path = retrying_filesystem(store.tune_uri)
+    trajectory = wrap_function(tune.with_resources(trainable, TRIAL_RESOURCES), name="Trajectory")
+    trajectory.__name__ = trajectory.__qualname__ = "Trajectory"  # what Ray's dashboard shows
     tuner = tune.Tuner(
-        tune.with_resources(trainable, TRIAL_RESOURCES),
+        trajectory,
         param_space={"trajectory": tune.grid_search(list(trajectories))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=at_a_time,
             reuse_actors=True,
+            trial_name_creator=lambda trial: trial.config["trajectory"],
         ),
         run_config=tune.RunConfig(
             name=f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
@@ -134,6 +138,7 @@ def run_trials(
             storage_filesystem=filesystem,
             verbose=0,
             stop=stopper,
+            callbacks=[ReportRestarts(plan, RemoteReport(board), coordinator.is_cancelled)],
             failure_config=tune.FailureConfig(max_failures=LOST_TRIAL_RETRIES),
         ),
     )
@@ -178,6 +183,23 @@ def _campaign_outcome(
             write_status(store, trajectory, TrajectoryStatus("stopped", reason))
             stopped.append(trajectory)
     return CampaignOutcome(failures, tuple(stopped), coordinator.ended_by(), tuple(cancelled))
+
+
+class ReportRestarts(tune.Callback):
+    """Reports trajectories whose trial was lost, and is started again by Tune."""
+
+    def __init__(self, plan: CampaignPlan, report: Report, is_cancelled: Callable[[str], bool]):
+        self._plan, self._report, self._is_cancelled = plan, report, is_cancelled
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Report the restart of one trial."""
+        trajectory = self._plan.find(trial.config["trajectory"])
+        if self._is_cancelled(trajectory.id):
+            return  # that ended its process
+        said = f"lost its process; restarted, try {trial.num_failures} of {LOST_TRIAL_RETRIES}"
+        log.warning("%s %s", trajectory.id, said)
+        starting = TrajectoryProgress(trajectory.id, 0, len(trajectory.iterations), "start", key="start")
+        self._report(replace(starting, started_at=time.time(), restarted=said))
 
 
 class LedgerStopper(tune.Stopper):
