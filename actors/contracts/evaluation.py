@@ -5,9 +5,10 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from actors.contracts import names
 from actors.contracts.data import TextSettings, TextSpec
 from actors.contracts.models import ModelRef
-from actors.contracts.settings import AddedLater, Doc, InKeyAs, LocalPath, Name, NotInKey, Settings
+from actors.contracts.settings import AddedLater, Doc, InKeyAs, Known, LocalPath, Name, NotInKey, Settings
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,12 @@ class EvaluationSettings(Settings):
     perplexity: tuple[PerplexitySettings, ...] = (
         PerplexitySettings("wikitext2", TextSettings(builtin="wikitext-2-raw-test")),
     )
-    suites: Annotated[tuple[str, ...], Doc("Batteries of tasks, by name; see docs/evaluation.md.")] = ()
-    tasks: Annotated[tuple[str, ...], Doc("Further lm-eval tasks and groups, by name.")] = ()
+    suites: Annotated[
+        tuple[str, ...], Known(names.SUITES), Doc("Batteries of tasks, by name; see docs/evaluation.md.")
+    ] = ()
+    tasks: Annotated[
+        tuple[str, ...], Known(names.TASKS), Doc("Further lm-eval tasks and groups, by name.")
+    ] = ()
     include_path: Annotated[
         str | None, LocalPath(), Doc("Directory with further lm-eval tasks."), NotInKey()
     ] = None
@@ -79,7 +84,9 @@ class EvaluationSettings(Settings):
         NotInKey(),
     ] = "auto"
     probes: Annotated[
-        tuple[str, ...], Doc("degeneration, arithmetic, code_failures, or a plug-in's; see docs/probes.md.")
+        tuple[str, ...],
+        Known(names.PROBES),
+        Doc("degeneration, arithmetic, code_failures, or a plug-in's; see docs/probes.md."),
     ] = ()
     max_new_tokens: Annotated[int, Ge(1), Doc("Longest text that a probe has the model write.")] = 128
     allow_code_execution: Annotated[
