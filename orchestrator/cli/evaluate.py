@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from actors.contracts import names as known
 from orchestrator.cli.options import (
     AllowCodeExecution,
     Dtype,
@@ -14,6 +15,7 @@ from orchestrator.cli.options import (
     Revision,
     TaskSuffix,
     TrustRemoteCode,
+    completing,
     names_in,
     source_model,
 )
@@ -23,7 +25,13 @@ from orchestrator.errors import RequestError
 
 def evaluate(
     model: Model,
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks and suites, separated by commas.")] = "",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="lm-eval tasks and suites, separated by commas.",
+            autocompletion=completing(*known.SUITES, *known.TASKS),
+        ),
+    ] = "",
     probes: Probes = "",
     throughput: Annotated[bool, typer.Option("--throughput", help="Measure speed and memory, too.")] = False,
     allow_code_execution: AllowCodeExecution = False,

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from actors.contracts import names
+from orchestrator.cli.options import completing
 from orchestrator.cli.output import out, print_json
 from orchestrator.config import campaign_schema
 from orchestrator.errors import RequestError
@@ -24,7 +26,10 @@ def init(
     gpus: Annotated[int | None, typer.Option(help="GPUs to use; 0 for CPUs.", min=0)] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Text to recover on: a file, or a built-in text by name; WikiText-2 if absent."),
+        typer.Option(
+            help="Text to recover on: a file, or a built-in text by name; WikiText-2 if absent.",
+            autocompletion=completing(*names.TEXTS),
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each recovery.", min=1)] = 2_500_000,
     name: Annotated[
