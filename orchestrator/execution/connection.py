@@ -82,7 +82,7 @@ def unreachable(address: str, reason: str) -> RequestError:
         return RequestError(
             f"the Ray cluster at {address} asks for a token, and none or another was given; set "
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE here, where FILE holds the token that its head "
-            f"was started with (~/.ray/auth_token there if none was named). Ray said: {reason}"
+            "was started with (~/.ray/auth_token there if none was named)"
         )
     remedy = (
         "start one (ray start --head, or ray up cluster.yaml), give its address by --address or RAY_ADDRESS, "
