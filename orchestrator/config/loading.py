@@ -171,9 +171,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise ConfigError(f"--set {override!r}: write it as path.to.field=value")
-    *parents, last = path.split(".")
+    parts = path.split(".")
+    *parents, last = parts
     place: Any = raw
-    for part, following in zip(parents, [*parents[1:], last], strict=True):
+    for part, following in zip(parents, parts[1:], strict=True):
         if isinstance(place, list):
             place = place[_position(place, part, override)]
         else:
