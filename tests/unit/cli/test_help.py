@@ -9,6 +9,7 @@ import typer
 from orchestrator.cli.app import app
 from orchestrator.cli.config_template import Answers, campaign_file
 from orchestrator.cli.examples import EXAMPLES
+from orchestrator.cli.options import complete_machines, completing
 from orchestrator.config import load_config
 from tests.unit.cli.command import iterabre
 
@@ -43,3 +44,9 @@ def test_examples_parse(command: str, line: str) -> None:
     program, name, *arguments = shlex.split(line.split(" > ")[0])
     assert (program, name) == ("iterabre", command)
     COMMANDS[name].make_context(name, arguments)
+
+
+def test_shells_complete_names_in_lists_and_machines() -> None:
+    assert completing("kd", "kl", "random")("kd,k") == ["kd,kd", "kd,kl"]
+    assert complete_machines("8xH1") == ["8xH100-80G"]
+    assert complete_machines("CPU") == ["CPU-core"]

@@ -160,8 +160,8 @@ def test_override_into_a_list_of_values(file: Path) -> None:
 
 
 def test_a_list_can_be_given_one_more_value(file: Path) -> None:
-    assert load_config(file, ["seeds.0=1"]).seeds == (1,)
-    assert load_config(file, ["seeds=[0]", "seeds.1=7"]).seeds == (0, 7)
+    assert list(load_config(file, ["seeds.0=1"]).seeds) == [1]
+    assert list(load_config(file, ["seeds=[0]", "seeds.1=7"]).seeds) == [0, 7]
     with pytest.raises(ConfigError, match="'3' is no position in a list of 1"):
         load_config(file, ["seeds=[0]", "seeds.3=1"])
 
