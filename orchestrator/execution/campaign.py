@@ -27,9 +27,7 @@ from orchestrator.execution.cluster import (
 from orchestrator.execution.connection import LOCAL, cluster_address
 from orchestrator.execution.control import control_reader
 from orchestrator.execution.dry_run import campaign_stages, unfinished_trajectories
-from orchestrator.execution.live_view import live_view
 from orchestrator.execution.local import LocalBackend
-from orchestrator.execution.overview import overview
 from orchestrator.execution.progress import ProgressBoard
 from orchestrator.execution.stopping import StopRequest
 from orchestrator.execution.tune import CampaignOutcome, run_trial, run_trials
@@ -38,6 +36,8 @@ from orchestrator.planning.cost_model import machine_of
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.recorded import check_changes, continue_plan, record_trajectories
 from orchestrator.planning.stages import count_stages
+from orchestrator.reporting.data.overview import overview
+from orchestrator.reporting.live_view import live_view
 from orchestrator.scheduling.admission import AdmissionController, check_resources, check_speeds_compare
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits, spent_before

@@ -36,8 +36,6 @@ from orchestrator.execution.control import control_reader, watching_for_cancella
 from orchestrator.execution.dry_run import planned_stages, unfinished_trajectories
 from orchestrator.execution.gauges import CampaignGauges
 from orchestrator.execution.head_actors import start_board, start_coordinator
-from orchestrator.execution.live_view import live_view
-from orchestrator.execution.overview import overview
 from orchestrator.execution.progress import RemoteReport, Report, TrajectoryProgress
 from orchestrator.execution.ray import RayBackend
 from orchestrator.execution.resolvers import ComputeResolver
@@ -46,6 +44,8 @@ from orchestrator.execution.stage_runner import OnIteration, StageRunner
 from orchestrator.execution.stopping import StopRequest
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
+from orchestrator.reporting.data.overview import overview
+from orchestrator.reporting.live_view import live_view
 from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.coordinator import CoordinatorClient
 from orchestrator.scheduling.leases import Leases, LimitReachedError, TrajectoryCancelledError

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.execution.overview import overview
 from orchestrator.planning.stages import PlannedStage
+from orchestrator.reporting.data.overview import overview
 from orchestrator.storage.run_progress import TrajectoryProgress
 
 NOW = 1000.0

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from orchestrator.execution.live_view import ProgressLines, live_view, render, trajectory_line
 from orchestrator.execution.progress import ProgressBoard
 from orchestrator.reporting.data.run_status import RunStatus, run_status
+from orchestrator.reporting.live_view import ProgressLines, live_view, render, trajectory_line
 from orchestrator.storage.control import Control
 from orchestrator.storage.run_progress import Overview, RunProgress, TrajectoryProgress
 
