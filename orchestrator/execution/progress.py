@@ -77,7 +77,7 @@ def merged(before: TrajectoryProgress | None, now: TrajectoryProgress, time_s: f
         measured=now.measured or before.measured,
     )
     if now.key and before.key == now.key and not now.finished:
-        if not now.started_at:  # of counts alone
+        if not (now.started_at or now.waits_for):  # of counts alone
             counts = ("stages_done", "stages_reused", "kinds_done", "seconds_of", "perplexities", "measured")
             return replace(before, **{name: getattr(now, name) for name in counts})
         now = replace(now, restarted=now.restarted or before.restarted)

@@ -334,7 +334,7 @@ def run_trial(
             tries += 1
             said = f"{last_line(error)}; restarted in {pause_s:.0f} s, try {tries} of {LOST_TRIAL_RETRIES}"
             log.warning("%s: %s", trajectory.id, said)
-            report(replace(resolver.progress, started_at=time.time(), waits_for=said))
+            report(replace(resolver.progress, waits_for=said))
             time.sleep(pause_s)
         else:
             report(replace(resolver.progress, finished=True))

@@ -1,7 +1,7 @@
 """How far a campaign is as a whole: how many of its stages are finished, and how long the rest may take."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from orchestrator.planning.stages import PlannedStage
@@ -55,7 +55,7 @@ def overview(
     unknown = next((kind for stages in to_run.values() for kind, _ in stages if kind not in takes), "")
     if unknown:
         return Overview(len(done), len(every), started_at, unknown=unknown)
-    passed: Counter[str] = Counter()  # seconds of the stages at work, by trajectory
+    passed: dict[str, float] = defaultdict(float)  # seconds of the stages at work, by trajectory
     work_s = sum(takes[kind] for kind, _ in {stage for stages in to_run.values() for stage in stages})
     for each in at_work:
         seconds = min(now - each.started_at, takes.get(each.stage, 0.0))

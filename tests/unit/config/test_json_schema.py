@@ -43,6 +43,7 @@ class _Yaml12(yaml.SafeLoader):
 _Yaml12.yaml_implicit_resolvers = {}
 for tag, pattern in (
     ("bool", r"true|True|TRUE|false|False|FALSE"),
+    ("merge", r"<<"),
     ("null", r"~|null|Null|NULL|"),
     ("int", r"[-+]?[0-9]+"),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"),
