@@ -25,6 +25,9 @@ GOES_ON_S = 60.0
 SILENT_S = 600.0
 """As much for one that has not."""
 
+WAIT_S = 10.0
+"""From when on a wait is told as such: less is the start of a process."""
+
 AT_ONCE = 10
 """With more trajectories under way than this, each has its lines more seldom."""
 
@@ -116,7 +119,7 @@ class ProgressLines:
         interval_s = GOES_ON_S * max(1.0, sum(bool(view.activities) for view in begun) / AT_ONCE)
         lines = []
         for view in begun:
-            state, text = _state(view), trajectory_line(view)
+            state, text = _state(view, now), trajectory_line(view)
             if not view.activities and view.state in ("running", "waiting"):
                 continue  # between two stages
             before, shown, when = self._shown.get(view.trajectory, (None, "", 0.0))
@@ -133,13 +136,19 @@ class ProgressLines:
         return lines
 
 
-def _state(view: TrajectoryView) -> Any:
+def _state(view: TrajectoryView, now: float) -> Any:
     """Return what makes a new line at once when it changes."""
     stages = [
-        (each.iteration, each.stage, each.phase, bool(each.waits_for), each.restarted)
+        (
+            each.iteration,
+            each.stage,
+            each.phase,
+            bool(each.waits_for) and now - each.waits_since >= WAIT_S,
+            each.restarted,
+        )
         for each in view.activities
     ]
-    return view.state, view.iteration, stages
+    return view.state if not view.activities else "", view.iteration, stages
 
 
 def trajectory_line(view: TrajectoryView) -> str:

@@ -81,9 +81,10 @@ def test_a_line_is_new_when_something_changed_and_once_a_minute_at_most() -> Non
     assert lines.new(_status(replace(A, done=5)), NOW + 200) == []
     assert lines.new(_status(replace(A, done=5)), NOW + 700)
     # What a stage waits for changes all the time; that it waits is what matters.
-    waiting = replace(A, waits_for="1 GPU; free are 0 of 4")
-    assert "waits for 1 GPU; free are 0 of 4" in lines.new(_status(waiting), NOW + 701)[0]
-    assert lines.new(_status(replace(A, waits_for="1 GPU; free are 1 of 4")), NOW + 702) == []
+    waiting = replace(A, waits_for="1 GPU; free are 0 of 4", waits_since=NOW + 700)
+    assert lines.new(_status(waiting), NOW + 702) == []  # its process starts, perhaps
+    assert "waits for 1 GPU; free are 0 of 4" in lines.new(_status(waiting), NOW + 711)[0]
+    assert lines.new(_status(replace(waiting, waits_for="1 GPU; free are 1 of 4")), NOW + 712) == []
 
 
 @pytest.mark.parametrize(
