@@ -86,9 +86,7 @@ def quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").addFilter(_is_not_of_no_gpu)
     # It reports kernels that it could download for this processor.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # It reports every checkpoint.
-    for name in ("ray.train", "ray.train.v2._internal.execution.context"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     # What peft should not call in transformers concerns their authors.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
