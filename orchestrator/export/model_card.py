@@ -156,8 +156,8 @@ def _limitations(plan: TrajectoryPlan, tokens: int) -> Iterator[str]:
     """Yield what a user should not expect of the model, or read from its numbers."""
     healed = f"recovered on {tokens:,} tokens" if tokens else "not trained afterwards"
     yield (
-        f"Blocks are gone, and the model was {healed}. Knowledge, arithmetic and long answers suffer "
-        "more than multiple choice shows (On the Limits of Layer Pruning, arXiv 2602.01997): measure your task."
+        f"Blocks are gone, and the model was {healed}. Knowledge, arithmetic and long answers suffer more "
+        "than multiple choice shows (On the Limits of Layer Pruning, arXiv 2602.01997)."
     )
     if plan.evaluation.limit or any(text.max_tokens for text in plan.evaluation.perplexity):
         yield (
