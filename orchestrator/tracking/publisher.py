@@ -264,8 +264,14 @@ def published(
                 log.warning("tracking.%s does not answer; --resume tells it what it lacks", name)
 
 
-def attach_files(trackers: Mapping[str, Tracker], store: Store) -> None:
-    """Give each tracker the campaign's configuration, report, and models' cards; warn of one that fails."""
+def attach_files(
+    trackers: Mapping[str, Tracker], store: Store, tell: Callable[[str], None] = log.warning
+) -> None:
+    """Give each tracker the campaign's configuration, report, and models' cards.
+
+    Args:
+        tell: is called with a warning of a tracker that fails.
+    """
     if not trackers:
         return
     root = filesystem(store.uri)[1]
@@ -279,4 +285,4 @@ def attach_files(trackers: Mapping[str, Tracker], store: Store) -> None:
         try:
             tracker.attach(files)
         except (WorkError, OSError, *tracker.failures) as error:
-            log.warning("tracking.%s did not take the report; --resume gives it once more: %s", name, error)
+            tell(f"tracking.{name} did not take the report; --resume gives it once more: {error}")
