@@ -130,10 +130,10 @@ def test_data_sets_of_tasks_are_those_of_their_files() -> None:
     index = _task_index(None, True).task_index
     for name, dataset in TASKS.items():
         fields = index[name].cfg
-        held = [name for name in ("test_split", "validation_split") if name in fields]
+        held = [fields[split] for split in ("test_split", "validation_split") if fields.get(split)]
         # Files that take theirs from another file say only what differs.
         if "dataset_path" in fields:
             config = fields.get("dataset_name")
-            assert dataset == HubDataset(fields["dataset_path"], config, fields[held[0]]), name
+            assert dataset == HubDataset(fields["dataset_path"], config, held[0]), name
     assert task_dataset("mmlu_stem") == HubDataset("cais/mmlu")
     assert task_dataset("reasoning") is None
