@@ -145,6 +145,8 @@ def _conditions(
         name = _text_name(text.data)
         yield f"`{text.name}`: {name}, {part} in windows of {text.context} that do not overlap."
     if measured:
+        if any(row.get("stderr") for row in measured):
+            yield "± is the standard error over a task's documents."
         days = sorted({f"{row['when']:%Y-%m-%d}" for row in measured})
         when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
         yield f"Weights in {plan.model.spec.dtype}. Measured {when}."

@@ -96,6 +96,8 @@ def test_the_card_says_how_the_model_was_made_and_measured(plan: TrajectoryPlan)
         "- `fox`: `text.txt`, its first 256 tokens in windows of 32 that do not overlap.",
         "- `wikitext2`: `wikitext-2-raw-test`, the whole text in windows of 64 that do not overlap.",
         "- Weights in float32. Measured 2026-11-29.",
+        "- ± is the standard error over a task's documents.",
+        "Removed: block 2 of the source, counted from 0, by the criterion `hidden_cosine`.",
         "- Versions: iterabre 0.1.0, lm-eval 0.4.13, torch 2.13.0.",
         'model = AutoModelForCausalLM.from_pretrained("runs/tiny/models/llama/3-layers")',
     ):
