@@ -180,8 +180,8 @@ def _bridge_notes(trajectory: TrajectoryPlan) -> list[str]:
         return []
     return [
         f"method {trajectory.method.name!r}: recovery.max_tokens {recovery.max_tokens} is fewer than the "
-        f"{width} numbers of a hidden state of {trajectory.model_id!r}: {min(bridges)} cannot be fitted to so "
-        "few and may make the model worse; give many times as many tokens, or leave it out"
+        f"{width} numbers of a hidden state of {trajectory.model_id!r}: {min(bridges)} cannot be fitted to "
+        "so few and may make the model worse; give many times as many tokens, or leave it out"
     ]
 
 
