@@ -78,7 +78,7 @@ class Wandb:
                 file = Path(run.dir, name)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
-                artifact.add_file(str(file), name, policy="immutable")
+                artifact.add_file(str(file), name, policy="immutable", skip_cache=True)
             run.log_artifact(artifact)
 
     def _init(self, run_id: str, name: str, parameters: Parameters) -> Any:

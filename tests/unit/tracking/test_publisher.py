@@ -378,11 +378,7 @@ def test_wandb_keeps_the_files_as_an_artifact_of_the_campaign(place: Path, tmp_p
     records = _ended(file)
     (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
     assert (run.display_name, run.run_group) == ("tiny", "tiny")
-    (logged,) = (
-        record.request.log_artifact.artifact
-        for record in records
-        if record.request.WhichOneof("request_type") == "log_artifact"
-    )
+    (logged,) = (record.artifact for record in records if record.WhichOneof("record_type") == "artifact")
     assert (logged.name, logged.type) == ("tiny", "campaign")
     kept = {entry.path: Path(entry.local_path) for entry in logged.manifest.contents}
     assert {path: kept[path].read_bytes() for path in FILES} == FILES
