@@ -68,11 +68,14 @@ def _run(
     from orchestrator.storage.control import read_control
     from orchestrator.storage.run_manifest import read_run
     from orchestrator.storage.stage_store import Store
+    from orchestrator.tracking.publisher import attach_files
+    from orchestrator.tracking.trackers import make_trackers
 
     store = Store.of_config(config.storage, config.name, verify)
     err.print(f"Checking the request: {config.name}", style="dim")
     if config.execution.backend == "ray":
         find_cluster(address)
+    tell = partial(err.print, markup=False, highlight=False, soft_wrap=True)
     with error_boundary(lambda: store.logs_dir if read_run(store) is not None else None):
         try:
             plan = build_plan(config)
@@ -87,12 +90,13 @@ def _run(
                 resume=resume,
                 address=address,
                 accept_changes=accept_changes,
-                tell=partial(err.print, markup=False, highlight=False, soft_wrap=True),
+                tell=tell,
             )
         except KeyboardInterrupt as stopped:
             raise WorkError("stopped; finished stages are kept, --resume continues") from stopped
     show_results(store.uri)
     report_file = build_report(store.uri)
+    attach_files(make_trackers(config, store), store, tell)
     out.print(
         f"\nModels   {store.uri}/models\nReport   {report_file}\nLedger   {store.ledger_uri}", soft_wrap=True
     )

@@ -31,7 +31,7 @@ def export(
     with new_directory(output):
         plan = recorded_trajectory(store, trajectory)
         model = finished_model(plan, store, iteration)
-        result = export_iteration(store, plan, iteration, model, output)
+        result = export_iteration(store, plan, iteration, model, output, push_to_hub)
     print_model(output, result.num_layers, result.num_parameters)
     if push_to_hub:
         out.print(upload(output, push_to_hub, public=public), soft_wrap=True)

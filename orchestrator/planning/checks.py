@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from actors.contracts import (
+    CLOSED_FORM_OBJECTIVES,
     AdapterSpec,
     EvaluationSpec,
     ModelInfo,
@@ -95,6 +96,7 @@ def check_inputs(
     for trajectory in recovering:
         with _method(trajectory):
             notes += _check_recovery_lengths(trajectory, [models[spec] for spec in _readers(trajectory)])
+            notes += _bridge_notes(trajectory)
             _check_vocabularies(_readers(trajectory), tokenizers)
     for reading, trajectory in {_reading(t): t for t in recovering}.items():
         with _method(trajectory):
@@ -168,6 +170,19 @@ def _check_recovery_lengths(trajectory: TrajectoryPlan, read_by: Sequence[ModelI
         )
     said = f"recovery.sequence_length is {recovery.sequence_length}"
     return [note for info in read_by for note in _check_length(recovery.sequence_length, info, said)]
+
+
+def _bridge_notes(trajectory: TrajectoryPlan) -> list[str]:
+    """Note a linear map [D, D] that fewer than D tokens do not determine."""
+    recovery, width = trajectory.method.recovery, trajectory.model.hidden_size
+    bridges = CLOSED_FORM_OBJECTIVES.intersection((recovery.objective, recovery.start))
+    if not bridges or recovery.max_tokens >= width:
+        return []
+    return [
+        f"method {trajectory.method.name!r}: recovery.max_tokens {recovery.max_tokens} is fewer than the "
+        f"{width} numbers of a hidden state of {trajectory.model_id!r}: {min(bridges)} cannot be fitted to "
+        "so few and may make the model worse; give many times as many tokens, or leave it out"
+    ]
 
 
 def _check_vocabularies(
