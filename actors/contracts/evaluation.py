@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSettings, TextSpec
 from actors.contracts.models import ModelRef
 from actors.contracts.settings import AddedLater, Doc, InKeyAs, LocalPath, Name, NotInKey, Settings
@@ -70,6 +71,14 @@ class EvaluationSettings(Settings):
         Doc("Put tasks as conversations by the model's chat template; task_metric's, too."),
         AddedLater(False),
     ] = False
+    system_instruction: Annotated[
+        str | None,
+        Doc(
+            "Text before every prompt of a task; with `apply_chat_template` the system's turn, before the "
+            "task's own description. task_metric's, too."
+        ),
+        AddedLater(None),
+    ] = None
     max_length: Annotated[
         int | None, Ge(2), Doc("Longest input of a task in tokens; the model's own if not given.")
     ] = None
@@ -86,6 +95,14 @@ class EvaluationSettings(Settings):
         bool, Doc("Run the code that the model writes, in a sandbox, against its tests.")
     ] = False
     throughput: Annotated[ThroughputSpec | None, Doc("Measure speed and memory, too.")] = None
+    log_samples: Annotated[
+        bool,
+        Doc(
+            "Keep every document's prompt, responses and metrics, one samples_TASK.jsonl a task, with the "
+            "stage's files. Changes no result."
+        ),
+        NotInKey(),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +135,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics of one model, with the versions that produced them."""
+    """Metrics of one model, with the versions that produced them.
+
+    `num_fewshot` are the examples in the prompts of each task. `artifact` holds `samples_TASK.jsonl`
+    where the spec asks for samples.
+    """
 
     metrics: tuple[Metric, ...]
     num_parameters: int
     versions: tuple[tuple[str, str], ...] = ()
+    num_fewshot: tuple[tuple[str, int], ...] = ()
+    artifact: ArtifactRef | None = None

@@ -44,6 +44,7 @@ class TaskSpec(TaskSettings):
     batch_size: Annotated[int | None, NotInKey()] = None
     tasks_fingerprint: Annotated[str | None, InKeyAs("include_path")] = None
     apply_chat_template: Annotated[bool, AddedLater(False)] = False
+    system_instruction: Annotated[str | None, AddedLater(None)] = None
 
 
 @dataclass(frozen=True)

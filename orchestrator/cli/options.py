@@ -101,15 +101,18 @@ def names_in(text: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[None]:
-    """Make a directory for output, and remove it again if nothing was written into it."""
+def new_directory(path: Path, option: str = "--output") -> Iterator[None]:
+    """Make a directory for output, and remove it again if nothing was written into it.
+
+    `option` is where it was given.
+    """
     from actors.artifacts import without_empty_directories
 
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RequestError(f"--output {str(path)!r} is there already and not empty; choose another directory")
+        raise RequestError(f"{option} {str(path)!r} is there already and not empty; choose another directory")
     with without_empty_directories(path):
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RequestError(f"--output {str(path)!r} cannot be made: {error.strerror}") from error
+            raise RequestError(f"{option} {str(path)!r} cannot be made: {error.strerror}") from error
         yield

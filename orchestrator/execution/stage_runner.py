@@ -178,6 +178,12 @@ class StageRunner:
         for part in parts:
             result = self._resolve(EVALUATE, part, iteration, iteration.layers_left, phase, beside)
             metrics += result.metrics
+            if part.log_samples and part.tasks and result.artifact is None:
+                log.warning(
+                    "%s iteration %d: its %s evaluation was finished before evaluation.log_samples and has "
+                    "no samples; its numbers are used as they are",
+                    self._plan.id, iteration.index, phase,
+                )  # fmt: skip
         if phase == "recovered":
             self._recovered = {metric.name: metric.value for metric in metrics}
 

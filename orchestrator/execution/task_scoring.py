@@ -42,6 +42,7 @@ def _evaluation(spec: ScoreSpec, task: TaskSpec, layer: int) -> EvaluationSpec:
         limit=task.limit,
         num_fewshot=task.num_fewshot,
         apply_chat_template=task.apply_chat_template,
+        system_instruction=task.system_instruction,
         batch_size=task.batch_size,
         tasks_fingerprint=task.tasks_fingerprint,
         seed=spec.seed,

@@ -11,6 +11,7 @@ TASK_SETTINGS = (
     "limit",
     "max_length",
     "apply_chat_template",
+    "system_instruction",
     "allow_code_execution",
     "task_suffix",
     "tasks_fingerprint",

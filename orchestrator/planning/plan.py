@@ -129,6 +129,7 @@ class TrajectoryPlan:
             batch_size=evaluation.batch_size,
             tasks_fingerprint=evaluation.tasks_fingerprint,
             apply_chat_template=evaluation.apply_chat_template,
+            system_instruction=evaluation.system_instruction,
         )
         return extend(
             ScoreSpec,

@@ -227,6 +227,8 @@ def test_layers_are_given_up_early_where_the_best_can_go(place: Path) -> None:
         ("evaluation.num_fewshot", {"blimp_sample": 1}, {"evaluate"}),
         ("evaluation.apply_chat_template", True, {"evaluate"}),
         ("evaluation.apply_chat_template", False, set()),
+        ("evaluation.system_instruction", "Be brief.", {"evaluate"}),
+        ("evaluation.log_samples", True, set()),
         # How it is computed, where, and how far the trajectory goes: nothing changes.
         (f"{RECOVERY}.micro_batch_size", 2, set()),
         (f"{RECOVERY}.checkpoint_steps", 7, set()),
