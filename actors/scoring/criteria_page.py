@@ -2,7 +2,7 @@
 
 import sys
 
-from actors.scoring.criteria import CRITERIA, LayerCriterion, MergeCriterion, TaskCriterion
+from actors.scoring.criteria import CRITERIA, FixedCriterion, LayerCriterion, MergeCriterion, TaskCriterion
 
 HEAD = """# Criteria
 
@@ -141,6 +141,8 @@ def criteria_page() -> str:
         match row:
             case TaskCriterion():
                 forwards = "N evaluations"
+            case FixedCriterion():
+                forwards = "none"
             case MergeCriterion():
                 forwards = "by tries"
             case _:  # in terms of S and N, by its values for N = 10

@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 OnIteration = Callable[[int, Mapping[str, float]], None]
 """Called at the end of each iteration with its index and the metrics of its recovered model."""
 
+NOTHING_TO_SCORE = ScoreResult((), (), (), 0, 0, 0)
+"""Of an iteration that heals a model as it is."""
+
 NOT_SCORED = ScoreResult((), (), (), 0, 0, 0)
 """In a dry run, the result of a scoring that is not finished."""
 
@@ -92,7 +95,9 @@ class StageRunner:
         self._evaluations: deque[tuple[Future[None], Callable[[], None]]] = deque()
 
     def score(self, iteration: IterationPlan, model: ModelRef) -> ScoreResult:
-        """Score what may be removed from `model`."""
+        """Score what may be removed from `model`; nothing is where nothing goes."""
+        if not iteration.layers_to_drop:
+            return NOTHING_TO_SCORE
         spec = self._plan.score_spec(model, iteration.layers_to_drop)
         return self._resolve(SCORE, spec, iteration, iteration.layers_left + iteration.layers_to_drop)
 

@@ -31,7 +31,7 @@ def score_by_task(spec: ScoreSpec, evaluate_all: EvaluateAll, progress: Progress
     for position, result in evaluate_all(candidates):
         values[layers[position]] = scoring.task_value(spec.task, result)
         progress(len(values), len(layers), "candidates")
-    return scoring.task_scores(spec.model, spec.task, values)
+    return scoring.task_scores(spec.model, spec.task, values, spec.protected)
 
 
 def _evaluation(spec: ScoreSpec, task: TaskSpec, layer: int) -> EvaluationSpec:
