@@ -88,7 +88,7 @@ class ScoringSettings(Settings):
         tuple[Annotated[int, Ge(0)], ...],
         AddedLater(()),
         Doc(
-            "For fixed: layers of the unpruned model in the order in which they go. A target takes the first."
+            "For fixed: layers of the unpruned model, first to go first; a target takes as many as it needs."
         ),
     ] = ()
     protected: Annotated[
@@ -148,8 +148,8 @@ class ScoreResult:
     """One score a candidate layer; how to read it is the criterion's matter.
 
     `source_layers[i]` is the source layer index of `scores[i]`. `removal_order`
-    lists source layers from the first to remove to the last, without those that may not go. `merges` says where
-    the layers to remove go, if they are merged rather than dropped.
+    lists source layers from the first to remove to the last, those left out that may not go. `merges`
+    says where the layers to remove go, if they are merged rather than dropped.
     `layer_forwards` counts how often a sequence passed a block;
     `layer_forwards_saved` how much more often it would have, had no candidate
     been given up early. `kinds[i]` says what `scores[i]` is; where it is empty

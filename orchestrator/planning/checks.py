@@ -180,8 +180,8 @@ def _check_heals_as_it_is(trajectory: TrajectoryPlan) -> None:
         raise RequestError(f"the target of {depth} layers drops nothing, so that there is nothing to bridge")
     if find_objective(recovery.objective).has_teacher and recovery.teacher is None:
         raise RequestError(
-            f"the target of {depth} layers drops nothing, so that the model would learn from itself; name the "
-            "model that it was pruned from as recovery.teacher"
+            f"the target of {depth} layers drops nothing, so that the model would learn from itself; name "
+            "the model that it was pruned from as recovery.teacher"
         )
 
 

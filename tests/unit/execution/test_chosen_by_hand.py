@@ -70,7 +70,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(
 
 
 def _healing(place: Path) -> dict[str, Any]:
-    """A campaign on a checkpoint that somebody has pruned, with the model that it was pruned from as teacher."""
+    """A campaign on a checkpoint that is pruned already, with the model that it comes from as teacher."""
     campaign = tiny_campaign(place)
     model, tokenizer = load_model(str(place / "model"))
     save_pretrained(remove_layers(model, [1]), place / "pruned", tokenizer=tokenizer)

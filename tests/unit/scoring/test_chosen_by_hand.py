@@ -1,7 +1,5 @@
 """Layers that somebody has chosen: a list of those that go, and those that stay whatever they score."""
 
-from pathlib import Path
-
 import pytest
 
 from actors.contracts import ModelRef, ModelSpec, ScoreSpec, TextSpec
