@@ -7,7 +7,7 @@ from annotated_types import Ge
 
 from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSettings, TextSpec
-from actors.contracts.models import ModelRef
+from actors.contracts.models import ModelRef, ModelSpec
 from actors.contracts.settings import AddedLater, Doc, InKeyAs, LocalPath, Name, NotInKey, Settings
 
 
@@ -88,9 +88,13 @@ class EvaluationSettings(Settings):
         NotInKey(),
     ] = "auto"
     probes: Annotated[
-        tuple[str, ...], Doc("degeneration, arithmetic, code_failures, or a plug-in's; see docs/probes.md.")
+        tuple[str, ...],
+        Doc("degeneration, arithmetic, code_failures, speculative, or a plug-in's; see docs/probes.md."),
     ] = ()
     max_new_tokens: Annotated[int, Ge(1), Doc("Longest text that a probe has the model write.")] = 128
+    num_assistant_tokens: Annotated[
+        int, Ge(1), AddedLater(5), Doc("Tokens that the draft of the probe speculative gives at a time.")
+    ] = 5
     allow_code_execution: Annotated[
         bool, Doc("Run the code that the model writes, in a sandbox, against its tests.")
     ] = False
@@ -112,7 +116,8 @@ class EvaluationSpec(EvaluationSettings):
     `tasks` holds the members of `suites`, too, whose names end in `task_suffix`;
     the suites themselves only give their means. `batch_size` None is what memory allows.
     `limit` holds for probes as for tasks. `tasks_fingerprint` is that of the folder
-    `include_path` when the campaign was planned; another folder in its place is refused.
+    `include_path` when the campaign was planned; another folder in its place is refused. `assistant` drafts
+    for `model` in the probe speculative; without it `model` drafts for the unpruned one.
     """
 
     model: ModelRef
@@ -120,6 +125,7 @@ class EvaluationSpec(EvaluationSettings):
     num_fewshot: FewShot = None  # type: ignore[assignment]
     batch_size: int | None = None  # type: ignore[assignment]
     seed: int = 0
+    assistant: Annotated[ModelSpec | None, AddedLater(None)] = None
     tasks_fingerprint: Annotated[str | None, InKeyAs("include_path")] = None
 
 

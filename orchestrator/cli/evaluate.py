@@ -17,6 +17,7 @@ from orchestrator.cli.options import (
     Revision,
     TaskSuffix,
     TrustRemoteCode,
+    absolute,
     names_in,
     new_directory,
     source_model,
@@ -53,6 +54,17 @@ def evaluate(
         str | None,
         typer.Option(help="Text before every prompt; the system's turn with --apply-chat-template."),
     ] = None,
+    assistant: Annotated[
+        str | None,
+        typer.Option(
+            help="Smaller model that drafts for this one: what speculative decoding gains by it (the probe "
+            "speculative).",
+            callback=absolute,
+        ),
+    ] = None,
+    num_assistant_tokens: Annotated[
+        int, typer.Option(help="Tokens that the assistant drafts at a time.", min=1)
+    ] = 5,
     log_samples: Annotated[
         Path | None,
         typer.Option(
@@ -77,6 +89,10 @@ def evaluate(
     from orchestrator.planning.checks import check_evaluation
 
     names, probe_names = names_in(tasks), names_in(probes)
+    if assistant is not None:
+        probe_names = tuple(dict.fromkeys((*probe_names, "speculative")))
+    elif "speculative" in probe_names:
+        raise RequestError("the probe speculative needs a model that drafts: give --assistant")
     if not (names or probe_names or throughput):
         raise RequestError("nothing to measure: give --tasks, --probes or --throughput")
     suites = tuple(name for name in names if name in SUITES)
@@ -95,6 +111,8 @@ def evaluate(
         system_instruction=system_instruction,
         batch_size=batch_size,
         probes=probe_names,
+        num_assistant_tokens=num_assistant_tokens,
+        assistant=assistant and describe_model(source_model(assistant, dtype, None, trust_remote_code)).spec,
         allow_code_execution=allow_code_execution,
         throughput=ThroughputSpec() if throughput else None,
         log_samples=log_samples is not None,

@@ -71,6 +71,11 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
             "how it writes and counts, and how fast",
             "iterabre evaluate --model M --probes degeneration,arithmetic --throughput",
         ),
+        (
+            "a chat model, with its template, and what it answered",
+            "iterabre evaluate --model M --tasks gsm8k --apply-chat-template --log-samples out",
+        ),
+        ("a pruned model as the draft of its source", "iterabre evaluate --model M --assistant DIR"),
     ),
     "export": (
         (

@@ -17,7 +17,7 @@ TASK_SETTINGS = (
     "tasks_fingerprint",
     "seed",
 )
-PROBE_SETTINGS = ("limit", "max_new_tokens", "allow_code_execution", "seed")
+PROBE_SETTINGS = ("limit", "max_new_tokens", "num_assistant_tokens", "allow_code_execution", "seed")
 """Settings that the numbers of tasks, and of probes, depend on."""
 
 
