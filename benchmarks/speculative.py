@@ -2,9 +2,9 @@
 
     python benchmarks/speculative.py --layers 20 18 16 14 12 --drafts runs/NAME/models/ID/16-layers
 
-Prints a Markdown table. Drafts are the model without the layers of least block influence, all from one scoring
-and none healed, and those given by `--drafts`. Plain and assisted decoding take turns on each prompt. The
-defaults take some six minutes with SmolLM2-135M on one core.
+Prints a Markdown table. Drafts are the model without the layers of least block influence, all from one
+scoring and none healed, and those given by `--drafts`. Plain and assisted decoding take turns on each
+prompt. The defaults take some six minutes with SmolLM2-135M on one core.
 """
 
 import argparse
@@ -71,9 +71,7 @@ def main() -> None:
 
     model, tokenizer = load_model(options.model, dtype=options.dtype)
     prompts = (PROMPTS / "instructions.txt").read_text(encoding="utf-8").splitlines()[: options.prompts]
-    print(
-        "| draft | drafted | accepted | tokens a pass | tokens/s alone | with draft | speed-up | same text |"
-    )
+    print("| draft | drafted | accepted | tokens a pass | plain tokens/s | tokens/s | speed-up | same text |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for name, draft in drafts(options, model).items():
         for count in options.num_assistant_tokens:

@@ -73,7 +73,7 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ),
         (
             "a chat model, with its template, and what it answered",
-            "iterabre evaluate --model M --tasks gsm8k --apply-chat-template --log-samples out",
+            "iterabre evaluate --model M --tasks gsm8k --apply-chat-template --log-samples s",
         ),
         ("a pruned model as the draft of its source", "iterabre evaluate --model M --assistant DIR"),
     ),
@@ -81,6 +81,10 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         (
             "the recovered model of the second iteration",
             "iterabre export runs/q --trajectory q--kd--seed0 --iteration 2 --output o",
+        ),
+        (
+            "as a GGUF file, too",
+            "iterabre export runs/q --trajectory q--kd --iteration 2 --output o --format gguf",
         ),
     ),
     "sweep": (
