@@ -99,6 +99,9 @@ def evaluate(
     members = suite_tasks(suites, task_suffix)
     single = (name for name in names if name not in SUITES)
     info = describe_model(source_model(model, dtype, revision, trust_remote_code))
+    drafting = None
+    if assistant is not None:
+        drafting = describe_model(source_model(assistant, dtype, None, trust_remote_code)).spec
     spec = EvaluationSpec(
         model=ModelRef(info.spec),
         tasks=tuple(dict.fromkeys((*members, *single))),
@@ -112,7 +115,7 @@ def evaluate(
         batch_size=batch_size,
         probes=probe_names,
         num_assistant_tokens=num_assistant_tokens,
-        assistant=assistant and describe_model(source_model(assistant, dtype, None, trust_remote_code)).spec,
+        assistant=drafting,
         allow_code_execution=allow_code_execution,
         throughput=ThroughputSpec() if throughput else None,
         log_samples=log_samples is not None,
@@ -155,7 +158,8 @@ def parse_num_fewshot(given: Sequence[str]) -> "FewShot":
 def metric_columns(result: "EvaluationResult") -> dict[str, list[str]]:
     """Return the table of an evaluation, with the columns of lm-eval's own."""
     versions, shots = dict(result.versions), dict(result.num_fewshot)
-    rows, shown = [], None
+    rows: list[tuple[str, ...]] = []
+    shown = ""
     for metric in result.metrics:
         task, _, measure = metric.name.partition("/")
         first = task != shown

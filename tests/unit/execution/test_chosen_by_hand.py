@@ -32,7 +32,9 @@ def test_targets_are_prefixes_of_the_list(tmp_path: Path) -> None:
     rows = _run(campaign, tmp_path)
     dropped = {row["iteration"]: row["layer"] for row in rows if row["metric"] == "dropped"}
     assert dropped == {1: 2, 2: 0}
-    found = [json.loads(file.read_text())["dropped_layers"] for file in tmp_path.rglob("iterabre.json")]
+    found = [
+        json.loads(file.read_text())["dropped_source_layers"] for file in tmp_path.rglob("iterabre.json")
+    ]
     assert sorted(found) == [[0, 2], [2]]
 
 
@@ -100,6 +102,9 @@ def test_a_pruned_model_is_healed_as_it_is(tmp_path: Path, mode: str) -> None:
     pairs = zip(healed.parameters(), pruned.parameters(), strict=True)
     assert any(bool((mine != theirs).any()) for mine, theirs in pairs)
     assert _run(campaign, tmp_path, "--resume") == rows
+    for command in (("plan", tmp_path / "campaign.yaml"), ("report", tmp_path / "runs/tiny")):
+        answer = iterabre(*command)
+        assert answer.exit_code == 0, answer.err
 
 
 def test_healing_may_be_a_stop_on_the_way_down(tmp_path: Path) -> None:
