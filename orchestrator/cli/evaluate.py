@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +23,7 @@ from orchestrator.cli.options import (
     new_directory,
     source_model,
 )
-from orchestrator.cli.output import err, print_json, print_table
+from orchestrator.cli.output import print_json, print_table
 from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def evaluate(
         raise RequestError("the probe speculative needs a model that drafts: give --assistant")
     if not (names or probe_names or throughput):
         raise RequestError("nothing to measure: give --tasks, --probes or --throughput")
+    if log_samples is not None and not names:
+        raise RequestError("--log-samples keeps samples of tasks: give --tasks")
     suites = tuple(name for name in names if name in SUITES)
     members = suite_tasks(suites, task_suffix)
     single = (name for name in names if name not in SUITES)
@@ -123,14 +126,8 @@ def evaluate(
     check_tasks(spec.tasks, include_path, spec.num_fewshot)
     check_probes(probe_names)
     check_evaluation(spec, info, load_tokenizer(info.spec))
-    if log_samples is None:
-        result = evaluate_model(spec)
-    elif not spec.tasks:
-        raise RequestError("--log-samples keeps samples of tasks: give --tasks")
-    else:
-        with new_directory(log_samples, "--log-samples"):
-            result = evaluate_model(spec, samples_uri=str(log_samples.resolve()))
-            err.print(f"samples in {log_samples}", soft_wrap=True, highlight=False)
+    with nullcontext() if log_samples is None else new_directory(log_samples, "--log-samples"):
+        result = evaluate_model(spec, samples_uri=None if log_samples is None else str(log_samples.resolve()))
     if as_json:
         print_json(to_json(result))
     else:
