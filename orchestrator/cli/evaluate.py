@@ -30,54 +30,60 @@ if TYPE_CHECKING:
     from actors.contracts import EvaluationResult, FewShot
 
 
+Tasks = Annotated[str, typer.Option(help="lm-eval tasks and suites, separated by commas.")]
+Throughput = Annotated[bool, typer.Option("--throughput", help="Measure speed and memory, too.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first so many documents.", min=1)]
+NumFewshot = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[TASK=]N",
+        help="Examples in the prompts of all tasks, or of one task or group. Repeatable; the tasks' own if "
+        "not given.",
+    ),
+]
+ApplyChatTemplate = Annotated[
+    bool,
+    typer.Option("--apply-chat-template", help="Put tasks as conversations by the model's chat template."),
+]
+SystemInstruction = Annotated[
+    str | None, typer.Option(help="Text before every prompt; the system's turn with --apply-chat-template.")
+]
+Assistant = Annotated[
+    str | None,
+    typer.Option(
+        help="Smaller model that drafts for this one: measure what speculative decoding gains by it.",
+        callback=absolute,
+    ),
+]
+NumAssistantTokens = Annotated[int, typer.Option(help="Tokens that the assistant drafts at a time.", min=1)]
+LogSamples = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIRECTORY",
+        help="Write prompts, responses and metrics of every document there, a samples_TASK.jsonl a task.",
+    ),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Longest requests at a time; by default what memory allows.", min=1)
+]
+
+
 def evaluate(
     model: Model,
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks and suites, separated by commas.")] = "",
+    tasks: Tasks = "",
     probes: Probes = "",
-    throughput: Annotated[bool, typer.Option("--throughput", help="Measure speed and memory, too.")] = False,
+    throughput: Throughput = False,
     allow_code_execution: AllowCodeExecution = False,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many documents.", min=1)] = None,
-    num_fewshot: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[TASK=]N",
-            help="Examples in the prompts of all tasks, or of one task or group. Repeatable; the tasks' own "
-            "if not given.",
-        ),
-    ] = None,
-    apply_chat_template: Annotated[
-        bool,
-        typer.Option(
-            "--apply-chat-template", help="Put tasks as conversations by the model's chat template."
-        ),
-    ] = False,
-    system_instruction: Annotated[
-        str | None,
-        typer.Option(help="Text before every prompt; the system's turn with --apply-chat-template."),
-    ] = None,
-    assistant: Annotated[
-        str | None,
-        typer.Option(
-            help="Smaller model that drafts for this one: what speculative decoding gains by it (the probe "
-            "speculative).",
-            callback=absolute,
-        ),
-    ] = None,
-    num_assistant_tokens: Annotated[
-        int, typer.Option(help="Tokens that the assistant drafts at a time.", min=1)
-    ] = 5,
-    log_samples: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIRECTORY",
-            help="Write prompts, responses and metrics of every document there, a samples_TASK.jsonl a task.",
-        ),
-    ] = None,
+    limit: Limit = None,
+    num_fewshot: NumFewshot = None,
+    apply_chat_template: ApplyChatTemplate = False,
+    system_instruction: SystemInstruction = None,
+    assistant: Assistant = None,
+    num_assistant_tokens: NumAssistantTokens = 5,
+    log_samples: LogSamples = None,
     include_path: IncludePath = None,
     task_suffix: TaskSuffix = "",
-    batch_size: Annotated[
-        int | None, typer.Option(help="Longest requests at a time; by default what memory allows.", min=1)
-    ] = None,
+    batch_size: BatchSize = None,
     dtype: Dtype = "float32",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
