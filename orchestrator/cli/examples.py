@@ -72,9 +72,10 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
             "iterabre evaluate --model M --probes degeneration,arithmetic --throughput",
         ),
         (
-            "a chat model, with its template, and what it answered",
-            "iterabre evaluate --model M --tasks gsm8k --apply-chat-template --log-samples s",
+            "a model that chats, with its template",
+            "iterabre evaluate --model M --tasks boolq --apply-chat-template",
         ),
+        ("what it answered, a file a task", "iterabre evaluate --model M --tasks gsm8k --log-samples out"),
         ("a pruned model as the draft of its source", "iterabre evaluate --model M --assistant DIR"),
     ),
     "export": (
@@ -84,7 +85,7 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ),
         (
             "as a GGUF file, too",
-            "iterabre export runs/q --trajectory q--kd --iteration 2 --output o --format gguf",
+            "iterabre export r/q --trajectory t --iteration 2 --output o --format gguf",
         ),
     ),
     "sweep": (

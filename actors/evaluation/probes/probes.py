@@ -228,18 +228,6 @@ PROBES: Mapping[str, Probe] = {
         },
         reports=True,
     ),
-    "speculative": Probe(
-        speculative,
-        "Leviathan et al. 2023 (arXiv 2211.17192), by transformers' assisted generation",
-        {
-            "acceptance_rate": "share of the drafted tokens that the unpruned model takes",
-            "tokens_per_forward": "new tokens for each forward pass of the unpruned model",
-            "tokens_per_second": "new tokens over the time that they took, drafting included",
-            "speedup": "that, over plain greedy decoding by the unpruned model",
-            "same_text": "share of prompts on which plain greedy decoding gives the same tokens",
-        },
-        reports=True,
-    ),
     "arithmetic": Probe(
         arithmetic,
         f"{LIMITS}, §3.2 and App. A.4",
@@ -262,6 +250,18 @@ PROBES: Mapping[str, Probe] = {
             "cut_off": "… whose code max_new_tokens cut, and which are not judged; the six add up to 1",
             "pass_at_1": "share that passes its tests; only with allow_code_execution",
             "unfinished": "share of responses that were cut at max_new_tokens",
+        },
+        reports=True,
+    ),
+    "speculative": Probe(
+        speculative,
+        "Leviathan et al. 2023 (arXiv 2211.17192), by transformers' assisted generation",
+        {
+            "acceptance_rate": "share of the drafted tokens that the unpruned model takes",
+            "tokens_per_forward": "new tokens for each forward pass of the unpruned model",
+            "tokens_per_second": "new tokens over the time that they took, drafting included",
+            "speedup": "that, over plain greedy decoding by the unpruned model",
+            "same_text": "share of prompts on which plain greedy decoding gives the same tokens",
         },
         reports=True,
     ),

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actors.contracts import Progress, no_progress
 from actors.errors import RequestError
 from actors.evaluation.probes.decoding import encode_prompt
+from actors.models import without_layers
 from actors.models.decoding import end_tokens, plain_greedy
 from actors.models.offloading.dispatch import input_device
 
@@ -63,6 +64,8 @@ def speculate(
                 f"probe speculative: the state of a {model.config.model_type} model cannot be taken back by "
                 "a token, which transformers' assisted generation needs; leave the probe out"
             )
+    if draft is verifier:  # their forwards are told apart by the object
+        draft = without_layers(verifier, ())
     place = input_device(verifier)
     ends = end_tokens(verifier, tokenizer)
     settings = {
