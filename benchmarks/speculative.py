@@ -37,7 +37,7 @@ def drafts(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Pre
     for path in options.drafts:
         draft = load_model(path, dtype=options.dtype)[0]
         given[f"{depth(draft.config)} of {num_layers}, healed"] = draft
-    return {f"all {num_layers}": model, **pruned, **given}
+    return {f"all {num_layers}": model, **given, **pruned}
 
 
 def row(name: str, drafted_at_a_time: int, answers: list[Speculation]) -> str:
