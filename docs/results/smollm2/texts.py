@@ -3,7 +3,7 @@
     python docs/results/smollm2/texts.py --learn FILE:COLUMN ... --c4 FILE:COLUMN --test FILE ... --out DIR
 
 All files are JSON lines, or plain text for `--test`. A document goes in once, and not if it shares 13 words
-in a row with a file of `--test`, whichever of its fields they are in. A third of C4 is kept apart as c4.jsonl.
+in a row with a file of `--test`, whichever of its fields they are in. A third of C4 is apart as c4.jsonl.
 """
 
 import argparse
