@@ -140,6 +140,8 @@ def _conditions(
         )
         longest = f", inputs of {evaluation.max_length} tokens at most" if evaluation.max_length else ""
         yield f"Prompts {template}{longest}; seed {evaluation.seed}."
+        if evaluation.system_instruction:
+            yield f"Text before every prompt: “{evaluation.system_instruction}”"
     for text in evaluation.perplexity:
         part = f"its first {text.max_tokens:,} tokens" if text.max_tokens else "the whole text"
         name = _text_name(text.data)
