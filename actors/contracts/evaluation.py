@@ -5,10 +5,11 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from actors.contracts import names
 from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSettings, TextSpec
 from actors.contracts.models import ModelRef, ModelSpec
-from actors.contracts.settings import AddedLater, Doc, InKeyAs, LocalPath, Name, NotInKey, Settings
+from actors.contracts.settings import AddedLater, Doc, InKeyAs, Known, LocalPath, Name, NotInKey, Settings
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,12 @@ class EvaluationSettings(Settings):
     perplexity: tuple[PerplexitySettings, ...] = (
         PerplexitySettings("wikitext2", TextSettings(builtin="wikitext-2-raw-test")),
     )
-    suites: Annotated[tuple[str, ...], Doc("Batteries of tasks, by name; see docs/evaluation.md.")] = ()
-    tasks: Annotated[tuple[str, ...], Doc("Further lm-eval tasks and groups, by name.")] = ()
+    suites: Annotated[
+        tuple[str, ...], Known(names.SUITES), Doc("Batteries of tasks, by name; see docs/evaluation.md.")
+    ] = ()
+    tasks: Annotated[
+        tuple[str, ...], Known(names.TASKS), Doc("Further lm-eval tasks and groups, by name.")
+    ] = ()
     include_path: Annotated[
         str | None, LocalPath(), Doc("Directory with further lm-eval tasks."), NotInKey()
     ] = None
@@ -89,6 +94,7 @@ class EvaluationSettings(Settings):
     ] = "auto"
     probes: Annotated[
         tuple[str, ...],
+        Known(names.PROBES),
         Doc("degeneration, arithmetic, code_failures, speculative, or a plug-in's; see docs/probes.md."),
     ] = ()
     max_new_tokens: Annotated[int, Ge(1), Doc("Longest text that a probe has the model write.")] = 128

@@ -6,10 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
 
+from actors.contracts import names
 from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSettings, TextSpec
 from actors.contracts.models import Merge, ModelRef
-from actors.contracts.settings import AddedLater, Doc, InKeyAs, NotInKey, Settings
+from actors.contracts.settings import AddedLater, Doc, InKeyAs, Known, NotInKey, Settings
 
 ScoreKind = Literal["exact", "bound", "screened", "screened_bound"]
 """What a score is: its value, or what it is at best; the same as seen in the screening dtype."""
@@ -73,7 +74,9 @@ class ScoringSettings(Settings):
 
     REMOVED: ClassVar[Mapping[str, Any]] = {"granularity": "block", "confidence": None}
 
-    criterion: Annotated[str, Doc("A name in the table of criteria, or a plug-in's.")] = "hidden_cosine"
+    criterion: Annotated[
+        str, Known(names.CRITERIA), Doc("A name in the table of criteria, or a plug-in's.")
+    ] = "hidden_cosine"
     reference: Annotated[
         Literal["source", "current"],
         Doc("Model whose output is to be kept: the unpruned or the current one."),

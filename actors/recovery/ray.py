@@ -55,7 +55,7 @@ from actors.recovery.training.train_context import (
     TrainContext,
     WriteShard,
 )
-from actors.stage_output import RunningStage, output_of, running_stage
+from actors.stage_output import RunningStage, output_of, quiet_libraries, running_stage
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
@@ -195,7 +195,8 @@ def recover_on_ray(
         # Ray Train would try again whatever failed, and only with as many workers.
         failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_TO_KEEP),
-        logging_config=LoggingConfig(log_level="WARNING"),
+        # Its warnings are of requests that it repeats by itself.
+        logging_config=LoggingConfig(log_level="ERROR"),
     )
     counts = worker_counts(spec.batch_size, workers)
     restarts = Restarts(counts, max_failures, start_timeout_s, replacement_timeout_s)
@@ -211,7 +212,11 @@ def recover_on_ray(
                     f"(execution.training.max_failures: {max_failures}): {lost}. Finished steps are kept up "
                     "to the last checkpoint; continue with --resume"
                 ) from lost
-            log.warning("recovery %s: %s; it goes on from its last checkpoint", name, lost)
+            tries = (
+                "the loss was announced" if lost.announced else f"try {restarts.failures} of {max_failures}"
+            )
+            log.warning("recovery %s: %s; restarted from its last checkpoint, %s", name, lost, tries)
+            progress.restarted(f"lost a worker; restarted, {tries}")
         except _NoPlacesError as error:
             if not restarts.go_on_without_places():
                 raise
@@ -325,8 +330,7 @@ def _with_smaller_micro_batch(job: _Job, name: str, error: BaseException) -> Ite
 
 def _train_worker(config: dict[str, _Job]) -> tuple[RecoveryResult | IterabreError, float]:
     """Train in one worker; return the result, and for how long its workers waited for their places."""
-    # It would log every checkpoint that is reported.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    quiet_libraries()
     with output_of(config["job"].stage):
         return _train(config["job"]), _waited["s"]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from actors.contracts import names as known
 from orchestrator.cli.options import (
     AllowCodeExecution,
     Dtype,
@@ -19,6 +20,7 @@ from orchestrator.cli.options import (
     TaskSuffix,
     TrustRemoteCode,
     absolute,
+    completing,
     names_in,
     new_directory,
     source_model,
@@ -30,7 +32,13 @@ if TYPE_CHECKING:
     from actors.contracts import EvaluationResult, FewShot
 
 
-Tasks = Annotated[str, typer.Option(help="lm-eval tasks and suites, separated by commas.")]
+Tasks = Annotated[
+    str,
+    typer.Option(
+        help="lm-eval tasks and suites, separated by commas.",
+        autocompletion=completing(*known.SUITES, *known.TASKS),
+    ),
+]
 Throughput = Annotated[bool, typer.Option("--throughput", help="Measure speed and memory, too.")]
 Limit = Annotated[int | None, typer.Option(help="Only the first so many documents.", min=1)]
 NumFewshot = Annotated[

@@ -25,7 +25,8 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("run, or go on with what is there", "iterabre campaign configs/demo.yaml --resume"),
         ("without Ray, in this process", "iterabre campaign c.yaml --set execution.backend=local"),
         ("on the cluster that runs here", "iterabre campaign campaign.yaml --resume --address auto"),
-        ("leave the file as it is, change a field", "iterabre campaign c.yaml --set targets.0.layers=24"),
+        ("another seed, the file left as it is", "iterabre campaign campaign.yaml --set seeds.0=1"),
+        ("other targets", "iterabre campaign campaign.yaml --set 'targets=[{layers: 24}]'"),
     ),
     "status": (
         ("what runs and waits, and numbers so far", "iterabre status runs/smollm2-demo"),

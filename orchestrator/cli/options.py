@@ -1,13 +1,14 @@
 """Options and arguments that several commands have in common."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from actors.contracts import names
 from orchestrator.config import absolute_path
 from orchestrator.errors import RequestError
 
@@ -27,6 +28,24 @@ Run = Annotated[
     str, typer.Argument(help="Where a run lies: runs/smollm2-demo, s3://bucket/runs/x.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
+
+
+def completing(*names: str) -> Callable[[str], list[str]]:
+    """Return what completes the last name of a list that commas separate, for shells."""
+
+    def complete(incomplete: str) -> list[str]:
+        head, comma, last = incomplete.rpartition(",")
+        return [f"{head}{comma}{name}" for name in names if name.startswith(last)]
+
+    return complete
+
+
+def complete_machines(incomplete: str) -> list[str]:
+    """Complete `8xH1` to `8xH100-80G`, for shells."""
+    from orchestrator.planning.cost_model import MACHINES
+
+    count, separator, name = incomplete.partition("x") if incomplete[:1].isdecimal() else ("", "", incomplete)
+    return [f"{count}{separator}{each}" for each in MACHINES if each.startswith(name)]
 
 
 def absolute(path: str | None) -> str | None:
@@ -63,7 +82,8 @@ AllowCodeExecution = Annotated[
 Probes = Annotated[
     str,
     typer.Option(
-        help="degeneration, arithmetic, code_failures, speculative, or a plug-in's; separated by commas."
+        help="degeneration, arithmetic, code_failures, speculative, or a plug-in's; separated by commas.",
+        autocompletion=completing(*names.PROBES),
     ),
 ]
 
