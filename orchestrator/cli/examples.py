@@ -49,7 +49,10 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("a method before all others", "iterabre prioritise runs/q 10 --method kd"),
         ("a model after all others", "iterabre prioritise runs/q --model q -- -5"),
     ),
-    "report": (("at any time, also while it runs", "iterabre report runs/smollm2-demo"),),
+    "report": (
+        ("at any time, also while it runs", "iterabre report runs/smollm2-demo"),
+        ("two runs side by side", "iterabre report runs/first runs/second --output comparison"),
+    ),
     "score": (
         ("which layers matter least", "iterabre score --model Qwen/Qwen2.5-0.5B"),
         (

@@ -282,7 +282,8 @@ def attach_files(
     ]
     files = {path: content for path in paths if (content := read_bytes(join(store.uri, path))) is not None}
     for name, tracker in trackers.items():
+        expected: tuple[type[Exception], ...] = (WorkError, OSError, *tracker.failures)
         try:
             tracker.attach(files)
-        except (WorkError, OSError, *tracker.failures) as error:
+        except expected as error:
             tell(f"tracking.{name} did not take the report; --resume gives it once more: {error}")
