@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.reporting.charts.method_charts import GROUPS
-from orchestrator.reporting.html import Source, build_report
+from orchestrator.reporting.html import build_report
+from orchestrator.reporting.run_source import Source
 from orchestrator.storage.ledger import Ledger, Row
 
 MODELS = {

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from actors.contracts import names
+from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSettings, TextSpec
-from actors.contracts.models import ModelRef
+from actors.contracts.models import ModelRef, ModelSpec
 from actors.contracts.settings import AddedLater, Doc, InKeyAs, Known, LocalPath, Name, NotInKey, Settings
 
 
@@ -75,6 +76,14 @@ class EvaluationSettings(Settings):
         Doc("Put tasks as conversations by the model's chat template; task_metric's, too."),
         AddedLater(False),
     ] = False
+    system_instruction: Annotated[
+        str | None,
+        Doc(
+            "Text before every prompt of a task; with `apply_chat_template` the system's turn, before the "
+            "task's own description. task_metric's, too."
+        ),
+        AddedLater(None),
+    ] = None
     max_length: Annotated[
         int | None, Ge(2), Doc("Longest input of a task in tokens; the model's own if not given.")
     ] = None
@@ -86,13 +95,24 @@ class EvaluationSettings(Settings):
     probes: Annotated[
         tuple[str, ...],
         Known(names.PROBES),
-        Doc("degeneration, arithmetic, code_failures, or a plug-in's; see docs/probes.md."),
+        Doc("degeneration, arithmetic, code_failures, speculative, or a plug-in's; see docs/probes.md."),
     ] = ()
     max_new_tokens: Annotated[int, Ge(1), Doc("Longest text that a probe has the model write.")] = 128
+    num_assistant_tokens: Annotated[
+        int, Ge(1), AddedLater(5), Doc("Tokens that the draft of the probe speculative gives at a time.")
+    ] = 5
     allow_code_execution: Annotated[
         bool, Doc("Run the code that the model writes, in a sandbox, against its tests.")
     ] = False
     throughput: Annotated[ThroughputSpec | None, Doc("Measure speed and memory, too.")] = None
+    log_samples: Annotated[
+        bool,
+        Doc(
+            "Keep every document's prompt, responses and metrics, one samples_TASK.jsonl a task, with the "
+            "stage's files. Changes no result."
+        ),
+        NotInKey(),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +122,8 @@ class EvaluationSpec(EvaluationSettings):
     `tasks` holds the members of `suites`, too, whose names end in `task_suffix`;
     the suites themselves only give their means. `batch_size` None is what memory allows.
     `limit` holds for probes as for tasks. `tasks_fingerprint` is that of the folder
-    `include_path` when the campaign was planned; another folder in its place is refused.
+    `include_path` when the campaign was planned; another folder in its place is refused. `assistant` drafts
+    for `model` in the probe speculative; without it `model` drafts for the unpruned one.
     """
 
     model: ModelRef
@@ -110,6 +131,7 @@ class EvaluationSpec(EvaluationSettings):
     num_fewshot: FewShot = None  # type: ignore[assignment]
     batch_size: int | None = None  # type: ignore[assignment]
     seed: int = 0
+    assistant: Annotated[ModelSpec | None, AddedLater(None)] = None
     tasks_fingerprint: Annotated[str | None, InKeyAs("include_path")] = None
 
 
@@ -125,8 +147,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics of one model, with the versions that produced them."""
+    """Metrics of one model, with the versions that produced them.
+
+    `num_fewshot` are the examples in the prompts of each task. `artifact` holds `samples_TASK.jsonl`
+    where the spec asks for samples.
+    """
 
     metrics: tuple[Metric, ...]
     num_parameters: int
     versions: tuple[tuple[str, str], ...] = ()
+    num_fewshot: tuple[tuple[str, int], ...] = ()
+    artifact: ArtifactRef | None = None

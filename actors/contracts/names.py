@@ -17,10 +17,11 @@ CRITERIA = (
     "magnitude_l2",
     "task_metric",
     "laco",
+    "fixed",
     "random",
 )
 OBJECTIVES = ("kd", "healing", "healing_aux", "sft", "sgr", "linear_bridge", "none")
-PROBES = ("degeneration", "arithmetic", "code_failures")
+PROBES = ("degeneration", "arithmetic", "code_failures", "speculative")
 SUITES = (
     "reasoning",
     "language",

@@ -68,6 +68,8 @@ def _run(
     from orchestrator.storage.control import read_control
     from orchestrator.storage.run_manifest import read_run
     from orchestrator.storage.stage_store import Store
+    from orchestrator.tracking.publisher import attach_files
+    from orchestrator.tracking.trackers import make_trackers
 
     store = Store.of_config(config.storage, config.name, verify)
     say("Checking the request: models, texts, tasks and the storage")
@@ -93,6 +95,7 @@ def _run(
             raise WorkError("stopped; finished stages are kept, --resume continues") from stopped
     show_results(store.uri)
     report_file = build_report(store.uri)
+    attach_files(make_trackers(config, store), store, say)
     out.print(
         f"\nModels   {store.uri}/models\nReport   {report_file}\nLedger   {store.ledger_uri}", soft_wrap=True
     )

@@ -49,7 +49,10 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("a method before all others", "iterabre prioritise runs/q 10 --method kd"),
         ("a model after all others", "iterabre prioritise runs/q --model q -- -5"),
     ),
-    "report": (("at any time, also while it runs", "iterabre report runs/smollm2-demo"),),
+    "report": (
+        ("at any time, also while it runs", "iterabre report runs/smollm2-demo"),
+        ("two runs side by side", "iterabre report runs/first runs/second --output comparison"),
+    ),
     "score": (
         ("which layers matter least", "iterabre score --model Qwen/Qwen2.5-0.5B"),
         (
@@ -72,11 +75,21 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
             "how it writes and counts, and how fast",
             "iterabre evaluate --model M --probes degeneration,arithmetic --throughput",
         ),
+        (
+            "a model that chats, with its template",
+            "iterabre evaluate --model M --tasks boolq --apply-chat-template",
+        ),
+        ("what it answered, a file a task", "iterabre evaluate --model M --tasks gsm8k --log-samples out"),
+        ("a pruned model as the draft of its source", "iterabre evaluate --model M --assistant DIR"),
     ),
     "export": (
         (
             "the recovered model of the second iteration",
             "iterabre export runs/q --trajectory q--kd--seed0 --iteration 2 --output o",
+        ),
+        (
+            "as a GGUF file, too",
+            "iterabre export r/q --trajectory t --iteration 2 --output o --format gguf",
         ),
     ),
     "sweep": (

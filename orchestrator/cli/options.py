@@ -48,7 +48,7 @@ def complete_machines(incomplete: str) -> list[str]:
     return [f"{count}{separator}{each}" for each in MACHINES if each.startswith(name)]
 
 
-def _absolute(path: str | None) -> str | None:
+def absolute(path: str | None) -> str | None:
     """Return the path as workers of a cluster, which have directories of their own, find it, too."""
     return path and absolute_path(path)
 
@@ -58,7 +58,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         help="Hub id, directory, GGUF file, or package://PACKAGE/FILE.gguf.",
-        callback=_absolute,
+        callback=absolute,
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")]
@@ -73,7 +73,7 @@ TrustRemoteCode = Annotated[
     ),
 ]
 IncludePath = Annotated[
-    str | None, typer.Option(help="Directory with further lm-eval tasks.", callback=_absolute)
+    str | None, typer.Option(help="Directory with further lm-eval tasks.", callback=absolute)
 ]
 TaskSuffix = Annotated[str, typer.Option(help="Added to the names of suite members.")]
 AllowCodeExecution = Annotated[
@@ -82,7 +82,7 @@ AllowCodeExecution = Annotated[
 Probes = Annotated[
     str,
     typer.Option(
-        help="degeneration, arithmetic, code_failures, or a plug-in's; separated by commas.",
+        help="degeneration, arithmetic, code_failures, speculative, or a plug-in's; separated by commas.",
         autocompletion=completing(*names.PROBES),
     ),
 ]
@@ -124,15 +124,18 @@ def names_in(text: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[None]:
-    """Make a directory for output, and remove it again if nothing was written into it."""
+def new_directory(path: Path, option: str = "--output") -> Iterator[None]:
+    """Make a directory for output, and remove it again if nothing was written into it.
+
+    `option` is where it was given.
+    """
     from actors.artifacts import without_empty_directories
 
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RequestError(f"--output {str(path)!r} is there already and not empty; choose another directory")
+        raise RequestError(f"{option} {str(path)!r} is there already and not empty; choose another directory")
     with without_empty_directories(path):
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RequestError(f"--output {str(path)!r} cannot be made: {error.strerror}") from error
+            raise RequestError(f"{option} {str(path)!r} cannot be made: {error.strerror}") from error
         yield

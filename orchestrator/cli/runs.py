@@ -2,7 +2,8 @@
 
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from orchestrator.cli.options import Json, Run
 from orchestrator.cli.output import err, out, print_json
+from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
     from orchestrator.reporting.data.run_status import RunStatus
@@ -83,9 +85,35 @@ def _watch(store: "Store") -> None:
             time.sleep(interval_s)
 
 
-def report(run: Run) -> None:
-    """Write the HTML report of a run, finished or not."""
-    out.print(str(build_report(existing_run(run))), soft_wrap=True)
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Where a run lies; several are compared with one another.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            help="Directory to write: RUN/report of one run, ./comparison of several.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write the HTML report of a run, finished or not, or of several runs side by side."""
+    runs = list(dict.fromkeys(existing_run(run).rstrip("/") for run in runs))
+    if len(runs) == 1 and output is None:
+        out.print(build_report(runs[0]), soft_wrap=True)
+        return
+    output = output or Path("comparison")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"--output {str(output)!r} cannot be made: {error.strerror}") from error
+    out.print(str(_build_at(runs, output, linked=False)), soft_wrap=True)
 
 
 def existing_run(run: str) -> str:
@@ -102,18 +130,16 @@ def existing_run(run: str) -> str:
 
 
 def show_results(run: str) -> None:
-    """Print a table of numbers for each trajectory."""
-    from orchestrator.reporting.tables.tables import iteration_table
-    from orchestrator.reporting.tables.terminal import results_table
+    """Print one table of the numbers of all trajectories at their targets."""
+    from orchestrator.reporting.tables.terminal import comparison_lines, comparison_table
     from orchestrator.storage.ledger import Ledger
     from orchestrator.storage.stage_store import Store
 
-    lines = iteration_table(Ledger(Store(run).ledger_uri).read())
-    for trajectory in dict.fromkeys(line["trajectory"] for line in lines):
-        own = [line for line in lines if line["trajectory"] == trajectory]
-        out.print(results_table(own, out.width))
-    if not lines:
-        err.print("No stage is finished yet.")
+    lines = comparison_lines(Ledger(Store(run).ledger_uri).read())
+    if lines:
+        out.print(comparison_table(lines, out.width))
+    else:
+        err.print("Nothing is measured yet.")
 
 
 def show_usage(store: "Store") -> None:
@@ -146,14 +172,35 @@ def show_statuses(store: "Store") -> None:
 def build_report(run: str) -> str:
     """Write the HTML report beside the run and return its place."""
     from actors.artifacts import local_path, publish
+    from orchestrator.storage.run_manifest import recorded_store
+
+    uri = recorded_store(run).report_uri
+    if directory := local_path(uri):
+        return str(_build_at([run], directory))
+    with tempfile.TemporaryDirectory() as scratch:
+        _build_at([run], Path(scratch))
+        return publish(Path(scratch), uri).uri
+
+
+def _build_at(runs: Sequence[str], directory: Path, linked: bool = True) -> Path:
+    """Write the HTML report of one run or several to a directory and return its page.
+
+    It is `linked` to the stages of the one run that it lies in.
+    """
     from orchestrator.reporting.html import build_report
+    from orchestrator.reporting.joined_runs import join_sources
     from orchestrator.reporting.run_source import read_source
     from orchestrator.storage.run_manifest import recorded_store
 
-    store = recorded_store(run)
-    source = read_source(store)
-    if directory := local_path(store.report_uri):
-        return str(build_report(source, directory))
-    with tempfile.TemporaryDirectory() as scratch:
-        build_report(source, Path(scratch))
-        return publish(Path(scratch), store.report_uri).uri
+    sources = [read_source(recorded_store(run)) for run in runs]
+    joined = join_sources(dict(zip(short_names(runs), sources, strict=True))) if len(runs) > 1 else sources[0]
+    return build_report(joined if linked else replace(joined, stages=None), directory)
+
+
+def short_names(runs: Sequence[str]) -> list[str]:
+    """Return the last parts of the runs' paths, as many as tell them apart."""
+    parts = [run.rstrip("/").split("/") for run in runs]
+    count = 1
+    while len({tuple(part[-count:]) for part in parts}) < len(parts):
+        count += 1
+    return ["/".join(part[-count:]) for part in parts]

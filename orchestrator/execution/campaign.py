@@ -74,8 +74,8 @@ def run_campaign(
         resume: go on with the run that `store` holds.
         address: a Ray cluster to join; RAY_ADDRESS or a cluster of this machine's own if None.
         accept_changes: go on even if what the run is of has changed, such as a model under its id.
-        tell: is called with what goes on, and what has changed since the run was recorded, in words for
-            the user.
+        tell: is called, in words for the user, with what goes on, with what has changed since the run was
+            recorded, and with where trackers show it.
 
     Raises:
         RequestError: `store` cannot be written, holds another run, or is in use; data of a task or what
@@ -105,7 +105,7 @@ def run_campaign(
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":
-        with _running(config, plan, store, trackers, LogWriter(store), changes) as stop:
+        with _running(config, plan, store, trackers, LogWriter(store), changes, tell) as stop:
             return _run_in_this_process(config, plan, store, limits, stop)
     own = cluster_address(address) == LOCAL
     tell("Starting Ray on this machine" if own else "Joining the Ray cluster")
@@ -126,7 +126,7 @@ def run_campaign(
         )
         logs = LogWriter(store)
         with (
-            _running(config, plan, store, trackers, logs, changes) as stop,
+            _running(config, plan, store, trackers, logs, changes, tell) as stop,
             workers_output_to(WorkerOutput(logs)),
         ):
             return run_trials(config, plan, store, limits, at_a_time, admission, stop=stop)
@@ -140,6 +140,7 @@ def _running(
     trackers: Mapping[str, Tracker],
     logs: LogWriter,
     changes: Sequence[Change],
+    tell: Callable[[str], None],
 ) -> Iterator[StopRequest]:
     """Open the run, hold it alone, publish its numbers; then remove what interrupted attempts left."""
     stop = StopRequest(config.execution.stop_timeout_s)
@@ -147,7 +148,7 @@ def _running(
         record_trajectories(store, plan.trajectories)
         if changes:
             update_run(store, *_manifest(config, plan), [str(change) for change in changes])
-        with published(trackers, plan, store):
+        with published(trackers, plan, store, tell):
             yield stop
         collect(store)
 

@@ -1,79 +1,42 @@
 """The report: one HTML file that needs no network, with figures and tables as files beside it."""
 
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from actors.artifacts import write_bytes
 from orchestrator.reporting import explorer
 from orchestrator.reporting.charts.charts import Figure, described
-from orchestrator.reporting.charts.figures import colours_of, write_all
+from orchestrator.reporting.charts.figures import SEQUENCE, colours_of, write_all
 from orchestrator.reporting.charts.method_charts import method_figures
 from orchestrator.reporting.charts.source_charts import source_figures, sweep_figures
 from orchestrator.reporting.data import provenance
+from orchestrator.reporting.data.accuracies import with_mean_accuracy
 from orchestrator.reporting.data.comparisons import NOT_PRUNED, Entry, Grid, comparison_grids, entries
 from orchestrator.reporting.data.due import due_models
-from orchestrator.reporting.data.measured import (
-    Measured,
-    Number,
-    direction,
-    headline_metrics,
-    measured_models,
-    usable_models,
-)
+from orchestrator.reporting.data.measured import RECOVERED, Measured, headline_metrics, measured_models
+from orchestrator.reporting.page import environment, file_name
+from orchestrator.reporting.run_source import Source
 from orchestrator.reporting.tables.costs import cost_grid
-from orchestrator.reporting.tables.glossary import glossary
+from orchestrator.reporting.tables.metric_names import glossary
 from orchestrator.reporting.tables.summary import best_at_each_size, of_method
 from orchestrator.reporting.tables.tables import (
-    BEFORE_RECOVERY,
     LEADING,
     STAGES,
-    Line,
     before,
     csv,
     is_perplexity,
     iteration_numbers,
     latex,
     markdown,
-    show,
 )
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a report is made of.
-
-    Attributes:
-        ledger: all rows of the run so far.
-        config: the configuration that the run was started with.
-        versions: of the packages, when it was started.
-        planned: iterations of each trajectory, by its id, as far as known.
-        trajectories: id, model, method and depths of all that are planned, as far as known.
-        failures: reason of every trajectory that failed.
-        given_up: trajectories that the scheduler ended.
-        hashes: of source models and data, by what they are.
-        sweeps: contents of every `sweep.json` of the run.
-    """
-
-    ledger: pa.Table
-    config: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    planned: Mapping[str, int] = field(default_factory=dict)
-    trajectories: Sequence[Mapping[str, Any]] = ()
-    failures: Mapping[str, str] = field(default_factory=dict)
-    given_up: Sequence[str] = ()
-    hashes: Mapping[str, str] = field(default_factory=dict)
-    sweeps: Sequence[Mapping[str, Any]] = ()
 
 
 def build_report(source: Source, out_dir: Path) -> Path:
@@ -84,33 +47,36 @@ def build_report(source: Source, out_dir: Path) -> Path:
     for folder in ("figures", "tables"):
         (out_dir / folder).mkdir(parents=True, exist_ok=True)
     ledger = source.ledger.combine_chunks()
-    models = in_order_of(source.config, measured_models(ledger))
+    models = with_mean_accuracy(in_order_of(source.config, measured_models(ledger)))
     found = entries(models)
     grids = [*comparison_grids(ledger, models, source.config), cost_grid(ledger)]
     due = due_models(ledger, models, source.trajectories, [*source.failures, *source.given_up])
-    stages = provenance.stages_of(ledger)
+    stages = provenance.stages_of(ledger, source.stages)
     drawn, sources = Drawn(out_dir / "figures"), dict.fromkeys(model.model for model in models)
     # A section a source and method, in the order of the models; those not measured yet come last.
     places = dict.fromkeys((m.model, m.method) for m in models)
     begun = ledger.group_by(["model", "method"], use_threads=False).aggregate([]).to_pylist()
     places |= dict.fromkeys((row["model"], row["method"]) for row in begun)
-    page = _environment(stages).get_template("report.html.j2").render(
+    written = source.config.get("runs") or dict(source.config)
+    page = environment(stages).get_template("report.html.j2").render(
         name=source.config.get("name", "campaign"),
         progress=progress(models, source),
         scope=scope(ledger),
         failures=source.failures,
-        best=best_at_each_size(found, due),
-        explorer=explorer.describe(usable_models(models)),
+        notes=source.notes,
+        best=best_at_each_size(found, due, source.exports),
+        explorer=explorer.describe(found),
         glossary=glossary(headline_metrics(found)),
         grids=[_with_files(grid, out_dir / "tables") for grid in grids if grid is not None],
         sources=[_source(name, ledger, found, source, drawn) for name in sources],
         sections=[_section(*place, ledger, models, out_dir, drawn) for place in places],
         sweeps=[drawn.add("", figure) for figure in sweep_figures(source.sweeps)],
         stages=stages,
-        config=yaml.safe_dump(dict(source.config), sort_keys=False, allow_unicode=True),
+        config=yaml.safe_dump(written, sort_keys=False, allow_unicode=True) if written else "",
         versions=source.versions,
         hashes=source.hashes,
         updated=pc.max(ledger["when"]).as_py(),
+        sequence=SEQUENCE,
         plotly_js=Markup(get_plotlyjs()),
     )  # fmt: skip
     # The page first: the figures for print take far longer.
@@ -149,7 +115,7 @@ def in_order_of(config: Mapping[str, Any], models: Sequence[Measured]) -> list[M
 
 @dataclass(frozen=True)
 class Progress:
-    """Iterations measured to the end, of those planned; `waiting` trajectories have none yet."""
+    """Models measured after their recovery, of those planned; `waiting` trajectories have none yet."""
 
     done: int
     total: int
@@ -161,20 +127,22 @@ class Progress:
 
 
 def progress(models: Iterable[Measured], source: Source) -> Progress | None:
-    """Return how far the run is; None where the plan is not known."""
-    if not source.planned:
+    """Return how far the run is, without what failed or was given up; None where the plan is not known."""
+    planned = {one["trajectory"]: len(one["depths"]) for one in source.trajectories} or source.planned
+    ended = {*source.failures, *source.given_up}
+    planned = {trajectory: count for trajectory, count in planned.items() if trajectory not in ended}
+    if not planned:
         return None
-    finished = {(m.trajectory, m.iteration) for m in usable_models(models) if m.iteration > 0}
+    recovered = [model for model in models if model.phase == RECOVERED and model.trajectory in planned]
+    finished = {(model.trajectory, model.iteration) for model in recovered}
     begun = {trajectory for trajectory, _ in finished}
-    return Progress(len(finished), sum(source.planned.values()), len(source.planned.keys() - begun))
+    return Progress(len(finished), sum(planned.values()), len(planned.keys() - begun))
 
 
 def scope(ledger: pa.Table) -> dict[str, int]:
     """Count how many of each the ledger has rows of."""
-    return {f"{name}s": len(pc.unique(ledger[name])) for name in ("model", "method", "seed")} | {
-        "trajectories": len(pc.unique(ledger["trajectory"])),
-        "rows": ledger.num_rows,
-    }
+    counts = {f"{name}s": len(pc.unique(ledger[name])) for name in ("model", "method", "seed")}
+    return counts | {"rows": ledger.num_rows}
 
 
 def _source(
@@ -222,52 +190,7 @@ def _section(
 
 def _with_files(grid: Grid, folder: Path) -> Grid:
     """Write the grid to `folder` as Markdown, LaTeX and CSV, and return it."""
-    lines: Sequence[Line] = grid.lines
-    for ending, text in (("md", markdown(lines)), ("tex", latex(lines, grid.best)), ("csv", csv(lines))):
+    marks = (grid.lines, grid.best, grid.even)
+    for ending, text in (("md", markdown(*marks)), ("tex", latex(*marks)), ("csv", csv(grid.lines))):
         write_bytes(str(folder / f"{file_name(grid.name)}.{ending}"), text.encode())
     return grid
-
-
-def file_name(name: str) -> str:
-    """Return `name` with nothing in it that a path could trip over."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
-
-
-def _height(panel: Mapping[str, Any], panels: int) -> int:
-    """Return a panel's height in pixels: a heat map's rows stay legible."""
-    rows = len(panel.get("ys", ()))
-    return max(240 if panels > 1 else 340, min(18 * rows + 90, 900))
-
-
-def _environment(stages: Mapping[str, provenance.Stage]) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("orchestrator.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-    def cell(value: Any) -> str | Markup:
-        """Link a number to the stage that measured it."""
-        if not isinstance(value, Number):
-            return show(value)
-        text, stage = show(value), stages.get(value.key)
-        error = "" if value.stderr is None else f" ± {show(value.stderr)} (standard error)"
-        if stage is None:
-            return Markup('<span title="{}{}">{}</span>').format(show(value.value), error, text)
-        return Markup('<a href="#{}" title="{}{} · {}">{}</a>').format(
-            stage.anchor, show(value.value), error, stage.hint, text
-        )
-
-    environment.filters["cell"] = cell
-    environment.filters["json"] = lambda value: Markup(
-        json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
-    )
-    environment.filters["file_name"] = file_name
-    environment.filters["enumerated"] = enumerate
-    environment.filters["height"] = _height
-    environment.filters["arrow"] = lambda metric: {"lower": " ↓", "higher": " ↑", None: ""}[
-        direction(metric.removesuffix(BEFORE_RECOVERY))
-    ]
-    return environment

@@ -1,14 +1,14 @@
-"""What a report is made of, read from a run that is finished or not."""
+"""What a report is made of, read from runs that are finished or not."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from actors.artifacts import join, list_files, read_bytes
-from orchestrator.reporting.html import Source
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.run_manifest import read_run
 from orchestrator.storage.stage_store import Store
@@ -16,6 +16,39 @@ from orchestrator.storage.trajectory_status import read_statuses
 
 HASHED = ("score", "recover", "evaluate")
 """Stages that read a model or data."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a report is made of.
+
+    Attributes:
+        ledger: all rows of the run so far.
+        config: the configuration that the run was started with.
+        versions: of the packages, when it was started.
+        planned: iterations of each trajectory, by its id, as far as known.
+        trajectories: id, model, method and depths of all that are planned, as far as known.
+        failures: reason of every trajectory that failed.
+        given_up: trajectories that the scheduler ended.
+        hashes: of source models and data, by what they are.
+        sweeps: contents of every `sweep.json` of the run.
+        exports: where the model lies that a trajectory left with so many layers.
+        stages: where the stages lie, seen from the report's directory; None where no link leads there.
+        notes: what to know before comparing its numbers.
+    """
+
+    ledger: pa.Table
+    config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    planned: Mapping[str, int] = field(default_factory=dict)
+    trajectories: Sequence[Mapping[str, Any]] = ()
+    failures: Mapping[str, str] = field(default_factory=dict)
+    given_up: Sequence[str] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    sweeps: Sequence[Mapping[str, Any]] = ()
+    exports: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    stages: str | None = "../stages"
+    notes: Sequence[str] = ()
 
 
 def read_source(store: Store) -> Source:
@@ -33,7 +66,18 @@ def read_source(store: Store) -> Source:
         [name for name, status in statuses.items() if status.state == "stopped"],
         read_hashes(store, ledger),
         read_sweeps(store),
+        exported_models(store, ledger),
     )
+
+
+def exported_models(store: Store, ledger: pa.Table) -> dict[tuple[str, int], str]:
+    """Return where each exported model of the run lies, by trajectory and layers left."""
+    rows = ledger.filter((pc.field("stage") == "export") & (pc.field("metric") == "layers"))
+    places = rows.select(["trajectory", "value"]).to_pylist()
+    return {
+        (row["trajectory"], int(row["value"])): store.models_uri(row["trajectory"], int(row["value"]))
+        for row in places
+    }
 
 
 def read_hashes(store: Store, ledger: pa.Table) -> dict[str, str]:

@@ -12,7 +12,8 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from orchestrator.reporting.html import Source, build_report
+from orchestrator.reporting.html import build_report
+from orchestrator.reporting.run_source import Source
 from tests.unit.reporting.sample_run import sample_ledger
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -124,12 +125,48 @@ def test_it_fits_the_screen_in_both_schemes(emulated: webdriver.Chrome, width: i
     emulated.refresh()
     WebDriverWait(emulated, 30).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#explorer .scatterlayer"))
     emulated.execute_script("document.querySelectorAll('details').forEach(box => { box.open = true; })")
-    for box in emulated.find_elements(By.CSS_SELECTOR, ".plots"):
-        emulated.execute_script("arguments[0].scrollIntoView()", box)
-        WebDriverWait(emulated, 30).until(lambda _, box=box: box.get_attribute("data-drawn"))
+    undrawn = "return document.querySelectorAll('.plots:not([data-drawn])').length"
+    WebDriverWait(emulated, 30).until(lambda page: page.execute_script(undrawn) == 0)
     assert wider_than_the_page(emulated) <= 0
     assert (lightness(emulated) < 60) == (scheme == "dark")
     assert complaints(emulated) == []
+
+
+def test_figures_that_are_open_are_drawn_before_one_scrolls(page: webdriver.Chrome) -> None:
+    page.refresh()
+    shown = "return [...document.querySelectorAll('.plots')].filter((box) => box.checkVisibility())"
+    boxes = page.execute_script(shown)
+    assert boxes
+    assert all(box.get_attribute("data-drawn") for box in boxes)
+    assert all(box.find_elements(By.CSS_SELECTOR, ".plot svg") for box in boxes)
+
+
+def test_a_wide_table_says_that_it_goes_on(emulated: webdriver.Chrome) -> None:
+    show_at(emulated, 400)
+    emulated.refresh()
+    box = emulated.find_element(By.CSS_SELECTOR, "#methods ~ .scroll")
+
+    def says(name: str) -> bool:
+        return name in box.get_attribute("class").split()
+
+    WebDriverWait(emulated, 10).until(lambda _: says("more") and says("wide"))
+    emulated.execute_script("arguments[0].scrollLeft = arguments[0].scrollWidth", box)
+    WebDriverWait(emulated, 10).until(lambda _: not says("more"))
+    show_at(emulated, 1400)
+    WebDriverWait(emulated, 10).until(lambda _: not says("wide"))
+
+
+def test_layers_have_whole_ticks(page: webdriver.Chrome) -> None:
+    Select(page.find_element(By.ID, "explorer-axis")).select_by_value("layers")
+    script = "return [...document.querySelectorAll('#explorer .xtick text')].map((tick) => tick.textContent)"
+    assert page.execute_script(script) == ["7", "8", "9", "10"]
+    Select(page.find_element(By.ID, "explorer-axis")).select_by_value("parameters")
+
+
+def test_points_have_error_bars(page: webdriver.Chrome) -> None:
+    Select(page.find_element(By.ID, "explorer-metric")).select_by_value("blimp_sample/acc")
+    assert len(page.find_elements(By.CSS_SELECTOR, "#explorer .errorbar")) == 1 + 2 * 3
+    Select(page.find_element(By.ID, "explorer-metric")).select_by_value("wikitext2/token_perplexity")
 
 
 def test_on_paper_all_is_open_light_and_within_the_margins(emulated: webdriver.Chrome) -> None:

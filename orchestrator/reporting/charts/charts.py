@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from orchestrator.reporting.data.measured import direction
+from orchestrator.reporting.tables.metric_names import heading, hint, named
 
 LOG_SCALE_FROM_RATIO = 8.0
 MOST_POINTS = 120
@@ -37,7 +38,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over a common axis; a panel of a figure."""
+    """Curves over a common axis; a panel of a figure. `metric` is the raw name of what it shows."""
 
     title: str
     x_title: str
@@ -45,6 +46,12 @@ class Chart:
     curves: tuple[Curve, ...]
     log_y: bool = False
     kind: Kind = "lines"
+    metric: str = ""
+
+    @property
+    def whole_x(self) -> bool:
+        """True for an axis of counts, such as layers: half of one is no tick."""
+        return all(isinstance(x, int) for curve in self.curves for x in curve.x)
 
     @property
     def places(self) -> Sequence[float | str]:
@@ -120,16 +127,20 @@ def chart(
     y_title: str,
     curves: Iterable[Curve | None],
     kind: Kind = "lines",
+    metric: str = "",
 ) -> Chart | None:
-    """Return a chart of the curves that have points, None if none has; a wide range gets a log axis."""
+    """Return a chart of the curves that have points, None if none has; a wide range gets a log axis.
+
+    Of a `metric`, the title is its name in words.
+    """
     drawn = tuple(thinned(curve) for curve in curves if curve is not None and curve.x)
     if not drawn:
         return None
     values = [value for curve in drawn for value in curve.y if value > 0]
     # Scores from 0 to 1 are compared on a linear scale, whatever their range.
-    wide = kind == "lines" and direction(title) != "higher" and bool(values)
+    wide = kind == "lines" and direction(metric) != "higher" and bool(values)
     log_y = wide and max(values) > LOG_SCALE_FROM_RATIO * min(values)
-    return Chart(title, x_title, y_title, drawn, log_y, kind)
+    return Chart(title or heading(metric), x_title, y_title or named(metric), drawn, log_y, kind, metric)
 
 
 def thinned(curve: Curve) -> Curve:
@@ -161,9 +172,11 @@ def described(drawn: Figure, colours: Sequence[str]) -> dict[str, Any]:
 def _chart(panel: Chart, legend: Sequence[str]) -> dict[str, Any]:
     return {
         "title": panel.title,
+        "hint": hint(panel.metric),
         "x": panel.x_title,
         "y": panel.y_title,
         "kind": panel.kind,
+        "whole": panel.whole_x,
         "log": panel.log_y,
         "places": [] if panel.kind == "lines" else panel.places,
         "curves": [
@@ -178,6 +191,7 @@ def _chart(panel: Chart, legend: Sequence[str]) -> dict[str, Any]:
 def _map(panel: HeatMap) -> dict[str, Any]:
     return {
         "title": panel.title,
+        "hint": "",
         "x": panel.x_title,
         "y": panel.y_title,
         "kind": "map",

@@ -11,15 +11,18 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from orchestrator.reporting.charts.charts import Chart, Figure, HeatMap, Panel
 
-# Mid-tones that can be told apart on white and on near-black.
-COLOURS = ("#4c8bc9", "#e08a3c", "#4aa96c", "#c25fb0", "#d9534f", "#b59a2b", "#3fa9b5", "#8f76d6", "#8c8c8c")
-SEQUENCE = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#e8c51d")
-"""Of what comes one after another: viridis."""
+# Mid-tones: each has a contrast of 3 at least with white and with near-black.
+COLOURS = ("#4c8bc9", "#cf7420", "#3a9a5e", "#c25fb0", "#d9534f", "#9a8620", "#2f94a0", "#8f76d6")
+GREY = "#8c8c8c"
+SEQUENCE = ("#7b6fd0", "#5380cf", "#3590b0", "#2f9a83", "#549a45", "#938a22", "#c27a28", "#d9603f")
+"""Of what comes one after another: the colours of a spectrum, all equally bright."""
 CROSS = "#e5383b"
 MOST_TICKS, SMALL_TICKS = 16, 4
 DPI, POINTS_PER_INCH = 110, 72
@@ -88,6 +91,8 @@ def _draw(panel: Panel, axes: Axes, colours: dict[str, str], small: bool) -> Non
         axes.grid(alpha=0.3)
         if small and not panel.log_y:
             axes.locator_params(nbins=SMALL_TICKS)
+        if panel.whole_x:
+            axes.xaxis.set_major_locator(MaxNLocator(SMALL_TICKS if small else MOST_TICKS, integer=True))
     else:
         _draw_bars(panel, axes, colours)
     axes.set_title(panel.title if small else "", fontsize=9)
@@ -119,7 +124,16 @@ def _draw_bars(chart: Chart, axes: Axes, colours: dict[str, str]) -> None:
         heights = [dict(zip(curve.x, curve.y, strict=True)).get(place, 0.0) for place in places]
         shift = 0.0 if stacked else width * (number - (len(chart.curves) - 1) / 2)
         centres = [place + shift for place in range(len(places))]
-        axes.bar(centres, heights, width, bottom=below if stacked else None, color=colours[curve.legend])
+        errors = curve.stderr and [dict(zip(curve.x, curve.stderr, strict=True)).get(p, 0.0) for p in places]
+        axes.bar(
+            centres,
+            heights,
+            width,
+            bottom=below if stacked else None,
+            yerr=errors,
+            color=colours[curve.legend],
+            error_kw={"elinewidth": 0.8},
+        )
         below = [low + height for low, height in zip(below, heights, strict=True)]
     _name_ticks(axes, places, "x")
     axes.axhline(0, color="grey", linewidth=0.8)
@@ -127,7 +141,7 @@ def _draw_bars(chart: Chart, axes: Axes, colours: dict[str, str]) -> None:
 
 def _draw_map(heat_map: HeatMap, axes: Axes) -> None:
     values = [[float("nan") if value is None else value for value in row] for row in heat_map.values]
-    scale: dict[str, Any] = {"cmap": "viridis"}
+    scale: dict[str, Any] = {"cmap": LinearSegmentedColormap.from_list("sequence", SEQUENCE)}
     if heat_map.around_zero:
         reach = max((abs(v) for row in heat_map.values for v in row if v is not None), default=0.0) or 1.0
         scale = {"cmap": "RdBu", "vmin": -reach, "vmax": reach}

@@ -33,6 +33,8 @@ GROUPS = {
 }  # fmt: skip
 """Groups that stand for all: BLiMP's 67 paradigms (IteRABRe, App. C), MMLU's 57 subjects (lm-eval)."""
 MOST_CURVES, MOST_SEEDS = 10, 4
+LEAST_DEPTHS = 2
+"""Of fewer, a figure over depth holds nothing that a table does not."""
 REMOVED = "layers removed"
 
 
@@ -90,7 +92,7 @@ def _phases(metric: str, found: Sequence[Entry]) -> Chart | None:
     """Plot a metric before and after each recovery (IteRABRe, Figures 2 and 3)."""
     dense = dense_of(found[0].model, found) if found else None
     pruned = [entry for entry in found if entry.phase != DENSE and metric in entry.numbers]
-    if not pruned:
+    if len({entry.layers for entry in pruned}) < LEAST_DEPTHS:
         return None
     start = dense.layers if dense else max(entry.layers for entry in pruned)
     curves = [
@@ -100,12 +102,7 @@ def _phases(metric: str, found: Sequence[Entry]) -> Chart | None:
     if dense and metric in dense.numbers:
         value, last = dense.numbers[metric].value, start - min(entry.layers for entry in pruned)
         curves.append(Curve("unpruned", (0, last), (value, value), dashed=True))
-    return chart(titled(metric), REMOVED, metric.rsplit("/", 1)[-1], curves)
-
-
-def titled(metric: str) -> str:
-    """Return the metric's name, with an arrow in the direction that is better."""
-    return metric + {"lower": " ↓", "higher": " ↑", None: ""}[direction(metric)]
+    return chart("", REMOVED, "", curves, metric=metric)
 
 
 def _over_depth(name: str, metric: str, start: int, found: Sequence[Entry]) -> Curve:
@@ -207,7 +204,9 @@ def _change(
         Curve(name, tuple(label for label, _ in points), tuple(change for _, change in points))
         for name, points in (("pruning", drops), ("recovery", gains))
     ]
-    return chart(titled(metric), "layers removed: dropped now", "change", curves, "bars")
+    if len({label for label, _ in (*drops, *gains)}) < LEAST_DEPTHS:
+        return None
+    return chart("", "layers removed: dropped now", "change", curves, "bars", metric)
 
 
 def spans(layers: Sequence[int]) -> str:
@@ -273,7 +272,7 @@ def _score_map(ledger: pa.Table, removed: Mapping[Place, int], title: str) -> He
         }
 
     scores = by_place("score", *SCORE_METRICS.values())
-    if not scores:
+    if len({depth for _, depth in scores}) < LEAST_DEPTHS:
         return None
     x, y = (tuple(sorted(set(values))) for values in zip(*scores, strict=True))
     return HeatMap(

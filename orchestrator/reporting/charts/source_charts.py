@@ -8,11 +8,12 @@ import pyarrow.compute as pc
 
 from actors.contracts import SCORE_METRICS
 from orchestrator.reporting.charts.charts import Curve, Figure, HeatMap, Panel, chart, figure
-from orchestrator.reporting.charts.method_charts import dropped_layers, removed_layers, titled
-from orchestrator.reporting.data.comparisons import Entry, dense_of
+from orchestrator.reporting.charts.method_charts import LEAST_DEPTHS, dropped_layers, removed_layers
+from orchestrator.reporting.data.comparisons import NOT_PRUNED, Entry, dense_of
 from orchestrator.reporting.data.measured import DENSE, PRUNED, RECOVERED, headline_metrics
 
-MOST_PANELS = 12
+MOST_PANELS, LEAST_METHODS = 12, 2
+PHASES = {DENSE: "unpruned", RECOVERED: "recovered", PRUNED: "before recovery"}
 ANGULAR = "angular_block"
 RUN_CRITERIA = (ANGULAR, "bridge_residual")
 """The criteria that score a run of layers by where it begins."""
@@ -46,19 +47,31 @@ def source_figures(
 def _over_share(source: str, found: Sequence[Entry], methods: Sequence[str]) -> Figure | None:
     """Plot every headline metric over the share of layers removed, a curve a method.
 
-    As the accuracy curves of *The Unreasonable Ineffectiveness of the Deeper Layers* (Figure 1).
+    As the accuracy curves of *The Unreasonable Ineffectiveness of the Deeper Layers* (Figure 1). One method
+    has this in its own figures, and of one depth a bar a method says it.
     """
     dense = dense_of(source, found)
-    if dense is None:
+    recovered = [entry for entry in found if entry.phase == RECOVERED]
+    pruned = [entry for entry in found if entry.phase == PRUNED]
+    if dense is None or len({entry.method for entry in recovered}) < LEAST_METHODS:
         return None
+    metrics = headline_metrics(found)[:MOST_PANELS]
+    if len({entry.layers for entry in recovered}) < LEAST_DEPTHS:
+        return figure(
+            f"compare-{source}",
+            f"{source}: methods at {recovered[0].layers} of {dense.layers} layers",
+            "Arrows say which way is better; lines at the bars' ends are one standard error.",
+            [_method_bars(metric, [dense, *recovered, *pruned], methods) for metric in metrics],
+            palette=tuple(PHASES.values()),
+        )
     panels = []
-    for metric in headline_metrics(found)[:MOST_PANELS]:
+    for metric in metrics:
         curves = [
             _method_curve(method, metric, found, dense, phase)
             for method in methods
             for phase in (RECOVERED, PRUNED)
         ]
-        panels.append(chart(titled(metric), "layers removed, %", metric.rsplit("/", 1)[-1], curves))
+        panels.append(chart("", "layers removed, %", "", curves, metric=metric))
     return figure(
         f"compare-{source}",
         f"{source}: methods over the share removed",
@@ -67,6 +80,21 @@ def _over_share(source: str, found: Sequence[Entry], methods: Sequence[str]) -> 
         panels,
         palette=methods,
     )
+
+
+def _method_bars(metric: str, found: Sequence[Entry], methods: Sequence[str]) -> Panel | None:
+    """Plot a metric of every method, a bar a state of its model."""
+    curves = []
+    for phase, name in PHASES.items():
+        points = {
+            entry.method: entry.numbers[metric]
+            for entry in sorted(found, key=lambda entry: [NOT_PRUNED, *methods].index(entry.method))
+            if entry.phase == phase and metric in entry.numbers
+        }
+        errors = tuple(number.stderr or 0.0 for number in points.values())
+        values = tuple(number.value for number in points.values())
+        curves.append(Curve(name, tuple(points), values, stderr=errors if any(errors) else None))
+    return chart("", "", "", curves, "bars", metric)
 
 
 def _method_curve(method: str, metric: str, found: Sequence[Entry], dense: Entry, phase: str) -> Curve | None:
@@ -132,8 +160,8 @@ def _dropped_map(
     return figure(
         f"dropped-{source}",
         f"{source}: which layers went",
-        "A row a method, a column a layer of the unpruned model: dark went first, empty cells stayed. Seeds "
-        "have a row of their own where they dropped others.",
+        "A row a method, a column a layer of the unpruned model: the colour says when it went, empty cells "
+        "stayed. Seeds have a row of their own where they dropped others.",
         [panel],
     )
 
@@ -219,13 +247,14 @@ def sweep_figures(sweeps: Sequence[Mapping[str, Any]]) -> list[Figure]:
         layers = tuple(sweep["layers"])
         panels = [
             chart(
-                name,
+                "",
                 "removed layer",
-                sweep["units"].get(name) or name.rsplit("/", 1)[-1],
+                sweep["units"].get(name) or "",
                 [
                     Curve("without this layer", layers, tuple(values)),
                     Curve("unpruned", (min(layers), max(layers)), (sweep["dense"][name],) * 2, dashed=True),
                 ],
+                metric=name,
             )
             for name, values in sweep["metrics"].items()
         ]

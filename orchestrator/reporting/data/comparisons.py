@@ -2,14 +2,22 @@
 languages, and what is retained of the unpruned model."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import hypot, isnan
+from dataclasses import dataclass, field, replace
+from math import hypot
 from statistics import mean, stdev
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from orchestrator.reporting.data.accuracies import (
+    ABOVE_CHANCE,
+    KEPT,
+    MEAN_ACCURACY,
+    accuracy_tasks,
+    chance_of,
+    kept,
+)
 from orchestrator.reporting.data.measured import (
     DENSE,
     PRUNED,
@@ -23,25 +31,23 @@ from orchestrator.reporting.data.measured import (
     stderr_of_difference,
     within_noise,
 )
-from orchestrator.reporting.tables.tables import Line
+from orchestrator.reporting.tables.tables import Cell, Line, show
 
 LANGUAGE_TASKS = ("xwinograd", "xstorycloze", "xnli", "xcopa")
-NOT_PRUNED = "not pruned"
+NOT_PRUNED = "unpruned"
 DIFFERENCE = "difference"
-ZERO = Number(0.0, 0.0, "")
+MAIN = "methods"
 LABELS = ("model", "method", "layers", "removed", "parameters", "state", "seeds")
 """Columns that say what a row is; all others are measured."""
-
-
-Cell = tuple[int, str]
 
 
 @dataclass(frozen=True)
 class Grid:
     """A table of the report.
 
-    `best` holds (row, column) of the best value within each group of rows, `even`
-    those which cannot be told from it, or differences that cannot be told from 0.
+    `best` holds (row, column) of the best values within each group of rows, `even`
+    those which cannot be told from them, or differences that cannot be told from 0. `bars` holds the
+    share of the unpruned model's value, 1 for all of it, of the cells that have a bar.
     """
 
     name: str
@@ -50,6 +56,12 @@ class Grid:
     lines: tuple[Line, ...]
     best: frozenset[Cell] = frozenset()
     even: frozenset[Cell] = frozenset()
+    bars: Mapping[Cell, float] = field(default_factory=dict)
+
+    @property
+    def main(self) -> bool:
+        """True for the one table that says it all."""
+        return self.name == MAIN
 
     def shown(self, lines: Sequence[tuple[int, Line]]) -> list[str]:
         """Return the columns that hold anything, without the source model, which a part on the page names."""
@@ -67,7 +79,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Entry:
-    """A method's model at one depth and in one state, over all its seeds."""
+    """A method's model at one depth and in one state, over all its seeds; `trajectories` has one of each."""
 
     model: str
     method: str
@@ -76,6 +88,7 @@ class Entry:
     parameters: int | None
     seeds: int
     numbers: Mapping[str, Number]
+    trajectories: tuple[str, ...] = ()
 
 
 def dense_of(model: str, found: Iterable[Entry]) -> Entry | None:
@@ -92,8 +105,8 @@ def targets(ledger: pa.Table) -> set[tuple[str, int]]:
 def entries(models: Iterable[Measured]) -> list[Entry]:
     """Join the seeds of one method at one depth and in one state into one entry.
 
-    Its numbers are means over seeds, with the deviation between seeds and a standard
-    error. That of one seed is of the questions asked; the mean's has the spread over seeds added:
+    Its numbers are means over seeds, with a standard error. That of one seed is of the questions asked;
+    the mean's has the spread over seeds added:
     sqrt(mean of the squared errors + deviation² / seeds), as all seeds answer the same questions.
     """
     groups: dict[tuple[str, str, str, int], list[Measured]] = {}
@@ -103,12 +116,16 @@ def entries(models: Iterable[Measured]) -> list[Entry]:
             groups.setdefault((each.model, method, each.phase, each.layers), []).append(each)
     joined: list[Entry] = []
     for (model, method, phase, layers), group in groups.items():
-        # The unpruned model is one and the same whatever the method and seed.
-        seeds = group[:1] if phase == DENSE else group
+        seeds = group
+        if phase == DENSE:
+            # The unpruned model is the same whatever the method and seed; runs may measure more of it.
+            measured = {name: number for each in reversed(group) for name, number in each.numbers.items()}
+            seeds = [replace(group[0], numbers=measured)]
         names = [name for name in seeds[0].numbers if all(name in each.numbers for each in seeds)]
         numbers = {name: _over_seeds([each.numbers[name] for each in seeds]) for name in names}
         num_seeds = len({each.seed for each in seeds})
-        joined.append(Entry(model, method, phase, layers, seeds[0].parameters, num_seeds, numbers))
+        own = tuple(each.trajectory for each in sorted(seeds, key=lambda each: each.seed))
+        joined.append(Entry(model, method, phase, layers, seeds[0].parameters, num_seeds, numbers, own))
     return joined
 
 
@@ -116,14 +133,13 @@ def _over_seeds(numbers: Sequence[Number]) -> Number:
     if len(numbers) == 1:
         return numbers[0]
     values = [number.value for number in numbers]
-    deviation = stdev(values)
     of_questions = mean((number.stderr or 0.0) ** 2 for number in numbers) ** 0.5
-    stderr = hypot(of_questions, deviation / len(values) ** 0.5)
-    return Number(mean(values), stderr, numbers[0].key, deviation)
+    stderr = hypot(of_questions, stdev(values) / len(values) ** 0.5)
+    return Number(mean(values), stderr, numbers[0].key)
 
 
 def comparison_grids(ledger: pa.Table, models: Sequence[Measured], config: Mapping[str, Any]) -> list[Grid]:
-    """Return all tables for which the campaign has numbers."""
+    """Return all tables for which the campaign has numbers, the main one first."""
     reached = targets(ledger)
     at_targets = [m for m in models if m.phase == DENSE or (m.trajectory, m.iteration) in reached]
     found = entries(at_targets)
@@ -138,73 +154,104 @@ def comparison_grids(ledger: pa.Table, models: Sequence[Measured], config: Mappi
 
 
 def method_grid(found: Sequence[Entry]) -> Grid | None:
-    """Tabulate method × task at each target (IteRABRe, Table 1)."""
+    """Tabulate size, speed and quality of every method at each target (IteRABRe, Table 1)."""
     rows = [entry for entry in found if entry.phase in (DENSE, RECOVERED)]
     metrics = headline_metrics(rows)
     if not metrics or all(entry.phase == DENSE for entry in rows):
         return None
-    lines = _same_columns(
-        [_labels(entry) | {name: entry.numbers.get(name) for name in metrics} for entry in _sorted(rows)]
-    )
+    # Speed and the one number of quality first, then what it is made of.
+    metrics.sort(key=lambda name: (not is_speed(name), name != MEAN_ACCURACY))
+    rows = _sorted(rows)
+    lines = []
+    for entry in rows:
+        line = _labels(entry)
+        for name in metrics:
+            line[name] = entry.numbers.get(name)
+            if name == MEAN_ACCURACY:
+                line[KEPT] = mean_kept(entry, dense_of(entry.model, found))
+        lines.append(line)
+    lines = _same_columns(lines)
     return Grid(
-        "methods",
+        MAIN,
         "Methods at their targets",
-        "As Table 1 of IteRABRe. Bold: best of the pruned models of a source at one depth; ≈: not to be told "
-        "from the best, as they are no more than two standard errors of their difference apart.",
+        "Bold: best of the pruned models of a source at one depth; ≈: not to be told from the best. A bar is "
+        "the share of the unpruned model's value; of a perplexity, of its inverse.",
         tuple(lines),
-        *_best(lines, metrics, ("model", "layers")),
+        *_best(lines, [*metrics, KEPT], ("model", "layers")),
+        _bars(rows, lines, found),
     )
+
+
+def mean_kept(entry: Entry, dense: Entry | None) -> Number | None:
+    """Return the per cent of the unpruned model's mean accuracy that is left."""
+    if dense is None or not {MEAN_ACCURACY} <= entry.numbers.keys() & dense.numbers:
+        return None
+    return kept(entry.numbers[MEAN_ACCURACY], dense.numbers[MEAN_ACCURACY])
+
+
+def mean_kept_above_chance(entry: Entry, dense: Entry | None) -> Number | None:
+    """Return the same of what of it is above a blind guess; None if that is not known of a task."""
+    if dense is None or not {MEAN_ACCURACY} <= entry.numbers.keys() & dense.numbers:
+        return None
+    chance = chance_of(accuracy_tasks([dense]))
+    if chance is None:
+        return None
+    return kept(entry.numbers[MEAN_ACCURACY], dense.numbers[MEAN_ACCURACY], chance)
+
+
+def _bars(rows: Sequence[Entry], lines: Sequence[Line], found: Sequence[Entry]) -> dict[Cell, float]:
+    bars: dict[Cell, float] = {}
+    for row, (entry, line) in enumerate(zip(rows, lines, strict=True)):
+        dense = dense_of(entry.model, found)
+        if dense is None:
+            continue
+        sizes = {"layers": (entry.layers, dense.layers), "parameters": (entry.parameters, dense.parameters)}
+        bars |= {(row, name): own / whole for name, (own, whole) in sizes.items() if own and whole}
+        for name in (column for column in line if column in dense.numbers and not is_speed(column)):
+            if name in entry.numbers and dense.numbers[name].value > 0:
+                share = retention(entry.numbers[name].value, dense.numbers[name].value, name)
+                bars |= {(row, name): share} if share >= 0 else {}
+    return bars
 
 
 def retention_grid(found: Sequence[Entry]) -> Grid | None:
-    """Tabulate the share of the unpruned score that is left, in per cent (*Limits*, Table 2)."""
+    """Tabulate the share of the unpruned accuracies that is left, in per cent (*Limits*, Table 2)."""
     lines = []
     for entry in _sorted([e for e in found if e.phase == RECOVERED]):
-        kept = _retained(entry, found)
-        if kept:
-            average = mean(number.value for number in kept.values())
-            lines.append(_labels(entry) | kept | {"average": Number(average, None, "")})
+        dense = dense_of(entry.model, found)
+        average = mean_kept(entry, dense)
+        if dense is None or average is None:
+            continue
+        of_tasks = {
+            name: kept(entry.numbers[name], dense.numbers[name])
+            for name in accuracy_tasks([dense])
+            if name in entry.numbers
+        }
+        lines.append(
+            _labels(entry) | {KEPT: average, ABOVE_CHANCE: mean_kept_above_chance(entry, dense)} | of_tasks
+        )
     lines = _same_columns(lines)
     if not lines:
         return None
-    metrics = [name for name in lines[0] if name not in LABELS]
     return Grid(
         "retention",
-        "Retention",
-        "As Table 2 of On the Limits of Layer Pruning: per cent of the unpruned model's score that is left; "
-        "perplexities count inversely.",
+        "Accuracy kept",
+        "As Table 2 of On the Limits of Layer Pruning: per cent of the unpruned model's accuracy that is "
+        "left, first of the plain mean over tasks. Of what is above chance, a blind guess keeps nothing.",
         tuple(lines),
-        *_best(lines, metrics, ("model", "layers"), lower=False),
+        *_best(lines, [name for name in lines[0] if name not in LABELS], ("model", "layers"), lower=False),
     )
 
 
-def _retained(entry: Entry, found: Sequence[Entry]) -> dict[str, Number]:
-    dense = dense_of(entry.model, found)
-    if dense is None:
-        return {}
-    kept = {}
-    for name in headline_metrics([entry, dense]):
-        if (
-            name in entry.numbers.keys() & dense.numbers
-            and not is_speed(name)
-            and dense.numbers[name].value > 0
-        ):
-            number = entry.numbers[name]
-            share = 100 * retention(number.value, dense.numbers[name].value, name)
-            if not isnan(share):  # what is better when lower, and 0
-                kept[name] = Number(share, None, number.key)
-    return kept
-
-
 def ratio_grid(found: Sequence[Entry]) -> Grid | None:
-    """Average the retention by method and share of layers removed (*Limits*, table of moderate ratios)."""
+    """Tabulate the mean accuracy kept by method and share of layers removed (*Limits*, moderate ratios)."""
     cells: dict[tuple[str, str], dict[str, Number]] = {}
     for entry in _sorted([e for e in found if e.phase == RECOVERED]):
-        kept, dense = _retained(entry, found), dense_of(entry.model, found)
-        if kept and dense:
+        dense = dense_of(entry.model, found)
+        average = mean_kept(entry, dense)
+        if dense and average:
             column = f"{1 - entry.layers / dense.layers:.0%} removed"
-            value = Number(mean(number.value for number in kept.values()), None, "")
-            cells.setdefault((entry.model, entry.method), {})[column] = value
+            cells.setdefault((entry.model, entry.method), {})[column] = average
     columns = sorted(
         {column for row in cells.values() for column in row}, key=lambda text: int(text.split("%")[0])
     )
@@ -216,8 +263,8 @@ def ratio_grid(found: Sequence[Entry]) -> Grid | None:
     ]
     return Grid(
         "ratios",
-        "Average retention by share removed",
-        "Per cent of the unpruned model's scores that is left, mean over the metrics of the table above.",
+        "Accuracy kept by share removed",
+        "Per cent of the unpruned model's mean accuracy that is left.",
         tuple(lines),
         *_best(lines, columns, ("model",), lower=False),
     )
@@ -240,14 +287,16 @@ def schedule_grid(found: Sequence[Entry], methods: Sequence[Mapping[str, Any]]) 
     return Grid(
         "schedules",
         "Direct against iterative",
-        "As Table 2 of IteRABRe: a positive difference means that iterative is better, ≈ that it is no "
-        "more than two standard errors from nothing.",
+        "As Table 2 of IteRABRe: a positive difference means that iterative is better, ≈ that the two "
+        "are not told apart.",
         tuple(lines),
         even=frozenset(
             (row, name)
             for row, line in enumerate(lines)
             for name, value in line.items()
-            if line["method"] == DIFFERENCE and isinstance(value, Number) and within_noise(value, ZERO)
+            if line["method"] == DIFFERENCE and isinstance(value, Number)
+            # The two lines above have what is compared.
+            if within_noise(lines[row - 2][name], lines[row - 1][name])
         ),
     )
 
@@ -335,7 +384,7 @@ def _same_columns(lines: Sequence[Line]) -> list[Line]:
 def _best(
     lines: Sequence[Line], metrics: Sequence[str], group: Sequence[str], lower: bool | None = None
 ) -> tuple[frozenset[Cell], frozenset[Cell]]:
-    """Return cells that no other of their group beats, and those within noise; a group of one has none."""
+    """Return cells that no other of their group beats as shown, and those within noise of them."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, line in enumerate(lines):
         if line.get("method") != NOT_PRUNED:
@@ -345,10 +394,11 @@ def _best(
     for rows in groups.values():
         for metric in metrics:
             numbers = {index: lines[index][metric] for index in rows if lines[index].get(metric) is not None}
-            if len({number.value for number in numbers.values()}) > 1:
-                descends = direction(metric) == "lower" if lower is None else lower
-                choose = min if descends else max
-                top = choose(numbers.values(), key=lambda number: number.value)
-                best |= {(index, metric) for index, number in numbers.items() if number.value == top.value}
-                even |= {(index, metric) for index, number in numbers.items() if within_noise(number, top)}
+            # Cells that look alike are alike: all of them are best, and where there are no others, none.
+            if len({show(number.value) for number in numbers.values()}) < 2:
+                continue
+            descends = direction(metric) == "lower" if lower is None else lower
+            top = (min if descends else max)(numbers.values(), key=lambda number: number.value)
+            best |= {(i, metric) for i, number in numbers.items() if show(number.value) == show(top.value)}
+            even |= {(i, metric) for i, number in numbers.items() if within_noise(number, top)}
     return frozenset(best), frozenset(even - best)

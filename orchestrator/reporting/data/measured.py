@@ -31,13 +31,18 @@ HIGHER_IS_BETTER = (
     "rouge",
     "top1",
     "per_second",
+    "per_forward",
     "speedup",
+    "acceptance_rate",
     "log_probability",
     "clean",
 )
 """Endings of a metric's measure, or beginnings of its words, that say which way is better."""
 NOISE = 2.0
 """Differences of no more standard errors are taken for noise: some one in twenty is, by chance, greater."""
+ONE_SEED = 0.02
+"""Where a number has no error, as a perplexity of one seed, differences of no more than this share are taken
+for noise: two seeds of one method come that far apart."""
 
 Direction = Literal["lower", "higher"]
 
@@ -46,14 +51,12 @@ Direction = Literal["lower", "higher"]
 class Number:
     """A measured value, with its standard error if it has one and the key of the stage it comes from.
 
-    `deviation` is the standard deviation over seeds of what is a mean over seeds. A number that was
-    computed from others has no key.
+    A number that was computed from others has no key.
     """
 
     value: float
     stderr: float | None
     key: str
-    deviation: float | None = None
 
 
 def stderr_of_difference(one: Number, other: Number) -> float | None:
@@ -69,7 +72,10 @@ def stderr_of_difference(one: Number, other: Number) -> float | None:
 def within_noise(one: Number, other: Number) -> bool:
     """Return true if another draw of questions and seeds could reverse the order of the two."""
     error = stderr_of_difference(one, other)
-    return error is not None and abs(one.value - other.value) <= NOISE * error
+    apart = abs(one.value - other.value)
+    if error is None:
+        return apart <= ONE_SEED * max(abs(one.value), abs(other.value))
+    return apart <= NOISE * error
 
 
 @dataclass(frozen=True)
@@ -156,17 +162,15 @@ def is_speed(metric: str) -> bool:
 
 
 def metrics_of(models: Iterable[Any]) -> list[str]:
-    """Return all metrics with a direction: perplexities, means of suites, scores by name, speeds."""
-    names = {name for model in models for name in model.numbers if direction(name)}
+    """Return all metrics with a direction: token perplexities, means of tasks, scores, speeds.
+
+    Within each kind they come in the order in which they were measured, which is the campaign file's.
+    """
+    names = dict.fromkeys(name for model in models for name in model.numbers if direction(name))
     return sorted(
         names,
-        key=lambda name: (not name.endswith("perplexity"), not is_suite_mean(name), is_speed(name), name),
+        key=lambda name: (not name.endswith("/token_perplexity"), not is_suite_mean(name), is_speed(name)),
     )
-
-
-def usable_models(models: Iterable[Measured]) -> list[Measured]:
-    """Return the models that one could take away and use: the unpruned, and those that iterations left."""
-    return [model for model in models if model.phase in (DENSE, RECOVERED)]
 
 
 def retention(value: float, dense: float, metric: str) -> float:
@@ -200,8 +204,9 @@ def _is_repetition(metric: str, names: Sequence[str]) -> bool:
     subject, _, measure = metric.rpartition("/")
     if measure == "acc_norm":
         return f"{subject}/acc" in names and "classification/mean" not in names
-    if subject == "throughput":
-        return measure.startswith("prefill")
+    if subject == "throughput" and measure != "speedup":
+        # Tokens a second depend on what else the machine did; the speed-up was measured in turns.
+        return measure.startswith("prefill") or "throughput/speedup" in names
     if measure in CODE_CLASSES:
         return f"{subject}/clean" in names
     if measure == "log_probability_vocabulary":

@@ -22,6 +22,7 @@ class Stage:
     where: str
     seconds: float | None
     used_by: tuple[str, ...]
+    place: str | None = None
 
     @property
     def anchor(self) -> str:
@@ -40,8 +41,9 @@ class Stage:
 
     @property
     def manifest(self) -> str | None:
-        """The manifest (settings, data hashes, versions), seen from the report's directory."""
-        return None if self.kind in NO_MANIFEST else f"../stages/{self.kind}/{self.key}/manifest.json"
+        """The manifest (settings, data hashes, versions) below `place`; None if no link leads there."""
+        known = self.place is not None and self.kind not in NO_MANIFEST
+        return f"{self.place}/{self.kind}/{self.key}/manifest.json" if known else None
 
 
 def anchor_of(key: str) -> str:
@@ -49,8 +51,8 @@ def anchor_of(key: str) -> str:
     return f"stage-{key[:16]}"
 
 
-def stages_of(ledger: pa.Table) -> Mapping[str, Stage]:
-    """Return every stage by its key, in the order of the ledger."""
+def stages_of(ledger: pa.Table, place: str | None = None) -> Mapping[str, Stage]:
+    """Return every stage by its key, in the order of the ledger; `place` is where their manifests lie."""
     columns = ["key", "stage", "trajectory", "iteration", "phase", "when", "where"]
     rows = ledger.group_by(columns, use_threads=False).aggregate([]).to_pylist()
     timed = ledger.filter(pa.compute.field("metric") == "seconds")
@@ -63,6 +65,6 @@ def stages_of(ledger: pa.Table) -> Mapping[str, Stage]:
         uses.setdefault(row["key"], {})[use] = None
         first.setdefault(row["key"], row)
     return {
-        key: Stage(key, row["stage"], row["when"], row["where"], seconds.get(key), tuple(uses[key]))
+        key: Stage(key, row["stage"], row["when"], row["where"], seconds.get(key), tuple(uses[key]), place)
         for key, row in first.items()
     }

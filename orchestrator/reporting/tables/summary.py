@@ -1,54 +1,65 @@
-"""Sentences written from the numbers: which model to take at each size, and what each method came to."""
+"""What the page begins with: the best model at each size, and a sentence on what each method came to."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.reporting.data.comparisons import Entry, dense_of
+from orchestrator.reporting.data.accuracies import MEAN_ACCURACY, accuracy_tasks
+from orchestrator.reporting.data.comparisons import Entry, dense_of, mean_kept, mean_kept_above_chance
 from orchestrator.reporting.data.due import Due
 from orchestrator.reporting.data.measured import (
     DENSE,
     RECOVERED,
-    Number,
     direction,
     headline_metrics,
+    is_speed,
     retention,
     within_noise,
 )
-from orchestrator.reporting.tables.tables import is_perplexity, show, show_error
+from orchestrator.reporting.tables.metric_names import named
+from orchestrator.reporting.tables.tables import show
 
 MOST_METRICS = 3
+SPEEDUP = "throughput/speedup"
+
+Exports = Mapping[tuple[str, int], str]
+"""Where the model of a trajectory lies that has so many layers."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The method to take at one size, in parts of a sentence.
+    """The model to take at one size, in parts of sentences.
 
-    `metric` is the one that decides. `even` are the other methods that cannot be distinguished from the
-    best, with their numbers; where there are none, `rival` is the next best, empty if there is no other.
-    `error` says what stands behind ±, or why nothing does. While there are methods `due`, which are not
-    measured yet, none is to be taken: `measured` has those that are, with their numbers. `ended` never
-    will be measured.
+    `facts` are (figure, what it is of), the size first. `metric` names what decides, `value` is it, and
+    `rivals` are the other methods with theirs; `even` are those of them that cannot be told from the best,
+    and `why` says what that rests on. `path` is where the model lies, empty if it was not exported. While
+    there are methods `due`, which are not measured yet, none is chosen: `rivals` has all that are. `ended`
+    never will be measured.
     """
 
     model: str
     size: str
     method: str = ""
+    facts: tuple[tuple[str, str], ...] = ()
     metric: str = ""
-    numbers: tuple[str, ...] = ()
-    error: str = ""
-    rival: str = ""
+    value: str = ""
+    rivals: tuple[str, ...] = ()
     even: tuple[str, ...] = ()
+    why: str = ""
+    path: str = ""
     due: tuple[str, ...] = ()
-    measured: tuple[str, ...] = ()
     ended: tuple[str, ...] = ()
 
 
-def best_at_each_size(found: Sequence[Entry], due: Sequence[Due] = ()) -> list[Choice]:
-    """Choose for each source and depth the method that keeps the most, and compare it with the others.
+def best_at_each_size(
+    found: Sequence[Entry], due: Sequence[Due] = (), exports: Exports | None = None
+) -> list[Choice]:
+    """Choose for each source and size the method that keeps the most.
 
-    The first headline metric decides: a perplexity, if one was measured. Depths that a method has reached
-    are named even while nothing is measured there; as long as a method is due, none is chosen.
+    The mean accuracy decides, without one the first headline metric, which is a perplexity if one was
+    measured. The sizes are those at which models were exported; before any was, all that are measured. As
+    long as a method is due there, none is chosen.
     """
+    exports = exports or {}
     choices = []
     for model in dict.fromkeys(entry.model for entry in found):
         own = [entry for entry in found if entry.model == model]
@@ -57,81 +68,110 @@ def best_at_each_size(found: Sequence[Entry], due: Sequence[Due] = ()) -> list[C
         missing = [one for one in due if one.model == model]
         depths = {entry.layers for entry in recovered}
         depths |= {one.layers for one in missing if one.reached and not one.ended}
-        for depth in sorted(depths, reverse=True):
+        names = {trajectory for entry in recovered for trajectory in entry.trajectories}
+        exported = {layers for trajectory, layers in exports if trajectory in names}
+        for depth in sorted(depths & exported or depths, reverse=True):
             rivals = [entry for entry in recovered if entry.layers == depth]
             missing_here = [one for one in missing if one.layers == depth]
-            choices.append(_at_depth(model, depth, rivals, dense, missing_here))
+            choices.append(_at_depth(model, depth, rivals, dense, missing_here, exports))
     return [choice for choice in choices if choice is not None]
 
 
 def _at_depth(
-    model: str, depth: int, rivals: Sequence[Entry], dense: Entry | None, missing: Sequence[Due]
+    model: str,
+    depth: int,
+    rivals: Sequence[Entry],
+    dense: Entry | None,
+    missing: Sequence[Due],
+    exports: Exports,
 ) -> Choice | None:
     metrics = headline_metrics(rivals)
-    measured = [entry for entry in rivals if metrics and metrics[0] in entry.numbers]
+    decides = MEAN_ACCURACY if MEAN_ACCURACY in metrics else metrics[0] if metrics else ""
+    measured = [entry for entry in rivals if decides in entry.numbers]
     late = {one.method: f"{one.method} is not measured yet" for one in missing if not one.ended}
     for entry in rivals:
         if entry.method in late:
             late[entry.method] = f"{entry.method} is not measured yet with all seeds"
-        elif metrics and entry not in measured:
-            late[entry.method] = f"{entry.method} is not measured yet by {metrics[0]}"
-    ended = tuple(dict.fromkeys(one.method for one in missing if one.ended))
+        elif entry not in measured:
+            late[entry.method] = f"{entry.method} is not measured yet by {named(decides)}"
     if not measured and not late:
         return None
-    size = _size(measured[0], dense) if measured else _depth(depth, dense)
+    ended = tuple(dict.fromkeys(one.method for one in missing if one.ended))
+    size = f"{depth} layers" if dense is None else f"{depth} of {dense.layers} layers"
+    metric = named(decides) if measured else ""
+    ranked = sorted(measured, key=lambda e: e.numbers[decides].value, reverse=direction(decides) == "higher")
     if late:
-        named = tuple(_named(entry, metrics[0]) for entry in measured)
-        metric = metrics[0] if measured else ""
-        return Choice(model, size, metric=metric, due=tuple(late.values()), measured=named, ended=ended)
-    decides, highest_first = metrics[0], direction(metrics[0]) == "higher"
-    best, *others = sorted(measured, key=lambda e: e.numbers[decides].value, reverse=highest_first)
+        named_all = tuple(_with_number(entry, decides) for entry in ranked)
+        return Choice(model, size, metric=metric, rivals=named_all, due=tuple(late.values()), ended=ended)
+    best, *others = ranked
     even = [one for one in others if within_noise(best.numbers[decides], one.numbers[decides])]
-    shown = [name for name in metrics[:MOST_METRICS] if name in best.numbers]
+    places = [exports[place] for name in best.trajectories if (place := (name, depth)) in exports]
     return Choice(
-        best.model,
-        _size(best, dense),
+        model,
+        size,
         best.method,
-        decides,
-        tuple(_against(best, dense, name) for name in shown),
-        _kind_of_error(best, shown),
-        _named(others[0], decides) if others and not even else "",
-        tuple(_named(one, decides) for one in even),
+        tuple(_facts(best, dense)),
+        metric,
+        show(best.numbers[decides]),
+        tuple(_with_number(one, decides) for one in others),
+        tuple(one.method for one in even),
+        _why(best, even, decides),
+        places[0] if places else "",
         ended=ended,
     )
 
 
-def _named(entry: Entry, metric: str) -> str:
-    return f"{entry.method} ({with_error(entry.numbers[metric])})"
+def _with_number(entry: Entry, metric: str) -> str:
+    return f"{entry.method} ({show(entry.numbers[metric])})"
 
 
-def _kind_of_error(entry: Entry, shown: Sequence[str]) -> str:
-    """Name the standard error that the numbers of a sentence have; the first of them decides."""
-    if entry.seeds > 1:
-        of_tasks = any(not is_perplexity(name) for name in shown)
-        own = ", with that of a task's questions" if of_tasks else ""
-        return f"± is the standard error over {entry.seeds} seeds{own}"
-    known = [entry.numbers[name].stderr is not None for name in shown]
-    parts = ["± is the standard error of a task's questions"] if any(known) else []
-    if not known[0]:
-        parts.append(f"one seed does not tell the error of {shown[0]}")
-    return "; ".join(parts)
+def _why(best: Entry, even: Sequence[Entry], metric: str) -> str:
+    """Say what the order of the best and the others rests on."""
+    if even and (best.numbers[metric].stderr is None or any(e.numbers[metric].stderr is None for e in even)):
+        return f"one seed, and less than 2 % between them in {named(metric)}"
+    if even:
+        return f"within two standard errors of their difference in {named(metric)}"
+    seeds = f"{best.seeds} seeds" if best.seeds > 1 else "one seed"
+    if best.numbers[metric].stderr is None:
+        return f"{seeds}, without an error"
+    return f"± is one standard error, {seeds}"
 
 
-def with_error(number: Number) -> str:
-    """Write the value ± its standard error, where it has one."""
-    return show(number.value) + ("" if number.stderr is None else f" ± {show_error(number.stderr)}")
+def _facts(entry: Entry, dense: Entry | None) -> list[tuple[str, str]]:
+    """Return size, speed and quality as (figure, what it is of)."""
+    facts = []
+    if entry.parameters:
+        fewer = f", {1 - entry.parameters / dense.parameters:.0%} fewer" if dense and dense.parameters else ""
+        facts.append((format_count(entry.parameters), f"parameters{fewer}"))
+    if speedup := entry.numbers.get(SPEEDUP):
+        facts.append((f"{speedup.value:.2f} ×", "the decoding speed"))
+    average = mean_kept(entry, dense)
+    if dense and average:
+        tasks = len(accuracy_tasks([dense]))
+        above = mean_kept_above_chance(entry, dense)
+        rest = f" ({above.value:.0f} % of what is above chance)" if above else ""
+        share = _percent(average.value, average.stderr)
+        facts.append((f"{share} kept", f"of the mean accuracy on {tasks} tasks{rest}"))
+    quality = [name for name in headline_metrics([entry]) if not is_speed(name) and name != MEAN_ACCURACY]
+    return facts + [_against(entry, dense, name) for name in quality[: 1 if average else 2]]
 
 
-def _depth(layers: int, dense: Entry | None) -> str:
-    return f"{layers} layers" if dense is None else f"{layers} of {dense.layers} layers"
+def _percent(value: float, stderr: float | None) -> str:
+    return f"{value:.0f} %" if stderr is None or stderr < 0.5 else f"{value:.0f} ± {stderr:.0f} %"
 
 
-def _size(entry: Entry, dense: Entry | None) -> str:
-    size = _depth(entry.layers, dense)
-    if dense and entry.parameters and dense.parameters:
-        fewer = 1 - entry.parameters / dense.parameters
-        size += f" ({format_count(entry.parameters)} parameters, {fewer:.0%} fewer)"
-    return size
+def _against(entry: Entry, dense: Entry | None, metric: str) -> tuple[str, str]:
+    """Return a metric as its factor to the unpruned model's, or the share that is left of a score."""
+    number = entry.numbers[metric]
+    if dense is None or metric not in dense.numbers:
+        return show(number), named(metric)
+    before = dense.numbers[metric].value
+    text = f"{named(metric)}, {show(before)} → {show(number)}"
+    if not before:  # a share of nothing means nothing
+        return show(number), f"{named(metric)}, unpruned {show(before)}"
+    if direction(metric) == "lower":
+        return f"{number.value / before:.2f} ×", f"the {text}"
+    return f"{100 * retention(number.value, before, metric):.0f} % kept", f"of {text}"
 
 
 def format_count(parameters: int) -> str:
@@ -139,19 +179,6 @@ def format_count(parameters: int) -> str:
     if parameters < 1e6:
         return f"{parameters:,}"
     return f"{parameters / 1e9:,.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.4g} M"
-
-
-def _against(entry: Entry, dense: Entry | None, metric: str) -> str:
-    """Write `metric 32.5 ± 0.4 (unpruned 23.24, ×1.40)`, or the share that is left of a score."""
-    value, measured = entry.numbers[metric].value, f"{metric} {with_error(entry.numbers[metric])}"
-    if dense is None or metric not in dense.numbers:
-        return measured
-    before = dense.numbers[metric].value
-    if not before:  # a share of nothing means nothing
-        return f"{measured} (unpruned {show(before)})"
-    if direction(metric) == "lower":
-        return f"{measured} (unpruned {show(before)}, ×{value / before:.2f})"
-    return f"{measured} (unpruned {show(before)}, {retention(value, before, metric):.0%} kept)"
 
 
 def of_method(found: Sequence[Entry]) -> str:
@@ -168,5 +195,7 @@ def of_method(found: Sequence[Entry]) -> str:
         parts.append(f"{format_count(first.parameters)} → {format_count(last.parameters)} parameters")
     for metric in headline_metrics([first, last])[:MOST_METRICS]:
         if metric in first.numbers.keys() & last.numbers:
-            parts.append(f"{metric} {show(first.numbers[metric].value)} → {with_error(last.numbers[metric])}")
+            parts.append(
+                f"{named(metric)} {show(first.numbers[metric].value)} → {show(last.numbers[metric])}"
+            )
     return "; ".join(parts) + "."

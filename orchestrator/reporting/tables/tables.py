@@ -9,12 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestrator.reporting.data.measured import NOT_A_SCORE, PRUNED, RECOVERED, Number
+from orchestrator.reporting.tables.metric_names import BEFORE_RECOVERY, heading
 
 Line = dict[str, Any]
+Cell = tuple[int, str]
+"""Row and column."""
 
 STAGES = ("score", "prune", "generate", "teach", "recover", "evaluate", "export")
 LEADING = ("trajectory", "iteration", "phase", "layers", "dropped", "dropped score", "parameters")
-BEFORE_RECOVERY = " before recovery"
 NOT_MEASURED = "–"
 LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -27,6 +29,9 @@ LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "±": r"$\pm$",
     "×": r"$\times$",
     "→": r"$\rightarrow$",
+    "≈": r"$\approx$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
 }
 
 
@@ -83,22 +88,30 @@ def metric_columns(lines: Sequence[Line]) -> list[str]:
     return [name for name in (lines[0] if lines else ()) if name not in LEADING and name not in times]
 
 
-def markdown(lines: Sequence[Line]) -> str:
-    """Write the table in GitHub's Markdown."""
+def markdown(lines: Sequence[Line], best: Collection[Cell] = (), even: Collection[Cell] = ()) -> str:
+    """Write the table in GitHub's Markdown; `best` cells are bold, `even` ones marked ≈."""
+
+    def row(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
     if not lines:
         return ""
+    body = [
+        row(marked(show(value), (i, name), best, even, "**{}**") for name, value in line.items())
+        for i, line in enumerate(lines)
+    ]
+    return "\n".join([row(map(heading, lines[0])), f"|{'---|' * len(lines[0])}", *body]) + "\n"
 
-    def row(cells: Iterable[Any]) -> str:
-        return f"| {' | '.join(show(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
-    return (
-        "\n".join([row(lines[0]), f"|{'---|' * len(lines[0])}", *(row(line.values()) for line in lines)])
-        + "\n"
-    )
+def marked(
+    text: str, cell: Cell, best: Collection[Cell], even: Collection[Cell], bold: str, alike: str = "≈ "
+) -> str:
+    """Return a cell's text as the best of its group, or as not to be told from it."""
+    return bold.format(text) if cell in best else alike + text if cell in even else text
 
 
 def csv(lines: Sequence[Line]) -> str:
-    """Write the table as CSV, numbers in full; standard errors and deviations have columns of their own."""
+    """Write the table as CSV: raw names, numbers in full, standard errors in columns of their own."""
     columns: dict[str, list[Any]] = {}
     for name in lines[0] if lines else ():
         values = [line[name] for line in lines]
@@ -106,10 +119,9 @@ def csv(lines: Sequence[Line]) -> str:
             " ".join(map(str, value)) if isinstance(value, tuple) else getattr(value, "value", value)
             for value in values
         ]
-        for extra in ("stderr", "deviation"):
-            found = [getattr(value, extra, None) for value in values]
-            if any(value is not None for value in found):
-                columns[f"{name} {extra}"] = found
+        errors = [getattr(value, "stderr", None) for value in values]
+        if any(error is not None for error in errors):
+            columns[f"{name} stderr"] = errors
     text = io.StringIO()
     writer = csv_writer(text, lineterminator="\n")
     if columns:
@@ -117,16 +129,19 @@ def csv(lines: Sequence[Line]) -> str:
     return text.getvalue()
 
 
-def latex(lines: Sequence[Line], best: Collection[tuple[int, str]] = ()) -> str:
-    """Write the table as LaTeX `tabular` with booktabs rules; the cells (row, column) of `best` are bold."""
+def latex(lines: Sequence[Line], best: Collection[Cell] = (), even: Collection[Cell] = ()) -> str:
+    """Write the table as LaTeX `tabular` with booktabs rules, marked as by `markdown`."""
     if not lines:
         return ""
     body = []
     for row, line in enumerate(lines):
         cells = {name: _latex_text(show(value)) for name, value in line.items()}
-        bold = (rf"\textbf{{{cell}}}" if (row, name) in best else cell for name, cell in cells.items())
-        body.append(" & ".join(bold) + r" \\")
-    head = " & ".join(map(_latex_text, lines[0])) + r" \\"
+        texts = (
+            marked(text, (row, name), best, even, r"\textbf{{{}}}", r"$\approx$ ")
+            for name, text in cells.items()
+        )
+        body.append(" & ".join(texts) + r" \\")
+    head = " & ".join(_latex_text(heading(name)) for name in lines[0]) + r" \\"
     columns = "l" + "r" * (len(lines[0]) - 1)
     start, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
     return "\n".join([start, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end]) + "\n"
@@ -135,22 +150,21 @@ def latex(lines: Sequence[Line], best: Collection[tuple[int, str]] = ()) -> str:
 def show(value: Any) -> str:
     """Write a cell as text: four significant digits, thousands set apart, a dash for what is missing.
 
-    A mean over seeds has their standard deviation behind it.
+    A measured number has its standard error behind it, where it has one.
     """
     if value is None or value == ():
         return NOT_MEASURED
     if isinstance(value, tuple):
         return ", ".join(map(show, value))
     if isinstance(value, Number):
-        spread = "" if value.deviation is None else f" ± {show_error(value.deviation)}"
-        return show(value.value) + spread
+        return show(value.value) + ("" if value.stderr is None else f" ± {show_error(value.stderr)}")
     if isinstance(value, float):
         return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def show_error(value: float) -> str:
-    """Write an error or deviation as text: two significant digits."""
+    """Write an error as text: two significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}"
 
 

@@ -18,7 +18,7 @@
   }
 
   const size = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} B` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} M` : n.toLocaleString("en"));
-  const told = (p) => `${several ? `${p.model}, ` : ""}${p.method}${p.method === data.dense ? "" : `, seed ${p.seed}`}<br>${p.layers ?? "?"} layers, ${size(p.parameters)} parameters`;
+  const told = (p) => `${several ? `${p.model}, ` : ""}${p.method}${p.seeds > 1 ? `, ${p.seeds} seeds` : ""}<br>${p.layers ?? "?"} layers, ${size(p.parameters)} parameters`;
 
   function draw() {
     const name = metric.value, across = axis.value, shown = chosen(), all = several && source.value === "";
@@ -32,23 +32,24 @@
       return {
         name: method, x: own.map((p) => p.x), y: own.map((p) => p.y), mode: "markers", type: "scatter",
         marker: { size: 10, opacity: 0.85, symbol: own.map(symbol), color: data.colours[i % data.colours.length] },
-        text: own.map(told), customdata: own.map((p) => p.numbers[name][1]),
-        hovertemplate: `%{text}<br>${name} %{y:.4g}<extra></extra>`,
+        error_y: { type: "data", array: own.map((p) => p.numbers[name][1]), thickness: 1, width: 3 },
+        text: own.map(told), customdata: own.map((p) => p.numbers[name][2]),
+        hovertemplate: `%{text}<br>${data.names[name]} %{y:.4g}<extra></extra>`,
       };
     }).filter((trace) => trace.x.length);
     const up = data.directions[name] === "higher" ? 1 : -1;
     const best = front(points, across === "parameters" || across === "layers" ? -1 : 1, up);
     traces.unshift({
       name: "Pareto front", x: best.map((p) => p.x), y: best.map((p) => p.y), mode: "lines", type: "scatter",
-      line: { dash: "dot", width: 2, color: "#8c8c8c" }, hoverinfo: "skip",
+      line: { dash: "dot", width: 2, color: data.colours[0] }, hoverinfo: "skip",
     });
     const ys = points.map((p) => p.y).filter((y) => y > 0);
     const wide = up < 0 && ys.length && Math.max(...ys) > 8 * Math.min(...ys);
     Plotly.react(chart, traces, {
       height: 440, margin: { l: 60, r: 20, t: 20, b: 50 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       hovermode: "closest", showlegend: false, dragmode: matchMedia("(pointer: fine)").matches ? "zoom" : false,
-      xaxis: { title: { text: data.axes[across] || across }, automargin: true },
-      yaxis: { title: { text: `${name} (${up > 0 ? "higher" : "lower"} is better)` }, type: wide ? "log" : "linear", automargin: true },
+      xaxis: { title: { text: data.axes[across] }, automargin: true, ...(across === "layers" ? wholeTicks(points.map((p) => p.x)) : {}) },
+      yaxis: { title: { text: `${data.names[name]} (${up > 0 ? "higher" : "lower"} is better)` }, type: wide ? "log" : "linear", automargin: true },
     }, { displayModeBar: false, responsive: true });
     text.textContent = points.length === 0 ? "Nothing of this was measured yet." : `${points.length} models; on the front: ` +
       best.map((p) => `${all ? `${p.model} ` : ""}${p.method}${p.method === data.dense ? "" : ` at ${p.layers} layers`}`)
@@ -59,6 +60,6 @@
   draw();
   chart.on("plotly_click", (event) => {
     const stage = event.points[0].customdata;
-    if (stage) location.hash = stage;
+    if (document.getElementById(stage)) location.hash = stage;
   });
 })();

@@ -1,4 +1,4 @@
-// Draws each figure from the JSON beside it when it comes into view, and opens what a link leads into.
+// Draws each figure from the JSON beside it, those in a closed part when it is opened; opens what a link leads into.
 (() => {
   const clear = "rgba(0,0,0,0)", fine = matchMedia("(pointer: fine)").matches;
   const base = (panel) => ({
@@ -6,6 +6,8 @@
     font: { size: 11 }, dragmode: fine ? "zoom" : false,  // on a phone, a finger scrolls the page
     xaxis: { title: { text: panel.x }, automargin: true }, yaxis: { title: { text: panel.y }, automargin: true },
   });
+
+  const sequence = {{ sequence | json }};
 
   // 1, 2 and 5 of every decade; of many decades the powers of ten.
   function logTicks(values) {
@@ -26,6 +28,7 @@
     }));
     const layout = base(panel);
     layout.hovermode = "x unified";
+    if (panel.whole) Object.assign(layout.xaxis, wholeTicks(panel.curves.flatMap((c) => c.x)));
     if (panel.log) {
       const ticks = logTicks(panel.curves.flatMap((c) => c.y).filter((y) => y > 0));
       Object.assign(layout.yaxis, { type: "log", tickvals: ticks, ticktext: ticks.map((v) => v.toPrecision(1) * 1 + "") });
@@ -36,6 +39,7 @@
   function bars(panel, colours) {
     const traces = panel.curves.map((c) => ({
       name: c.n, x: c.x.map(String), y: c.y, legendgroup: c.g, type: "bar", marker: { color: colours[c.g] },
+      error_y: c.e ? { type: "data", array: c.e, thickness: 1, width: 2 } : undefined,
       hovertemplate: "%{y:.4g}",
     }));
     const layout = base(panel);
@@ -49,7 +53,7 @@
     const shown = panel.z.flat().filter((v) => v != null), reach = Math.max(...shown.map(Math.abs)) || 1;
     const scale = panel.zero
       ? { colorscale: [[0, "#b2182b"], [0.5, "#e8e8e8"], [1, "#2166ac"]], zmin: -reach, zmax: reach }
-      : { colorscale: "Viridis" };
+      : { colorscale: sequence.map((colour, i) => [i / (sequence.length - 1), colour]) };
     const map = {
       type: "heatmap", x: panel.xs.map(String), y: panel.ys.map(String), z: panel.z, ...scale, xgap: 1, ygap: 1, hoverongaps: false,
       colorbar: { title: { text: panel.value, side: "right" }, thickness: 12 },
@@ -101,17 +105,28 @@
     fillLegend(box.querySelector(".legend"), data, plots);
   }
 
-  const seen = new IntersectionObserver((entries) => {
-    for (const entry of entries) if (entry.isIntersecting) { seen.unobserve(entry.target); draw(entry.target); }
-  }, { rootMargin: "600px" });
-  document.querySelectorAll(".plots").forEach((box) => seen.observe(box));
+  const drawOpen = () => document.querySelectorAll(".plots").forEach((box) => box.checkVisibility() && draw(box));
+  drawOpen();
+  document.querySelectorAll("details").forEach((part) => part.addEventListener("toggle", drawOpen));
 
-  // Paper cannot be clicked, has no "into view", and a width of its own.
+  // Of a table that is wider than its place, the edge fades as long as there is more.
+  const boxes = document.querySelectorAll(".scroll");
+  const fade = (box) => {
+    box.classList.toggle("wide", box.scrollWidth > box.clientWidth + 1);
+    box.classList.toggle("more", box.scrollWidth > box.clientWidth + box.scrollLeft + 1);
+  };
+  const resized = new ResizeObserver((entries) => entries.forEach((entry) => fade(entry.target)));
+  for (const box of boxes) {
+    box.addEventListener("scroll", () => fade(box));
+    resized.observe(box);
+  }
+
+  // Paper cannot be clicked, and has a width of its own.
   let opened = [];
   addEventListener("beforeprint", () => {
     opened = [...document.querySelectorAll("details:not([open]):not(.lookup)")];
     for (const box of opened) box.open = true;
-    document.querySelectorAll(".plots").forEach((box) => box.offsetParent && draw(box));
+    drawOpen();
     for (const plot of document.querySelectorAll(".js-plotly-plot")) {
       if (plot.offsetParent) Plotly.relayout(plot, { width: plot.closest(".panels:not(.single)") ? 330 : 680 });
     }

@@ -7,10 +7,13 @@ import pyarrow as pa
 import pytest
 
 from orchestrator.reporting.charts.charts import MOST_POINTS, Chart, Curve, Figure, HeatMap, thinned
+from orchestrator.reporting.charts.figures import COLOURS, GREY, SEQUENCE
 from orchestrator.reporting.charts.method_charts import method_figures
+from orchestrator.reporting.charts.source_charts import source_figures
 from orchestrator.reporting.data.comparisons import entries
 from orchestrator.reporting.data.measured import measured_models
-from orchestrator.reporting.html import Source, build_report, in_order_of
+from orchestrator.reporting.html import build_report, in_order_of
+from orchestrator.reporting.run_source import Source
 from orchestrator.reporting.tables.summary import of_method
 from orchestrator.storage.ledger import SCHEMA
 from tests.unit.reporting.sample_run import DROPPED, sample_ledger
@@ -55,8 +58,9 @@ def test_page_shows_table_configuration_and_versions(ledger: pa.Table, tmp_path:
     for text in (">56.64<", ">118.8<", "&lt;demo&gt;", "- name: iterabre", "<td>2.13.0</td>"):
         assert text in page
     assert "10 → 7 layers (30% removed)" in page
-    assert "At 7 of 10 layers" in page
-    assert page.count("The method with the best wikitext2/token_perplexity at each size.") == 1
+    assert "7 of 10 layers by <strong>iterabre</strong>" in page
+    assert "the WikiText-2 perplexity, 29 → 56.64" in page
+    assert '<abbr title="wikitext2/token_perplexity – ' in page
 
 
 def test_every_measured_number_of_a_comparison_leads_to_its_stage(ledger: pa.Table, tmp_path: Path) -> None:
@@ -92,7 +96,10 @@ def test_methods_are_compared_over_the_share_removed(tmp_path: Path) -> None:
 def test_a_run_under_way_says_how_far_it_is(ledger: pa.Table, tmp_path: Path) -> None:
     planned = {"smol-iterabre-s0": 6}
     page = build_report(Source(ledger, planned=planned), tmp_path).read_text()
-    assert "3 of 6 iterations are finished (50 %)" in page
+    assert "3 of 6 models are measured (50 %)" in page
+    at_targets = {"model": "smol", "method": "iterabre", "depths": [9, 8, 7]}
+    both = Source(ledger, planned=planned, trajectories=[{"trajectory": "smol-iterabre-s0", **at_targets}])
+    assert "under way" not in _without_scripts(build_report(both, tmp_path).read_text())
     done = build_report(Source(ledger, planned={"smol-iterabre-s0": 3}), tmp_path).read_text()
     assert "under way" not in _without_scripts(done)
     assert ("so far" in _without_scripts(page), "so far" in _without_scripts(done)) == (True, False)
@@ -106,11 +113,8 @@ def test_a_method_that_is_still_recovering_keeps_the_page_from_recommending(tmp_
     last = (field("trajectory") == "smol--b--seed0") & (field("iteration") == 3)
     under_way = whole.filter(~(last & (field("phase").isin(["recovered"]) | (field("stage") == "export"))))
     page = _without_scripts(build_report(Source(under_way), tmp_path / "out").read_text())
-    assert "At 8 of 10 layers (127.4 M parameters, 5% fewer), take <strong>a</strong>" in page
-    assert (
-        "At 7 of 10 layers (123.9 M parameters, 8% fewer), no choice yet: b is not measured yet; "
-        "by wikitext2/token_perplexity: a (56.64)."
-    ) in page
+    assert "8 of 10 layers by <strong>a</strong>" in page
+    assert "No choice yet: b is not measured yet; by WikiText-2 perplexity: a (56.64)." in page
     rows = (tmp_path / "out/tables/iterations-smol--b.csv").read_text().splitlines()
     cells = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
     assert (cells["iteration"], cells["phase"], cells["blimp_sample/acc"]) == ("3", "pruned", "")
@@ -167,6 +171,43 @@ def test_unfinished_runs_have_a_report(ledger: pa.Table, tmp_path: Path) -> None
     assert build_report(Source(dense), tmp_path).exists()
     scored = ledger.filter(pa.compute.field("stage") == "score")
     assert build_report(Source(scored), tmp_path).exists()
+
+
+def test_what_holds_nothing_is_left_out(ledger: pa.Table, tmp_path: Path) -> None:
+    """One method has no comparison of methods, and one iteration no development over iterations."""
+    one_method = _without_scripts(build_report(Source(ledger), tmp_path / "method").read_text())
+    assert "methods over the share removed" not in one_method
+    assert "Accuracy kept" not in one_method
+    first = ledger.filter(pa.compute.field("iteration") <= 1)
+    assert {"performance", "changes", "layer-scores"}.isdisjoint(_figures(first))
+    assert {"recovery-loss", "cost"} <= _figures(first).keys()
+    page = _without_scripts(build_report(Source(first), tmp_path / "depth").read_text())
+    assert "Quality against size" not in page
+    assert "Configuration" not in page
+
+
+def test_of_one_depth_methods_are_compared_in_bars_with_errors(tmp_path: Path) -> None:
+    ledger = sample_ledger(str(tmp_path), ("smol--a--seed0", "smol--b--seed0"))
+    first = ledger.filter(pa.compute.field("iteration") <= 1)
+    (compared, *_) = source_figures("smol", first, entries(measured_models(first)), ["a", "b"], {})
+    accuracy = compared.panels[1]
+    assert isinstance(accuracy, Chart)
+    assert (accuracy.kind, accuracy.places) == ("bars", ["unpruned", "a", "b"])
+    assert [curve.stderr for curve in accuracy.curves] == [(0.012,), (0.012,) * 2, (0.012,) * 2]
+
+
+@pytest.mark.parametrize("paper", ["#ffffff", "#14171a"])
+def test_every_colour_is_seen_on_light_and_on_dark_paper(paper: str) -> None:
+    """A contrast of 3, as WCAG 2.1 asks of graphics (1.4.11)."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for colour in (*COLOURS, GREY, *SEQUENCE):
+        dark, light = sorted((luminance(colour) + 0.05, luminance(paper) + 0.05))
+        assert light / dark >= 3, colour
 
 
 def test_methods_come_in_the_order_of_the_configuration(tmp_path: Path) -> None:

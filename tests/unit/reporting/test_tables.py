@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from orchestrator.reporting.data.measured import Number
 from orchestrator.reporting.tables.tables import (
     before,
     iteration_table,
@@ -85,6 +86,20 @@ def test_markdown_and_latex() -> None:
     lines = [{"trajectory": "a_b", "dropped": (3, 4), "value": None}]
     assert markdown(lines) == "| trajectory | dropped | value |\n|---|---|---|\n| a_b | 3, 4 | – |\n"
     assert r"a\_b & 3, 4 & -- \\" in latex(lines)
+
+
+def test_markdown_and_latex_keep_what_is_best_what_is_alike_and_the_errors() -> None:
+    lines = [
+        {"method": name, "boolq/acc": Number(value, 0.012, "")} for name, value in (("a", 0.6), ("b", 0.59))
+    ]
+    marks = ({(0, "boolq/acc")}, {(1, "boolq/acc")})
+    assert markdown(lines, *marks).splitlines() == [
+        "| method | BoolQ ↑ |", "|---|---|", "| a | **0.6 ± 0.012** |", "| b | ≈ 0.59 ± 0.012 |",
+    ]  # fmt: skip
+    text = latex(lines, *marks)
+    assert r"method & BoolQ $\uparrow$ \\" in text
+    assert r"a & \textbf{0.6 $\pm$ 0.012} \\" in text
+    assert r"b & $\approx$ 0.59 $\pm$ 0.012 \\" in text
 
 
 @pytest.mark.parametrize(
