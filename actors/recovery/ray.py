@@ -16,6 +16,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckTimeoutError,
 )
+from ray.train.v2._internal.execution import context
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupContext
 from ray.util import placement_group_table
@@ -331,6 +332,8 @@ def _with_smaller_micro_batch(job: _Job, name: str, error: BaseException) -> Ite
 def _train_worker(config: dict[str, _Job]) -> tuple[RecoveryResult | IterabreError, float]:
     """Train in one worker; return the result, and for how long its workers waited for their places."""
     quiet_libraries()
+    # It reports every checkpoint, under the name of its file.
+    logging.getLogger(context.__file__).setLevel(logging.WARNING)
     with output_of(config["job"].stage):
         return _train(config["job"]), _waited["s"]
 
@@ -346,7 +349,7 @@ def _train(job: _Job) -> RecoveryResult | IterabreError:
         fewer = "" if world_size == job.workers else f", on {world_size} of {job.workers} workers"
         job.progress(done, total, f"{note}{fewer}")
 
-    context = TrainContext(
+    own_context = TrainContext(
         rank=ray_context.get_world_rank(),
         world_size=world_size,
         adapter_uri=job.adapter_uri,
@@ -359,7 +362,7 @@ def _train(job: _Job) -> RecoveryResult | IterabreError:
         stop_requested=job.progress.stop_requested,
     )
     try:
-        return train(job.spec, context)
+        return train(job.spec, own_context)
     except (RequestError, ChangedError, DivergenceError, StopRequestedError) as error:
         return error
 
