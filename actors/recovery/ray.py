@@ -213,9 +213,7 @@ def recover_on_ray(
                     f"(execution.training.max_failures: {max_failures}): {lost}. Finished steps are kept up "
                     "to the last checkpoint; continue with --resume"
                 ) from lost
-            tries = (
-                "the loss was announced" if lost.announced else f"try {restarts.failures} of {max_failures}"
-            )
+            tries = "as announced" if lost.announced else f"try {restarts.failures} of {max_failures}"
             log.warning("recovery %s: %s; restarted from its last checkpoint, %s", name, lost, tries)
             progress.restarted(f"lost a worker; restarted, {tries}")
         except _NoPlacesError as error:
