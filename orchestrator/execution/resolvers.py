@@ -105,10 +105,10 @@ class ComputeResolver:
         """Note of the newest model what the progress shows: its perplexities, and one number."""
         ending = "/token_perplexity"
         found = {m.name.removesuffix(ending): m.value for m in result.metrics if m.name.endswith(ending)}
-        named = {f"{text} perplexity": value for text, value in found.items()}
-        named |= {metric.name: metric.value for metric in result.metrics}
+        first = sorted(result.metrics, key=lambda metric: not metric.name.endswith(ending))[:1]
+        measured = {metric.name: metric.value for metric in first}
         with self._counting:
-            self.progress = replace(self.progress, perplexities=found, measured=dict(list(named.items())[:1]))
+            self.progress = replace(self.progress, perplexities=found, measured=measured)
 
     def _running(self, stage: StageRequest[ResultT]) -> RunningStage:
         iteration, kind = stage.iteration.index, stage.kind.name

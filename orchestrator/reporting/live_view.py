@@ -12,7 +12,13 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from orchestrator.reporting.data.run_status import RunStatus, TrajectoryView, run_status
-from orchestrator.reporting.tables.status import activity_count, activity_name, overview_text, status_text
+from orchestrator.reporting.tables.status import (
+    activity_count,
+    activity_name,
+    measured_text,
+    overview_text,
+    status_text,
+)
 from orchestrator.storage.control import Control
 from orchestrator.storage.run_progress import Overview, RunProgress, TrajectoryProgress
 
@@ -154,7 +160,7 @@ def _state(view: TrajectoryView, now: float) -> Any:
 def trajectory_line(view: TrajectoryView) -> str:
     """Return where a trajectory is and what it is at, as one plain line."""
     head = f"{view.trajectory}: "
-    measured = "".join(f", {name} {value:.4g}" for name, value in view.measured.items())
+    measured = "".join(f", {text}" for text in (measured_text(view),) if text)
     if not view.activities:
         return f"{head}{view.state}{measured}" + (f": {view.reason}" if view.reason else "")
     parts = []

@@ -65,7 +65,7 @@ def _append(text: Text, view: TrajectoryView, now: float, with_reasons: bool) ->
         text.append(f"  iteration {view.iteration}/{view.iterations}")
         text.append(f"  stages {view.stages_done}/{view.stages_total}")
         text.append(f" ({view.stages_reused} reused)" if view.stages_reused else "")
-    measured = ", ".join(f"{name} {value:.4g}" for name, value in view.measured.items())
+    measured = measured_text(view)
     if measured and not view.activities:
         text.append(f"  {measured}", "cyan")
     if view.waited_s >= 1:
@@ -98,6 +98,12 @@ def _activity_line(activity: Activity, view: TrajectoryView, now: float) -> str:
         shown = (place if count == 1 else f"{count} x {place}" for place, count in places.items())
         parts.append(f"on {', '.join(shown)}")
     return "  ".join(parts)
+
+
+def measured_text(view: TrajectoryView) -> str:
+    """Return the number of the newest measured model, if there is one."""
+    named = {name.replace("/token_", " "): value for name, value in view.measured.items()}
+    return ", ".join(f"{name} {value:.4g}" for name, value in named.items())
 
 
 def activity_name(activity: Activity, view: TrajectoryView) -> str:

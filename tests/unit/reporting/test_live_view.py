@@ -17,7 +17,7 @@ from orchestrator.storage.run_progress import Overview, RunProgress, TrajectoryP
 NOW = 50_000.0
 A = TrajectoryProgress(
     "smollm2-135m--iterabre--seed0", 2, 3, "score", 3, 10, "sequences", key="s", started_at=NOW - 70,
-    stages_done=4, stages_total=17, measured={"wikitext2 perplexity": 24.126},
+    stages_done=4, stages_total=17, measured={"wikitext2/token_perplexity": 24.126},
 )  # fmt: skip
 EVALUATION = replace(
     A, iteration=1, stage="evaluate", phase="recovered", key="e", done=48, total=297,
