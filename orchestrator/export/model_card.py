@@ -48,7 +48,11 @@ def model_card(
         licence = f"The licence of the source model applies: {name}."
     is_remote = "://" in address
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {"show": show, "cell": _cell}
     return environment.get_template("model_card.md.j2").render(
