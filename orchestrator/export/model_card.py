@@ -47,7 +47,13 @@ def model_card(
         name = plan.origin.licence_name or plan.origin.licence
         licence = f"The licence of the source model applies: {name}."
     is_remote = "://" in address
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     environment.filters |= {"show": show, "cell": _cell}
     return environment.get_template("model_card.md.j2").render(
         card_data=_metadata(plan, title, plan.origin, after, tokens).to_yaml(),

@@ -3,8 +3,8 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 
@@ -25,8 +25,8 @@ def commands(page: Path) -> list[str]:
 def unknown_words(line: str) -> list[str]:
     """The command and options of the line that there are none of."""
     words = shlex.split(line.replace("[", "").replace("]", ""))[1:]
-    node: click.Command = typer.main.get_command(app)
-    while isinstance(node, click.Group) and words and not words[0].startswith("-"):
+    node: Any = typer.main.get_command(app)
+    while hasattr(node, "commands") and words and not words[0].startswith("-"):
         if words[0] not in node.commands:
             return [words[0]]
         node = node.commands[words.pop(0)]
