@@ -8,7 +8,7 @@ import logging
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -65,6 +65,9 @@ RETRY_S = 0.5
 """Pause before the next call to an actor that did not respond."""
 
 
+RESTARTS = 3
+"""How often Ray starts an actor again whose process or machine is lost."""
+
 REPORT_S = 2.0
 """How often a stage without a place reports what it waits for."""
 
@@ -114,7 +117,7 @@ class ActorPool:
 
     def __enter__(self) -> Self:
         spec, asked = self._spec, time.monotonic()
-        remote = ray.remote(_placed(self._actor_class)).options(**_resources(spec), max_restarts=3)
+        remote = ray.remote(_placed(self._actor_class)).options(**_resources(spec), max_restarts=RESTARTS)
         stage = running_stage()
         self._actors = [remote.remote(stage, *self._arguments) for _ in range(spec.actors)]
         try:
@@ -177,7 +180,7 @@ class ActorPool:
             WorkError: all actors are lost.
         """
         submit = submit or (lambda actor, shard: actor.work.options(**task_name()).remote(shard))
-        waiting = deque(shards)
+        waiting, losses = deque(shards), Counter[ActorHandle]()
         num_left = len(waiting)
         idle: list[ActorHandle] = []
         pending: dict[ray.ObjectRef, tuple[ActorHandle, list[ShardT]]] = {
@@ -200,6 +203,10 @@ class ActorPool:
                 if submitted:
                     log.warning("a %s actor was lost (%s); its shard goes to another", self._setting, error)
                     waiting.extend(submitted)
+                    losses[actor] += 1
+                    tries = f"restarted, try {losses[actor]} of {RESTARTS}"
+                    again = tries if losses[actor] <= RESTARTS else "the others go on"
+                    self._progress.restarted(f"lost an actor; {again}")
                 unavailable = isinstance(error, ActorUnavailableError)
                 if unavailable:
                     # Its process has ended and Ray has not noticed yet: called at once, it would fail again.

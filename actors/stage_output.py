@@ -6,7 +6,9 @@ at work on. So a worker that is killed loses nothing of its log, and no worker w
 """
 
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,12 +68,31 @@ def output_of(stage: RunningStage | None) -> Iterator[None]:
 def begin_output(stage: RunningStage) -> None:
     """Have all that this process prints and logs from now on belong to `stage`."""
     _print_mark(stage.log)
+    quiet_libraries()
     root = logging.getLogger()
     if not root.handlers:
         # What libraries warn of, and what our own packages say.
         logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
         for package in ("actors", "orchestrator"):
             logging.getLogger(package).setLevel(logging.INFO)
+
+
+def quiet_libraries() -> None:
+    """Keep libraries from printing progress bars, and warnings that ask nothing of the user."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    # DeepSpeed warns on standard output that this machine has no GPU; a cluster's nodes may have.
+    logging.getLogger("DeepSpeed").addFilter(_is_not_of_no_gpu)
+    # It reports kernels that it could download for this processor.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    # What peft should not call in transformers concerns their authors.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+
+
+def _is_not_of_no_gpu(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 def _print_mark(log: str) -> None:

@@ -48,6 +48,7 @@ from actors.contracts.recovery import (
 from actors.contracts.scoring import (
     MERGING_CRITERIA,
     SCORE_METRICS,
+    Ends,
     MergeSpec,
     Removal,
     ScoreKind,
@@ -72,6 +73,7 @@ __all__ = [
     "DTYPE_BYTES",
     "Doc",
     "Dtype",
+    "Ends",
     "EvaluationResult",
     "EvaluationSettings",
     "EvaluationSpec",

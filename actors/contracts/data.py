@@ -5,15 +5,18 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
+from actors.contracts import names
 from actors.contracts.artifacts import ArtifactRef
-from actors.contracts.settings import Doc, LocalPath, NotInKey, Settings
+from actors.contracts.settings import Doc, Known, LocalPath, NotInKey, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings(Settings):
     """A body of text: exactly one of `builtin` and `path`."""
 
-    builtin: Annotated[str | None, Doc("Name of a text that ships with the project.")] = None
+    builtin: Annotated[str | None, Known(names.TEXTS), Doc("Name of a text that ships with the project.")] = (
+        None
+    )
     path: Annotated[
         str | None,
         LocalPath(),

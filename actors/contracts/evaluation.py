@@ -5,9 +5,11 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from actors.contracts import names
+from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSettings, TextSpec
-from actors.contracts.models import ModelRef
-from actors.contracts.settings import AddedLater, Doc, InKeyAs, LocalPath, Name, NotInKey, Settings
+from actors.contracts.models import ModelRef, ModelSpec
+from actors.contracts.settings import AddedLater, Doc, InKeyAs, Known, LocalPath, Name, NotInKey, Settings
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,12 @@ class EvaluationSettings(Settings):
     perplexity: tuple[PerplexitySettings, ...] = (
         PerplexitySettings("wikitext2", TextSettings(builtin="wikitext-2-raw-test")),
     )
-    suites: Annotated[tuple[str, ...], Doc("Batteries of tasks, by name; see docs/evaluation.md.")] = ()
-    tasks: Annotated[tuple[str, ...], Doc("Further lm-eval tasks and groups, by name.")] = ()
+    suites: Annotated[
+        tuple[str, ...], Known(names.SUITES), Doc("Batteries of tasks, by name; see docs/evaluation.md.")
+    ] = ()
+    tasks: Annotated[
+        tuple[str, ...], Known(names.TASKS), Doc("Further lm-eval tasks and groups, by name.")
+    ] = ()
     include_path: Annotated[
         str | None, LocalPath(), Doc("Directory with further lm-eval tasks."), NotInKey()
     ] = None
@@ -70,6 +76,14 @@ class EvaluationSettings(Settings):
         Doc("Put tasks as conversations by the model's chat template; task_metric's, too."),
         AddedLater(False),
     ] = False
+    system_instruction: Annotated[
+        str | None,
+        Doc(
+            "Text before every prompt of a task; with `apply_chat_template` the system's turn, before the "
+            "task's own description. task_metric's, too."
+        ),
+        AddedLater(None),
+    ] = None
     max_length: Annotated[
         int | None, Ge(2), Doc("Longest input of a task in tokens; the model's own if not given.")
     ] = None
@@ -79,13 +93,26 @@ class EvaluationSettings(Settings):
         NotInKey(),
     ] = "auto"
     probes: Annotated[
-        tuple[str, ...], Doc("degeneration, arithmetic, code_failures, or a plug-in's; see docs/probes.md.")
+        tuple[str, ...],
+        Known(names.PROBES),
+        Doc("degeneration, arithmetic, code_failures, speculative, or a plug-in's; see docs/probes.md."),
     ] = ()
     max_new_tokens: Annotated[int, Ge(1), Doc("Longest text that a probe has the model write.")] = 128
+    num_assistant_tokens: Annotated[
+        int, Ge(1), AddedLater(5), Doc("Tokens that the draft of the probe speculative gives at a time.")
+    ] = 5
     allow_code_execution: Annotated[
         bool, Doc("Run the code that the model writes, in a sandbox, against its tests.")
     ] = False
     throughput: Annotated[ThroughputSpec | None, Doc("Measure speed and memory, too.")] = None
+    log_samples: Annotated[
+        bool,
+        Doc(
+            "Keep every document's prompt, responses and metrics, one samples_TASK.jsonl a task, with the "
+            "stage's files. Changes no result."
+        ),
+        NotInKey(),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +122,8 @@ class EvaluationSpec(EvaluationSettings):
     `tasks` holds the members of `suites`, too, whose names end in `task_suffix`;
     the suites themselves only give their means. `batch_size` None is what memory allows.
     `limit` holds for probes as for tasks. `tasks_fingerprint` is that of the folder
-    `include_path` when the campaign was planned; another folder in its place is refused.
+    `include_path` when the campaign was planned; another folder in its place is refused. `assistant` drafts
+    for `model` in the probe speculative; without it `model` drafts for the unpruned one.
     """
 
     model: ModelRef
@@ -103,6 +131,7 @@ class EvaluationSpec(EvaluationSettings):
     num_fewshot: FewShot = None  # type: ignore[assignment]
     batch_size: int | None = None  # type: ignore[assignment]
     seed: int = 0
+    assistant: Annotated[ModelSpec | None, AddedLater(None)] = None
     tasks_fingerprint: Annotated[str | None, InKeyAs("include_path")] = None
 
 
@@ -118,8 +147,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics of one model, with the versions that produced them."""
+    """Metrics of one model, with the versions that produced them.
+
+    `num_fewshot` are the examples in the prompts of each task. `artifact` holds `samples_TASK.jsonl`
+    where the spec asks for samples.
+    """
 
     metrics: tuple[Metric, ...]
     num_parameters: int
     versions: tuple[tuple[str, str], ...] = ()
+    num_fewshot: tuple[tuple[str, int], ...] = ()
+    artifact: ArtifactRef | None = None

@@ -24,6 +24,9 @@ class ClusterProgress(Progress, Protocol):
     def waited(self, seconds: float) -> None:
         """Take note of seconds in which the stage had no place and did nothing."""
 
+    def restarted(self, what: str) -> None:
+        """Take note of what was lost and is started again: "a worker was lost; restarted, try 1 of 3"."""
+
     def stop_requested(self) -> bool:
         """Return whether the stage is to end where it can go on later: after a checkpoint."""
 
@@ -39,6 +42,9 @@ class _NoProgress:
         pass
 
     def waited(self, seconds: float) -> None:
+        pass
+
+    def restarted(self, what: str) -> None:
         pass
 
     def stop_requested(self) -> bool:
@@ -77,6 +83,11 @@ class WaitingTime:
     def waited(self, seconds: float) -> None:
         """Count seconds in which the stage waited."""
         self.waited_s += seconds
+
+    def restarted(self, what: str) -> None:
+        """Pass on what was lost and is started again."""
+        if isinstance(self._progress, ClusterProgress):
+            self._progress.restarted(what)
 
     def stop_requested(self) -> bool:
         """Pass on whether the stage is to end."""

@@ -5,10 +5,11 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from actors.contracts import names
 from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import NO_ROWS, RowCounts, TextSettings, TextSpec
 from actors.contracts.models import Dtype, ModelRef, ModelSpec
-from actors.contracts.settings import AddedLater, Doc, InKeyWhereUsed, NotInKey, Settings
+from actors.contracts.settings import AddedLater, Doc, InKeyWhereUsed, Known, NotInKey, Settings
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ class LossSpec(Settings):
 class RecoverySettings(Settings):
     """How a pruned model is healed. The defaults are the paper's (IteRABRe §4)."""
 
-    objective: Annotated[str, Doc("A name in the table of objectives, or a plug-in's.")] = "kd"
+    objective: Annotated[
+        str, Known(names.OBJECTIVES), Doc("A name in the table of objectives, or a plug-in's.")
+    ] = "kd"
     loss: LossSpec = LossSpec()
     adapter: AdapterSpec = AdapterSpec()
     data: TextSettings = TextSettings(path="Salesforce/wikitext", config="wikitext-2-raw-v1", split="train")

@@ -6,10 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
 
+from actors.contracts import names
 from actors.contracts.artifacts import ArtifactRef
 from actors.contracts.data import TextSettings, TextSpec
 from actors.contracts.models import Merge, ModelRef
-from actors.contracts.settings import AddedLater, Doc, InKeyAs, NotInKey, Settings
+from actors.contracts.settings import AddedLater, Doc, InKeyAs, Known, NotInKey, Settings
 
 ScoreKind = Literal["exact", "bound", "screened", "screened_bound"]
 """What a score is: its value, or what it is at best; the same as seen in the screening dtype."""
@@ -44,6 +45,7 @@ class TaskSpec(TaskSettings):
     batch_size: Annotated[int | None, NotInKey()] = None
     tasks_fingerprint: Annotated[str | None, InKeyAs("include_path")] = None
     apply_chat_template: Annotated[bool, AddedLater(False)] = False
+    system_instruction: Annotated[str | None, AddedLater(None)] = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,23 @@ class MergeSpec(Settings):
     highest: Annotated[int | None, Ge(1), Doc("Layers below this one are merged; all by default.")] = None
 
 
+@dataclass(frozen=True)
+class Ends(Settings):
+    """Layers at the two ends of a model."""
+
+    first: Annotated[int, Ge(0), Doc("So many from the first on.")] = 0
+    last: Annotated[int, Ge(0), Doc("So many up to the last.")] = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoringSettings(Settings):
     """How the next layer to remove is chosen."""
 
     REMOVED: ClassVar[Mapping[str, Any]] = {"granularity": "block", "confidence": None}
 
-    criterion: Annotated[str, Doc("A name in the table of criteria, or a plug-in's.")] = "hidden_cosine"
+    criterion: Annotated[
+        str, Known(names.CRITERIA), Doc("A name in the table of criteria, or a plug-in's.")
+    ] = "hidden_cosine"
     reference: Annotated[
         Literal["source", "current"],
         Doc("Model whose output is to be kept: the unpruned or the current one."),
@@ -75,6 +87,18 @@ class ScoringSettings(Settings):
     sequence_length: Annotated[int, Ge(2), Doc("Longer sequences are cut to so many tokens.")] = 512
     task: Annotated[TaskSettings | None, Doc("What decides for task_metric; for no other criterion.")] = None
     merge: Annotated[MergeSpec | None, Doc("How laco merges; for no other criterion.")] = None
+    layers: Annotated[
+        tuple[Annotated[int, Ge(0)], ...],
+        AddedLater(()),
+        Doc(
+            "For fixed: layers of the unpruned model, first to go first; a target takes as many as it needs."
+        ),
+    ] = ()
+    protected: Annotated[
+        Ends | tuple[Annotated[int, Ge(0)], ...],
+        AddedLater(()),
+        Doc("Layers that stay, whatever they score: {first: 1, last: 1}, or a list of the unpruned model's."),
+    ] = ()
     memory_budget_gb: Annotated[
         float | None,
         Gt(0),
@@ -111,11 +135,13 @@ class ScoreSpec(ScoringSettings):
     """Score every remaining layer of `model` as a candidate for removal.
 
     `num_remove` is how many layers will go before the next scoring, for what depends on it.
+    `protected` are source layer indices.
     """
 
     model: ModelRef
     calibration: TextSpec
     task: TaskSpec | None = None
+    protected: tuple[int, ...] = ()
     seed: int = 0
     num_remove: int = 1
 
@@ -125,8 +151,8 @@ class ScoreResult:
     """One score a candidate layer; how to read it is the criterion's matter.
 
     `source_layers[i]` is the source layer index of `scores[i]`. `removal_order`
-    lists source layers from the first to remove to the last. `merges` says where
-    the layers to remove go, if they are merged rather than dropped.
+    lists source layers from the first to remove to the last, those left out that may not go. `merges`
+    says where the layers to remove go, if they are merged rather than dropped.
     `layer_forwards` counts how often a sequence passed a block;
     `layer_forwards_saved` how much more often it would have, had no candidate
     been given up early. `kinds[i]` says what `scores[i]` is; where it is empty

@@ -27,6 +27,27 @@ class Doc:
 
 
 @dataclass(frozen=True)
+class Known:
+    """Names that editors complete in a text, or in the texts of a list; any other is taken, too."""
+
+    names: tuple[str, ...]
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Callable[[Any], Any]) -> Any:
+        """Return the JSON Schema of the field in which each text is a known name or any."""
+        return self._offered(handler(schema))
+
+    def _offered(self, schema: Any) -> Any:
+        if isinstance(schema, list):
+            return [self._offered(inner) for inner in schema]
+        if not isinstance(schema, dict):
+            return schema
+        if schema.get("type") == "string":
+            shown = {key: value for key, value in schema.items() if key != "type"}
+            return {**shown, "anyOf": [{"enum": list(self.names)}, {"type": "string"}]}
+        return {key: self._offered(value) for key, value in schema.items()}
+
+
+@dataclass(frozen=True)
 class Checked:
     """A check of a value as it is written, before its type is looked at; it raises ValueError."""
 

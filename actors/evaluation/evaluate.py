@@ -1,13 +1,17 @@
 """Evaluation of a model in memory by an `EvaluationSpec`."""
 
 import math
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import LongTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actors.artifacts import publish
 from actors.contracts import (
     EvaluationResult,
     EvaluationSpec,
@@ -20,8 +24,9 @@ from actors.contracts import (
 )
 from actors.data import load_texts, tokenize_text
 from actors.evaluation.batch_size import BATCH_SIZE, batch_sizes
-from actors.evaluation.lm_eval.harness import Versions, evaluate_tasks_with
+from actors.evaluation.lm_eval.harness import evaluate_tasks_with
 from actors.evaluation.lm_eval.language_models import Responder, check_chat_template, local_responder
+from actors.evaluation.lm_eval.samples import write_samples
 from actors.evaluation.lm_eval.suites import suite_means
 from actors.evaluation.lm_eval.task_folder import check_tasks_unchanged
 from actors.evaluation.lm_eval.task_loading import check_task_data
@@ -42,15 +47,20 @@ MOST_NAMED = 3
 TEXT_MEASURES = ("token_perplexity", "loss_nats", "loss_over_log_vocab")
 
 
-def evaluate_model(spec: EvaluationSpec, progress: Progress = no_progress) -> EvaluationResult:
+def evaluate_model(
+    spec: EvaluationSpec, progress: Progress = no_progress, samples_uri: str | None = None
+) -> EvaluationResult:
     """Load the model that `spec` names onto this process's device and measure it.
+
+    Args:
+        samples_uri: where samples of the tasks are published, if the spec asks for them.
 
     Raises RequestError for what cannot be had, before any weights are read, and MemoryExhaustedError
     if memory does not suffice, with half of the batch neither.
     """
     check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
     model, tokenizer = build_model(spec.model, places())
-    return evaluate_as_fits(model, tokenizer, spec, progress)
+    return evaluate_as_fits(model, tokenizer, spec, progress, samples_uri)
 
 
 def evaluate_as_fits(
@@ -58,6 +68,7 @@ def evaluate_as_fits(
     tokenizer: PreTrainedTokenizerBase,
     spec: EvaluationSpec,
     progress: Progress = no_progress,
+    samples_uri: str | None = None,
 ) -> EvaluationResult:
     """Return what `evaluate` does, with half of the batch if memory does not suffice for the whole.
 
@@ -65,7 +76,7 @@ def evaluate_as_fits(
     """
 
     def measure(spec: EvaluationSpec) -> EvaluationResult:
-        return evaluate(model, tokenizer, spec, progress)
+        return evaluate(model, tokenizer, spec, progress, samples_uri)
 
     return once_more_with_less(measure, **batch_sizes(spec))
 
@@ -75,13 +86,15 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     spec: EvaluationSpec,
     progress: Progress = no_progress,
+    samples_uri: str | None = None,
 ) -> EvaluationResult:
     """Measure `model` on the spec's perplexity texts, its lm-eval tasks, its probes, and its speed.
 
     `spec.model` is what the caller has loaded; only throughput reads it, for the
     unpruned model to compare with. The tasks run together, as one call of the
     harness. Progress counts the units of each part from nothing to all: a text's windows, the
-    tasks' requests of one kind, a probe's prompts, throughput's runs.
+    tasks' requests of one kind, a probe's prompts, throughput's runs. Samples of the tasks go to
+    `samples_uri`, if the spec asks for them.
 
     Raises RequestError for a task, probe or text that cannot be had, before the model
     has run, WorkError if generated code that is to be run cannot be shut in.
@@ -92,7 +105,7 @@ def evaluate(
     if spec.allow_code_execution:
         check_sandbox()
     if spec.apply_chat_template and spec.tasks:
-        check_chat_template(tokenizer)
+        check_chat_template(tokenizer, spec.system_instruction)
     if spec.throughput is not None:
         check_length(model, spec.throughput)
     texts = {text.name: load_texts(text.data) for text in spec.perplexity}
@@ -106,6 +119,7 @@ def evaluate(
         return lambda done, units, unit="": progress(done, units, f"{unit} of {place}")
 
     metrics: list[Metric] = []
+    tasks = EvaluationResult((), 0)
     versions = [(name, version(name)) for name in ("torch", "transformers")]
     for text in spec.perplexity:
         input_ids = tokenize_text(texts[text.name], tokenizer, text.max_tokens, repr(text.data.name))
@@ -114,9 +128,9 @@ def evaluate(
         respond = local_responder(
             model, tokenizer, spec.batch_size, spec.max_length, part(tasks_in_words(spec))
         )
-        task_metrics, task_versions = measure_tasks(spec, respond, tokenizer)
-        metrics += task_metrics
-        versions += task_versions
+        tasks = measure_tasks(spec, respond, tokenizer, samples_uri)
+        metrics += tasks.metrics
+        versions += tasks.versions
     for name in spec.probes:
         metrics += run_probe(name, model, tokenizer, spec, part(name))
     if spec.throughput is not None:
@@ -131,7 +145,7 @@ def evaluate(
         versions.append(("device", torch.cuda.get_device_name(model.device) if cuda else model.device.type))
     progress(total, total, "evaluated")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return EvaluationResult(tuple(metrics), num_parameters, tuple(versions))
+    return replace(tasks, metrics=tuple(metrics), num_parameters=num_parameters, versions=tuple(versions))
 
 
 def tasks_in_words(spec: EvaluationSpec) -> str:
@@ -148,20 +162,30 @@ def metric_names(spec: EvaluationSpec) -> tuple[list[str], list[str]]:
 
 
 def measure_tasks(
-    spec: EvaluationSpec, respond: Responder, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Metric], Versions]:
-    """Return metrics of the spec's tasks and suites, by the model behind `respond`."""
-    metrics, versions = evaluate_tasks_with(
+    spec: EvaluationSpec,
+    respond: Responder,
+    tokenizer: PreTrainedTokenizerBase,
+    samples_uri: str | None = None,
+) -> EvaluationResult:
+    """Measure the spec's tasks and suites by the model behind `respond`; publish samples if asked for."""
+    results = evaluate_tasks_with(
         respond,
         spec.tasks,
         include_path=spec.include_path,
         limit=spec.limit,
         num_fewshot=spec.num_fewshot,
         chat=tokenizer if spec.apply_chat_template else None,
+        system_instruction=spec.system_instruction,
         seed=spec.seed,
         allow_code_execution=spec.allow_code_execution,
     )
-    return [*metrics, *suite_means(metrics, spec.suites, spec.task_suffix)], versions
+    artifact = None
+    if spec.log_samples and samples_uri is not None:
+        with TemporaryDirectory(prefix="iterabre-samples-") as scratch:
+            write_samples(results.samples, Path(scratch))
+            artifact = publish(Path(scratch), samples_uri)
+    means = suite_means(results.metrics, spec.suites, spec.task_suffix)
+    return EvaluationResult((*results.metrics, *means), 0, results.versions, results.num_fewshot, artifact)
 
 
 def _perplexity(

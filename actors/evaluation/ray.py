@@ -35,7 +35,9 @@ class EvalActor:
         self._respond: Responder | None = None
         self._prunings: PruningEvaluator | None = None
 
-    def evaluate(self, spec: EvaluationSpec, progress: Progress = no_progress) -> EvaluationResult:
+    def evaluate(
+        self, spec: EvaluationSpec, progress: Progress = no_progress, samples_uri: str | None = None
+    ) -> EvaluationResult:
         """Measure `spec.model` on the GPU this actor was given, or else on its CPUs.
 
         `progress` crosses to the actor's process, so it must pickle; to be called
@@ -43,7 +45,7 @@ class EvalActor:
         """
         from actors.evaluation.evaluate import evaluate_model
 
-        return evaluate_model(spec, progress)
+        return evaluate_model(spec, progress, samples_uri)
 
     def evaluate_pruning(self, spec: EvaluationSpec, base: ModelRef) -> EvaluationResult:
         """Measure `spec.model`, a pruning of `base`, which is kept: every call must name the same."""
@@ -68,7 +70,10 @@ class EvalActor:
 
 
 def evaluate_on_ray(
-    spec: EvaluationSpec, pool: ActorPoolSpec, progress: Progress = no_progress
+    spec: EvaluationSpec,
+    pool: ActorPoolSpec,
+    progress: Progress = no_progress,
+    samples_uri: str | None = None,
 ) -> EvaluationResult:
     """Evaluate on a pool of actors; begin as soon as one of them has a place.
 
@@ -86,14 +91,16 @@ def evaluate_on_ray(
     def evaluate(spec: EvaluationSpec) -> EvaluationResult:
         with ActorPool(pool, EvalActor, setting="evaluation", progress=progress) as actors:
             if alone:
-                return result_of(_submit(actors.first, spec, progress))
+                return result_of(_submit(actors.first, spec, progress, samples_uri))
             # A process of its own: lm-eval redirects its process's output and sets its random states.
-            return run_in_task(_evaluate_on_pool, spec, actors, progress=progress)
+            return run_in_task(_evaluate_on_pool, spec, actors, samples_uri, progress=progress)
 
     return once_more_with_less(evaluate, **batch_sizes(spec))
 
 
-def _evaluate_on_pool(spec: EvaluationSpec, pool: ActorPool, progress: Progress) -> EvaluationResult:
+def _evaluate_on_pool(
+    spec: EvaluationSpec, pool: ActorPool, samples_uri: str | None, progress: Progress
+) -> EvaluationResult:
     """Build the requests, have `pool` respond to them, aggregate the responses."""
     from actors.evaluation.evaluate import measure_tasks, tasks_in_words
     from actors.evaluation.lm_eval.language_models import UNITS, check_chat_template
@@ -105,7 +112,7 @@ def _evaluate_on_pool(spec: EvaluationSpec, pool: ActorPool, progress: Progress)
     check_tasks_unchanged(spec)
     tokenizer = load_tokenizer(spec.model.source)
     if spec.apply_chat_template:
-        check_chat_template(tokenizer)
+        check_chat_template(tokenizer, spec.system_instruction)
     without_tasks = _submit(pool.first, replace(spec, tasks=(), suites=()))
 
     def respond(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
@@ -124,14 +131,15 @@ def _evaluate_on_pool(spec: EvaluationSpec, pool: ActorPool, progress: Progress)
             progress(done, len(arguments), f"{UNITS[kind]} of {tasks_in_words(spec)}")
         return [response for shard in range(len(shards)) for response in responses[shard]]
 
-    metrics, versions = measure_tasks(spec, respond, tokenizer)
+    tasks = measure_tasks(spec, respond, tokenizer, samples_uri)
     if spec.perplexity or spec.probes or spec.throughput:
         progress(0, 1, "texts, probes and throughput, on one actor")
     others = result_of(without_tasks)
     return replace(
-        others,
-        metrics=(*others.metrics, *metrics),
-        versions=(*others.versions, *versions),
+        tasks,
+        metrics=(*others.metrics, *tasks.metrics),
+        num_parameters=others.num_parameters,
+        versions=(*others.versions, *tasks.versions),
     )
 
 
@@ -157,5 +165,5 @@ def evaluate_all_on_ray(
         )
 
 
-def _submit(actor: Any, spec: EvaluationSpec, progress: Progress = no_progress) -> Any:
-    return actor.evaluate.options(max_task_retries=RETRIES, **task_name()).remote(spec, progress)
+def _submit(actor: Any, spec: EvaluationSpec, *arguments: Any) -> Any:
+    return actor.evaluate.options(max_task_retries=RETRIES, **task_name()).remote(spec, *arguments)

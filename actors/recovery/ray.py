@@ -16,6 +16,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckTimeoutError,
 )
+from ray.train.v2._internal.execution import context
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupContext
 from ray.util import placement_group_table
@@ -55,7 +56,7 @@ from actors.recovery.training.train_context import (
     TrainContext,
     WriteShard,
 )
-from actors.stage_output import RunningStage, output_of, running_stage
+from actors.stage_output import RunningStage, output_of, quiet_libraries, running_stage
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
@@ -195,7 +196,8 @@ def recover_on_ray(
         # Ray Train would try again whatever failed, and only with as many workers.
         failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_TO_KEEP),
-        logging_config=LoggingConfig(log_level="WARNING"),
+        # Its warnings are of requests that it repeats by itself.
+        logging_config=LoggingConfig(log_level="ERROR"),
     )
     counts = worker_counts(spec.batch_size, workers)
     restarts = Restarts(counts, max_failures, start_timeout_s, replacement_timeout_s)
@@ -211,7 +213,9 @@ def recover_on_ray(
                     f"(execution.training.max_failures: {max_failures}): {lost}. Finished steps are kept up "
                     "to the last checkpoint; continue with --resume"
                 ) from lost
-            log.warning("recovery %s: %s; it goes on from its last checkpoint", name, lost)
+            tries = "as announced" if lost.announced else f"try {restarts.failures} of {max_failures}"
+            log.warning("recovery %s: %s; restarted from its last checkpoint, %s", name, lost, tries)
+            progress.restarted(f"lost a worker; restarted, {tries}")
         except _NoPlacesError as error:
             if not restarts.go_on_without_places():
                 raise
@@ -325,8 +329,9 @@ def _with_smaller_micro_batch(job: _Job, name: str, error: BaseException) -> Ite
 
 def _train_worker(config: dict[str, _Job]) -> tuple[RecoveryResult | IterabreError, float]:
     """Train in one worker; return the result, and for how long its workers waited for their places."""
-    # It would log every checkpoint that is reported.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    quiet_libraries()
+    # It reports every checkpoint, under the name of its file.
+    logging.getLogger(context.__file__).setLevel(logging.WARNING)
     with output_of(config["job"].stage):
         return _train(config["job"]), _waited["s"]
 
@@ -342,7 +347,7 @@ def _train(job: _Job) -> RecoveryResult | IterabreError:
         fewer = "" if world_size == job.workers else f", on {world_size} of {job.workers} workers"
         job.progress(done, total, f"{note}{fewer}")
 
-    context = TrainContext(
+    own_context = TrainContext(
         rank=ray_context.get_world_rank(),
         world_size=world_size,
         adapter_uri=job.adapter_uri,
@@ -355,7 +360,7 @@ def _train(job: _Job) -> RecoveryResult | IterabreError:
         stop_requested=job.progress.stop_requested,
     )
     try:
-        return train(job.spec, context)
+        return train(job.spec, own_context)
     except (RequestError, ChangedError, DivergenceError, StopRequestedError) as error:
         return error
 

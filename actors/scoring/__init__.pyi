@@ -1,6 +1,7 @@
 from .criteria import (
     CRITERIA,
     Criterion,
+    FixedCriterion,
     LayerCriterion,
     MergeCriterion,
     TaskCriterion,
@@ -14,6 +15,7 @@ __all__ = [
     "CRITERIA",
     "POOLING",
     "Criterion",
+    "FixedCriterion",
     "LayerCriterion",
     "MergeCriterion",
     "Scorer",

@@ -1,6 +1,6 @@
 """The criteria: one row of `CRITERIA` each, with its paper; the measures they name are in `measures/`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,11 @@ class LayerCriterion(Criterion):
 @dataclass(frozen=True, kw_only=True)
 class TaskCriterion(Criterion):
     """Evaluates each model that lacks one layer on an lm-eval task (`actors.scoring.task_metric`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedCriterion(Criterion):
+    """Takes the layers that `scoring.layers` lists (`actors.scoring.fixed`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +219,12 @@ CRITERIA: dict[str, Criterion] = {
         uses_sequences=True,
         chooses_run=True,
     ),
+    "fixed": FixedCriterion(
+        source="a list of layers, such as a paper's or PruneMe's",
+        equation="layers from i to the end of `scoring.layers`, 0 for one that is not listed",
+        highest_first=True,
+        uses_sequences=False,
+    ),
     "random": LayerCriterion(
         source="seeded draw, the baseline of every comparison",
         equation="uniform in 0..1",
@@ -252,6 +263,11 @@ def criterion_of(spec: ScoreSpec) -> Criterion:
     for setting, possible in able.items():
         if getattr(spec, setting) and not possible:
             raise RequestError(f"scoring.{setting} does not go with criterion {spec.criterion!r}")
+    if isinstance(criterion, FixedCriterion) and not spec.layers:
+        raise RequestError(
+            "the criterion 'fixed' needs the layers to go, in a campaign as scoring.layers; `iterabre prune "
+            "--drop` takes a list, too"
+        )
     if spec.screen_dtype and spec.model.source.dtype != "float32":
         raise RequestError(
             f"scoring.screen_dtype: {spec.screen_dtype} screens for scores in float32, and "
@@ -274,17 +290,23 @@ def as_layer_criterion(criterion: Criterion) -> LayerCriterion:
             "task_metric evaluates whole models on an lm-eval task and so runs in a campaign only; "
             "name it as methods[].scoring.criterion with scoring.task"
         )
+    if isinstance(criterion, FixedCriterion):
+        raise RequestError("fixed takes the layers of scoring.layers and computes no scores")
     raise RequestError("laco merges layers and does not score them; call actors.scoring.laco.laco_compress")
 
 
-def removal_order(scores: Sequence[float], highest_first: bool, run: int = 1) -> list[int]:
+def removal_order(
+    scores: Sequence[float], highest_first: bool, run: int = 1, protected: Collection[int] = ()
+) -> list[int]:
     """Return positions from the first to remove to the last; within a tie the deeper goes first.
 
     With `run` > 1 a score is that of the run of so many layers from its position on:
     the best run that fits comes first, ascending, then the other layers by their scores.
+    `protected` positions are left out.
 
     Raises:
-        RequestError: a score is not a number (the model's output overflowed).
+        RequestError: a score is not a number (the model's output overflowed), or protected layers
+            leave no run.
     """
     if any(score != score for score in scores):
         raise RequestError(
@@ -292,11 +314,16 @@ def removal_order(scores: Sequence[float], highest_first: bool, run: int = 1) ->
         )
     values = [s if highest_first else -s for s in scores]
     order: list[int] = []
-    left = list(range(len(values)))
+    left = [i for i in range(len(values)) if i not in protected]
     while left:
         best = max(values[i] for i in left)
         order.append(max(i for i in left if values[i] >= best - TIE_TOLERANCE))
         left.remove(order[-1])
-    start = next(i for i in order if i + run <= len(scores))
-    together = range(start, start + run)
+    runs = (range(i, i + run) for i in order)
+    together = next((each for each in runs if set(each) <= set(order)), None)
+    if together is None:
+        raise RequestError(
+            f"scoring.protected leaves no {run} layers in a row that could go; protect fewer, or lower "
+            "schedule.layers_per_iteration"
+        )
     return [*together, *(i for i in order if i not in together)]

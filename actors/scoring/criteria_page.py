@@ -2,7 +2,7 @@
 
 import sys
 
-from actors.scoring.criteria import CRITERIA, LayerCriterion, MergeCriterion, TaskCriterion
+from actors.scoring.criteria import CRITERIA, FixedCriterion, LayerCriterion, MergeCriterion, TaskCriterion
 
 HEAD = """# Criteria
 
@@ -41,9 +41,17 @@ Every criterion but `laco` goes with both schedules. `iterative` scores again af
   gradients are held at a time. What the layers receive stays in memory, in half of the memory budget, and
   what does not fit is below `ITERABRE_CACHE` meanwhile.
 - `magnitude_l1` and `magnitude_l2` leave out norms and biases, and so does `taylor`.
+- `fixed` takes `scoring.layers`, a list of the unpruned model's layers, in the order in which it is written:
+  a target takes as many from its beginning as it needs, so that shallower targets are stops on the way, as
+  for every other criterion. No model is loaded for it.
 - `task_metric` evaluates every model with one layer less on `scoring.task`, as many at a time as
   `execution.scoring.actors` says, each with the resources of an evaluation and the model loaded once. It
   runs in campaigns only.
+
+`scoring.protected` names layers that stay, `{{first: 1, last: 1}}` or a list of the unpruned model's. They
+are scored and reported like the others, and never chosen; runs of `angular_block` and `bridge_residual` keep
+clear of them. Only with `eliminate` nothing is computed for them, and what is reported is their bound. `laco`
+has `scoring.merge.lowest` and `highest` for that.
 
 ## Models larger than memory
 
@@ -141,6 +149,8 @@ def criteria_page() -> str:
         match row:
             case TaskCriterion():
                 forwards = "N evaluations"
+            case FixedCriterion():
+                forwards = "none"
             case MergeCriterion():
                 forwards = "by tries"
             case _:  # in terms of S and N, by its values for N = 10

@@ -52,10 +52,14 @@ def score_on_ray(spec: ScoreSpec, pool: ActorPoolSpec, progress: Progress = no_p
         WorkError: no actor got a place in time, or all were lost.
         MemoryExhaustedError: memory does not suffice, with half of the budget neither.
     """
-    from actors.scoring.criteria import MergeCriterion, criterion_of
+    from actors.scoring.criteria import FixedCriterion, MergeCriterion, criterion_of
+    from actors.scoring.fixed import fixed_result
     from actors.scoring.score import Scorer, memory_shares, run_shards
 
-    if isinstance(criterion_of(spec), MergeCriterion):
+    criterion = criterion_of(spec)
+    if isinstance(criterion, FixedCriterion):
+        return fixed_result(spec)
+    if isinstance(criterion, MergeCriterion):
         with ActorPool(replace(pool, actors=1), MergeActor, setting="scoring", progress=progress) as actors:
             ((_, merged),) = actors.dispatch([spec])
             return merged

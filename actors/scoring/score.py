@@ -28,11 +28,13 @@ from actors.models.loading.tokens import check_token_ids
 from actors.models.offloading.dispatch import input_device
 from actors.out_of_memory import once_more_with_less
 from actors.scoring.criteria import (
+    FixedCriterion,
     MergeCriterion,
     as_layer_criterion,
     criterion_of,
     find_criterion,
 )
+from actors.scoring.fixed import fixed_result
 from actors.scoring.laco import merge_result
 from actors.scoring.measures.calibration import Calibration
 from actors.scoring.measures.kept_streams import KeptStreams, name_of
@@ -191,8 +193,13 @@ class Scorer:
 
     @property
     def candidates(self) -> range:
-        """Layers that can be removed: all of the scored model."""
+        """Layers that are scored: all of the scored model."""
         return range(self.num_layers)
+
+    @property
+    def removable(self) -> list[int]:
+        """Those of them that may go."""
+        return [i for i, layer in enumerate(self.source_layers) if layer not in self.spec.protected]
 
     def shards(
         self,
@@ -287,15 +294,18 @@ def run_shards(
                 table.add(shard, scores)
                 progress(table.progress(candidates), table.num_sequences, "sequences")
 
+    removable = scorer.removable
+    # What may not go is scored for the record, but not where layers are given up as soon as they cannot win.
+    scored = removable if scorer.spec.eliminate else scorer.candidates
     table = ScoreTable(scorer)
     if scorer.spec.screen_dtype is None:
-        fill(table, scorer.candidates)
+        fill(table, scored)
         return score_result(table)
     screened = ScoreTable(scorer, screened=True)
-    fill(screened, scorer.candidates)
-    best_C = screened.sign * screened.best(scorer.candidates)
+    fill(screened, scored)
+    best_C = screened.sign * screened.best(removable)
     first = best_C.argsort(descending=True)[: scorer.spec.num_remove].tolist()
-    confirmed = doubtful = sorted(scorer.candidates[c] for c in first)
+    confirmed = doubtful = sorted(removable[c] for c in first)
     while doubtful:
         fill(table, confirmed, again=True)
         doubtful = in_doubt(table, screened)
@@ -305,8 +315,11 @@ def run_shards(
 
 def score_locally(spec: ScoreSpec, progress: Progress = no_progress) -> ScoreResult:
     """Score in this process, one shard after another."""
-    if isinstance(criterion_of(spec), MergeCriterion):
+    criterion = criterion_of(spec)
+    if isinstance(criterion, MergeCriterion):
         return merge_result(spec)
+    if isinstance(criterion, FixedCriterion):
+        return fixed_result(spec)
 
     def score(memory_share: float) -> ScoreResult:
         scorer = Scorer(spec, memory_share)

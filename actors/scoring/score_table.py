@@ -138,7 +138,7 @@ def in_doubt(table: ScoreTable, screened: ScoreTable) -> list[int]:
     Near is three times the largest error seen on the confirmed ones, and never less than
     `SCREENING_FLOOR` of the winner's score. A rule from measurements, not a proof.
     """
-    candidates, num_winners, sign = table.scorer.candidates, table.scorer.spec.num_remove, table.sign
+    candidates, num_winners, sign = table.scorer.removable, table.scorer.spec.num_remove, table.sign
     confirmed = [i for i in candidates if table.known_SN[:, i].any()]
     winners_C = sign * table.scores([i for i in confirmed if table.known_SN[:, i].all()])
     threshold = winners_C.topk(min(num_winners, len(winners_C))).values[-1].item()
@@ -167,7 +167,8 @@ def score_result(table: ScoreTable, screened: ScoreTable | None = None) -> Score
         else:
             kinds.append("screened" if finished else "screened_bound")
     run = scorer.spec.num_remove if scorer.criterion.chooses_run else 1
-    order = removal_order(scores, scorer.criterion.highest_first, run)
+    protected = set(scorer.candidates) - set(scorer.removable)
+    order = removal_order(scores, scorer.criterion.highest_first, run, protected)
     order.sort(key=lambda i: kinds[i] != "exact")
     tables = [table] if screened is None else [table, screened]
     return ScoreResult(

@@ -5,7 +5,7 @@ arXiv 2602.01997, App. A.6.1). Whole models are evaluated, by `actors.evaluation
 is only what its numbers mean for the removal.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from actors.contracts import EvaluationResult, ModelRef, ScoreResult, TaskSpec
 from actors.errors import RequestError
@@ -26,15 +26,19 @@ def task_value(task: TaskSpec, result: EvaluationResult) -> float:
     return values[wanted]
 
 
-def task_scores(model: ModelRef, task: TaskSpec, values: Mapping[int, float]) -> ScoreResult:
+def task_scores(
+    model: ModelRef, task: TaskSpec, values: Mapping[int, float], protected: Collection[int] = ()
+) -> ScoreResult:
     """Return the scores, and the order of removal, that the task's values give.
 
     Args:
         model: the model that was pruned by one layer for each value.
         values: by source layer index, the metric of `model` without that layer.
+        protected: source layers that may not go.
     """
     kept = tuple(sorted(values))
     assert not set(kept) & set(model.dropped), "a dropped layer is no candidate"
     scores = tuple(values[layer] for layer in kept)
-    order = removal_order(scores, task.higher_is_better)
+    stay = [i for i, layer in enumerate(kept) if layer in protected]
+    order = removal_order(scores, task.higher_is_better, protected=stay)
     return ScoreResult(kept, scores, tuple(kept[i] for i in order), 0, 0, 0)

@@ -3,16 +3,14 @@
 Heavy modules are imported inside the subcommand that needs them.
 """
 
-import logging
-import os
 import sys
 import traceback
-import warnings
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from actors.stage_output import quiet_libraries
 from orchestrator.cli.cache import cache
 from orchestrator.cli.campaign import campaign, compress
 from orchestrator.cli.control import cancel, continue_, pause, prioritise
@@ -85,20 +83,6 @@ def common(
     ] = False,
 ) -> None:
     """Make language models smaller: remove whole layers, heal each removal, repeat. On Ray."""
-
-
-def quiet_libraries() -> None:
-    """Keep libraries, which are not imported yet, from printing progress bars and irrelevant warnings."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    # DeepSpeed warns on standard output that this machine has no GPU; a cluster's nodes may have.
-    no_gpu = "Setting accelerator to CPU"
-    logging.getLogger("DeepSpeed").addFilter(lambda record: not record.getMessage().startswith(no_gpu))
-    # It reports kernels that it could download for this processor.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # What peft should not call in transformers concerns their authors.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
 def main() -> None:

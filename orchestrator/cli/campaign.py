@@ -1,13 +1,12 @@
 """The commands `compress` and `campaign`: run a campaign file."""
 
-from functools import partial
 from typing import Annotated
 
 import typer
 
 from orchestrator.cli.error_boundary import error_boundary
 from orchestrator.cli.options import Address, Config, Set
-from orchestrator.cli.output import err, out
+from orchestrator.cli.output import err, out, say
 from orchestrator.cli.runs import build_report, show_results, show_statuses
 from orchestrator.config import CampaignConfig, load_config
 from orchestrator.errors import RequestError, WorkError
@@ -62,15 +61,18 @@ def campaign(
 def _run(
     config: CampaignConfig, resume: bool, accept_changes: bool, verify: bool, address: str | None
 ) -> None:
+    say(f"{config.name}: loading the libraries")  # seconds; the rest says what it does as it comes to it
     from orchestrator.execution.campaign import run_campaign
     from orchestrator.execution.cluster import find_cluster
     from orchestrator.planning.planner import build_plan
     from orchestrator.storage.control import read_control
     from orchestrator.storage.run_manifest import read_run
     from orchestrator.storage.stage_store import Store
+    from orchestrator.tracking.publisher import attach_files
+    from orchestrator.tracking.trackers import make_trackers
 
     store = Store.of_config(config.storage, config.name, verify)
-    err.print(f"Checking the request: {config.name}", style="dim")
+    say("Checking the request: models, texts, tasks and the storage")
     if config.execution.backend == "ray":
         find_cluster(address)
     with error_boundary(lambda: store.logs_dir if read_run(store) is not None else None):
@@ -87,12 +89,13 @@ def _run(
                 resume=resume,
                 address=address,
                 accept_changes=accept_changes,
-                tell=partial(err.print, markup=False, highlight=False, soft_wrap=True),
+                tell=say,
             )
         except KeyboardInterrupt as stopped:
             raise WorkError("stopped; finished stages are kept, --resume continues") from stopped
     show_results(store.uri)
     report_file = build_report(store.uri)
+    attach_files(make_trackers(config, store), store, say)
     out.print(
         f"\nModels   {store.uri}/models\nReport   {report_file}\nLedger   {store.ledger_uri}", soft_wrap=True
     )

@@ -115,8 +115,8 @@ def layer_shares(text: str) -> tuple[float, ...]:
             share = 0.0
         if not 0 < share < 1:
             raise RequestError(
-                f"{part!r} is no share of the layers to remove: give numbers between 0 and 1, as in "
-                "--fractions 0.1,0.25"
+                f"{part!r} is no share of the layers to remove: give numbers between 0 and 1 or percentages, "
+                "as 0.1,0.25 or 10%,25%"
             )
         shares.append(share)
     return tuple(shares)

@@ -105,7 +105,9 @@ def check_disk(place: Place) -> Iterator[Finding]:
         remedy = (
             "check credentials, network and the bucket's name; AWS_ENDPOINT_URL names a store of your own"
         )
-        yield Finding("storage", "fail", str(error), remedy)
+        why = re.search(r"\((.*)\)", str(error), re.DOTALL)  # what the store itself says
+        found = f"{place.storage} cannot be written: {why[1]}" if why else str(error)
+        yield Finding("storage", "fail", found, remedy)
     else:
         yield Finding("storage", "ok", f"{place.storage} can be written")
 

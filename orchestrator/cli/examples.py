@@ -25,7 +25,8 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("run, or go on with what is there", "iterabre campaign configs/demo.yaml --resume"),
         ("without Ray, in this process", "iterabre campaign c.yaml --set execution.backend=local"),
         ("on the cluster that runs here", "iterabre campaign campaign.yaml --resume --address auto"),
-        ("leave the file as it is, change a field", "iterabre campaign c.yaml --set targets.0.layers=24"),
+        ("another seed, the file left as it is", "iterabre campaign campaign.yaml --set seeds.0=1"),
+        ("other targets", "iterabre campaign campaign.yaml --set 'targets=[{layers: 24}]'"),
     ),
     "status": (
         ("what runs and waits, and numbers so far", "iterabre status runs/smollm2-demo"),
@@ -74,11 +75,21 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
             "how it writes and counts, and how fast",
             "iterabre evaluate --model M --probes degeneration,arithmetic --throughput",
         ),
+        (
+            "a model that chats, with its template",
+            "iterabre evaluate --model M --tasks boolq --apply-chat-template",
+        ),
+        ("what it answered, a file a task", "iterabre evaluate --model M --tasks gsm8k --log-samples out"),
+        ("a pruned model as the draft of its source", "iterabre evaluate --model M --assistant DIR"),
     ),
     "export": (
         (
             "the recovered model of the second iteration",
             "iterabre export runs/q --trajectory q--kd--seed0 --iteration 2 --output o",
+        ),
+        (
+            "as a GGUF file, too",
+            "iterabre export r/q --trajectory t --iteration 2 --output o --format gguf",
         ),
     ),
     "sweep": (

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import Json
+from orchestrator.cli.options import Json, completing
 from orchestrator.cli.output import print_json, print_table
 from orchestrator.errors import unknown_name
 
@@ -32,7 +32,7 @@ def objectives() -> Rows:
     from actors.recovery import OBJECTIVES
 
     rows = [
-        {"objective": name, "trains on": row.trains_on, "source": row.paper}
+        {"objective": name, "trains_on": row.trains_on, "source": row.paper}
         for name, row in OBJECTIVES.items()
     ]
     return rows + _registered("recovery objective", "objective")
@@ -74,7 +74,12 @@ KINDS: dict[str, Callable[[], Rows]] = {
 
 
 def ls(
-    kind: Annotated[str, typer.Argument(help="criteria, objectives, suites, tasks or probes.")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="criteria, objectives, suites, tasks or probes.", autocompletion=completing(*KINDS)
+        ),
+    ],
     search: Annotated[str | None, typer.Option(help="Only lines with this in them.")] = None,
     json: Json = False,
 ) -> None:
@@ -90,7 +95,7 @@ def ls(
         typer.echo("\n".join(row["task"] for row in rows))
     elif rows:
         print_table(
-            {name: [row.get(name, "") for row in rows] for name in rows[0]},
+            {name.replace("_", " "): [row.get(name, "") for row in rows] for name in rows[0]},
             (KINDS[kind].__doc__ or "").strip(),
         )
 

@@ -1,13 +1,14 @@
 """Options and arguments that several commands have in common."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from actors.contracts import names
 from orchestrator.config import absolute_path
 from orchestrator.errors import RequestError
 
@@ -29,7 +30,25 @@ Run = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
 
 
-def _absolute(path: str | None) -> str | None:
+def completing(*names: str) -> Callable[[str], list[str]]:
+    """Return what completes the last name of a list that commas separate, for shells."""
+
+    def complete(incomplete: str) -> list[str]:
+        head, comma, last = incomplete.rpartition(",")
+        return [f"{head}{comma}{name}" for name in names if name.startswith(last)]
+
+    return complete
+
+
+def complete_machines(incomplete: str) -> list[str]:
+    """Complete `8xH1` to `8xH100-80G`, for shells."""
+    from orchestrator.planning.cost_model import MACHINES
+
+    count, separator, name = incomplete.partition("x") if incomplete[:1].isdecimal() else ("", "", incomplete)
+    return [f"{count}{separator}{each}" for each in MACHINES if each.startswith(name)]
+
+
+def absolute(path: str | None) -> str | None:
     """Return the path as workers of a cluster, which have directories of their own, find it, too."""
     return path and absolute_path(path)
 
@@ -39,7 +58,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         help="Hub id, directory, GGUF file, or package://PACKAGE/FILE.gguf.",
-        callback=_absolute,
+        callback=absolute,
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")]
@@ -54,14 +73,18 @@ TrustRemoteCode = Annotated[
     ),
 ]
 IncludePath = Annotated[
-    str | None, typer.Option(help="Directory with further lm-eval tasks.", callback=_absolute)
+    str | None, typer.Option(help="Directory with further lm-eval tasks.", callback=absolute)
 ]
 TaskSuffix = Annotated[str, typer.Option(help="Added to the names of suite members.")]
 AllowCodeExecution = Annotated[
     bool, typer.Option("--allow-code-execution", help="Run code that the model writes, in a sandbox.")
 ]
 Probes = Annotated[
-    str, typer.Option(help="degeneration, arithmetic, code_failures, or a plug-in's; separated by commas.")
+    str,
+    typer.Option(
+        help="degeneration, arithmetic, code_failures, speculative, or a plug-in's; separated by commas.",
+        autocompletion=completing(*names.PROBES),
+    ),
 ]
 
 
@@ -101,15 +124,18 @@ def names_in(text: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[None]:
-    """Make a directory for output, and remove it again if nothing was written into it."""
+def new_directory(path: Path, option: str = "--output") -> Iterator[None]:
+    """Make a directory for output, and remove it again if nothing was written into it.
+
+    `option` is where it was given.
+    """
     from actors.artifacts import without_empty_directories
 
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RequestError(f"--output {str(path)!r} is there already and not empty; choose another directory")
+        raise RequestError(f"{option} {str(path)!r} is there already and not empty; choose another directory")
     with without_empty_directories(path):
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RequestError(f"--output {str(path)!r} cannot be made: {error.strerror}") from error
+            raise RequestError(f"{option} {str(path)!r} cannot be made: {error.strerror}") from error
         yield

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,12 @@ from rich.console import Console
 
 out = Console()
 err = Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """Tell the user what goes on now, with the time of day."""
+    line = f"{time.strftime('%H:%M:%S')} {text}"
+    err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

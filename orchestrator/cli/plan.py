@@ -5,11 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
+from orchestrator.cli.options import complete_machines
 from orchestrator.cli.output import out, print_json, print_table
 from orchestrator.config import load_config
 from orchestrator.errors import RequestError
 
-DEFAULT_MACHINES = ("8xH100-80G", "8xA100-80G", "8xL40S-48G", "8xA10G-24G")
+DEFAULT_MACHINES = tuple(
+    f"{count}x{name}"
+    for name in ("H200-141G", "H100-80G", "A100-80G", "L40S-48G", "RTX-4090-24G")
+    for count in (1, 8)
+)
 
 
 def plan(
@@ -21,7 +26,11 @@ def plan(
     ] = None,
     machine: Annotated[
         list[str] | None,
-        typer.Option(help="Devices to estimate for, e.g. 8xH100-80G. Repeatable.", show_default=False),
+        typer.Option(
+            help="Devices to estimate for, e.g. 8xH100-80G; one of yours: see cost.machines. Repeatable.",
+            show_default=False,
+            autocompletion=complete_machines,
+        ),
     ] = None,
     calibrate: Annotated[
         str | None, typer.Option(help="Scale times by what this earlier run took; it ran on --machine.")
@@ -103,9 +112,21 @@ def _show(summary: dict[str, Any]) -> None:
         "fits": ["yes" if row["fits"] else "no" for row in machines],
         "device hours": [f"{row['device_hours']:,.2f}" for row in machines],
         "hours at best": [f"{row['hours']:,.2f}" for row in machines],
-        "price": [f"{row['price']:,.2f}" for row in machines],
+        f"price\n{summary['currency']}": [f"{row['price']:,.2f}" for row in machines],
     }
     print_table(columns, "Estimate; docs/campaigns.md says what it assumes")
+    out.print("Other machines: --machine, or cost.machines in the campaign file.\n", style="dim")
+    methods = summary["methods"]
+    columns = {
+        "method": [row["method"] for row in methods],
+        "to run": [str(row["to_run"]) for row in methods],
+        "FLOPs": [f"{row['flops']:.1e}" for row in methods],
+    }
+    for position, machine in enumerate(methods[0]["machines"] if methods else ()):
+        kind, _, memory = machine["machine"].rpartition("-")
+        prices = [f"{row['machines'][position]['price']:,.2f}" for row in methods]
+        columns[f"{kind}\n{memory}"] = prices
+    print_table(columns, f"Price of each method, in {summary['currency']}, by type of device")
     for change in summary["changes"]:
         out.print(
             f"Changed since the run was recorded: {change}", markup=False, highlight=False, soft_wrap=True

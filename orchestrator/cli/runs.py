@@ -36,7 +36,8 @@ def status(
 
     store = Store(existing_run(run))
     if as_json:
-        lines = iteration_table(Ledger(store.ledger_uri).read())
+        table = iteration_table(Ledger(store.ledger_uri).read())
+        lines = [{name.replace(" ", "_"): value for name, value in line.items()} for line in table]
         statuses = {trajectory: asdict(ended) for trajectory, ended in read_statuses(store).items()}
         shown = asdict(_run_status(store))
         print_json({"iterations": lines, "outcomes": statuses, "run": shown})

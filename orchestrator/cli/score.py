@@ -4,12 +4,14 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from actors.contracts import names
 from orchestrator.cli.options import (
     Dtype,
     Json,
     Model,
     Revision,
     TrustRemoteCode,
+    completing,
     source_model,
 )
 from orchestrator.cli.output import print_json, print_table
@@ -17,9 +19,18 @@ from orchestrator.cli.output import print_json, print_table
 
 def score(
     model: Model,
-    criterion: Annotated[str, typer.Option(help="How layers are judged.")] = "hidden_cosine",
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="How layers are judged; `iterabre ls criteria` lists the ways.",
+            autocompletion=completing(*names.CRITERIA),
+        ),
+    ] = "hidden_cosine",
     calibration: Annotated[
-        str, typer.Option(help="Text file, or the name of a built-in text.")
+        str,
+        typer.Option(
+            help="Text file, or the name of a built-in text.", autocompletion=completing(*names.TEXTS)
+        ),
     ] = "iterabre-appendix-a",
     remove: Annotated[
         int,

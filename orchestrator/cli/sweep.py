@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from actors.contracts import names as known
 from orchestrator.cli.options import (
     AllowCodeExecution,
     Dtype,
@@ -15,6 +16,7 @@ from orchestrator.cli.options import (
     Revision,
     TaskSuffix,
     TrustRemoteCode,
+    completing,
     names_in,
     parse_layers,
     source_model,
@@ -41,7 +43,10 @@ def sweep(
     model: Model,
     probes: Probes = "degeneration,arithmetic",
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
-    suites: Annotated[str, typer.Option(help="Suites of tasks, separated by commas.")] = "",
+    suites: Annotated[
+        str,
+        typer.Option(help="Suites of tasks, separated by commas.", autocompletion=completing(*known.SUITES)),
+    ] = "",
     task_suffix: TaskSuffix = "",
     include_path: IncludePath = None,
     layers: Layers = None,

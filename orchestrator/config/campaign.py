@@ -18,7 +18,9 @@ SectionT = TypeVar("SectionT", MethodConfig, EvaluationConfig)
 class TargetConfig(Section):
     """A depth to stop at: exactly one of `layers`, `fraction`, `parameters` and `parameter_fraction`."""
 
-    layers: int | None = Field(None, description="Layers to keep.")
+    layers: int | None = Field(
+        None, description="Layers to keep; all of a model that is pruned already, to heal it as it is."
+    )
     fraction: float | None = Field(None, gt=0, lt=1, description="Share of the layers to remove.")
     parameters: float | None = Field(
         None, gt=0, description="Most parameters that may remain, whichever layers go; e.g. 1.0e9."

@@ -8,6 +8,14 @@ _REFERENCE = "#/$defs/"
 _SEARCHED = "Searched"
 _METHOD = "MethodConfig"
 
+_GROUPED = {"type": "string", "pattern": r"^[-+]?\d+(_\d+)+$"}
+_SCIENTIFIC = {"type": "string", "pattern": r"^[-+]?\d+(_\d+)*(\.\d*)?([eE][-+]?\d+)$"}
+_SPELLED = {"integer": [_GROUPED], "number": [_GROUPED, _SCIENTIFIC]}
+"""Numbers that the project reads in a file and that are texts to some editors: 2_500_000 under YAML 1.2, 1e-3
+under YAML 1.1."""
+
+_SHOWN = ("title", "description", "default")
+
 Schema = dict[str, Any]
 
 
@@ -30,7 +38,21 @@ def campaign_schema() -> Schema:
         }
         definitions[_SEARCHED + name] = {**section, "properties": fields}
     described["properties"]["methods"]["items"] = {"$ref": f"{_REFERENCE}{_SEARCHED}{_METHOD}"}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **described}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_as_spelled(described)}
+
+
+def _as_spelled(schema: Any) -> Any:
+    """Return `schema` taking each number in all spellings that the project reads."""
+    if isinstance(schema, list):
+        return [_as_spelled(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    spellings = _SPELLED.get(schema["type"]) if isinstance(schema.get("type"), str) else None
+    if spellings is None:
+        return {key: _as_spelled(inner) for key, inner in schema.items()}
+    shown = {key: schema[key] for key in _SHOWN if key in schema}
+    value = {key: inner for key, inner in schema.items() if key not in shown}
+    return {**shown, "anyOf": [value, *spellings]}
 
 
 def _references(schema: Any) -> list[str]:
@@ -56,7 +78,7 @@ def _in_methods(schema: Any) -> Any:
 
 def _or_space(field: Schema) -> Schema:
     """Return `field`, or a search space of its values; what editors show of it stays outside."""
-    shown: Schema = {key: field[key] for key in ("title", "description", "default") if key in field}
+    shown: Schema = {key: field[key] for key in _SHOWN if key in field}
     value = {key: inner for key, inner in field.items() if key not in shown}
     values = {"type": "array", "items": value, "minItems": 1}
     spaces = [_space(kind, values) for kind in ("grid", "choice")]

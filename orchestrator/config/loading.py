@@ -164,24 +164,30 @@ def _dotted(location: tuple[int | str, ...]) -> str:
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
-    """Set one field, e.g. `methods.0.recovery.learning_rate=1e-4`; the value is YAML."""
+    """Set one field, e.g. `methods.0.recovery.learning_rate=1e-4`; the value is YAML.
+
+    A list, even one that the file leaves out, can be given one more value at its end: `seeds.0=1`.
+    """
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise ConfigError(f"--set {override!r}: write it as path.to.field=value")
-    *parents, last = path.split(".")
+    parts = path.split(".")
+    *parents, last = parts
     place: Any = raw
-    for part in parents:
+    for part, following in zip(parents, parts[1:], strict=True):
         if isinstance(place, list):
             place = place[_position(place, part, override)]
         else:
-            place = place.setdefault(part, {})
+            place = place.setdefault(part, [] if following.isdecimal() else {})
         if not isinstance(place, (dict, list)):
             raise ConfigError(f"--set {override!r}: {part!r} holds a value, not a section")
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: {text!r} is no YAML value") from error
-    if isinstance(place, list):
+    if isinstance(place, list) and last == str(len(place)):
+        place.append(value)
+    elif isinstance(place, list):
         place[_position(place, last, override)] = value
     else:
         place[last] = value

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,10 +24,11 @@ from orchestrator.execution.cluster import (
     trajectories_at_a_time,
     workers_output_to,
 )
+from orchestrator.execution.connection import LOCAL, cluster_address
 from orchestrator.execution.control import control_reader
 from orchestrator.execution.dry_run import campaign_stages, unfinished_trajectories
 from orchestrator.execution.local import LocalBackend
-from orchestrator.execution.progress import ProgressBoard, live_view
+from orchestrator.execution.progress import ProgressBoard
 from orchestrator.execution.stopping import StopRequest
 from orchestrator.execution.tune import CampaignOutcome, run_trial, run_trials
 from orchestrator.planning.changes import Change, Effect, described
@@ -33,6 +36,8 @@ from orchestrator.planning.cost_model import machine_of
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.recorded import check_changes, continue_plan, record_trajectories
 from orchestrator.planning.stages import count_stages
+from orchestrator.reporting.data.overview import overview
+from orchestrator.reporting.live_view import live_view
 from orchestrator.scheduling.admission import AdmissionController, check_resources, check_speeds_compare
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits, spent_before
@@ -69,7 +74,8 @@ def run_campaign(
         resume: go on with the run that `store` holds.
         address: a Ray cluster to join; RAY_ADDRESS or a cluster of this machine's own if None.
         accept_changes: go on even if what the run is of has changed, such as a model under its id.
-        tell: is called with what has changed since the run was recorded, in words for the user.
+        tell: is called, in words for the user, with what goes on, with what has changed since the run was
+            recorded, and with where trackers show it.
 
     Raises:
         RequestError: `store` cannot be written, holds another run, or is in use; data of a task or what
@@ -99,8 +105,10 @@ def run_campaign(
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":
-        with _running(config, plan, store, trackers, LogWriter(store), changes) as stop:
+        with _running(config, plan, store, trackers, LogWriter(store), changes, tell) as stop:
             return _run_in_this_process(config, plan, store, limits, stop)
+    own = cluster_address(address) == LOCAL
+    tell("Starting Ray on this machine" if own else "Joining the Ray cluster")
     with cluster(address):
         requests, nodes = stage_resources(execution), cluster_nodes(execution)
         check_resources(requests, nodes, execution.max_devices)
@@ -111,9 +119,14 @@ def run_campaign(
         at_a_time = trajectories_at_a_time(
             execution, admission.concurrent_trajectories(nodes), head_memory_bytes()
         )
+        tell(
+            f"{len(plan.trajectories)} trajectories, up to {at_a_time} at a time, on "
+            f"{sum(node.is_up for node in nodes)} nodes with {sum(node.cpus for node in nodes):g} CPUs and "
+            f"{sum(node.gpus for node in nodes):g} GPUs"
+        )
         logs = LogWriter(store)
         with (
-            _running(config, plan, store, trackers, logs, changes) as stop,
+            _running(config, plan, store, trackers, logs, changes, tell) as stop,
             workers_output_to(WorkerOutput(logs)),
         ):
             return run_trials(config, plan, store, limits, at_a_time, admission, stop=stop)
@@ -127,6 +140,7 @@ def _running(
     trackers: Mapping[str, Tracker],
     logs: LogWriter,
     changes: Sequence[Change],
+    tell: Callable[[str], None],
 ) -> Iterator[StopRequest]:
     """Open the run, hold it alone, publish its numbers; then remove what interrupted attempts left."""
     stop = StopRequest(config.execution.stop_timeout_s)
@@ -134,7 +148,7 @@ def _running(
         record_trajectories(store, plan.trajectories)
         if changes:
             update_run(store, *_manifest(config, plan), [str(change) for change in changes])
-        with published(trackers, plan, store):
+        with published(trackers, plan, store, tell):
             yield stop
         collect(store)
 
@@ -165,12 +179,15 @@ def _run_in_this_process(
     coordinator = Coordinator(limits, price, control=control_reader(config, plan, store))
     failures: dict[str, str] = {}
     backend = LocalBackend(config.execution, store)
+    trajectories = unfinished_trajectories(plan, store)
+    planned = {name: len(plan.find(name).iterations) for name in trajectories}
+    whole = partial(overview, trajectories, time.time())
     with (
-        live_view(board.snapshot),
-        progress_written(store, board.snapshot),
+        live_view(board.snapshot, planned, whole),
+        progress_written(store, board.snapshot, overview=whole),
         stop.calls(coordinator.stop),
     ):
-        for trajectory_id in unfinished_trajectories(plan, store):
+        for trajectory_id in trajectories:
             failure = run_trial(plan.find(trajectory_id), backend, store, board.post, coordinator)
             failures |= {trajectory_id: failure} if failure else {}
     cancelled = tuple(each.id for each in plan.trajectories if coordinator.is_cancelled(each.id))

@@ -77,7 +77,13 @@ def check_answers(address: str) -> None:
 
 
 def unreachable(address: str, reason: str) -> RequestError:
-    """Return the error of a cluster that cannot be joined."""
+    """Return the error of a cluster that cannot be joined; one that asks for a token is named as such."""
+    if re.search(r"authenticat|auth[_ ]?token", reason, re.IGNORECASE):
+        return RequestError(
+            f"the Ray cluster at {address} asks for a token, and none or another was given; set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE here, where FILE holds the token that its head "
+            "was started with (~/.ray/auth_token there if none was named)"
+        )
     remedy = (
         "start one (ray start --head, or ray up cluster.yaml), give its address by --address or RAY_ADDRESS, "
         "or leave both out to use this machine alone"

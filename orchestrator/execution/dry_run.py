@@ -103,13 +103,12 @@ def campaign_stages(plan: CampaignPlan, store: Store | None = None) -> dict[str,
     return {trajectory.id: planned_stages(trajectory, store) for trajectory in plan.trajectories}
 
 
-def remaining_stages(plan: TrajectoryPlan, store: Store) -> int:
-    """Return how many stages of a trajectory `store` does not hold yet."""
-    return sum(not stage.finished for stage in planned_stages(plan, store))
+def unfinished_trajectories(
+    plan: CampaignPlan, store: Store, *, keep_ends: bool = False
+) -> Mapping[str, Sequence[PlannedStage]]:
+    """Return the trajectories to run with their stages, a nearly done one first.
 
-
-def unfinished_trajectories(plan: CampaignPlan, store: Store, *, keep_ends: bool = False) -> Sequence[str]:
-    """Return the trajectories to run, a nearly done one first; not those that an operator has cancelled.
+    Not those that an operator has cancelled.
 
     Args:
         keep_ends: leave out those that a scheduler gave up before, and those that are done with all their
@@ -119,5 +118,7 @@ def unfinished_trajectories(plan: CampaignPlan, store: Store, *, keep_ends: bool
     given_up = {name for name, state in states.items() if state == "stopped"}
     given_up |= {*read_control(store).cancelled}
     going = [trajectory for trajectory in plan.trajectories if trajectory.id not in given_up]
-    left = {trajectory.id: remaining_stages(trajectory, store) for trajectory in going}
-    return start_order({name: count for name, count in left.items() if count or states.get(name) != "done"})
+    planned = {trajectory.id: planned_stages(trajectory, store) for trajectory in going}
+    left = {name: sum(not stage.finished for stage in stages) for name, stages in planned.items()}
+    order = start_order({name: count for name, count in left.items() if count or states.get(name) != "done"})
+    return {name: planned[name] for name in order}

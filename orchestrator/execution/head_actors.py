@@ -7,6 +7,7 @@ what it must remember from the store, from the arguments it was made with, and f
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,9 +38,9 @@ ON_HEAD: dict[str, Any] = {
 }
 
 
-def start_board() -> Any:
+def start_board(campaign: str) -> Any:
     """Start the board that trajectories report to; return its handle."""
-    return ray.remote(**ON_HEAD)(ProgressBoard).remote()
+    return ray.remote(**ON_HEAD)(ProgressBoard).options(name=f"progress of {campaign}").remote()
 
 
 def start_coordinator(
@@ -48,13 +49,15 @@ def start_coordinator(
     store: Store,
     at_a_time: int,
     control: Callable[[], Directives] = Directives,
+    campaign: str | None = None,
 ) -> "RayCoordinatorClient":
     """Start the coordinator of a campaign with so many trajectories at a time."""
     # A trajectory may wait for two stages, renew its leases and look for its cancellation at a time.
     many = {"max_concurrency": 4 * at_a_time + 8}
-    actor = ray.remote(**ON_HEAD, **many)(HeadCoordinator).remote(
-        limits, admission, store, time.time(), control
+    remote = ray.remote(**ON_HEAD, **many)(HeadCoordinator).options(
+        name=campaign and f"coordinator of {campaign}"
     )
+    actor = remote.remote(limits, admission, store, time.time(), control)
     return RayCoordinatorClient(actor)
 
 
@@ -72,7 +75,9 @@ class HeadCoordinator(Coordinator):
         started_at: float,
         control: Callable[[], Directives] = Directives,
     ):
-        again = ray.get_runtime_context().was_current_actor_reconstructed
+        with warnings.catch_warnings():  # Ray warns of a call that it makes itself
+            warnings.simplefilter("ignore")
+            again = ray.get_runtime_context().was_current_actor_reconstructed
         usage = usage_since(store, started_at)
         failed_s = usage.failed_s + usage_before(store, started_at).failed_s
         super().__init__(

@@ -1,19 +1,10 @@
-"""How far a campaign is: a `ProgressBoard` that stages report to, and the live view of it in a terminal."""
+"""How far trajectories are: a `ProgressBoard` that their stages report to."""
 
 import logging
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TextIO
-
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from typing import Any
 
 from orchestrator.storage.run_progress import TrajectoryProgress
 
@@ -21,11 +12,7 @@ log = logging.getLogger(__name__)
 
 POST_INTERVAL_S = 0.3
 STOP_POLL_S = 2.0
-PLAIN_INTERVAL_S = 15.0
-
-ENDS = ("failed", "cancelled", "ended early")
-"""In place of a stage: how a trajectory ended that is not done."""
-
+LOG_INTERVAL_S = 15.0
 
 Report = Callable[[TrajectoryProgress], None]
 
@@ -35,16 +22,22 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self._newest: dict[tuple[str, bool], TrajectoryProgress] = {}
+        self._ended_at: dict[tuple[str, str], float] = {}
 
     def post(self, progress: TrajectoryProgress) -> None:
         """Record where a trajectory is now."""
-        place = (progress.trajectory, progress.background)
+        place, stage = (progress.trajectory, progress.background), (progress.trajectory, progress.key)
+        if 0 < progress.started_at < self._ended_at.get(stage, 0.0):
+            return  # a worker's report that arrives after the end of its stage
+        before = self._newest.get(place)
+        if before is not None and before.key and (progress.finished or progress.key != before.key):
+            self._ended_at[before.trajectory, before.key] = time.time()
         if progress.background and progress.finished:
             self._newest.pop(place, None)
         else:
             if progress.finished:
                 self._newest.pop((progress.trajectory, True), None)
-            self._newest[place] = merged(self._newest.get(place), progress, time.time())
+            self._newest[place] = merged(before, progress, time.time())
 
     def snapshot(self) -> list[TrajectoryProgress]:
         """Return the newest progress of each trajectory, in the order of their ids.
@@ -68,12 +61,26 @@ def merged(before: TrajectoryProgress | None, now: TrajectoryProgress, time_s: f
         return replace(now, waits_since=time_s if now.waits_for else 0.0)
     waited_s = before.waited_s
     if now.finished and not now.stages_total:  # from one who knows of the end alone
-        now = replace(before, stage=now.stage, finished=True, places=(), waits_for="")
+        now = replace(before, stage=now.stage, note=now.note, finished=True, places=(), waits_for="")
+    if now.stages_done <= before.stages_done:  # older, or of a trajectory that passes its stages once more
+        now = replace(
+            now,
+            stages_done=before.stages_done,
+            stages_reused=before.stages_reused,
+            kinds_done=before.kinds_done,
+            seconds_of=before.seconds_of,
+        )
+    now = replace(
+        now,
+        stages_total=now.stages_total or before.stages_total,
+        perplexities=now.perplexities or before.perplexities,
+        measured=now.measured or before.measured,
+    )
     if now.key and before.key == now.key and not now.finished:
-        if not now.started_at:
-            return replace(before, stages_done=now.stages_done, stages_reused=now.stages_reused)
-        if now.stages_done < before.stages_done:
-            now = replace(now, stages_done=before.stages_done, stages_reused=before.stages_reused)
+        if not (now.started_at or now.waits_for):  # of counts alone
+            counts = ("stages_done", "stages_reused", "kinds_done", "seconds_of", "perplexities", "measured")
+            return replace(before, **{name: getattr(now, name) for name in counts})
+        now = replace(now, restarted=now.restarted or before.restarted)
         if not (now.places or now.waits_for or before.waits_for):
             now = replace(now, places=before.places)
         if now.waits_for and before.waits_for:
@@ -132,7 +139,7 @@ class StageProgress:
         if now - self._posted_at < POST_INTERVAL_S and done != total:
             return
         self._posted_at = now
-        if now - self._logged_at > PLAIN_INTERVAL_S or done == total:
+        if now - self._logged_at > LOG_INTERVAL_S or done == total:
             self._logged_at = now
             log.info("%s: %d of %d %s", self._progress.stage, done, total, note)
         self._report(replace(self._progress, done=done, total=total, note=note, waits_for=""))
@@ -151,6 +158,11 @@ class StageProgress:
         """Add up the seconds in which the stage had no place."""
         self.waited_s += seconds
 
+    def restarted(self, what: str) -> None:
+        """Report that what was lost is started again; goes on to be shown until the stage ends."""
+        self._progress = replace(self._progress, restarted=what)
+        self._report(self._progress)
+
     def stop_requested(self) -> bool:
         """Return whether the campaign is to stop; asks for it every few seconds."""
         if not self._stops and time.time() - self._asked_at >= STOP_POLL_S:
@@ -160,92 +172,3 @@ class StageProgress:
             except Exception as error:  # a coordinator that is being started again
                 log.warning("whether to stop is not known for the moment: %s", error)
         return self._stops
-
-
-@contextmanager
-def live_view(
-    snapshot: Callable[[], list[TrajectoryProgress]], stream: TextIO | None = None
-) -> Iterator[None]:
-    """Show the progress while the body runs: live in a terminal, plain lines otherwise."""
-    console = Console(file=stream or sys.stderr)
-    stop = threading.Event()
-    show = _show_live if console.is_terminal else _show_lines
-    thread = threading.Thread(target=show, args=(console, snapshot, stop), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=5)
-
-
-def _show_live(
-    console: Console, snapshot: Callable[[], list[TrajectoryProgress]], stop: threading.Event
-) -> None:
-    with Live(console=console, refresh_per_second=4, transient=True) as live:
-        while not stop.wait(0.5):
-            live.update(render(snapshot()))
-
-
-def _show_lines(
-    console: Console, snapshot: Callable[[], list[TrajectoryProgress]], stop: threading.Event
-) -> None:
-    """Print a line when a trajectory goes on to another stage, and now and then within a long one."""
-    shown: dict[str, tuple[tuple[int, str, str], float]] = {}
-    while not stop.wait(0.5):
-        for progress in snapshot():
-            if progress.background:
-                continue
-            place = (progress.iteration, progress.stage, progress.waits_for)
-            before, when = shown.get(progress.trajectory, (None, 0.0))
-            if place != before or time.time() - when > PLAIN_INTERVAL_S:
-                shown[progress.trajectory] = (place, time.time())
-                console.print(line(progress), markup=False, highlight=False, soft_wrap=True)
-
-
-def line(progress: TrajectoryProgress) -> str:
-    """Return where a trajectory is, as one plain line."""
-    parts = [
-        f"{progress.trajectory}: iteration {progress.iteration}/{progress.iterations}",
-        f"stage {min(progress.stages_done + 1, progress.stages_total)}/{progress.stages_total}",
-        progress.stage,
-    ]
-    if progress.waits_for:
-        parts.append(f"waits for {progress.waits_for}")
-    elif progress.total:
-        parts.append(f"{progress.done}/{progress.total} {progress.note}".rstrip())
-    return ", ".join(parts)
-
-
-def shown_state(progress: TrajectoryProgress) -> str:
-    """Return the stage that a trajectory is at, or how it ended."""
-    if not progress.finished:
-        return progress.stage
-    return progress.stage if progress.stage in ENDS else "done"
-
-
-def shown_count(progress: TrajectoryProgress) -> str:
-    """Return how far the stage is, in its own units."""
-    return f"{progress.done}/{progress.total} {progress.note}".rstrip() if progress.total else ""
-
-
-def render(trajectories: list[TrajectoryProgress]) -> Group:
-    """Render the progress for rich: a line a trajectory."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("trajectory", "iteration", "stages", "now", "", "", "since"):
-        table.add_column(heading, style="bold" if heading == "trajectory" else "")
-    for progress in trajectories:
-        if progress.background:
-            continue
-        reused = f" ({progress.stages_reused} reused)" if progress.stages_reused else ""
-        minutes, seconds = divmod(int(time.time() - progress.started_at), 60)
-        table.add_row(
-            progress.trajectory,
-            f"{progress.iteration}/{progress.iterations}",
-            f"{progress.stages_done}/{progress.stages_total}{reused}",
-            shown_state(progress),
-            ProgressBar(total=max(progress.total, 1), completed=progress.done, width=12),
-            f"waits for {progress.waits_for}" if progress.waits_for else shown_count(progress),
-            f"{minutes}:{seconds:02d}" if progress.started_at else "",
-        )
-    return Group(table, Text("Ctrl-C ends in good order; --resume continues.", style="dim"))

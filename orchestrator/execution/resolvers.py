@@ -79,6 +79,7 @@ class ComputeResolver:
                 stage=kind,
                 key=stage.key,
                 background=stage.background,
+                phase=stage.phase or "",
             )
             if not stage.background:  # the progress shows what the trajectory waits for
                 self.progress = now
@@ -90,18 +91,24 @@ class ComputeResolver:
                 stored, reused = self._compute(stage, progress)
         if stage.background:
             self._report(replace(now, finished=True))
-        self._count(reused)
+        if isinstance(stored.result, EvaluationResult) and stage.phase != "pruned":
+            self._note_measured(stored.result)
+        self._count(kind, reused, stored.seconds, background=stage.background)
         numbers = [*stage.kind.numbers(stored.result), ("seconds", stored.seconds, "s", {})]
         if stored.waited_s:
             numbers.append(("waited_s", stored.waited_s, "s", {}))
         where = {"when": datetime.fromisoformat(stored.created_at), "where": stored.host}
         self._record(stage.iteration, kind, stage.key, numbers, stage.phase, where, stage.beside)
-        if isinstance(stored.result, EvaluationResult) and stage.phase != "pruned":
-            ending, metrics = "/token_perplexity", stored.result.metrics
-            found = {m.name.removesuffix(ending): m.value for m in metrics if m.name.endswith(ending)}
-            with self._counting:
-                self.progress = replace(self.progress, perplexities=found)
         return stored.result
+
+    def _note_measured(self, result: EvaluationResult) -> None:
+        """Note of the newest model what the progress shows: its perplexities, and one number."""
+        ending = "/token_perplexity"
+        found = {m.name.removesuffix(ending): m.value for m in result.metrics if m.name.endswith(ending)}
+        first = sorted(result.metrics, key=lambda metric: not metric.name.endswith(ending))[:1]
+        measured = {metric.name: metric.value for metric in first}
+        with self._counting:
+            self.progress = replace(self.progress, perplexities=found, measured=measured)
 
     def _running(self, stage: StageRequest[ResultT]) -> RunningStage:
         iteration, kind = stage.iteration.index, stage.kind.name
@@ -133,6 +140,9 @@ class ComputeResolver:
             except Exception as error:
                 expected = isinstance(error, IterabreError)
                 log.error("%s iteration %d: %s %s failed: %s", *at, error, exc_info=not expected)
+                with self._counting:  # the log that a failure names is that of its stage
+                    iteration = stage.iteration.index
+                    self.progress = replace(self.progress, iteration=iteration, stage=kind, key=key)
                 raise
             finally:
                 # What waits for room on the cluster computes nothing, and is not paid for.
@@ -163,7 +173,7 @@ class ComputeResolver:
         if not self._plan.recovers(iteration):
             for phase in ("start", "all"):
                 self._replace((iteration.index, "recover", phase), ())
-        self._count(reused=False)
+        self._count("prune", reused=False)
 
     def export(self, iteration: IterationPlan, model: ModelRef) -> None:
         """Write `model` as a Hugging Face directory; then, beside it, its card and provenance."""
@@ -179,11 +189,18 @@ class ComputeResolver:
         rows = self._ledger.read(f"{plan.id}-").to_pylist()
         describe_export(uri, plan, iteration, model, rows, result)
 
-    def _count(self, reused: bool) -> None:
+    def _count(self, kind: str, reused: bool, seconds: float = 0.0, background: bool = False) -> None:
+        """Count a finished stage; unless it ran in the background, the trajectory is at no stage then."""
         with self._counting:
             now = self.progress
+            if not background:
+                now = replace(now, stage="", key="", phase="")
             self.progress = replace(
-                now, stages_done=now.stages_done + 1, stages_reused=now.stages_reused + reused
+                now,
+                stages_done=now.stages_done + 1,
+                stages_reused=now.stages_reused + reused,
+                kinds_done={**now.kinds_done, kind: now.kinds_done.get(kind, 0) + 1},
+                seconds_of={**now.seconds_of, kind: now.seconds_of.get(kind, 0.0) + seconds},
             )
         self._report(self.progress)
 

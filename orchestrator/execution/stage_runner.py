@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 OnIteration = Callable[[int, Mapping[str, float]], None]
 """Called at the end of each iteration with its index and the metrics of its recovered model."""
 
+NOTHING_TO_SCORE = ScoreResult((), (), (), 0, 0, 0)
+"""Of an iteration that heals a model as it is."""
+
 NOT_SCORED = ScoreResult((), (), (), 0, 0, 0)
 """In a dry run, the result of a scoring that is not finished."""
 
@@ -92,7 +95,9 @@ class StageRunner:
         self._evaluations: deque[tuple[Future[None], Callable[[], None]]] = deque()
 
     def score(self, iteration: IterationPlan, model: ModelRef) -> ScoreResult:
-        """Score what may be removed from `model`."""
+        """Score what may be removed from `model`; nothing is where nothing goes."""
+        if not iteration.layers_to_drop:
+            return NOTHING_TO_SCORE
         spec = self._plan.score_spec(model, iteration.layers_to_drop)
         return self._resolve(SCORE, spec, iteration, iteration.layers_left + iteration.layers_to_drop)
 
@@ -178,6 +183,12 @@ class StageRunner:
         for part in parts:
             result = self._resolve(EVALUATE, part, iteration, iteration.layers_left, phase, beside)
             metrics += result.metrics
+            if part.log_samples and part.tasks and result.artifact is None:
+                log.warning(
+                    "%s iteration %d: its %s evaluation was finished before evaluation.log_samples and has "
+                    "no samples; its numbers are used as they are",
+                    self._plan.id, iteration.index, phase,
+                )  # fmt: skip
         if phase == "recovered":
             self._recovered = {metric.name: metric.value for metric in metrics}
 

@@ -31,7 +31,7 @@ def score_by_task(spec: ScoreSpec, evaluate_all: EvaluateAll, progress: Progress
     for position, result in evaluate_all(candidates):
         values[layers[position]] = scoring.task_value(spec.task, result)
         progress(len(values), len(layers), "candidates")
-    return scoring.task_scores(spec.model, spec.task, values)
+    return scoring.task_scores(spec.model, spec.task, values, spec.protected)
 
 
 def _evaluation(spec: ScoreSpec, task: TaskSpec, layer: int) -> EvaluationSpec:
@@ -42,6 +42,7 @@ def _evaluation(spec: ScoreSpec, task: TaskSpec, layer: int) -> EvaluationSpec:
         limit=task.limit,
         num_fewshot=task.num_fewshot,
         apply_chat_template=task.apply_chat_template,
+        system_instruction=task.system_instruction,
         batch_size=task.batch_size,
         tasks_fingerprint=task.tasks_fingerprint,
         seed=spec.seed,

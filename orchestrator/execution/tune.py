@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.trainable import wrap_function
 
 from actors.artifacts import retrying_filesystem
 from actors.errors import DamagedArtifactError, StopRequestedError, StorageUnavailableError, last_line
@@ -35,12 +36,7 @@ from orchestrator.execution.control import control_reader, watching_for_cancella
 from orchestrator.execution.dry_run import planned_stages, unfinished_trajectories
 from orchestrator.execution.gauges import CampaignGauges
 from orchestrator.execution.head_actors import start_board, start_coordinator
-from orchestrator.execution.progress import (
-    RemoteReport,
-    Report,
-    TrajectoryProgress,
-    live_view,
-)
+from orchestrator.execution.progress import RemoteReport, Report, TrajectoryProgress
 from orchestrator.execution.ray import RayBackend
 from orchestrator.execution.resolvers import ComputeResolver
 from orchestrator.execution.stage_kinds import Backend
@@ -48,6 +44,8 @@ from orchestrator.execution.stage_runner import OnIteration, StageRunner
 from orchestrator.execution.stopping import StopRequest
 from orchestrator.execution.trajectory import run_trajectory
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
+from orchestrator.reporting.data.overview import overview
+from orchestrator.reporting.live_view import live_view
 from orchestrator.scheduling.admission import AdmissionController
 from orchestrator.scheduling.coordinator import CoordinatorClient
 from orchestrator.scheduling.leases import Leases, LimitReachedError, TrajectoryCancelledError
@@ -111,8 +109,8 @@ def run_trials(
         return CampaignOutcome({})
     stopper = LedgerStopper(config.search, plan, Ledger(store.ledger_uri)) if searching else None
     control = control_reader(config, plan, store)
-    board = start_board()
-    coordinator = start_coordinator(limits, admission, store, at_a_time, control)
+    board = start_board(config.name)
+    coordinator = start_coordinator(limits, admission, store, at_a_time, control, config.name)
     trainable = tune.with_parameters(
         trial,
         plan=plan,
@@ -124,12 +122,15 @@ def run_trials(
         metric=config.search.metric if searching else None,
     )
     filesystem, tune_path = retrying_filesystem(store.tune_uri)
+    trajectory = wrap_function(tune.with_resources(trainable, TRIAL_RESOURCES), name="Trajectory")
+    trajectory.__name__ = trajectory.__qualname__ = "Trajectory"  # what Ray's dashboard shows
     tuner = tune.Tuner(
-        tune.with_resources(trainable, TRIAL_RESOURCES),
+        trajectory,
         param_space={"trajectory": tune.grid_search(list(trajectories))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=at_a_time,
             reuse_actors=True,
+            trial_name_creator=lambda trial: trial.config["trajectory"],
         ),
         run_config=tune.RunConfig(
             name=f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
@@ -137,6 +138,7 @@ def run_trials(
             storage_filesystem=filesystem,
             verbose=0,
             stop=stopper,
+            callbacks=[ReportRestarts(plan, RemoteReport(board), coordinator.is_cancelled)],
             failure_config=tune.FailureConfig(max_failures=LOST_TRIAL_RETRIES),
         ),
     )
@@ -147,9 +149,11 @@ def run_trials(
         gauges.show(shown)
         return shown
 
+    planned = {name: len(plan.find(name).iterations) for name in trajectories}
+    whole = partial(overview, trajectories, time.time())
     with (
-        live_view(snapshot),
-        progress_written(store, snapshot),
+        live_view(snapshot, planned, whole),
+        progress_written(store, snapshot, overview=whole),
         stop.calls(coordinator.stop) if stop else nullcontext(),
     ):
         results = tuner.fit()
@@ -179,6 +183,23 @@ def _campaign_outcome(
             write_status(store, trajectory, TrajectoryStatus("stopped", reason))
             stopped.append(trajectory)
     return CampaignOutcome(failures, tuple(stopped), coordinator.ended_by(), tuple(cancelled))
+
+
+class ReportRestarts(tune.Callback):
+    """Reports trajectories whose trial was lost, and is started again by Tune."""
+
+    def __init__(self, plan: CampaignPlan, report: Report, is_cancelled: Callable[[str], bool]):
+        self._plan, self._report, self._is_cancelled = plan, report, is_cancelled
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Report the restart of one trial."""
+        trajectory = self._plan.find(trial.config["trajectory"])
+        if self._is_cancelled(trajectory.id):
+            return  # that ended its process
+        said = f"lost its process; restarted, try {trial.num_failures} of {LOST_TRIAL_RETRIES}"
+        log.warning("%s %s", trajectory.id, said)
+        starting = TrajectoryProgress(trajectory.id, 0, len(trajectory.iterations), "start", key="start")
+        self._report(replace(starting, started_at=time.time(), restarted=said))
 
 
 class LedgerStopper(tune.Stopper):
@@ -295,7 +316,7 @@ def run_trial(
             return None
         except (LimitReachedError, StopRequestedError) as limit:
             log.warning("%s ends at iteration %d: %s", trajectory.id, resolver.progress.iteration, limit)
-            report(replace(resolver.progress, stage="ended early", finished=True))
+            report(replace(resolver.progress, stage="ended early", finished=True, note=str(limit)))
             return None
         except DamagedArtifactError as damaged:
             if quarantined == MOST_QUARANTINES or not store.quarantine_artifact(damaged.uri):
@@ -311,7 +332,7 @@ def run_trial(
                 return _failed(trajectory, error, resolver.progress, store, report, coordinator)
             pause_s = backoff_s(tries)
             tries += 1
-            said = f"{last_line(error)}; trying again in {pause_s:.0f} s"
+            said = f"{last_line(error)}; restarted in {pause_s:.0f} s, try {tries} of {LOST_TRIAL_RETRIES}"
             log.warning("%s: %s", trajectory.id, said)
             report(replace(resolver.progress, waits_for=said))
             time.sleep(pause_s)
@@ -345,7 +366,7 @@ def _failed(
     where = f"; the traceback is in {store.logs_dir}" if isinstance(shown, UnexpectedError) else ""
     reason = f"{shown}{where}"
     log.error("%s failed: %s", trajectory.id, reason, exc_info=error if shown is not error else None)
-    report(replace(progress, stage="failed", finished=True))
+    report(replace(progress, stage="failed", finished=True, note=reason))
     at = stage_log(trajectory.id, progress.iteration, progress.stage, progress.key) if progress.key else ""
     write_status(store, trajectory.id, TrajectoryStatus("failed", reason, at))
     coordinator.fail(trajectory.id)

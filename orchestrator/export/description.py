@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from actors.artifacts import delete_file, join, list_files, read_bytes, write_bytes
 from actors.contracts import ExportResult, ModelRef
 from orchestrator.export.model_card import model_card
-from orchestrator.export.provenance import CARD, PROVENANCE, LedgerRow, is_of, provenance, with_scores
+from orchestrator.export.provenance import LedgerRow, is_of, provenance, with_scores
 from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
+from orchestrator.storage.layout import CARD, PROVENANCE
 
 
 def describe_export(
@@ -22,8 +23,9 @@ def describe_export(
     model: ModelRef,
     rows: Iterable[LedgerRow],
     result: ExportResult,
+    address: str | None = None,
 ) -> None:
-    """Write card and provenance beside the export at `uri`.
+    """Write card and provenance beside the export at `uri`, which users load by `address` if not by that.
 
     One that has them keeps what they say of how it was made; they are written again only if other
     numbers have been measured since. What an export of another model left there is replaced.
@@ -40,7 +42,7 @@ def describe_export(
             made = renewed
         else:
             _remove_other_weights(uri, result)
-    card = model_card(plan, iteration, model, rows, result.note)
+    card = model_card(plan, iteration, model, rows, result, address or uri, made["versions"])
     write_bytes(join(uri, CARD), card.encode())
     # Last: an export without it is described anew.
     write_bytes(join(uri, PROVENANCE), _text(made).encode())

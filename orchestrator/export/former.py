@@ -10,7 +10,7 @@ from typing import Any
 from actors.artifacts import join, list_files, read_bytes
 from actors.contracts import ArtifactRef, ExportResult, digest
 from actors.errors import StorageUnavailableError, WorkError
-from orchestrator.export.provenance import CARD, PROVENANCE
+from orchestrator.storage.layout import CARD, PROVENANCE
 from orchestrator.storage.stage_store import Store
 
 log = logging.getLogger(__name__)

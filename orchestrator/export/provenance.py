@@ -9,9 +9,6 @@ from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
 from orchestrator.storage.stage_manifest import installed_versions
 
-CARD, PROVENANCE = "README.md", "iterabre.json"
-"""Files beside an exported model."""
-
 LedgerRow = Mapping[str, Any]
 
 MODEL = (
@@ -68,8 +65,16 @@ def with_scores(provenance: Mapping[str, Any], measured: Mapping[str, Any]) -> d
 
 def scores_of(rows: Iterable[LedgerRow], trajectory: str, iteration: int, phase: str) -> dict[str, float]:
     """Return what was measured of one model: metric name to value."""
+    measured = measured_of(rows, trajectory, iteration, phase)
+    return {name: row["value"] for name, row in measured.items()}
+
+
+def measured_of(
+    rows: Iterable[LedgerRow], trajectory: str, iteration: int, phase: str
+) -> dict[str, LedgerRow]:
+    """Return the rows of what was measured of one model, by the metric's name."""
     return {
-        row["metric"]: row["value"]
+        row["metric"]: row
         for row in rows
         if (row["trajectory"], row["iteration"], row["stage"], row["phase"])
         == (trajectory, iteration, "evaluate", phase)

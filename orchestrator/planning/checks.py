@@ -1,5 +1,6 @@
 """Checks of a plan that need a model's tokenizer, its positions or its modules, but none of its weights."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from actors.contracts import (
+    CLOSED_FORM_OBJECTIVES,
     AdapterSpec,
     EvaluationSpec,
     ModelInfo,
@@ -95,6 +97,7 @@ def check_inputs(
     for trajectory in recovering:
         with _method(trajectory):
             notes += _check_recovery_lengths(trajectory, [models[spec] for spec in _readers(trajectory)])
+            notes += _bridge_notes(trajectory)
             _check_vocabularies(_readers(trajectory), tokenizers)
     for reading, trajectory in {_reading(t): t for t in recovering}.items():
         with _method(trajectory):
@@ -141,6 +144,48 @@ def _reading(trajectory: TrajectoryPlan) -> RecoverySpec:
     )
 
 
+def check_layers(trajectory: TrajectoryPlan) -> None:
+    """Check that the layers which may go are in the model, and are as many as its targets take.
+
+    Raises:
+        RequestError: names the field of the campaign file.
+    """
+    depth, scoring, protected = (
+        trajectory.model.num_layers,
+        trajectory.method.scoring,
+        trajectory.protected_layers,
+    )
+    deepest = trajectory.iterations[-1].layers_left
+    for name, layers in (("layers", scoring.layers), ("protected", protected)):
+        beyond = [layer for layer in layers if not 0 <= layer < depth]
+        if beyond:
+            raise RequestError(f"scoring.{name} has {beyond[0]}; the model's layers are 0 to {depth - 1}")
+    if twice := [layer for layer, times in Counter(scoring.layers).items() if times > 1]:
+        raise RequestError(f"scoring.layers has {twice[0]} more than once")
+    free = len(scoring.layers) if scoring.layers else depth - len(protected)
+    if depth - deepest > free:
+        what = f"scoring.layers lists {free}" if scoring.layers else f"scoring.protected leaves {free}"
+        raise RequestError(
+            f"the target of {deepest} layers takes {depth - deepest} of {depth} away, and {what}"
+        )
+    if not trajectory.iterations[0].layers_to_drop:
+        _check_heals_as_it_is(trajectory)
+
+
+def _check_heals_as_it_is(trajectory: TrajectoryPlan) -> None:
+    """Refuse a target at which nothing is dropped and nothing is there to learn."""
+    recovery, depth = trajectory.method.recovery, trajectory.model.num_layers
+    if not trajectory.traits.applies_recovery:
+        raise RequestError(f"the target of {depth} layers drops nothing, and recovery.objective is none")
+    if recovery.objective in CLOSED_FORM_OBJECTIVES or recovery.start is not None:
+        raise RequestError(f"the target of {depth} layers drops nothing, so that there is nothing to bridge")
+    if find_objective(recovery.objective).has_teacher and recovery.teacher is None:
+        raise RequestError(
+            f"the target of {depth} layers drops nothing, so that the model would learn from itself; name "
+            "the model that it was pruned from as recovery.teacher"
+        )
+
+
 def check_calibration(spec: ScoreSpec, info: ModelInfo, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Check the calibration text, as far as the criterion reads one; return what is worth knowing.
 
@@ -168,6 +213,19 @@ def _check_recovery_lengths(trajectory: TrajectoryPlan, read_by: Sequence[ModelI
         )
     said = f"recovery.sequence_length is {recovery.sequence_length}"
     return [note for info in read_by for note in _check_length(recovery.sequence_length, info, said)]
+
+
+def _bridge_notes(trajectory: TrajectoryPlan) -> list[str]:
+    """Note a linear map [D, D] that fewer than D tokens do not determine."""
+    recovery, width = trajectory.method.recovery, trajectory.model.hidden_size
+    bridges = CLOSED_FORM_OBJECTIVES.intersection((recovery.objective, recovery.start))
+    if not bridges or recovery.max_tokens >= width:
+        return []
+    return [
+        f"method {trajectory.method.name!r}: recovery.max_tokens {recovery.max_tokens} is fewer than the "
+        f"{width} numbers of a hidden state of {trajectory.model_id!r}: {min(bridges)} cannot be fitted to "
+        "so few and may make the model worse; give many times as many tokens, or leave it out"
+    ]
 
 
 def _check_vocabularies(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from actors.contracts import ModelInfo
-from orchestrator.config import CostConfig
+from orchestrator.config import CostConfig, MachineConfig
 from orchestrator.errors import RequestError, unknown_name
 
 TFLOP = 1e12
@@ -31,15 +31,23 @@ class Machine:
 MACHINES = {
     machine.name: machine
     for machine in (
+        Machine("B200-180G", 2250.0, 75.0, 180.0, 6.50),
+        Machine("H200-141G", 989.0, 67.0, 141.0, 4.50),
         Machine("H100-80G", 989.0, 67.0, 80.0, 4.00),
         Machine("A100-80G", 312.0, 19.5, 80.0, 2.50),
         Machine("L40S-48G", 362.0, 91.6, 48.0, 1.80),
         Machine("A10G-24G", 70.0, 31.2, 24.0, 1.00),
+        Machine("RTX-PRO-6000-96G", 504.0, 126.0, 96.0, 2.00),
+        Machine("RTX-5090-32G", 210.0, 105.0, 32.0, 0.80),
+        Machine("RTX-4090-24G", 165.0, 82.6, 24.0, 0.50),
         Machine("CPU-core", 0.05, 0.05, 8.0, 0.04),
     )
 }
-"""Assumptions of November 2026: peaks as their makers state them, prices (USD) as a round guess at
-on-demand clouds. `cost.machines` in the campaign file replaces them."""
+"""Assumptions of November 2026: peaks as their makers state them, prices (USD) as a round guess at on-demand
+clouds; of RTX cards the peak is that with accumulation in float32, without sparsity.
+`cost.machines` in the campaign file replaces them."""
+
+CURRENCY = "USD"
 
 LOAD_GB_PER_S = 1.0
 """Assumption: how fast weights come from storage to a device."""
@@ -145,7 +153,11 @@ def machine_of(cost: CostConfig, name: str) -> Machine:
     if name in MACHINES:
         return replace(MACHINES[name], **given)
     if changes is None:
-        raise unknown_name("machine", name, {*MACHINES, *cost.machines})
+        error = unknown_name("machine", name, {*MACHINES, *cost.machines})
+        fields = ", ".join(MachineConfig.model_fields)
+        raise RequestError(
+            f"{error}; or describe it in the campaign file: cost.machines.{name} with {fields}"
+        )
     missing = type(changes).model_fields.keys() - given.keys()
     if missing:
         raise RequestError(f"cost.machines.{name} is no known machine and lacks {', '.join(sorted(missing))}")

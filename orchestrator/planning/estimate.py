@@ -20,6 +20,7 @@ from actors.scoring import TaskCriterion, find_criterion
 from orchestrator.config import CampaignConfig
 from orchestrator.config.execution import ExecutionConfig
 from orchestrator.planning.cost_model import (
+    CURRENCY,
     GB,
     Machine,
     StageCost,
@@ -327,8 +328,37 @@ def plan_summary(
             }
             for kind in kinds
         ],
+        "methods": [
+            _of_method(
+                name, config, [c for c in stages if c.trajectory.method.name == name], machines, factors
+            )
+            for name in dict.fromkeys(t.method.name for t in plan.trajectories)
+        ],
         "calibration": dict(factors or {}),
+        "currency": CURRENCY,
         "machines": [asdict(estimate(config, stages, n, machine, factors)) for n, machine in machines],
+    }
+
+
+def _of_method(
+    name: str,
+    config: CampaignConfig,
+    stages: list[Costed],
+    machines: list[tuple[int, Machine]],
+    factors: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """Return what the stages of one method cost on each type of machine; shared ones are of the first."""
+    types = {machine.name: machine for _, machine in machines}
+    todo = [costed for costed in stages if not costed.stage.finished]
+    return {
+        "method": name,
+        "to_run": len(todo),
+        "flops": sum(costed.cost.flops for costed in todo),
+        "machines": [
+            {"machine": kind, "device_hours": each.device_hours, "price": each.price}
+            for kind, machine in types.items()
+            for each in (estimate(config, stages, 1, machine, factors),)
+        ],
     }
 
 

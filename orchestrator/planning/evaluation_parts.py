@@ -11,12 +11,13 @@ TASK_SETTINGS = (
     "limit",
     "max_length",
     "apply_chat_template",
+    "system_instruction",
     "allow_code_execution",
     "task_suffix",
     "tasks_fingerprint",
     "seed",
 )
-PROBE_SETTINGS = ("limit", "max_new_tokens", "allow_code_execution", "seed")
+PROBE_SETTINGS = ("limit", "max_new_tokens", "num_assistant_tokens", "allow_code_execution", "seed")
 """Settings that the numbers of tasks, and of probes, depend on."""
 
 

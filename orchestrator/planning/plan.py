@@ -10,6 +10,7 @@ from pydantic_core import to_jsonable_python
 
 from actors.contracts import (
     Dtype,
+    Ends,
     EvaluationSpec,
     ExportSpec,
     GenerationSpec,
@@ -97,6 +98,14 @@ class TrajectoryPlan:
         return ModelRef(self.model.spec)
 
     @property
+    def protected_layers(self) -> tuple[int, ...]:
+        """The layers that may not go, as `scoring.protected` says."""
+        given, depth = self.method.scoring.protected, self.model.num_layers
+        if isinstance(given, Ends):
+            given = (*range(given.first), *range(depth - given.last, depth))
+        return tuple(sorted({*given}))
+
+    @property
     def recovery_tokens(self) -> int:
         """Tokens of one recovery, at most; none where nothing is trained."""
         return self.method.recovery.max_tokens if self.traits.applies_recovery else 0
@@ -129,6 +138,7 @@ class TrajectoryPlan:
             batch_size=evaluation.batch_size,
             tasks_fingerprint=evaluation.tasks_fingerprint,
             apply_chat_template=evaluation.apply_chat_template,
+            system_instruction=evaluation.system_instruction,
         )
         return extend(
             ScoreSpec,
@@ -136,6 +146,7 @@ class TrajectoryPlan:
             model=model,
             calibration=self._found(scoring.calibration),
             task=task,
+            protected=self.protected_layers,
             eliminate=eliminate,
             screen_dtype=screen_dtype,
             # Seed and portion are left out where they do not matter, so that all share one stage.

@@ -13,7 +13,7 @@ from actors.models import any_layers, check_prunable, describe_model, load_token
 from actors.models.loading.licence import origin
 from actors.models.pruning.merging import MERGES
 from actors.recovery import check_data, check_recovery, find_objective
-from actors.scoring import MergeCriterion, TaskCriterion, find_criterion
+from actors.scoring import FixedCriterion, MergeCriterion, TaskCriterion, find_criterion
 from orchestrator.config import (
     CampaignConfig,
     EvaluationConfig,
@@ -21,7 +21,7 @@ from orchestrator.config import (
     with_absolute_paths,
 )
 from orchestrator.errors import RequestError, unknown_name
-from orchestrator.planning.checks import check_deepspeed, check_inputs
+from orchestrator.planning.checks import check_deepspeed, check_inputs, check_layers
 from orchestrator.planning.grid import check_exclusions, trajectories_of
 from orchestrator.planning.plan import CampaignPlan, TextSize, Traits, TrajectoryPlan
 from orchestrator.planning.teaching import with_teacher_caches
@@ -125,6 +125,7 @@ def _check(config: CampaignConfig, trajectories: Sequence[TrajectoryPlan]) -> No
     for trajectory in trajectories:
         method = trajectory.method
         try:
+            check_layers(trajectory)
             check_recovery(trajectory.recovery_spec(trajectory.dense), training.workers)
             if method.recovery.start is not None:
                 find_objective(method.recovery.start)
@@ -180,6 +181,14 @@ def _misfit(method: MethodConfig) -> str | None:
         return "has no use for scoring.task; leave it out"
     if scoring.merge is not None and not isinstance(criterion, MergeCriterion):
         return "has no use for scoring.merge; leave it out"
+    if isinstance(criterion, FixedCriterion) and not scoring.layers:
+        return "needs scoring.layers"
+    if scoring.layers and not isinstance(criterion, FixedCriterion):
+        return "chooses the layers itself; leave out scoring.layers, or set criterion: fixed"
+    if scoring.protected and isinstance(criterion, FixedCriterion):
+        return "takes the layers of scoring.layers and no others; leave out scoring.protected"
+    if scoring.protected and isinstance(criterion, MergeCriterion):
+        return "has scoring.merge.lowest and highest for layers that stay; leave out scoring.protected"
     if isinstance(criterion, MergeCriterion) and method.schedule.mode != "direct":
         return "merges all layers at once; set schedule.mode: direct"
     if isinstance(criterion, MergeCriterion) and _applies_recovery(method):

@@ -29,8 +29,11 @@ def iterative_schedule(
     recover_at: str = EVERY_ITERATION,
     measure_at: str = EVERY_ITERATION,
 ) -> tuple[IterationPlan, ...]:
-    """Return portions from `num_layers` layers down to the smallest of `depths`, halting at each of them."""
-    iterations: list[IterationPlan] = []
+    """Return portions from `num_layers` layers down to the smallest of `depths`, halting at each of them.
+
+    If the full depth is among them, the first iteration drops nothing: it heals the model as it is.
+    """
+    iterations = [IterationPlan(1, 0, num_layers, True)] if num_layers in depths else []
     left = num_layers
     for depth in depths:
         while left > depth:
@@ -47,7 +50,7 @@ def target_depth(target: TargetConfig, info: ModelInfo) -> int:
     """Return how many layers remain at a target.
 
     Raises:
-        RequestError: not between 1 and one less than the model's depth.
+        RequestError: none, or more than the model has; or all, where the target does not say so by `layers`.
     """
     if target.layers is not None:
         depth = target.layers
@@ -58,10 +61,11 @@ def target_depth(target: TargetConfig, info: ModelInfo) -> int:
         depth = _depth_within(target.parameters, info)
     else:
         depth = _depth_within((1 - (target.parameter_fraction or 0.0)) * info.num_parameters, info)
-    if not 1 <= depth < info.num_layers:
+    most = info.num_layers if target.layers is not None else info.num_layers - 1
+    if not 1 <= depth <= most:
         raise RequestError(
             f"target {target.name} leaves {depth} of the {info.num_layers} layers of {info.spec.path!r}; "
-            f"it must leave between 1 and {info.num_layers - 1}"
+            f"it must leave between 1 and {most}"
         )
     return depth
 

@@ -34,6 +34,9 @@ FORMER_QUARANTINE = "set-aside"
 
 PLAN_SUFFIX = ".plan.json"
 
+CARD, PROVENANCE = "README.md", "iterabre.json"
+"""Files beside an exported model."""
+
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for what it runs as a job (`ray job submit`, a RayJob of Kubernetes), and for nothing else."""
 
@@ -158,7 +161,12 @@ class RunLayout:
 
     def models_uri(self, trajectory: str, num_left: int) -> str:
         """Return the directory of a trajectory's exported checkpoint with so many layers."""
-        return join(self.uri, "models", safe_name(trajectory), f"{num_left}-layers")
+        return join(self.all_models_uri, safe_name(trajectory), f"{num_left}-layers")
+
+    @property
+    def all_models_uri(self) -> str:
+        """Directory of the exported checkpoints, one a trajectory."""
+        return join(self.uri, "models")
 
     @property
     def trajectories_uri(self) -> str:
@@ -175,7 +183,12 @@ class RunLayout:
 
     def tensorboard_uri(self, trajectory: str) -> str:
         """Return the directory of a trajectory's event files."""
-        return join(self.uri, "tensorboard", safe_name(trajectory))
+        return join(self.all_tensorboard_uri, safe_name(trajectory))
+
+    @property
+    def all_tensorboard_uri(self) -> str:
+        """Directory of the event files, one a trajectory."""
+        return join(self.uri, "tensorboard")
 
     def published_uri(self, tracker: str) -> str:
         """Return the file of the ledger's parts that were published to a tracker, as JSON."""

@@ -31,6 +31,10 @@ class TrajectoryProgress:
         waited_s: seconds that stages of this trajectory have waited since the driver started.
         places: where the stage runs, one an actor or worker.
         perplexities: of the newest measured model, by text.
+        measured: one number of the newest measured model, by its name.
+        phase: which model an evaluation is of, as in `orchestrator.storage.ledger.Row`.
+        restarted: what was lost of the stage, and which try this is; nothing if it is the first.
+        kinds_done: finished stages, by kind; `seconds_of` is how long they took.
     """
 
     trajectory: str
@@ -52,6 +56,29 @@ class TrajectoryProgress:
     background: bool = False
     waits_since: float = 0.0
     waited_s: float = 0.0
+    measured: Mapping[str, float] = field(default_factory=dict)
+    phase: str = ""
+    restarted: str = ""
+    kinds_done: Mapping[str, int] = field(default_factory=dict)
+    seconds_of: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Overview:
+    """How far the whole run is.
+
+    Attributes:
+        stages_done, stages_total: stages that differ; what trajectories share counts once.
+        started_at: when the driver began.
+        left_s: the seconds that are left, as those of finished stages let expect; None while unknown.
+        unknown: the kind of stage of which none has been finished, if that is why.
+    """
+
+    stages_done: int
+    stages_total: int
+    started_at: float
+    left_s: float | None = None
+    unknown: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +89,7 @@ class RunProgress:
     host: str
     ended: bool
     trajectories: Sequence[TrajectoryProgress]
+    overview: Overview | None = None
 
 
 def write_progress(store: RunLayout, progress: RunProgress) -> None:
@@ -81,7 +109,8 @@ def read_progress(store: RunLayout) -> RunProgress | None:
             TrajectoryProgress(**{name: value for name, value in each.items() if name in known})
             for each in stored["trajectories"]
         )
-        return RunProgress(stored["written_at"], stored["host"], stored["ended"], trajectories)
+        overview = Overview(**stored["overview"]) if stored.get("overview") else None
+        return RunProgress(stored["written_at"], stored["host"], stored["ended"], trajectories, overview)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("%s cannot be read: %s", store.progress_uri, error)
         return None
@@ -92,8 +121,12 @@ def progress_written(
     store: RunLayout,
     snapshot: Callable[[], Sequence[TrajectoryProgress]],
     interval_s: float | None = None,
+    overview: Callable[[Sequence[TrajectoryProgress]], Overview | None] = lambda _: None,
 ) -> Iterator[None]:
-    """Write the progress now and then while the body runs, and at its end; what fails is tried again."""
+    """Write the progress now and then while the body runs, and at its end; what fails is tried again.
+
+    `overview` makes of the trajectories' progress that of the run.
+    """
     if interval_s is None:
         interval_s = WRITE_INTERVAL_S if local_path(store.uri) is None else LOCAL_WRITE_INTERVAL_S
     ended = threading.Event()
@@ -105,7 +138,8 @@ def progress_written(
         except Exception as error:  # at the end, the board may have ended before
             log.warning("the progress could not be found out: %s", error)
         try:
-            now = RunProgress(time.time(), socket.gethostname(), ended.is_set(), known[0])
+            host = socket.gethostname()
+            now = RunProgress(time.time(), host, ended.is_set(), known[0], overview(known[0]))
             write_progress(store, now)
         except Exception as error:
             log.warning("%s could not be written: %s", store.progress_uri, error)

@@ -27,6 +27,12 @@ UPLOAD_INTERVAL_S = 15.0
 MAX_BYTES = 32 * 2**20
 """Of a stage's log; further lines are left out."""
 
+NOISE = ("PlacementGroupCleaner", "_AutoscalingCoordinatorActor")
+"""Actors of Ray's own that print only what they fail at when a job ends."""
+
+NOISY_LINES = ("Actor with class name: 'PreemptionWatcher'",)
+"""In lines that Ray prints for its own developers."""
+
 STAGE_LOG = re.compile(r"(\d+)-(.+)-([0-9a-f]+)\.log")
 
 
@@ -146,6 +152,8 @@ class WorkerOutput:
     def __call__(self, data: Mapping[str, Any]) -> None:
         """Write lines as Ray sends them, with the process that printed them."""
         name = data.get("actor_name") or data.get("task_name") or "worker"
+        if name in NOISE:
+            return
         place = f"pid={data.get('pid')} {data.get('ip')}"
         process = (place, data.get("is_err"))
         sorted_lines: dict[str, list[str]] = {}
@@ -160,7 +168,7 @@ class WorkerOutput:
                     continue
                 sorted_lines.setdefault(marked, []).append(line)
                 stage = ""  # the overview has it, too
-            if line.strip():
+            if line.strip() and not any(known in line for known in NOISY_LINES):
                 text = f"({place}) {line}" if stage else f"({name} {place}) {line}"
                 sorted_lines.setdefault(stage or WORKERS_LOG, []).append(text)
         for log_name, found in sorted_lines.items():

@@ -9,6 +9,9 @@ from orchestrator.config import CampaignConfig
 from orchestrator.storage.stage_store import Store
 from orchestrator.tracking.publisher import Batch, State
 
+CAMPAIGN = "campaign"
+"""The directory of the campaign's own texts, beside those of the trajectories, whose names are longer."""
+
 
 class TensorBoard:
     """An event file for every batch, in the trajectory's directory; a batch that comes twice replaces it.
@@ -22,6 +25,10 @@ class TensorBoard:
     def __init__(self, _config: CampaignConfig, store: Store):
         self._store = store
 
+    def open(self) -> str:
+        """Return the command that shows the curves."""
+        return f"tensorboard --logdir {self._store.all_tensorboard_uri}"
+
     def write(self, batch: Batch) -> None:
         """Write the batch as an event file of its own."""
         from tensorboardX import SummaryWriter
@@ -33,10 +40,27 @@ class TensorBoard:
                 writer.file_writer.add_summary(session)
                 for point in batch.points:
                     writer.add_scalar(point.name, point.value, point.step, point.when.timestamp())
-            (events,) = Path(directory).iterdir()
-            home = self._store.tensorboard_uri(batch.trajectory)
-            # TensorBoard reads a directory's files in the order of their names.
-            write_bytes(join(home, f"events.out.tfevents.{batch.number:010d}"), events.read_bytes())
+            self._keep(directory, batch.trajectory, batch.number)
 
     def close(self, _states: Mapping[str, State]) -> None:
         """Do nothing: TensorBoard shows no states."""
+
+    def attach(self, files: Mapping[str, bytes]) -> None:
+        """Write what is text of its own, configuration and cards; TensorBoard shows no pages or figures."""
+        from tensorboardX import SummaryWriter
+
+        with tempfile.TemporaryDirectory() as directory:
+            with SummaryWriter(directory) as writer:
+                for name, content in files.items():
+                    if name.endswith(".md"):
+                        writer.add_text(name, content.decode())
+                    elif name.endswith(".json"):
+                        writer.add_text(name, f"```json\n{content.decode()}\n```")
+            self._keep(directory, CAMPAIGN, 0)
+
+    def _keep(self, directory: str, run: str, number: int) -> None:
+        """Put the one event file in `directory` among those of `run`."""
+        (events,) = Path(directory).iterdir()
+        # TensorBoard reads a directory's files in the order of their names.
+        name = f"events.out.tfevents.{number:010d}"
+        write_bytes(join(self._store.tensorboard_uri(run), name), events.read_bytes())

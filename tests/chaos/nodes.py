@@ -19,7 +19,7 @@ START_ATTEMPTS = 4
 END_TIMEOUT_S = 60
 
 TITLES = {
-    "trial": "ray::ImplicitFunc",
+    "trial": "ray::Trajectory",
     "score": "ray::ScoreActor",
     "train": "ray::RayTrainWorker",
     "evaluate": "ray::EvalActor",

@@ -99,6 +99,9 @@ class Watching:
     def waited(self, seconds: float) -> None:
         pass
 
+    def restarted(self, what: str) -> None:
+        pass
+
     def stop_requested(self) -> bool:
         return False
 
@@ -161,6 +164,9 @@ def test_a_training_that_is_asked_to_stop_does_so_at_a_checkpoint_and_goes_on_th
     spec: RecoverySpec, local: RecoveryResult, tmp_path: Path
 ) -> None:
     class Stopping(Watching):
+        def restarted(self, what: str) -> None:
+            pass
+
         def stop_requested(self) -> bool:
             return len(self.lines) == 3
 

@@ -44,6 +44,9 @@ class Recorder:
     def waited(self, seconds: float) -> None:
         self.waited_s += seconds
 
+    def restarted(self, what: str) -> None:
+        pass
+
     def stop_requested(self) -> bool:
         return False
 

@@ -1,7 +1,8 @@
 """lm-evaluation-harness through its Python API: the same numbers as the `lm_eval` command."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -27,6 +28,19 @@ from actors.evaluation.probes.code_tasks import code_task_metrics
 Versions = tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True)
+class TaskResults:
+    """What lm-eval gives of some tasks: numbers, versions, examples in the prompts, and its samples by task.
+
+    A sample is a document with its requests, responses and metrics, once for each filter of the task.
+    """
+
+    metrics: list[Metric]
+    versions: Versions
+    num_fewshot: tuple[tuple[str, int], ...]
+    samples: Mapping[str, Sequence[Mapping[str, Any]]]
+
+
 def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -36,6 +50,7 @@ def evaluate_tasks(
     limit: int | None = None,
     num_fewshot: FewShot = None,
     apply_chat_template: bool = False,
+    system_instruction: str | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
     seed: int = 0,
@@ -51,26 +66,28 @@ def evaluate_tasks(
     have the model write code give its failure classes, and pass@1 if
     `allow_code_execution`; those with choices `<task>/ties` if any document's
     likeliest choice has another's likelihood. `apply_chat_template` puts tasks as
-    conversations, with a turn for each question and answer among their examples, as
-    that option of the `lm_eval` command does.
+    conversations, with a turn for each question and answer among their examples, and
+    `system_instruction` puts a text before every prompt, as those options of the `lm_eval` command do.
 
     Returns the metrics and the versions of lm-eval and of each task.
 
     Raises RequestError as `check_task_data` does.
     """
     if apply_chat_template:
-        check_chat_template(tokenizer)
+        check_chat_template(tokenizer, system_instruction)
     respond = local_responder(model, tokenizer, batch_size, max_length)
-    return evaluate_tasks_with(
+    results = evaluate_tasks_with(
         respond,
         tasks,
         include_path=include_path,
         limit=limit,
         num_fewshot=num_fewshot,
         chat=tokenizer if apply_chat_template else None,
+        system_instruction=system_instruction,
         seed=seed,
         allow_code_execution=allow_code_execution,
     )
+    return results.metrics, results.versions
 
 
 def evaluate_tasks_with(
@@ -81,9 +98,10 @@ def evaluate_tasks_with(
     limit: int | None = None,
     num_fewshot: FewShot = None,
     chat: PreTrainedTokenizerBase | None = None,
+    system_instruction: str | None = None,
     seed: int = 0,
     allow_code_execution: bool = False,
-) -> tuple[list[Metric], Versions]:
+) -> TaskResults:
     """Evaluate the model behind `respond` as `evaluate_tasks` does; in conversations if `chat` is given."""
     with quiet():
         loaded = load_tasks(tuple(tasks), include_path, num_fewshot)
@@ -96,6 +114,7 @@ def evaluate_tasks_with(
             RemoteLM(respond, chat),
             loaded,
             limit=limit,
+            system_instruction=system_instruction,
             apply_chat_template=chat is not None,
             fewshot_as_multiturn=chat is not None,
         )
@@ -104,7 +123,12 @@ def evaluate_tasks_with(
         metrics += code_task_metrics(results["samples"], execute=allow_code_execution)
     sizes = {name: counts["effective"] for name, counts in results["n-samples"].items()}
     task_versions = tuple((f"task:{name}", str(v)) for name, v in sorted(results["versions"].items()))
-    return [*metrics, *blimp_groups(metrics, sizes)], (("lm_eval", version("lm_eval")), *task_versions)
+    return TaskResults(
+        metrics=[*metrics, *blimp_groups(metrics, sizes)],
+        versions=(("lm_eval", version("lm_eval")), *task_versions),
+        num_fewshot=tuple(sorted(results["n-shot"].items())),
+        samples=results["samples"],
+    )
 
 
 def _metrics(task: str, values: dict[str, Any]) -> Iterator[Metric]:

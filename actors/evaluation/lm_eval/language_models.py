@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
@@ -198,13 +199,23 @@ def _at_word_boundary(context: str, continuation: str) -> tuple[str, str]:
     return bare, context[len(bare) :] + continuation
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise RequestError for a tokenizer without a chat template."""
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, system_instruction: str | None = None) -> None:
+    """Raise RequestError for a tokenizer without a chat template, or one that takes no system's turn."""
     if not tokenizer.chat_template:
         raise RequestError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template, which "
             "evaluation.apply_chat_template asks for; leave it out for models that are not trained to chat"
         )
+    if system_instruction is None:
+        return
+    roles = [("system", system_instruction), ("user", "Hello")]
+    try:
+        tokenizer.apply_chat_template([{"role": r, "content": text} for r, text in roles], tokenize=False)
+    except TemplateError as error:  # HFLM would leave the turn out without a word
+        raise RequestError(
+            f"the chat template of {tokenizer.name_or_path} takes no system's turn ({error}); leave out "
+            "evaluation.system_instruction"
+        ) from error
 
 
 def local_responder(

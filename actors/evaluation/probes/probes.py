@@ -12,12 +12,15 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.contracts import EvaluationSpec, Metric, Progress, no_progress
+from actors.contracts import EvaluationSpec, Metric, ModelRef, Progress, no_progress
+from actors.errors import RequestError
 from actors.evaluation.batch_size import BATCH_SIZE
 from actors.evaluation.probes.arithmetic import answer_problems, draw_problems
 from actors.evaluation.probes.code_tasks import score_code
 from actors.evaluation.probes.decoding import encode_prompt, respond
 from actors.evaluation.probes.degeneration import repetition, self_bleu
+from actors.evaluation.probes.speculative import speculate
+from actors.models import load_source, open_model, places
 from actors.plugins import find_row
 
 PROMPTS = Path(__file__).with_name("prompts")
@@ -37,7 +40,8 @@ class Probe:
     """A function (model, tokenizer, spec) → metrics, and where it comes from.
 
     It reads of the spec `limit` (how many problems or prompts), `max_new_tokens`,
-    `batch_size`, `seed` and `allow_code_execution`. `gives` are its metrics, to which
+    `batch_size`, `seed`, `allow_code_execution`, and where another model takes part `model`,
+    `assistant` and `num_assistant_tokens`. `gives` are its metrics, to which
     the probe's name is prefixed, and what each is. With `reports`, it takes a `Progress` as its
     fourth argument.
     """
@@ -77,6 +81,7 @@ def probe_prompts(name: str, tokenizer: PreTrainedTokenizerBase, spec: Evaluatio
     texts = {
         "degeneration": lambda: _instructions(spec),
         "code_failures": lambda: _code_prompts(tokenizer, spec),
+        "speculative": lambda: _instructions(spec),
     }
     return [encode_prompt(tokenizer, text) for text in texts[name]()] if name in texts else []
 
@@ -107,6 +112,46 @@ def degeneration(
         _mean("repetition_4", [repetition(text) for text in texts]),
         Metric("self_bleu_4", self_bleu(texts)),
         _mean("mean_tokens", [len(text) for text in texts], "tokens"),
+    ]
+
+
+def speculative(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: EvaluationSpec,
+    progress: Progress = no_progress,
+) -> list[Metric]:
+    """Measure `model` as the draft of the unpruned one, or `spec.assistant` as the draft of `model`.
+
+    Nothing is measured of an unpruned model without an assistant.
+
+    Raises RequestError for an assistant that reads other tokens.
+    """
+    verifier, draft = model, model
+    if spec.assistant is not None:
+        draft, other = open_model(spec.assistant, places())
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise RequestError(
+                f"the tokenizer of assistant {spec.assistant.path!r} is not that of "
+                f"{spec.model.source.path!r}: a draft must write the same tokens"
+            )
+    elif spec.model == ModelRef(spec.model.source):
+        return []
+    else:
+        verifier = load_source(spec.model, places())[0]
+    prompts = _instructions(spec)
+    answers = speculate(
+        verifier, draft, tokenizer, prompts, spec.max_new_tokens, spec.num_assistant_tokens, progress
+    )
+    tokens, seconds = (sum(getattr(each, name) for each in answers) for name in ("tokens", "seconds"))
+    drafted, accepted = (sum(getattr(each, name) for each in answers) for name in ("drafted", "accepted"))
+    plain_rate = sum(each.plain_tokens for each in answers) / sum(each.plain_seconds for each in answers)
+    return [
+        Metric("acceptance_rate", accepted / drafted if drafted else 0.0),
+        Metric("tokens_per_forward", tokens / sum(each.forwards for each in answers)),
+        Metric("tokens_per_second", tokens / seconds, "tokens/s"),
+        Metric("speedup", tokens / seconds / plain_rate),
+        Metric("same_text", sum(each.same_text for each in answers) / len(answers)),
     ]
 
 
@@ -205,6 +250,18 @@ PROBES: Mapping[str, Probe] = {
             "cut_off": "… whose code max_new_tokens cut, and which are not judged; the six add up to 1",
             "pass_at_1": "share that passes its tests; only with allow_code_execution",
             "unfinished": "share of responses that were cut at max_new_tokens",
+        },
+        reports=True,
+    ),
+    "speculative": Probe(
+        speculative,
+        "Leviathan et al. 2023 (arXiv 2211.17192), by transformers' assisted generation",
+        {
+            "acceptance_rate": "share of the drafted tokens that the unpruned model takes",
+            "tokens_per_forward": "new tokens for each forward pass of the unpruned model",
+            "tokens_per_second": "new tokens over the time that they took, drafting included",
+            "speedup": "that, over plain greedy decoding by the unpruned model",
+            "same_text": "share of prompts on which plain greedy decoding gives the same tokens",
         },
         reports=True,
     ),

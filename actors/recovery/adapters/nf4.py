@@ -29,7 +29,7 @@ def quantize_blocks(model: PreTrainedModel, double_quantization: bool) -> None:
         from bitsandbytes.nn import Linear4bit
     except ImportError as error:
         raise RequestError(
-            "recovery.adapter.kind 'qlora' needs bitsandbytes; get it by `pip install 'iterabre[qlora]'`"
+            "recovery.adapter.kind 'qlora' needs bitsandbytes; get it by `pip install 'bitsandbytes>=0.49'`"
         ) from error
     for block in find_layers(model).modules:
         for path, layer in list(block.named_modules()):

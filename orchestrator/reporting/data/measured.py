@@ -31,7 +31,9 @@ HIGHER_IS_BETTER = (
     "rouge",
     "top1",
     "per_second",
+    "per_forward",
     "speedup",
+    "acceptance_rate",
     "log_probability",
     "clean",
 )

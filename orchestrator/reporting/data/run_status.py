@@ -7,7 +7,7 @@ from typing import Literal
 
 from orchestrator.storage.control import Control
 from orchestrator.storage.layout import stage_log
-from orchestrator.storage.run_progress import RunProgress, TrajectoryProgress
+from orchestrator.storage.run_progress import Overview, RunProgress, TrajectoryProgress
 from orchestrator.storage.trajectory_status import TrajectoryStatus
 
 SILENT_S = 90.0
@@ -38,11 +38,16 @@ class Activity:
     waits_since: float
     background: bool
     log: str
+    phase: str = ""
+    restarted: str = ""
 
 
 @dataclass(frozen=True)
 class TrajectoryView:
-    """Where one trajectory is, or how it ended: `reason`, and the `log` of the stage that failed."""
+    """Where one trajectory is, or how it ended: `reason`, and the `log` of the stage that failed.
+
+    `measured` is a number of the newest measured model, by its name.
+    """
 
     trajectory: str
     state: TrajectoryState
@@ -56,6 +61,7 @@ class TrajectoryView:
     reason: str = ""
     log: str = ""
     perplexities: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class RunStatus:
     age_s: float
     paused: bool
     trajectories: Sequence[TrajectoryView]
+    overview: Overview | None = None
 
     @property
     def counts(self) -> Mapping[TrajectoryState, int]:
@@ -120,6 +127,7 @@ def run_status(
         age_s,
         control.paused,
         tuple(views),
+        saved.overview if saved else None,
     )
 
 
@@ -144,7 +152,7 @@ def _view(
     elif status is not None:
         state = status.state
     elif own is not None:
-        state = "interrupted"
+        state = _ended_as(own)
     ended = status if status is not None and not at_work else None
     return TrajectoryView(
         trajectory,
@@ -156,10 +164,18 @@ def _view(
         stages_reused=own.stages_reused if own else 0,
         waited_s=own.waited_s if own else 0.0,
         activities=tuple(map(_activity, under_way)) if at_work else (),
-        reason=ended.reason if ended else "",
+        reason=ended.reason if ended else own.note if own and own.finished else "",
         log=ended.log if ended else "",
         perplexities=own.perplexities if own else {},
+        measured=own.measured if own else {},
     )
+
+
+def _ended_as(progress: TrajectoryProgress) -> TrajectoryState:
+    """Return the state of a trajectory of which no more is known than its last report."""
+    if not progress.finished or progress.stage in ("ended early", "cancelled"):
+        return "interrupted"  # a cancellation that holds is known to the caller
+    return "failed" if progress.stage == "failed" else "done"
 
 
 def _activity(progress: TrajectoryProgress) -> Activity:
@@ -175,4 +191,6 @@ def _activity(progress: TrajectoryProgress) -> Activity:
         progress.waits_since,
         progress.background,
         stage_log(progress.trajectory, progress.iteration, progress.stage, progress.key),
+        progress.phase,
+        progress.restarted,
     )

@@ -21,6 +21,8 @@ WHOLE = {
     "arithmetic/top1": "digit sums right",
     "arithmetic/log_probability": "digit log-probability",
     "code_failures/clean": "clean programs",
+    "speculative/acceptance_rate": "drafted tokens taken",
+    "speculative/speedup": "speed-up as a draft",
 }
 """Metrics whose name is not that of a subject and a measure."""
 SUBJECTS = {
@@ -87,6 +89,11 @@ MEANINGS: tuple[tuple[str, str], ...] = (
     (r".*/rouge.*", "Overlap of a written summary with one by a person."),
     (r".*/f1", "Mean of precision and recall."),
     (r"degeneration/repetition.*", "Share of four-word sequences of a text that the text has had before."),
+    (
+        r"speculative/acceptance_rate",
+        "Share of the tokens drafted by this model that the unpruned one takes.",
+    ),
+    (r"speculative/speedup", "Decoding by the unpruned model with this one as its draft, over it alone."),
     (r"degeneration/self_bleu.*", "How alike texts on different prompts are; 1 is the same text again."),
     (r"arithmetic/top1", "Share of small sums at which the right digit is the likeliest."),
     (r"arithmetic/log_probability.*", "Log-probability of the right digit of a small sum."),

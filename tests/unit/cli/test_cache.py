@@ -45,7 +45,7 @@ def test_a_second_campaign_computes_only_what_is_new(place: Path) -> None:
     assert new == ["evaluate", "recover"], "of the narrow method; scores and the dense baseline are there"
     first, second = _numbers(place / "runs/first"), _numbers(place / "runs/second")
     same = [line for line in second if line["trajectory"] == "llama--iterabre--seed0"]
-    assert [line | {"export s": 0} for line in same] == [line | {"export s": 0} for line in first]
+    assert [line | {"export_s": 0} for line in same] == [line | {"export_s": 0} for line in first]
     assert len(second) == 2 * len(first)
     assert iterabre("report", place / "runs/second").exit_code == 0
     answer = iterabre(

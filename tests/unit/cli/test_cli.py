@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator.cli.evaluate import parse_num_fewshot
 from orchestrator.cli.options import parse_layers
+from orchestrator.errors import RequestError
 from tests.support.object_store import loopback_s3
 from tests.support.tiny_campaign import tiny_campaign, write_campaign
 from tests.support.tiny_models import tiny_llama
@@ -172,6 +174,44 @@ def test_evaluate_runs_tasks(place: Path) -> None:
     (metric,) = [metric for metric in result["metrics"] if metric["name"] == "blimp_sample/acc"]
     assert metric["value"] in (0, 0.2, 0.4, 0.6, 0.8, 1)
     assert dict(result["versions"])["torch"]
+
+
+def test_evaluate_prints_the_columns_of_lm_eval_and_keeps_samples(place: Path, tmp_path: Path) -> None:
+    arguments = ("evaluate", "--model", place / "model", "--tasks", "blimp_sample", "--limit", 5)
+    answer = iterabre(*arguments, "--log-samples", tmp_path / "samples", "--system-instruction", "Be brief.")
+    assert answer.exit_code == 0, answer.err
+    heading, row = (
+        next(line for line in answer.out.splitlines() if line.lstrip().startswith(start)).split()
+        for start in ("task", "blimp_sample")
+    )
+    assert heading == ["task", "version", "n-shot", "metric", "value", "±", "stderr"]
+    assert (row[:4], row[5]) == (["blimp_sample", "1.0", "0", "acc"], "±")
+    lines = (tmp_path / "samples/samples_blimp_sample.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert [sample["doc_id"] for sample in samples] == [0, 1, 2, 3, 4]
+    assert sum(sample["acc"] for sample in samples) / 5 == float(row[4])
+    assert all(s["arguments"]["gen_args_0"]["arg_0"].startswith("Be brief.") for s in samples)
+    answer = iterabre(*arguments, "--log-samples", tmp_path / "samples")
+    assert (answer.exit_code, "already" in answer.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "shots"),
+    [
+        ((), None),
+        (("5",), 5),
+        (("boolq=0", "mmlu=5"), (("boolq", 0), ("mmlu", 5))),
+        (("boolq=0,mmlu=5",), (("boolq", 0), ("mmlu", 5))),
+    ],
+)
+def test_examples_are_a_number_for_all_tasks_or_one_for_each(given: tuple[str, ...], shots: object) -> None:
+    assert parse_num_fewshot(given) == shots
+
+
+@pytest.mark.parametrize("given", [("five",), ("boolq=",), ("5", "boolq=0"), ("-1",)])
+def test_other_examples_are_refused(given: tuple[str, ...]) -> None:
+    with pytest.raises(RequestError, match="--num-fewshot"):
+        parse_num_fewshot(given)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_the_batch_is_the_papers_where_it_fits() -> None:
     [
         (["--model", "m", "--gpus", "8", "--max-tokens", "4000"], "give 4096 or more"),
         ([], "--model says which model"),
+        (["--model", "m", "--fractions", "banana"], "--fractions 'banana': 'banana' is no share"),
         (["--model", "m", "--fractions", "0.1,a"], "'a' is no share"),
         (["--model", "m", "--fractions", "1.5"], "'1.5' is no share"),
         (["--model", "m", "--fractions", "nan"], "'nan' is no share"),
@@ -120,11 +121,14 @@ def test_init_asks_again_for_an_answer_that_is_none(tmp_path: Path) -> None:
     with subprocess.Popen(
         command, stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
-        os.write(master, b"O/M\nbanana\n10%, 0.25\n-1\n2\n")
+        os.write(master, b"/not/there\nO/M\nbanana\n10%, 0.25\n-1\n9999\n2\n")
         said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert b"'banana' is no share" in said
     assert b"'-1' is no number of GPUs" in said
+    assert b"no file or directory '/not/there'" in said
+    assert b"9999 GPUs are too many" in said
+    assert b"--fractions" not in said
     config = load_config(file)
     assert config.models[0].path == "O/M"
     assert [target.fraction for target in config.targets] == [0.1, 0.25]

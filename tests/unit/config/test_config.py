@@ -159,6 +159,13 @@ def test_override_into_a_list_of_values(file: Path) -> None:
         load_config(file, ["seeds=[0]", "seeds.0.x=1"])
 
 
+def test_a_list_can_be_given_one_more_value(file: Path) -> None:
+    assert list(load_config(file, ["seeds.0=1"]).seeds) == [1]
+    assert list(load_config(file, ["seeds=[0]", "seeds.1=7"]).seeds) == [0, 7]
+    with pytest.raises(ConfigError, match="'3' is no position in a list of 1"):
+        load_config(file, ["seeds=[0]", "seeds.3=1"])
+
+
 def test_a_key_that_stands_twice_is_reported(file: Path) -> None:
     file.write_text(file.read_text() + "name: other\n")
     with pytest.raises(ConfigError, match=r"the key 'name' stands there twice .*line 9"):

@@ -36,6 +36,78 @@ def test_shipped_files_are_valid(validator: Draft202012Validator, shipped: Path)
     assert _errors(validator, _read(shipped.read_text())) == []
 
 
+class _Yaml12(yaml.SafeLoader):
+    """Reads plain scalars as YAML 1.2 does (its core schema), so 2_500_000 is a text and 1e-3 a number."""
+
+
+_Yaml12.yaml_implicit_resolvers = {}
+for tag, pattern in (
+    ("bool", r"true|True|TRUE|false|False|FALSE"),
+    ("merge", r"<<"),
+    ("null", r"~|null|Null|NULL|"),
+    ("int", r"[-+]?[0-9]+"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"),
+):
+    _Yaml12.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{pattern})\Z"), None)
+
+
+@pytest.mark.parametrize("loader", [_Yaml12, yaml.SafeLoader], ids=["YAML 1.2", "YAML 1.1"])
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_shipped_files_are_valid_as_editors_read_them(
+    validator: Draft202012Validator, shipped: Path, loader: Any
+) -> None:
+    assert _errors(validator, yaml.load(shipped.read_text(), Loader=loader)) == []
+
+
+@pytest.mark.parametrize(
+    ("rate", "tokens", "valid"),
+    [
+        ("1e-3", "2_500_000", True),
+        ("2.5E-4", 100, True),
+        ("fast", 100, False),
+        (1e-3, "1e3", False),
+        (1e-3, "2_500_000 tokens", False),
+        ("0.001", 100, False),  # the project's reader takes no text for a number, either
+    ],
+)
+def test_numbers_in_other_spellings(
+    validator: Draft202012Validator, rate: Any, tokens: Any, valid: bool
+) -> None:
+    recovery = {"learning_rate": rate, "max_tokens": tokens}
+    raw = {**MINIMAL, "methods": [{"name": "x", "recovery": recovery}]}
+    assert (not _errors(validator, raw)) is valid
+
+
+def test_editors_complete_the_known_names(validator: Draft202012Validator) -> None:
+    """Each as the table has it that is used; any other name is a plug-in's, or lm-eval's."""
+    from actors.contracts import names
+    from actors.data import BUILTIN_TEXTS
+    from actors.evaluation import PROBES, SUITES
+    from actors.recovery import OBJECTIVES
+    from actors.scoring import CRITERIA
+
+    tables = (CRITERIA, OBJECTIVES, PROBES, SUITES, BUILTIN_TEXTS)
+    listed = (names.CRITERIA, names.OBJECTIVES, names.PROBES, names.SUITES, names.TEXTS)
+    assert [list(table) for table in tables] == [list(each) for each in listed]
+    own = Path(__file__).parents[3] / "actors" / "evaluation" / "lm_eval" / "tasks"
+    assert {file.stem for file in own.glob("*.yaml")} == set(names.TASKS)
+
+    definitions = json.loads(json.dumps(validator.schema))["$defs"]
+    shown = [
+        definitions["ScoringSettings"]["properties"]["criterion"],
+        definitions["RecoveryConfig"]["properties"]["objective"],
+        *(
+            definitions["EvaluationConfig"]["properties"][field]["items"]
+            for field in ("probes", "suites", "tasks")
+        ),
+    ]
+    found = [next(option["enum"] for option in each["anyOf"] if "enum" in option) for each in shown]
+    expected = (names.CRITERIA, names.OBJECTIVES, names.PROBES, names.SUITES, names.TASKS)
+    assert [tuple(each) for each in found] == [*expected]
+    raw = {**MINIMAL, "evaluation": {"tasks": ["arc_easy"], "probes": ["a-plug-in's"]}}
+    assert _errors(validator, raw) == []
+
+
 def test_the_documented_campaign_is_valid(validator: Draft202012Validator) -> None:
     example = re.search(r"^```yaml\n(.*?)^```$", CAMPAIGNS.read_text(), re.MULTILINE | re.DOTALL)
     assert example

@@ -9,6 +9,7 @@ from typing import Any
 
 import lm_eval
 import pytest
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -16,7 +17,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from actors.data import builtin_file
 from actors.errors import RequestError
 from actors.evaluation import check_tasks, evaluate_tasks
-from actors.evaluation.lm_eval.language_models import PrefixTreeLM
+from actors.evaluation.lm_eval.harness import evaluate_tasks_with
+from actors.evaluation.lm_eval.language_models import PrefixTreeLM, local_responder
+from actors.evaluation.lm_eval.samples import write_samples
 from actors.evaluation.lm_eval.task_loading import TASKS
 from tests.support.tiny_models import save_tiny, tiny_llama
 
@@ -338,6 +341,67 @@ def _record(monkeypatch: pytest.MonkeyPatch, owner: object, kind: str, asked: li
         return answer(*arguments, **options)
 
     monkeypatch.setattr(owner, kind, recording)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_system_instruction_is_put_as_lm_eval_puts_it(
+    chat: bool, user_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (user_tasks / "choice.yaml").write_text(CHAT_TASKS[0].format(data=user_tasks / "data.jsonl"))
+    model, tokenizer = tiny_llama()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    settings = {"apply_chat_template": chat, "system_instruction": "Be brief.", "limit": 3}
+    theirs: list[tuple[Any, ...]] = []
+    _record(monkeypatch, lm, "loglikelihood", theirs)
+    manager = TaskManager(include_path=[str(TASKS), str(user_tasks)], include_defaults=False)
+    lm_eval.simple_evaluate(
+        lm, tasks=["tiny_choice"], task_manager=manager, num_fewshot=1, fewshot_as_multiturn=chat, **settings
+    )
+    asked: list[tuple[Any, ...]] = []
+    _record(monkeypatch, PrefixTreeLM, "loglikelihood", asked)
+    evaluate_tasks(model, tokenizer, ["tiny_choice"], include_path=str(user_tasks), num_fewshot=1, **settings)
+    assert asked == theirs
+    assert all(request[0].startswith("system: Be brief." if chat else "Be brief.") for request in asked)
+
+
+def test_a_template_without_a_systems_turn_is_reported_where_one_is_asked_for() -> None:
+    model, tokenizer = chat_tokenizer_of(tiny_llama())
+    with pytest.raises(RequestError, match=r"no system's turn \(no system\).*system_instruction"):
+        evaluate_tasks(
+            model, tokenizer, ["blimp_sample"], apply_chat_template=True, system_instruction="Be brief."
+        )
+
+
+def test_samples_are_written_as_lm_eval_writes_them(user_tasks: Path, tmp_path: Path) -> None:
+    for i, task in enumerate(CHAT_TASKS):
+        (user_tasks / f"task{i}.yaml").write_text(task.format(data=user_tasks / "data.jsonl"))
+    tasks = ["tiny_choice", "tiny_write", "tiny_odds"]
+    model, tokenizer = tiny_llama()
+    settings = {"num_fewshot": 1, "limit": 3}
+    manager = TaskManager(include_path=[str(TASKS), str(user_tasks)], include_defaults=False)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    expected = lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, **settings)
+    tracker = EvaluationTracker(output_path=str(tmp_path / "theirs"))
+    tracker.date_id = "today"
+    (tmp_path / "ours").mkdir()
+    results = evaluate_tasks_with(
+        local_responder(model, tokenizer), tasks, include_path=str(user_tasks), **settings
+    )
+    write_samples(results.samples, tmp_path / "ours")
+    assert dict(results.num_fewshot) == dict.fromkeys(tasks, 1)
+    rounded = {"resps", "filtered_resps", "perplexity"}  # log-likelihoods, alike up to float32 rounding
+    for task in tasks:
+        tracker.save_results_samples(task, expected["samples"][task])
+        (file,) = (tmp_path / "theirs").rglob(f"samples_{task}_today.jsonl")
+        files = (tmp_path / f"ours/samples_{task}.jsonl", file)
+        ours, theirs = ([json.loads(line) for line in each.read_text().splitlines()] for each in files)
+        assert len(ours) == 3
+        for got, want in zip(ours, theirs, strict=True):
+            assert got.keys() == want.keys()
+            assert len(got["resps"]) == len(want["resps"])
+            exact = got.keys() - rounded
+            assert {name: got[name] for name in exact} == {name: want[name] for name in exact}
 
 
 def test_a_model_that_cannot_chat_is_reported(user_tasks: Path) -> None:

@@ -12,7 +12,7 @@ from actors.evaluation.evaluate import evaluate
 from actors.evaluation.probes.decoding import respond
 from actors.evaluation.probes.degeneration import repetition, self_bleu
 from actors.evaluation.probes.probes import PROMPTS
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny_models import save_tiny, tiny_llama
 
 MODEL = ModelRef(ModelSpec("unused"))
 DOCS = Path(__file__).parents[3] / "docs/probes.md"
@@ -48,19 +48,25 @@ def test_a_response_ends_where_the_model_ends_it() -> None:
     assert not free.finished
 
 
-def test_every_probe_gives_what_its_row_says() -> None:
+def test_every_probe_gives_what_its_row_says(tmp_path: Path) -> None:
     model, tokenizer = tiny_llama()
     spec = EvaluationSpec(
-        model=MODEL, probes=tuple(PROBES), limit=3, max_new_tokens=6, allow_code_execution=True
+        model=MODEL,
+        probes=tuple(PROBES),
+        limit=3,
+        max_new_tokens=6,
+        allow_code_execution=True,
+        assistant=ModelSpec(save_tiny(tmp_path)),
     )
     reported: list[tuple[int, int, str]] = []
     metrics = evaluate(model, tokenizer, spec, lambda *step: reported.append(step)).metrics
     assert [m.name for m in metrics] == [f"{name}/{gives}" for name in PROBES for gives in PROBES[name].gives]
     assert [step for step in reported if step[0] == step[1]] == [
-        (3, 3, "prompts of degeneration, part 1 of 3"),
-        (3, 3, "problems of arithmetic, part 2 of 3"),
-        (3, 3, "prompts of code_failures, part 3 of 3"),
-        (3, 3, "evaluated"),
+        (3, 3, "prompts of degeneration, part 1 of 4"),
+        (3, 3, "problems of arithmetic, part 2 of 4"),
+        (3, 3, "prompts of code_failures, part 3 of 4"),
+        (3, 3, "prompts of speculative, part 4 of 4"),
+        (4, 4, "evaluated"),
     ]
     values = {metric.name: metric.value for metric in metrics}
     assert sum(values[f"code_failures/{name}"] for name in list(PROBES["code_failures"].gives)[:6]) == 1

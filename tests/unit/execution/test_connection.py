@@ -25,6 +25,7 @@ from orchestrator.execution.connection import (
     check_token_file,
     cluster_address,
     ray_temp_dir,
+    unreachable,
     without_variables_of_job,
 )
 from tests.support.tiny_campaign import tiny_campaign, write_campaign
@@ -52,6 +53,14 @@ from tests.unit.cli.command import iterabre
 )
 def test_usual_forms_are_understood(option: str | None, variable: str | None, meant: str) -> None:
     assert cluster_address(option, {} if variable is None else {"RAY_ADDRESS": variable}) == meant
+
+
+def test_a_cluster_that_asks_for_a_token_is_named_as_such() -> None:
+    reason = "RPC error: InvalidAuthToken: Authentication token is missing or incorrect."
+    said = str(unreachable("head:6379", reason))
+    assert "asks for a token" in said
+    assert "RAY_AUTH_TOKEN_PATH=FILE" in said
+    assert "ray start --head" in str(unreachable("head:6379", "connection refused"))
 
 
 @pytest.mark.parametrize(

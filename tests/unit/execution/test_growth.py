@@ -188,7 +188,7 @@ def test_a_changed_method_takes_the_place_of_what_it_was(
     assert iterabre("campaign", write_campaign(fresh, tmp_path / "fresh.yaml")).exit_code == 0
     assert _numbers(run) == _numbers(tmp_path / "fresh/tiny")
     card = (run / "models/llama--iterabre--seed0/3-layers/README.md").read_text()
-    assert "on 128 tokens" in card
+    assert "| tokens | 128" in card
     former = json.loads((run / "campaign.json").read_text())["former"]
     assert former[-1]["config"]["methods"][0]["recovery"]["max_tokens"] == 96
     assert len(list((run / "superseded").glob("*.parquet"))) == 3

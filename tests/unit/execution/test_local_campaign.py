@@ -375,5 +375,5 @@ def test_recovery_none_leaves_the_pruned_model(tmp_path: Path) -> None:
     answer = iterabre("compress", write_campaign(campaign, tmp_path / "c.yaml"))
     assert answer.exit_code == 0, answer.err
     (line,) = json.loads(iterabre("status", tmp_path / "runs/tiny", "--json").out)["iterations"][1:]
-    assert line["fox/token_perplexity"] == line["fox/token_perplexity before recovery"]
+    assert line["fox/token_perplexity"] == line["fox/token_perplexity_before_recovery"]
     assert len(line["dropped"]) == 2

@@ -1,12 +1,8 @@
 """What is shown of a campaign while it runs."""
 
-import io
 import pickle
 import time
 from dataclasses import replace
-
-import pytest
-from rich.console import Console
 
 from orchestrator.execution.progress import (
     ProgressBoard,
@@ -14,10 +10,7 @@ from orchestrator.execution.progress import (
     StageProgress,
     TrajectoryProgress,
     devices_in_use,
-    line,
-    live_view,
     merged,
-    render,
 )
 
 PROGRESS = TrajectoryProgress(
@@ -62,44 +55,6 @@ def _ignore(progress: TrajectoryProgress) -> None:
     pass
 
 
-@pytest.mark.parametrize(
-    ("progress", "shown"),
-    [
-        (PROGRESS, "llama--a--seed0: iteration 1/3, stage 5/19, recover, 20/40 steps"),
-        (replace(PROGRESS, total=0), "llama--a--seed0: iteration 1/3, stage 5/19, recover"),
-        (
-            replace(PROGRESS, stages_done=19),
-            "llama--a--seed0: iteration 1/3, stage 19/19, recover, 20/40 steps",
-        ),
-    ],
-)
-def test_a_line_says_where_a_trajectory_is(progress: TrajectoryProgress, shown: str) -> None:
-    assert line(progress) == shown
-
-
-def test_the_live_view_fits_a_terminal() -> None:
-    console = Console(file=io.StringIO(), width=100)
-    waiting = replace(PROGRESS, trajectory="llama--b--seed0", total=0, stages_reused=2)
-    console.print(render([PROGRESS, waiting, replace(PROGRESS, finished=True)]))
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
-    for text in ("llama--a--seed0", "1/3", "4/19", "20/40 steps", "(2 reused)", "done", "--resume"):
-        assert text in shown
-    assert max(map(len, shown.splitlines())) <= 100
-
-
-def test_without_a_terminal_each_stage_is_a_line() -> None:
-    board, stream = ProgressBoard(), io.StringIO()
-    with live_view(board.snapshot, stream):
-        for stage in ("score", "recover"):
-            board.post(replace(PROGRESS, stage=stage, total=0))
-            board.post(replace(PROGRESS, stage=stage, total=0, stages_done=5))
-            time.sleep(1.1)
-    assert stream.getvalue().splitlines() == [
-        "llama--a--seed0: iteration 1/3, stage 6/19, score",
-        "llama--a--seed0: iteration 1/3, stage 6/19, recover",
-    ]
-
-
 STAGE = replace(PROGRESS, key="k", started_at=100.0, done=0, total=0)
 
 
@@ -110,6 +65,37 @@ def test_the_board_keeps_what_a_report_of_counts_alone_does_not_say() -> None:
     # A worker got its copy before an evaluation in the background was finished.
     late = replace(places, done=21)
     assert merged(replace(places, stages_done=5), late, 0.0) == replace(late, stages_done=5)
+
+
+def test_the_counts_never_go_back() -> None:
+    board = ProgressBoard()
+    counted = replace(STAGE, key="", started_at=0.0, stages_done=5, stages_reused=1, kinds_done={"score": 2})
+    board.post(counted)
+    # The next stage began while an evaluation beside it was counted; then the trajectory begins once more.
+    board.post(replace(STAGE, key="next", stages_done=4))
+    board.post(replace(STAGE, key="first", stages_done=0))
+    (found,) = board.snapshot()
+    assert (found.key, found.stages_done, found.stages_reused) == ("first", 5, 1)
+    assert found.kinds_done == {"score": 2}
+
+
+def test_a_stage_that_has_ended_is_shown_no_more() -> None:
+    board = ProgressBoard()
+    begun = replace(STAGE, started_at=time.time())
+    board.post(replace(begun, done=39, total=40))
+    board.post(replace(begun, key="", stage="", started_at=0.0, stages_done=5))
+    board.post(replace(begun, done=40, total=40))  # a worker's report that was under way
+    assert [(each.stage, each.key, each.stages_done) for each in board.snapshot()] == [("", "", 5)]
+
+
+def test_a_restart_is_shown_until_the_stage_ends() -> None:
+    board = ProgressBoard()
+    progress = StageProgress(board.post, replace(PROGRESS, key="k"))
+    progress.restarted("a worker was lost; restarted, try 1 of 3")
+    progress(21, 40)
+    assert board.snapshot()[0].restarted == "a worker was lost; restarted, try 1 of 3"
+    StageProgress(board.post, replace(PROGRESS, key="l"))
+    assert board.snapshot()[0].restarted == ""
 
 
 def test_a_worker_that_was_not_told_its_place_is_still_shown_there() -> None:
@@ -150,7 +136,7 @@ def test_a_stage_tells_what_it_waits_for_and_where_it_runs() -> None:
     progress = StageProgress(board.post, replace(PROGRESS, key="k"))
     progress.waits_for("2 GPU on one node; free are 1 of 4")
     (waiting,) = board.snapshot()
-    assert line(waiting).endswith("recover, waits for 2 GPU on one node; free are 1 of 4")
+    assert waiting.waits_for == "2 GPU on one node; free are 1 of 4"
     progress.runs_on(["w1 GPU 0"])
     progress(40, 40, "steps")
     (running,) = board.snapshot()

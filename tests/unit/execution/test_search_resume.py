@@ -46,11 +46,11 @@ def test_what_has_ended_stays_so_unless_it_grew(tmp_path: Path, store: Store) ->
     better, worse = (trajectory.id for trajectory in plan.trajectories)
     assert set(unfinished_trajectories(plan, store, keep_ends=True)) == {better, worse}
     run(plan, store, tmp_path)
-    assert unfinished_trajectories(plan, store, keep_ends=True) == []
+    assert not unfinished_trajectories(plan, store, keep_ends=True)
     deeper = plan_to(tmp_path, (3, 2))
     assert set(unfinished_trajectories(deeper, store, keep_ends=True)) == {better, worse}
     write_status(store, worse, TrajectoryStatus("stopped", "given up"))
-    assert unfinished_trajectories(deeper, store, keep_ends=True) == [better]
+    assert [*unfinished_trajectories(deeper, store, keep_ends=True)] == [better]
     # Without a scheduler, what one has given up goes on.
     assert set(unfinished_trajectories(deeper, store)) == {better, worse}
 

@@ -1,6 +1,7 @@
 """Card and provenance beside an export: what made it stays, what was measured of it is kept up to date."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from orchestrator.planning.plan import TrajectoryPlan
 from orchestrator.planning.planner import build_plan
 from tests.support.tiny_campaign import tiny_campaign
 
+WHEN = datetime(2026, 11, 29, tzinfo=UTC)
 RESULT = ExportResult(ArtifactRef("x", (FileRef("model.safetensors", 1, "a"),)), 3, 10)
 
 
@@ -23,7 +25,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> TrajectoryPlan:
 
 
 def _row(plan: TrajectoryPlan, metric: str, value: float) -> dict[str, Any]:
-    where = {"trajectory": plan.id, "iteration": 1, "stage": "evaluate", "phase": "recovered"}
+    where = {"trajectory": plan.id, "iteration": 1, "stage": "evaluate", "phase": "recovered", "when": WHEN}
     return {**where, "metric": metric, "value": value}
 
 

@@ -31,6 +31,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "model/README.md").write_text(README)
     (directory / "model/LICENSE").write_text("Foxes only.")
     campaign["targets"] = [{"layers": 3}]
+    text = {"name": "wikitext2", "data": {"builtin": "wikitext-2-raw-test"}, "context": 32, "max_tokens": 256}
+    campaign["evaluation"]["perplexity"].append(text)
     answer = iterabre("compress", write_campaign(campaign, directory / "tiny.yaml"))
     assert answer.exit_code == 0, answer.err
     return directory
@@ -43,9 +45,11 @@ def test_the_hub_reads_the_card(place: Path) -> None:
     assert (data.base_model, data.base_model_relation) == ("den/fox", "finetune")
     assert (data.pipeline_tag, data.library_name) == ("text-generation", "transformers")
     scores = json.loads((exported / "iterabre.json").read_text())["scores"]
-    results = {f"{r.dataset_type}/{r.metric_type}": r.metric_value for r in data.eval_results}
-    assert results == scores
-    assert "fox/token_perplexity" in results
+    results = {f"{r.dataset_name}/{r.metric_name}": r.metric_value for r in data.eval_results}
+    assert {r.dataset_type for r in data.eval_results} == {"Salesforce/wikitext"}
+    assert results == {name: value for name, value in scores.items() if name.startswith("wikitext2/")}
+    assert "fox/token_perplexity" in scores
+    assert f'from_pretrained("{exported}")' in (exported / "README.md").read_text()
     assert (exported / "LICENSE").read_text() == "Foxes only."
 
 
@@ -143,6 +147,8 @@ def test_export_uploads_privately(place: Path, hub: type[_Hub], tmp_path: Path) 
     assert hub.repos["den/new"] is True
     names = ("README.md", "LICENSE", "iterabre.json", "model.safetensors")
     assert all(hub.files[name] == (output / name).read_bytes() for name in names)
+    assert 'from_pretrained("den/new")' in (output / "README.md").read_text()
+    assert str(place) not in (output / "README.md").read_text()
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub: type[_Hub], tmp_path: Path) -> None:

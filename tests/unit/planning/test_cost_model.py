@@ -136,6 +136,10 @@ def test_machines_are_named_counted_and_changed() -> None:
     assert parse_machine("L40S-48G", cost) == (1, MACHINES["L40S-48G"])
     own = {"bf16_tflops": 1.0, "fp32_tflops": 1.0, "memory_gb": 1.0, "price_per_hour": 1.0}
     assert machine_of(CostConfig.model_validate({"machines": {"own": own}}), "own").memory_gb == 1
+    with pytest.raises(
+        RequestError, match=r"unknown machine 'MI300X'; .*cost\.machines\.MI300X with bf16_tflops"
+    ):
+        machine_of(CostConfig(), "MI300X")
     with pytest.raises(RequestError, match=r"own is no known machine and lacks bf16_tflops, fp32_tflops"):
         machine_of(CostConfig.model_validate({"machines": {"own": {"price_per_hour": 1.0}}}), "own")
 
@@ -168,6 +172,15 @@ def test_a_campaign_is_the_sum_of_its_distinct_stages(tmp_path: Path) -> None:
     summary = plan_summary(plan, config, [(count, machine)], campaign_stages(plan))
     recovered = next(row for row in summary["kinds"] if row["kind"] == "recover")
     assert recovered["flops"] == summary["trajectories"][0]["recovery_flops"] > 0
+    # Of each method, on one type of machine; what they share is the first one's.
+    planned = campaign_stages(both)
+    summary = plan_summary(both, twice, [(1, machine), (8, machine)], planned)
+    assert summary["currency"] == "USD"
+    first, second = summary["methods"]
+    assert [each["method"] for each in (first, second)] == ["iterabre", "same"]
+    (of_first,), (of_second,) = first["machines"], second["machines"]
+    assert of_second["price"] == pytest.approx(exports * machine.price_per_hour, rel=0.01)
+    assert of_first["price"] + of_second["price"] == pytest.approx(summary["machines"][0]["price"])
 
 
 def test_generation_by_hand(info: ModelInfo) -> None:

@@ -35,6 +35,7 @@ def parts(
             {"tasks": ("c",), "num_fewshot": (("c", 5),)},
         ),
         ({"num_fewshot": (("a", 5),)}, {"tasks": ("a", "b"), "num_fewshot": (("a", 5),)}),
+        ({"system_instruction": "x"}, {"tasks": ("a", "b"), "system_instruction": "x"}),
         ({"num_fewshot": 5}, {"tasks": ("a", "b"), "num_fewshot": 5}),
     ],
 )

@@ -34,7 +34,7 @@ from orchestrator.execution.dry_run import planned_stages
 from orchestrator.planning.keys import key_inputs, stage_key
 from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.planning.planner import build_plan
-from orchestrator.planning.pruning_schedule import iterative_schedule, target_depth
+from orchestrator.planning.pruning_schedule import IterationPlan, iterative_schedule, target_depth
 from tests.support.tiny_campaign import tiny_campaign
 from tests.support.tiny_models import save_tiny
 
@@ -99,7 +99,6 @@ def test_fractions_round_half_up() -> None:
 @pytest.mark.parametrize(
     ("target", "asked"),
     [
-        ({"layers": 4}, "layers=4 leaves 4"),
         ({"layers": 5}, "layers=5 leaves 5"),
         ({"layers": 0}, "layers=0 leaves 0"),
         ({"layers": -1}, "layers=-1 leaves -1"),
@@ -108,8 +107,16 @@ def test_fractions_round_half_up() -> None:
     ],
 )
 def test_depths_that_cannot_be_are_reported(target: dict[str, Any], asked: str) -> None:
-    with pytest.raises(RequestError, match=rf"{asked} of the 4 layers of 'm'; .* between 1 and 3"):
+    with pytest.raises(RequestError, match=rf"{asked} of the 4 layers of 'm'; .* between 1 and [34]"):
         target_depth(TargetConfig(**target), _info(4))
+
+
+def test_all_layers_stay_only_where_they_are_named() -> None:
+    assert target_depth(TargetConfig(layers=4), _info(4)) == 4
+    assert iterative_schedule(4, [4, 3], 1) == (
+        IterationPlan(1, 0, 4, is_target=True),
+        IterationPlan(2, 1, 3, is_target=True),
+    )
 
 
 def test_one_trajectory_for_every_model_method_and_seed(place: Path) -> None:
@@ -227,6 +234,8 @@ def test_layers_are_given_up_early_where_the_best_can_go(place: Path) -> None:
         ("evaluation.num_fewshot", {"blimp_sample": 1}, {"evaluate"}),
         ("evaluation.apply_chat_template", True, {"evaluate"}),
         ("evaluation.apply_chat_template", False, set()),
+        ("evaluation.system_instruction", "Be brief.", {"evaluate"}),
+        ("evaluation.log_samples", True, set()),
         # How it is computed, where, and how far the trajectory goes: nothing changes.
         (f"{RECOVERY}.micro_batch_size", 2, set()),
         (f"{RECOVERY}.checkpoint_steps", 7, set()),

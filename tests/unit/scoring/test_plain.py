@@ -47,8 +47,8 @@ def _check_scores(
 
 
 def test_every_criterion_has_a_plain_form() -> None:
-    """Other tests have those of `perplexity` (wavefront), `laco` (merge) and `task_metric` (candidates)."""
-    assert CRITERIA.keys() - PLAIN.keys() <= {"perplexity", "task_metric", "laco"}
+    """Other tests have those of `perplexity` (wavefront), `laco` (merge), `task_metric` and `fixed`."""
+    assert CRITERIA.keys() - PLAIN.keys() <= {"perplexity", "task_metric", "laco", "fixed"}
     assert all(row.source and row.equation for name, row in CRITERIA.items() if name in PLAIN)
 
 

@@ -87,6 +87,16 @@ def test_what_workers_print_goes_to_the_stage_that_they_are_at(tmp_path: Path) -
     ]
 
 
+def test_what_ray_says_to_its_developers_is_left_out(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    output = WorkerOutput(LogWriter(store))
+    output(_lines("Traceback (most recent call last):", actor_name="PlacementGroupCleaner"))
+    noise = "core_worker.cc:2465: Actor with class name: 'PreemptionWatcher' and ID: '67' has constructor"
+    output(_lines(noise, "a word of ours", actor_name="TrainController"))
+    lines = read_log(store, "workers.log").decode().splitlines()
+    assert lines == ["(TrainController pid=7 10.0.0.1) a word of ours"]
+
+
 def test_logs_are_found_by_trajectory_iteration_and_stage(tmp_path: Path) -> None:
     store, writer = Store(str(tmp_path)), LogWriter(Store(str(tmp_path)))
     assert stage_logs(store) == []

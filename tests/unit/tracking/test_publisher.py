@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import socket
 import struct
 import time
@@ -28,7 +29,15 @@ from orchestrator.planning.planner import build_plan
 from orchestrator.storage.ledger import Ledger, Row
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import TrajectoryStatus, write_status
-from orchestrator.tracking.publisher import Point, Publisher, parameters, points, published
+from orchestrator.tracking.publisher import (
+    Point,
+    Publisher,
+    attach_files,
+    parameters,
+    points,
+    published,
+    steps_before_iterations,
+)
 from orchestrator.tracking.trackers import TRACKERS, make_trackers
 from tests.support.object_store import loopback_s3
 from tests.support.tiny_campaign import tiny_campaign, write_campaign
@@ -38,6 +47,9 @@ TRAJECTORY = "llama--iterabre--seed0"
 WHEN = datetime(2026, 11, 1, 12, 0, 0, tzinfo=UTC)
 PERPLEXITY = "evaluate/fox/token_perplexity"
 LOSS = "recover/loss/iteration_01"
+LOSS_2 = "recover/loss/iteration_02"
+WHOLE_LOSS = "training/loss"
+AXES = {LOSS: "training_step", LOSS_2: "training_step", WHOLE_LOSS: "global_step"}
 
 
 def _row(stage: str, iteration: int, metric: str, value: float, **more: Any) -> Row:
@@ -53,6 +65,7 @@ PARTS = {
     "c-pruned": [_row("evaluate", 1, "fox/token_perplexity", 30.0, phase="pruned")],
     "d-recover": [_row("recover", 1, "loss", 2.0 - step / 4, step=step) for step in range(3)],
     "e-recovered": [_row("evaluate", 1, "fox/token_perplexity", 12.0, phase="recovered")],
+    "f-recover": [_row("recover", 2, "loss", 1.0 - step / 4, step=step) for step in range(2)],
 }
 CURVES = {
     PERPLEXITY: {0: 9.5, 1: 12.0},
@@ -60,6 +73,14 @@ CURVES = {
     "score/score/layer_02": {1: 0.25},
     "score/tokens": {1: 64.0},
     LOSS: {0: 2.0, 1: 1.75, 2: 1.5},
+    LOSS_2: {0: 1.0, 1: 0.75},
+    WHOLE_LOSS: {0: 2.0, 1: 1.75, 2: 1.5, 3: 1.0, 4: 0.75},
+}
+FILES = {
+    "campaign.json": b"{}",
+    "report/index.html": b"<p>the report</p>",
+    "report/figures/loss.svg": b"<svg/>",
+    f"models/{TRAJECTORY}/3-layers/README.md": b"# a card",
 }
 
 
@@ -81,7 +102,21 @@ def _config(place: Path, **tracking: Any) -> CampaignConfig:
 
 def _measure(store: Store, *parts: str) -> None:
     for part in parts or PARTS:
-        Ledger(store.ledger_uri).append(part, PARTS[part])
+        Ledger(store.ledger_uri).append(_part(part), PARTS[part])
+
+
+def _part(name: str) -> str:
+    return f"{TRAJECTORY}-{name}-all-k"
+
+
+def _attach(config: CampaignConfig, store: Store, name: str) -> None:
+    """Leave files in the run as a campaign does, among others, and have the tracker take them."""
+    others = {f"models/{TRAJECTORY}/3-layers/model.safetensors": b"weights", "logs/driver.log": b"a line"}
+    for path, content in (FILES | others).items():
+        file = Path(store.uri, path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    attach_files({name: make_trackers(config, store)[name]}, store)
 
 
 def _publish(config: CampaignConfig, plan: CampaignPlan, store: Store, name: str) -> None:
@@ -110,11 +145,21 @@ def test_curves_are_named_by_stage_metric_iteration_and_layer() -> None:
         _row("evaluate", 0, "humaneval/pass@1", 0.75, phase="dense"),
     ]
     start, score, after, before = points(row.__dict__ for row in rows)
-    assert start == Point("recover_start/loss/iteration_03", 1.5, 40, WHEN, in_training=True)
-    assert (score.name, score.step, score.in_training) == ("score/score/layer_11", 2, False)
+    assert start == Point("recover_start/loss/iteration_03", 1.5, 40, WHEN, "training_step")
+    assert (score.name, score.step, score.axis) == ("score/score/layer_11", 2, "iteration")
     assert math.isnan(score.value)
     assert after == Point("evaluate/humaneval/pass_1", 0.5, 2, WHEN)
     assert before == Point("evaluate/humaneval/pass_1", 0.75, 0, WHEN)
+
+
+def test_steps_go_on_over_recoveries_whatever_they_begin_with() -> None:
+    loss = [_row("recover", iteration, "loss", 1.0, step=step) for iteration in (1, 3) for step in (1, 2, 3)]
+    start = _row("recover", 3, "loss", 1.0, step=1, phase="start")
+    rows = [row.__dict__ for row in (*loss, start, _row("recover", 3, "tokens", 9.0))]
+    before = steps_before_iterations(rows)
+    assert before == {1: 0, 3: 3}
+    whole = [point.step for point in points(rows, before) if point.name == WHOLE_LOSS]
+    assert whole == [1, 2, 3, 4, 5, 6]
 
 
 def test_parameters_are_every_field_of_the_method(plan: CampaignPlan) -> None:
@@ -149,6 +194,24 @@ def test_tensorboard_reads_each_number_once(place: Path, plan: CampaignPlan, tmp
     assert given["recovery.adapter.rank"].number_value == 4
 
 
+def test_tensorboard_shows_configuration_and_cards(place: Path, tmp_path: Path) -> None:
+    config, store = _config(place), Store(str(tmp_path / "run"))
+    assert (
+        make_trackers(config, store)["tensorboard"].open() == f"tensorboard --logdir {store.uri}/tensorboard"
+    )
+    for _ in range(2):
+        _attach(config, store, "tensorboard")
+    read = EventAccumulator(store.tensorboard_uri("campaign"))
+    read.Reload()
+    texts = {tag: read.Tensors(tag) for tag in read.Tags()["tensors"]}
+    assert set(texts) == {
+        "campaign.json/text_summary",
+        f"models/{TRAJECTORY}/3-layers/README.md/text_summary",
+    }
+    (card,) = texts[f"models/{TRAJECTORY}/3-layers/README.md/text_summary"]
+    assert card.tensor_proto.string_val[0] == b"# a card"
+
+
 def test_tensorboard_writes_into_an_object_store(
     place: Path, plan: CampaignPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,9 +231,14 @@ def mlflow_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return (tmp_path / "mlruns").as_uri()
 
 
+def _mlflow_runs(uri: str, experiment: str) -> list[Run]:
+    client = MlflowClient(uri)
+    return list(client.search_runs([client.get_experiment_by_name(experiment).experiment_id]))
+
+
 def _mlflow_run(uri: str, experiment: str) -> tuple[Run, dict[str, dict[int, float]]]:
     client = MlflowClient(uri)
-    (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    (run,) = (run for run in _mlflow_runs(uri, experiment) if "mlflow.parentRunId" in run.data.tags)
     histories = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
     return run, {name: {m.step: m.value for m in history} for name, history in histories.items()}
 
@@ -194,6 +262,44 @@ def test_mlflow_has_one_run_of_a_trajectory_over_all_drivers(
     assert run.info.status == "FINISHED"
     assert run.data.params["recovery.learning_rate"] == "0.001"
     assert run.data.tags["iterabre.campaign"] == "tiny"
+    assert len(_mlflow_runs(mlflow_uri, "depth")) == 2
+
+
+def test_mlflow_has_a_parent_run_of_the_campaign_with_its_files(
+    place: Path, plan: CampaignPlan, tmp_path: Path, mlflow_uri: str
+) -> None:
+    config = _config(place, mlflow={"tracking_uri": mlflow_uri})
+    store = Store(str(tmp_path / "run"))
+    _measure(store, "a-dense")
+    told: list[str] = []
+    trackers = {"mlflow": make_trackers(config, store)["mlflow"]}
+    with published(trackers, plan, store, told.append):
+        (parent,) = _mlflow_runs(mlflow_uri, "tiny")
+        assert parent.info.status == "RUNNING"
+    (address,) = told
+    assert address == (
+        f"tracking.mlflow: mlflow ui --backend-store-uri {mlflow_uri}  "
+        f"(experiment tiny, run {parent.info.run_id})"
+    )
+    _attach(config, store, "mlflow")
+    run, _ = _mlflow_run(mlflow_uri, "tiny")
+    assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    client = MlflowClient(mlflow_uri)
+    parent = client.get_run(parent.info.run_id)
+    assert (parent.info.run_name, parent.info.status) == ("tiny", "KILLED")
+    assert parent.data.params == {"models": "llama", "methods": "iterabre", "seeds": "0"}
+    (tmp_path / "downloaded").mkdir()
+    kept = Path(client.download_artifacts(parent.info.run_id, "", str(tmp_path / "downloaded")))
+    found = {str(file.relative_to(kept)): file.read_bytes() for file in kept.rglob("*") if file.is_file()}
+    assert found == FILES
+
+
+def test_a_server_s_address_is_the_page_of_the_run(place: Path, tmp_path: Path, mlflow_uri: str) -> None:
+    tracker: Any = make_trackers(
+        _config(place, mlflow={"tracking_uri": mlflow_uri}), Store(str(tmp_path / "run"))
+    )["mlflow"]
+    tracker._uri, tracker._is_server = "http://mlflow:5000/", True
+    assert re.fullmatch(r"http://mlflow:5000/#/experiments/\d+/runs/[0-9a-f]{32}", tracker.open())
 
 
 def _wandb_records(file: Path) -> Iterator[Record]:
@@ -230,7 +336,7 @@ def _wandb_curves(records: list[Record], axis: str) -> dict[str, dict[int, float
     for record in records:
         found = {".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for name in found.keys() & CURVES.keys():
-            if axis == ("training_step" if name == LOSS else "iteration"):
+            if axis == AXES.get(name, "iteration"):
                 curves.setdefault(name, {})[found[axis]] = found[name]
     return curves
 
@@ -255,9 +361,29 @@ def test_wandb_offline_keeps_files_for_sync(
     assert (run.project, run.display_name, run.run_group) == ("depth", TRAJECTORY, "tiny")
     given = {update.key: json.loads(update.value_json) for update in run.config.update}
     assert given["recovery.learning_rate"] == 0.001
-    assert _wandb_curves(records, "iteration") | _wandb_curves(records, "training_step") == CURVES
+    found = [_wandb_curves(records, axis) for axis in ("iteration", "training_step", "global_step")]
+    assert found[0] | found[1] | found[2] == CURVES
     contents = [found.read_bytes() for found in store.logs_dir.rglob("*") if found.is_file()]
     assert not any(b"planted0wandb0key" in content for content in contents)
+
+
+def test_wandb_keeps_the_files_as_an_artifact_of_the_campaign(place: Path, tmp_path: Path) -> None:
+    config = _config(place, wandb={"project": "depth"})
+    store = Store(str(tmp_path / "run"))
+    store.logs_dir.mkdir(parents=True)
+    shown = make_trackers(config, store)["wandb"].open()
+    assert shown == f"wandb sync {store.logs_dir}/wandb/offline-run-*"
+    _attach(config, store, "wandb")
+    (file,) = store.logs_dir.glob("wandb/offline-run-*/run-*.wandb")
+    records = _ended(file)
+    (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert (run.display_name, run.run_group) == ("tiny", "tiny")
+    (logged,) = (record.artifact for record in records if record.WhichOneof("record_type") == "artifact")
+    assert (logged.name, logged.type) == ("tiny", "campaign")
+    kept = {entry.path: Path(entry.local_path) for entry in logged.manifest.contents}
+    assert {path: kept[path].read_bytes() for path in FILES} == FILES
+    # They lie in the run, from where `wandb sync` sends them, and not in a directory that goes.
+    assert all(path.is_relative_to(store.uri) for path in kept.values())
 
 
 def test_a_server_that_is_away_is_warned_of_once_and_reported_later(
@@ -270,8 +396,10 @@ def test_a_server_that_is_away_is_warned_of_once_and_reported_later(
         _measure(store)
         publisher = Publisher("mlflow", make_trackers(away, store)["mlflow"], plan, store)
         with caplog.at_level(logging.WARNING, "orchestrator.tracking.publisher"):
+            publisher.open()
             publisher.publish()
             publisher.close()
+    assert publisher.address is None
     (warning,) = (record for record in caplog.records if record.name == "orchestrator.tracking.publisher")
     assert "tracking.mlflow failed" in warning.getMessage()
     back = _config(place, mlflow={"tracking_uri": mlflow_uri})
@@ -291,7 +419,7 @@ def test_numbers_are_published_while_the_campaign_runs(
             assert time.monotonic() < deadline
             time.sleep(0.01)
         _measure(store)
-    assert sorted(json.loads(state.read_text())) == sorted(PARTS)
+    assert sorted(json.loads(state.read_text())) == sorted(map(_part, PARTS))
     assert _events(store.tensorboard_uri(TRAJECTORY))[0] == CURVES
 
 
@@ -338,6 +466,8 @@ def test_tracking_may_change_on_resume_and_changes_no_stage(place: Path, tmp_pat
     stages = {str(path): path.stat().st_mtime_ns for path in run.glob("stages/*/*/manifest.json")}
     answer = iterabre("campaign", file, "--resume")
     assert answer.exit_code == 0, answer.err
+    assert f"tracking.tensorboard: tensorboard --logdir {run}/tensorboard" in answer.err
+    assert (run / "tensorboard" / "campaign").exists()
     assert {str(path): path.stat().st_mtime_ns for path in run.glob("stages/*/*/manifest.json")} == stages
     read = EventAccumulator(str(run / "tensorboard" / TRAJECTORY))
     read.Reload()
