@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.reporting.data.measured import DENSE, is_speed, measured_models
+from orchestrator.reporting.data.measured import DENSE, headline_metrics, is_speed, measured_models
 from orchestrator.reporting.run_source import Source
 from orchestrator.reporting.tables.metric_names import named
 from orchestrator.reporting.tables.tables import show
@@ -105,16 +105,22 @@ def _renamed(source: Source, run: str, names: Mapping[str, Callable[[str], str]]
 
 def _differences(runs: Mapping[str, Source]) -> list[str]:
     """Say which metrics the runs measured differently: those that differ for one unpruned model."""
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for run, source in runs.items():
-        for one in (model for model in measured_models(source.ledger) if model.phase == DENSE):
-            for metric, number in one.numbers.items():
-                if not is_speed(metric):
-                    found.setdefault((one.model, metric), {})[run] = number.value
-    return [
-        f"The runs measured {named(metric)} differently: unpruned, {model} has "
-        + ", ".join(f"{show(value)} in {run}" for run, value in values.items())
-        + ". Numbers of one run do not compare with those of the other"
-        for (model, metric), values in found.items()
-        if max(values.values()) - min(values.values()) > SAME * max(map(abs, values.values()))
-    ]
+        dense = [model for model in measured_models(source.ledger) if model.phase == DENSE]
+        for one, metric in ((one, metric) for one in dense for metric in headline_metrics(dense)):
+            if metric in one.numbers and not is_speed(metric):
+                found.setdefault(one.model, {}).setdefault(metric, {})[run] = one.numbers[metric].value
+    notes = []
+    for model, metrics in found.items():
+        told = [
+            f"{named(metric)} {', '.join(f'{show(value)} in {run}' for run, value in values.items())}"
+            for metric, values in metrics.items()
+            if max(values.values()) - min(values.values()) > SAME * max(map(abs, values.values()))
+        ]
+        if told:
+            notes.append(
+                f"The runs did not measure alike, so that these numbers do not compare between them: "
+                f"unpruned, {model} has {'; '.join(told)}"
+            )
+    return notes

@@ -36,7 +36,6 @@ from orchestrator.reporting.tables.tables import Cell, Line, show
 LANGUAGE_TASKS = ("xwinograd", "xstorycloze", "xnli", "xcopa")
 NOT_PRUNED = "unpruned"
 DIFFERENCE = "difference"
-MAIN = "methods"
 LABELS = ("model", "method", "layers", "removed", "parameters", "state", "seeds")
 """Columns that say what a row is; all others are measured."""
 
@@ -57,11 +56,6 @@ class Grid:
     best: frozenset[Cell] = frozenset()
     even: frozenset[Cell] = frozenset()
     bars: Mapping[Cell, float] = field(default_factory=dict)
-
-    @property
-    def main(self) -> bool:
-        """True for the one table that says it all."""
-        return self.name == MAIN
 
     def shown(self, lines: Sequence[tuple[int, Line]]) -> list[str]:
         """Return the columns that hold anything, without the source model, which a part on the page names."""
@@ -172,7 +166,7 @@ def method_grid(found: Sequence[Entry]) -> Grid | None:
         lines.append(line)
     lines = _same_columns(lines)
     return Grid(
-        MAIN,
+        "methods",
         "Methods at their targets",
         "Bold: best of the pruned models of a source at one depth; ≈: not to be told from the best. A bar is "
         "the share of the unpruned model's value; of a perplexity, of its inverse.",
