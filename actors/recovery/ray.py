@@ -66,7 +66,6 @@ HANGS = (WorkerHealthCheckTimeoutError, CollectiveTimeoutError, ray_train.Worker
 NEVER_S = 1e8
 """Three years: Ray Train knows no wait without an end."""
 
-
 log = logging.getLogger(__name__)
 
 _waited = {"s": 0.0}
