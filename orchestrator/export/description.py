@@ -25,7 +25,7 @@ def describe_export(
     result: ExportResult,
     address: str | None = None,
 ) -> None:
-    """Write card and provenance beside the export at `uri`, which users load by `address` if not by that.
+    """Write card and provenance beside the export at `uri`, which will also be at `address`.
 
     One that has them keeps what they say of how it was made; they are written again only if other
     numbers have been measured since. What an export of another model left there is replaced.

@@ -34,7 +34,7 @@ def model_card(
     """Return the README.md of an exported model, with the hub's metadata block.
 
     Args:
-        address: what a user loads it by: a path, or an id of the hub.
+        address: where it is: a path, a URI, or an id of the hub.
         versions: of the packages that made it.
     """
     rows = [row for row in rows if row["trajectory"] == plan.id and row["iteration"] <= iteration.index]
@@ -46,7 +46,6 @@ def model_card(
     if plan.origin.licence is not None:
         name = plan.origin.licence_name or plan.origin.licence
         licence = f"The licence of the source model applies: {name}."
-    is_remote = "://" in address
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
@@ -64,9 +63,9 @@ def model_card(
         iteration=iteration,
         num_parameters=result.num_parameters,
         licence=licence,
-        address=address,
-        is_remote=is_remote,
-        load_from=PurePath(address).name if is_remote else address,
+        is_on_hub=is_hub_id(address),
+        # A path of this machine means nothing to those who get the model.
+        load_from=address if is_hub_id(address) else PurePath(address).name,
         merges=model.merges,
         removed=model.dropped,
         removals=[row for row in rows if (row["stage"], row["metric"]) == ("prune", "dropped")],

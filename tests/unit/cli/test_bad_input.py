@@ -88,11 +88,11 @@ TABLE: dict[str, tuple[Callable[[Campaign, Path], Any], tuple[str, ...]]] = {
     "campaign name that leads out": (lambda c, _: c.update(name="../x"), ("name: '../x' is no name",)),
     "target as deep as the model": (
         lambda c, _: c.update(targets=[{"layers": NUM_LAYERS}]),
-        ("target layers=4 leaves 4 of the 4 layers", "between 1 and 3"),
+        ("target of 4 layers drops nothing", "recovery.teacher"),
     ),
     "target below 1": (
         lambda c, _: c.update(targets=[{"layers": 0}]),
-        ("target layers=0 leaves 0 of the 4 layers", "between 1 and 3"),
+        ("target layers=0 leaves 0 of the 4 layers", "between 1 and 4"),
     ),
     "target of no layer": (
         lambda c, _: c.update(targets=[{"fraction": 0.05}]),
