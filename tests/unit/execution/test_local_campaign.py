@@ -74,11 +74,10 @@ def _measured(run: Path) -> dict[tuple[Any, ...], float]:
 
 
 def test_the_command_shows_results_and_where_they_are(run: Path, finished: Answer) -> None:
-    assert "unpruned" in finished.out
-    assert "iterabre" in finished.out
+    assert f"Models   {run}/models" in finished.out
     assert f"Report   {run}/report/index.html" in finished.out
     assert max(map(len, finished.out.split("\n\n")[0].splitlines())) <= 80
-    assert "iteration 2/2" in finished.err
+    assert f"{TRAJECTORY}: done" in finished.err
     assert "Traceback" not in finished.err
 
 
