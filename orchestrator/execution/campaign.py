@@ -179,7 +179,7 @@ def _run_in_this_process(
     coordinator = Coordinator(limits, price, control=control_reader(config, plan, store))
     failures: dict[str, str] = {}
     backend = LocalBackend(config.execution, store)
-    trajectories = unfinished_trajectories(plan, store)
+    trajectories = unfinished_trajectories(plan, store, control_reader(config, plan, store)())
     planned = {name: len(plan.find(name).iterations) for name in trajectories}
     whole = partial(overview, trajectories, time.time())
     with (

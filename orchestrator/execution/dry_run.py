@@ -28,7 +28,7 @@ from orchestrator.planning.plan import CampaignPlan, TrajectoryPlan
 from orchestrator.planning.pruning_schedule import IterationPlan
 from orchestrator.planning.stages import PlannedStage
 from orchestrator.scheduling.limits import start_order
-from orchestrator.storage.control import read_control
+from orchestrator.storage.control import Directives
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import read_statuses
 
@@ -104,21 +104,22 @@ def campaign_stages(plan: CampaignPlan, store: Store | None = None) -> dict[str,
 
 
 def unfinished_trajectories(
-    plan: CampaignPlan, store: Store, *, keep_ends: bool = False
+    plan: CampaignPlan, store: Store, asked: Directives | None = None, *, keep_ends: bool = False
 ) -> Mapping[str, Sequence[PlannedStage]]:
-    """Return the trajectories to run with their stages, a nearly done one first.
-
-    Not those that an operator has cancelled.
+    """Return the trajectories to run with their stages, in the order in which they are to start.
 
     Args:
+        asked: which are cancelled, and which have priority.
         keep_ends: leave out those that a scheduler gave up before, and those that are done with all their
             stages, so that both stay as they ended.
     """
+    asked = asked or Directives()
     states = {name: status.state for name, status in read_statuses(store).items()} if keep_ends else {}
     given_up = {name for name, state in states.items() if state == "stopped"}
-    given_up |= {*read_control(store).cancelled}
+    given_up |= {*asked.cancelled}
     going = [trajectory for trajectory in plan.trajectories if trajectory.id not in given_up]
     planned = {trajectory.id: planned_stages(trajectory, store) for trajectory in going}
     left = {name: sum(not stage.finished for stage in stages) for name, stages in planned.items()}
-    order = start_order({name: count for name, count in left.items() if count or states.get(name) != "done"})
+    to_run = {name: count for name, count in left.items() if count or states.get(name) != "done"}
+    order = start_order(to_run, asked.priorities)
     return {name: planned[name] for name in order}

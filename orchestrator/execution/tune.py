@@ -104,7 +104,8 @@ def run_trials(
     """
     os.environ.update(QUIET)
     searching = config.search.scheduler != "none"
-    trajectories = unfinished_trajectories(plan, store, keep_ends=searching)
+    asked = control_reader(config, plan, store)()
+    trajectories = unfinished_trajectories(plan, store, asked, keep_ends=searching)
     if not trajectories:
         return CampaignOutcome({})
     stopper = LedgerStopper(config.search, plan, Ledger(store.ledger_uri)) if searching else None

@@ -60,9 +60,13 @@ def limit_reached(limits: Limits, spent: Spent) -> str | None:
     return None
 
 
-def start_order(remaining: Mapping[str, int]) -> Sequence[str]:
-    """Order trajectories by how many stages they still have to run: one that is nearly done goes first."""
-    return sorted(remaining, key=remaining.__getitem__)
+def start_order(remaining: Mapping[str, int], priorities: Mapping[str, int]) -> Sequence[str]:
+    """Order trajectories by their priorities (0 if not given), and one that is nearly done first.
+
+    Args:
+        remaining: how many stages they still have to run.
+    """
+    return sorted(remaining, key=lambda name: (-priorities.get(name, 0), remaining[name]))
 
 
 def backoff_s(attempt: int) -> float:

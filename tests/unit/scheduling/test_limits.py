@@ -38,8 +38,10 @@ def test_a_stage_costs_its_devices() -> None:
     assert devices_held(on_cpus)["recover"] == 6
 
 
-def test_a_nearly_done_trajectory_starts_first() -> None:
-    assert list(start_order({"a": 9, "b": 2, "c": 9, "d": 0})) == ["d", "b", "a", "c"]
+def test_a_nearly_done_trajectory_starts_first_unless_another_has_priority() -> None:
+    remaining = {"a": 9, "b": 2, "c": 9, "d": 0}
+    assert list(start_order(remaining, {})) == ["d", "b", "a", "c"]
+    assert list(start_order(remaining, {"c": 2, "a": 2, "d": -1})) == ["a", "c", "b", "d"]
 
 
 def test_pauses_grow_and_end() -> None:
