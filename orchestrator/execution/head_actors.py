@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
+from uuid import uuid4
 
 import ray
 
@@ -40,7 +41,7 @@ ON_HEAD: dict[str, Any] = {
 
 def start_board(campaign: str) -> Any:
     """Start the board that trajectories report to; return its handle."""
-    return ray.remote(**ON_HEAD)(ProgressBoard).options(name=f"progress of {campaign}").remote()
+    return ray.remote(**ON_HEAD)(ProgressBoard).options(name=_name(f"progress of {campaign}")).remote()
 
 
 def start_coordinator(
@@ -54,11 +55,15 @@ def start_coordinator(
     """Start the coordinator of a campaign with so many trajectories at a time."""
     # A trajectory may wait for two stages, renew its leases and look for its cancellation at a time.
     many = {"max_concurrency": 4 * at_a_time + 8}
-    remote = ray.remote(**ON_HEAD, **many)(HeadCoordinator).options(
-        name=campaign and f"coordinator of {campaign}"
-    )
-    actor = remote.remote(limits, admission, store, time.time(), control)
+    remote = ray.remote(**ON_HEAD, **many)(HeadCoordinator)
+    named = remote.options(name=_name(f"coordinator of {campaign or store.uri}"))
+    actor = named.remote(limits, admission, store, time.time(), control)
     return RayCoordinatorClient(actor)
+
+
+def _name(words: str) -> str:
+    """Return a name for Ray's dashboard; no two actors of a namespace may have the same."""
+    return f"{words} ({uuid4().hex[:6]})"
 
 
 class HeadCoordinator(Coordinator):
