@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import LongTensor
@@ -20,10 +22,12 @@ from actors.contracts import (
     PerplexitySpec,
     Progress,
     TextSpec,
+    ThroughputSpec,
     no_progress,
 )
 from actors.data import load_texts, tokenize_text
 from actors.evaluation.batch_size import BATCH_SIZE, batch_sizes
+from actors.evaluation.kept_parts import KeptParts, KeptResponses
 from actors.evaluation.lm_eval.harness import evaluate_tasks_with
 from actors.evaluation.lm_eval.language_models import Responder, check_chat_template, local_responder
 from actors.evaluation.lm_eval.samples import write_samples
@@ -44,23 +48,29 @@ CHARS_PER_TOKEN = 20
 MOST_NAMED = 3
 """Tasks that progress names; of more it gives the number."""
 
+NOTHING_KEPT = KeptParts()
+
 TEXT_MEASURES = ("token_perplexity", "loss_nats", "loss_over_log_vocab")
 
 
 def evaluate_model(
-    spec: EvaluationSpec, progress: Progress = no_progress, samples_uri: str | None = None
+    spec: EvaluationSpec,
+    progress: Progress = no_progress,
+    samples_uri: str | None = None,
+    parts_uri: str | None = None,
 ) -> EvaluationResult:
     """Load the model that `spec` names onto this process's device and measure it.
 
     Args:
         samples_uri: where samples of the tasks are published, if the spec asks for them.
+        parts_uri: where what is measured is kept, and looked for, in case that this ends before it is done.
 
     Raises RequestError for what cannot be had, before any weights are read, and MemoryExhaustedError
     if memory does not suffice, with half of the batch neither.
     """
     check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
     model, tokenizer = build_model(spec.model, places())
-    return evaluate_as_fits(model, tokenizer, spec, progress, samples_uri)
+    return evaluate_as_fits(model, tokenizer, spec, progress, samples_uri, KeptParts(parts_uri))
 
 
 def evaluate_as_fits(
@@ -69,6 +79,7 @@ def evaluate_as_fits(
     spec: EvaluationSpec,
     progress: Progress = no_progress,
     samples_uri: str | None = None,
+    kept: KeptParts = NOTHING_KEPT,
 ) -> EvaluationResult:
     """Return what `evaluate` does, with half of the batch if memory does not suffice for the whole.
 
@@ -76,7 +87,7 @@ def evaluate_as_fits(
     """
 
     def measure(spec: EvaluationSpec) -> EvaluationResult:
-        return evaluate(model, tokenizer, spec, progress, samples_uri)
+        return evaluate(model, tokenizer, spec, progress, samples_uri, kept)
 
     return once_more_with_less(measure, **batch_sizes(spec))
 
@@ -87,6 +98,7 @@ def evaluate(
     spec: EvaluationSpec,
     progress: Progress = no_progress,
     samples_uri: str | None = None,
+    kept: KeptParts = NOTHING_KEPT,
 ) -> EvaluationResult:
     """Measure `model` on the spec's perplexity texts, its lm-eval tasks, its probes, and its speed.
 
@@ -94,20 +106,13 @@ def evaluate(
     unpruned model to compare with. The tasks run together, as one call of the
     harness. Progress counts the units of each part from nothing to all: a text's windows, the
     tasks' requests of one kind, a probe's prompts, throughput's runs. Samples of the tasks go to
-    `samples_uri`, if the spec asks for them.
+    `samples_uri`, if the spec asks for them. Texts, probes and responses to tasks that are `kept` are
+    not measured again.
 
     Raises RequestError for a task, probe or text that cannot be had, before the model
     has run, WorkError if generated code that is to be run cannot be shut in.
     """
-    check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
-    check_tasks_unchanged(spec)
-    check_probes(spec.probes)
-    if spec.allow_code_execution:
-        check_sandbox()
-    if spec.apply_chat_template and spec.tasks:
-        check_chat_template(tokenizer, spec.system_instruction)
-    if spec.throughput is not None:
-        check_length(model, spec.throughput)
+    _check(model, tokenizer, spec)
     texts = {text.name: load_texts(text.data) for text in spec.perplexity}
     total = len(spec.perplexity) + bool(spec.tasks) + len(spec.probes) + (spec.throughput is not None)
     numbers = count(1)
@@ -123,29 +128,62 @@ def evaluate(
     versions = [(name, version(name)) for name in ("torch", "transformers")]
     for text in spec.perplexity:
         input_ids = tokenize_text(texts[text.name], tokenizer, text.max_tokens, repr(text.data.name))
-        metrics += _perplexity(model, text, input_ids, spec.batch_size or BATCH_SIZE, part(text.name))
+        measure = partial(_perplexity, model, text, input_ids, spec.batch_size or BATCH_SIZE, part(text.name))
+        metrics += kept.metrics(text.name, measure)
     if spec.tasks:
-        respond = local_responder(
-            model, tokenizer, spec.batch_size, spec.max_length, part(tasks_in_words(spec))
-        )
+        respond = _kept_responder(model, tokenizer, spec, part(tasks_in_words(spec)), kept)
         tasks = measure_tasks(spec, respond, tokenizer, samples_uri)
         metrics += tasks.metrics
         versions += tasks.versions
     for name in spec.probes:
-        metrics += run_probe(name, model, tokenizer, spec, part(name))
+        metrics += kept.metrics(name, partial(run_probe, name, model, tokenizer, spec, part(name)))
     if spec.throughput is not None:
-        report = part("throughput")
-        unpruned = spec.model == ModelRef(spec.model.source)
-        dense = None if unpruned else load_source(spec.model, places())[0]
-        needed = spec.throughput.batch_size * spec.throughput.context
-        beginning = "".join(load_texts(TIMED_TEXT))[: needed * CHARS_PER_TOKEN]
-        timed_ids = tokenize_text([beginning], tokenizer, needed)
-        metrics += throughput(model, dense, timed_ids, spec.throughput, report)
+        metrics += _speed(model, tokenizer, spec, spec.throughput, part("throughput"))
         cuda = model.device.type == "cuda"
         versions.append(("device", torch.cuda.get_device_name(model.device) if cuda else model.device.type))
     progress(total, total, "evaluated")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return replace(tasks, metrics=tuple(metrics), num_parameters=num_parameters, versions=tuple(versions))
+
+
+def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EvaluationSpec) -> None:
+    """Raise for what cannot be measured, before anything is."""
+    check_task_data(spec.tasks, spec.include_path, spec.num_fewshot)
+    check_tasks_unchanged(spec)
+    check_probes(spec.probes)
+    if spec.allow_code_execution:
+        check_sandbox()
+    if spec.apply_chat_template and spec.tasks:
+        check_chat_template(tokenizer, spec.system_instruction)
+    if spec.throughput is not None:
+        check_length(model, spec.throughput)
+
+
+def _kept_responder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: EvaluationSpec,
+    progress: Progress,
+    kept: KeptParts,
+) -> Responder:
+    """Return a `local_responder` that keeps its responses, piece by piece, and finds those that are kept."""
+    done = total = 0
+
+    def of_all(in_piece: int, _size: int, unit: str = "") -> None:
+        progress(done + in_piece, total, unit)
+
+    respond = local_responder(model, tokenizer, spec.batch_size, spec.max_length, of_all)
+
+    def respond_to_missing(kind: str, requests: list[tuple[Any, ...]]) -> list[Any]:
+        nonlocal done, total
+        responses = KeptResponses(kept, kind, requests)
+        done, total = len(requests) - len(responses.missing), len(requests)
+        for piece in responses.pieces():
+            responses.add(piece, respond(kind, [requests[at] for at in piece]))
+            done += len(piece)
+        return responses.in_order()
+
+    return respond_to_missing
 
 
 def tasks_in_words(spec: EvaluationSpec) -> str:
@@ -207,3 +245,18 @@ def _perplexity(
         Metric(f"{spec.name}/{measure}", value, unit)
         for measure, (value, unit) in zip(TEXT_MEASURES, values, strict=True)
     ]
+
+
+def _speed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: EvaluationSpec,
+    timed: ThroughputSpec,
+    progress: Progress,
+) -> list[Metric]:
+    """Return speed and memory of the model beside those of the unpruned one, on the same tokens."""
+    unpruned = spec.model == ModelRef(spec.model.source)
+    dense = None if unpruned else load_source(spec.model, places())[0]
+    needed = timed.batch_size * timed.context
+    beginning = "".join(load_texts(TIMED_TEXT))[: needed * CHARS_PER_TOKEN]
+    return throughput(model, dense, tokenize_text([beginning], tokenizer, needed), timed, progress)

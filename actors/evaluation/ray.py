@@ -36,7 +36,11 @@ class EvalActor:
         self._prunings: PruningEvaluator | None = None
 
     def evaluate(
-        self, spec: EvaluationSpec, progress: Progress = no_progress, samples_uri: str | None = None
+        self,
+        spec: EvaluationSpec,
+        progress: Progress = no_progress,
+        samples_uri: str | None = None,
+        parts_uri: str | None = None,
     ) -> EvaluationResult:
         """Measure `spec.model` on the GPU this actor was given, or else on its CPUs.
 
@@ -45,7 +49,7 @@ class EvalActor:
         """
         from actors.evaluation.evaluate import evaluate_model
 
-        return evaluate_model(spec, progress, samples_uri)
+        return evaluate_model(spec, progress, samples_uri, parts_uri)
 
     def evaluate_pruning(self, spec: EvaluationSpec, base: ModelRef) -> EvaluationResult:
         """Measure `spec.model`, a pruning of `base`, which is kept: every call must name the same."""
@@ -74,12 +78,14 @@ def evaluate_on_ray(
     pool: ActorPoolSpec,
     progress: Progress = no_progress,
     samples_uri: str | None = None,
+    parts_uri: str | None = None,
 ) -> EvaluationResult:
     """Evaluate on a pool of actors; begin as soon as one of them has a place.
 
     The requests of all tasks are divided among them; lm-eval's own aggregation runs once,
     over all responses. Texts, probes and throughput are measured by one of the
-    actors meanwhile. What is lost with a machine alone is done again on another.
+    actors meanwhile. What is lost with a machine alone is done again on another. What is kept in
+    `parts_uri` was measured by an earlier call that did not come to its end.
 
     Raises:
         WorkError: no actor got a place in time, or all were lost.
@@ -91,18 +97,19 @@ def evaluate_on_ray(
     def evaluate(spec: EvaluationSpec) -> EvaluationResult:
         with ActorPool(pool, EvalActor, setting="evaluation", progress=progress) as actors:
             if alone:
-                return result_of(_submit(actors.first, spec, progress, samples_uri))
+                return result_of(_submit(actors.first, spec, progress, samples_uri, parts_uri))
             # A process of its own: lm-eval redirects its process's output and sets its random states.
-            return run_in_task(_evaluate_on_pool, spec, actors, samples_uri, progress=progress)
+            return run_in_task(_evaluate_on_pool, spec, actors, samples_uri, parts_uri, progress=progress)
 
     return once_more_with_less(evaluate, **batch_sizes(spec))
 
 
 def _evaluate_on_pool(
-    spec: EvaluationSpec, pool: ActorPool, samples_uri: str | None, progress: Progress
+    spec: EvaluationSpec, pool: ActorPool, samples_uri: str | None, parts_uri: str | None, progress: Progress
 ) -> EvaluationResult:
     """Build the requests, have `pool` respond to them, aggregate the responses."""
     from actors.evaluation.evaluate import measure_tasks, tasks_in_words
+    from actors.evaluation.kept_parts import KeptParts, KeptResponses
     from actors.evaluation.lm_eval.language_models import UNITS, check_chat_template
     from actors.evaluation.lm_eval.task_folder import check_tasks_unchanged
     from actors.evaluation.lm_eval.task_loading import check_task_data
@@ -113,23 +120,27 @@ def _evaluate_on_pool(
     tokenizer = load_tokenizer(spec.model.source)
     if spec.apply_chat_template:
         check_chat_template(tokenizer, spec.system_instruction)
-    without_tasks = _submit(pool.first, replace(spec, tasks=(), suites=()))
+    without_tasks = _submit(
+        pool.first, replace(spec, tasks=(), suites=()), no_progress, samples_uri, parts_uri
+    )
 
-    def respond(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
-        size = -(-len(arguments) // (len(pool) * SHARDS_PER_ACTOR))
-        shards = [arguments[first : first + size] for first in range(0, len(arguments), size)]
-        responses: dict[int, list[Any]] = {}
+    def respond(kind: str, requests: list[tuple[Any, ...]]) -> list[Any]:
+        responses = KeptResponses(KeptParts(parts_uri), kind, requests)
+        missing = responses.missing
+        size = -(-len(missing) // (len(pool) * SHARDS_PER_ACTOR)) or 1
+        shards = [missing[first : first + size] for first in range(0, len(missing), size)]
+        done = len(requests) - len(missing)
         for shard, found in pool.dispatch(
             range(len(shards)),
             submit=lambda actor, shard: actor.respond.options(**task_name()).remote(
-                spec, kind, shards[shard]
+                spec, kind, [requests[at] for at in shards[shard]]
             ),
             busy=without_tasks,
         ):
-            responses[shard] = found
-            done = sum(len(found) for found in responses.values())
-            progress(done, len(arguments), f"{UNITS[kind]} of {tasks_in_words(spec)}")
-        return [response for shard in range(len(shards)) for response in responses[shard]]
+            responses.add(shards[shard], found)
+            done += len(found)
+            progress(done, len(requests), f"{UNITS[kind]} of {tasks_in_words(spec)}")
+        return responses.in_order()
 
     tasks = measure_tasks(spec, respond, tokenizer, samples_uri)
     if spec.perplexity or spec.probes or spec.throughput:

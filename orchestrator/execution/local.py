@@ -43,8 +43,8 @@ class LocalBackend:
         work_dir = local_path(self._store.train_uri(key)) or cache_entry("train", key)
         return recovery.recover_locally(spec, uri, work_dir, progress)
 
-    def evaluate(self, spec: EvaluationSpec, uri: str, progress: Progress) -> EvaluationResult:
-        return evaluation.evaluate_model(spec, progress, uri)
+    def evaluate(self, spec: EvaluationSpec, uri: str, key: str, progress: Progress) -> EvaluationResult:
+        return evaluation.evaluate_model(spec, progress, uri, self._store.parts_uri(key))
 
     def export(self, spec: ExportSpec, uri: str, progress: Progress) -> ExportResult:
         return models.export_model(spec, uri)

@@ -78,8 +78,8 @@ class RayBackend:
             progress_handle=progress,
         )
 
-    def evaluate(self, spec: EvaluationSpec, uri: str, progress: Progress) -> EvaluationResult:
-        return evaluate_on_ray(spec, self._pool("evaluate"), progress, uri)
+    def evaluate(self, spec: EvaluationSpec, uri: str, key: str, progress: Progress) -> EvaluationResult:
+        return evaluate_on_ray(spec, self._pool("evaluate"), progress, uri, self._store.parts_uri(key))
 
     def export(self, spec: ExportSpec, uri: str, progress: Progress) -> ExportResult:
         return export_on_ray(spec, uri, self._pool("export"), progress)

@@ -150,8 +150,8 @@ class ComputeResolver:
             # Responses, an adapter, an exported directory; some stages only measure.
             artifact = getattr(result, "artifact", None)
             stored = self._store.commit(kind, key, result, stage.inputs, artifact, seconds, progress.waited_s)
-            if stage.kind is RECOVER:
-                self._store.drop_training(key)
+            if stage.kind in (RECOVER, EVALUATE):
+                self._store.drop_unfinished(kind, key)
             failed = False
         finally:
             self._leases.release(key, seconds, failed)

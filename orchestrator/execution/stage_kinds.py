@@ -38,7 +38,7 @@ class Backend(Protocol):
 
     def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult: ...
 
-    def evaluate(self, spec: EvaluationSpec, uri: str, progress: Progress) -> EvaluationResult: ...
+    def evaluate(self, spec: EvaluationSpec, uri: str, key: str, progress: Progress) -> EvaluationResult: ...
 
     def export(self, spec: ExportSpec, uri: str, progress: Progress) -> ExportResult: ...
 
@@ -166,7 +166,7 @@ RECOVER = StageKind(
 EVALUATE = StageKind(
     "evaluate",
     EvaluationResult,
-    lambda backend, stage, progress, uri: backend.evaluate(stage.spec, uri, progress),
+    lambda backend, stage, progress, uri: backend.evaluate(stage.spec, uri, stage.key, progress),
     evaluation_numbers,
 )
 EXPORT = StageKind(

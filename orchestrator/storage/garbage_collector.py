@@ -65,6 +65,8 @@ def leftovers(paths: Iterable[Parts], committed: Mapping[Parts, str | None]) -> 
                     found.add(("stages", kind, key, below[0]))
             case ("train", key, *_) if ("recover", key) in committed:
                 found.add(("train", key))
+            case ("parts", key, *_) if ("evaluate", key) in committed:
+                found.add(("parts", key))
     return sorted(found)
 
 
@@ -80,6 +82,8 @@ def _committed(store: Store, paths: Iterable[Parts]) -> dict[Parts, str | None]:
                 found[kind, key] = _payload_of(store, kind, key)
             case ("train", key) if store.cache is not None and store.read_manifest("recover", key):
                 found.setdefault(("recover", key), None)
+            case ("parts", key) if store.cache is not None and store.read_manifest("evaluate", key):
+                found.setdefault(("evaluate", key), None)
     return found
 
 

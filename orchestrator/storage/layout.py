@@ -159,6 +159,10 @@ class RunLayout:
         """Return the directory of checkpoints of the training behind the recovery stage `key`."""
         return join(self.uri, "train", safe_name(key))
 
+    def parts_uri(self, key: str) -> str:
+        """Return the directory of what the evaluation `key` has measured, until it is finished."""
+        return join(self.uri, "parts", safe_name(key))
+
     def models_uri(self, trajectory: str, num_left: int) -> str:
         """Return the directory of a trajectory's exported checkpoint with so many layers."""
         return join(self.all_models_uri, safe_name(trajectory), f"{num_left}-layers")

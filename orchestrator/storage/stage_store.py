@@ -171,13 +171,13 @@ class Store(RunLayout):
                 return True
         return False
 
-    def drop_training(self, key: str) -> None:
-        """Remove the checkpoints of a recovery that is committed; a failure costs space and nothing else."""
-        uri = self.train_uri(key)
+    def drop_unfinished(self, kind: str, key: str) -> None:
+        """Remove what a committed stage has kept of its work; a failure costs space and nothing else."""
+        uri = self.train_uri(key) if kind == "recover" else self.parts_uri(key)
         try:
             delete_directory(uri)
         except WorkError as error:
-            log.warning("checkpoints of a finished recovery remain in %s: %s", uri, error)
+            log.warning("what a finished stage needs no more remains in %s: %s", uri, error)
 
     def check_writable(self, needed_bytes: int = 0, limit_s: float = FIRST_LOOK_S) -> None:
         """Write and delete a small file; on a local disk, also check the free space.

@@ -1,5 +1,6 @@
 """Evaluation on a pool of actors: many models, or the requests of one; also when actors are lost."""
 
+import json
 import os
 import signal
 import subprocess
@@ -91,6 +92,21 @@ def test_actors_killed_in_mid_task_change_no_number(
     monkeypatch.setattr(actor, "EvalActor", Mortal)
     _assert_same(_on_pool(spec, 2), _evaluate_here(spec))
     assert len(log.read_text().splitlines()) > 2 * actor.SHARDS_PER_ACTOR
+
+
+def test_a_pool_asks_only_for_responses_that_are_not_kept(spec: EvaluationSpec, tmp_path: Path) -> None:
+    def measured() -> EvaluationResult:
+        pool = ActorPoolSpec(2, cpus=0.4, gpus=0)
+        return evaluate_on_ray(spec, pool, parts_uri=str(tmp_path / "parts"))
+
+    first = measured()
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "parts").iterdir()}
+    lost = max((file for file in kept if file.name.startswith("responses-")), key=os.path.getsize)
+    asked_again = set(json.loads(lost.read_text()))
+    lost.unlink()
+    _assert_same(measured(), first)
+    new = [file for file in (tmp_path / "parts").iterdir() if file.stat().st_mtime_ns != kept.get(file)]
+    assert {name for file in new for name in json.loads(file.read_text())} == asked_again
 
 
 def test_an_unreadable_task_is_reported_as_it_is(specs: list[EvaluationSpec]) -> None:

@@ -187,7 +187,7 @@ class Failing(Simulation):
 
 
 class FailingBackend(SimulatedBackend):
-    def evaluate(self, spec: Any, uri: str, progress: Any) -> Any:
+    def evaluate(self, spec: Any, uri: str, key: str, progress: Any) -> Any:
         self._work("evaluate", spec)
         task = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(_fail)
         return ray.get(task.remote())

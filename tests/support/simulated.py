@@ -75,7 +75,7 @@ class SimulatedBackend:
         (directory / "rate.txt").write_text(str(spec.learning_rate))
         return RecoveryResult(publish(directory, uri), (), 0, 0)
 
-    def evaluate(self, spec: EvaluationSpec, uri: str, progress: Progress) -> EvaluationResult:
+    def evaluate(self, spec: EvaluationSpec, uri: str, key: str, progress: Progress) -> EvaluationResult:
         self._work("evaluate", spec, progress)
         rates = [float(Path(adapter.uri, "rate.txt").read_text()) for adapter in spec.model.adapters]
         value = 10.0 + len(spec.model.dropped) + 100 * max(rates, default=0.0)

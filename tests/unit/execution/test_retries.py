@@ -57,11 +57,11 @@ class FailingBackend(SimulatedBackend):
     def evaluations(self) -> int:
         return len(self.evaluated)
 
-    def evaluate(self, spec: EvaluationSpec, uri: str, progress: Progress) -> EvaluationResult:
+    def evaluate(self, spec: EvaluationSpec, uri: str, key: str, progress: Progress) -> EvaluationResult:
         self.evaluated.append(spec)
         if error := self._fails(self.evaluations):
             raise error
-        return super().evaluate(spec, uri, progress)
+        return super().evaluate(spec, uri, key, progress)
 
 
 @pytest.fixture

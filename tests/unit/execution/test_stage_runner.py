@@ -27,7 +27,7 @@ class SlowBackend:
         self.may_go_on = threading.Event()
         self.left_to_fail = failures
 
-    def evaluate(self, spec: EvaluationSpec, uri: str, progress: Progress) -> EvaluationResult:
+    def evaluate(self, spec: EvaluationSpec, uri: str, key: str, progress: Progress) -> EvaluationResult:
         assert self.may_go_on.wait(60)
         if self.left_to_fail:
             self.left_to_fail -= 1
@@ -88,7 +88,7 @@ def test_the_board_shows_the_perplexity_of_the_newest_healed_model(
     plan: TrajectoryPlan, tmp_path: Path
 ) -> None:
     class Perplexity(SlowBackend):
-        def evaluate(self, spec: EvaluationSpec, uri: str, progress: Progress) -> EvaluationResult:
+        def evaluate(self, spec: EvaluationSpec, uri: str, key: str, progress: Progress) -> EvaluationResult:
             value = 9.0 + 3 * len(spec.model.dropped)
             return EvaluationResult((Metric("fox/token_perplexity", value), Metric("arc/acc", 0.5)), 100)
 

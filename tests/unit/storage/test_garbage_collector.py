@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from actors.artifacts import filesystem, list_files, publish, write_bytes
-from actors.contracts import RecoveryResult
+from actors.contracts import EvaluationResult, RecoveryResult
 from orchestrator.storage.garbage_collector import collect
 from orchestrator.storage.stage_store import Store
 from tests.support.object_store import loopback_s3
@@ -43,6 +43,9 @@ def test_what_no_manifest_names_goes_and_the_rest_stays(store: Store, tmp_path: 
     store.commit("recover", "done", result, INPUTS, result.artifact, 1.0)
     _attempt(store, tmp_path, "interrupted", 3)
     write_bytes(store.stage_uri("score", "half") + "/result.json", b"{}")
+    store.commit("evaluate", "measured", EvaluationResult((), 0), INPUTS, None, 1.0)
+    for key in ("measured", "half-measured"):
+        write_bytes(store.parts_uri(key) + "/metrics.json", b"[]")
     for damaged in ("quarantine", "set-aside"):  # the latter by an earlier version
         write_bytes(f"{store.uri}/stages/{damaged}/score-x/result.json", b"{}")
     collect(store)
@@ -52,6 +55,8 @@ def test_what_no_manifest_names_goes_and_the_rest_stays(store: Store, tmp_path: 
         "stages/quarantine/score-x/result.json",
         "stages/set-aside/score-x/result.json",
         "train/interrupted/step_000002/state.json",
+        "stages/evaluate/measured/manifest.json",
+        "parts/half-measured/metrics.json",
     }
     assert store.load("recover", "done", RecoveryResult) is not None
     collect(store)
