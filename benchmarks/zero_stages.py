@@ -24,7 +24,15 @@ from torch import distributed as dist
 from torch import multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from actors.contracts import AdapterSpec, ModelRef, ModelSpec, RecoveryResult, RecoverySpec, TextSpec
+from actors.contracts import (
+    ActorPoolSpec,
+    AdapterSpec,
+    ModelRef,
+    ModelSpec,
+    RecoveryResult,
+    RecoverySpec,
+    TextSpec,
+)
 from actors.recovery.training.checkpoint import CheckpointDirectory
 from actors.recovery.training.train_context import TrainContext, WriteShard
 from actors.recovery.training.train_loop import train
@@ -86,8 +94,7 @@ def run_ray(spec: RecoverySpec, workers: int, directory: Path) -> RecoveryResult
         adapter_uri=str(directory / "adapter"),
         name="zero",
         storage_path=str(directory / "train"),
-        workers=workers,
-        cpus_per_worker=0.5,
+        pool=ActorPoolSpec(workers, cpus=0.5, gpus=0),
         max_failures=0,
         progress_handle=FirstStep(directory / "first"),
     )

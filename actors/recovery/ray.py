@@ -1,12 +1,10 @@
-"""Recovery on the cluster: the plain training loop inside Ray Train workers."""
+"""Recovery on the cluster: a Ray Train job, and what becomes of it when workers are lost."""
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from ray import train as ray_train
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -16,13 +14,13 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckTimeoutError,
 )
-from ray.train.v2._internal.execution import context
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupContext
 from ray.util import placement_group_table
 
-from actors.artifacts import explained, join, read_bytes, retrying_filesystem, write_bytes
+from actors.artifacts import join, read_bytes, retrying_filesystem, write_bytes
 from actors.contracts import (
+    ActorPoolSpec,
     ClusterProgress,
     Progress,
     RecoveryResult,
@@ -32,19 +30,16 @@ from actors.contracts import (
 )
 from actors.errors import (
     FAULT,
-    ChangedError,
     IterabreError,
     MemoryExhaustedError,
-    RequestError,
-    StopRequestedError,
     UnexpectedError,
     WorkError,
     last_line,
 )
 from actors.out_of_memory import is_out_of_memory
-from actors.ray_pool import cause_of, here, is_loss, reporting_wait
+from actors.ray_pool import cause_of, is_loss, reporting_wait
+from actors.recovery.ray_worker import RecoveryJob, note_place, train_worker
 from actors.recovery.training.failures import (
-    DivergenceError,
     MicroBatchError,
     Restarts,
     is_lost_peer,
@@ -53,10 +48,8 @@ from actors.recovery.training.failures import (
 from actors.recovery.training.train_context import (
     CHECKPOINTS_TO_KEEP,
     MemoryUse,
-    TrainContext,
-    WriteShard,
 )
-from actors.stage_output import RunningStage, output_of, quiet_libraries, running_stage
+from actors.stage_output import running_stage
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
@@ -67,9 +60,6 @@ NEVER_S = 1e8
 """Three years: Ray Train knows no wait without an end."""
 
 log = logging.getLogger(__name__)
-
-_waited = {"s": 0.0}
-"""In a worker: for how long the workers of its training had no place, so far."""
 
 
 class WorkerPlaces(WorkerGroupCallback):
@@ -98,13 +88,7 @@ class WorkerPlaces(WorkerGroupCallback):
             self._waiting = None
         group = worker_group.get_worker_group_state().placement_group_handle.placement_group
         self._waited_s += placement_group_table(group)["stats"]["end_to_end_creation_latency_ms"] / 1e3
-        self._progress.runs_on(worker_group.execute(_note_place, self._waited_s))
-
-
-def _note_place(waited_s: float) -> str:
-    """Keep in a worker for how long it was waited; return where it is."""
-    _waited["s"] = waited_s
-    return here()
+        self._progress.runs_on(worker_group.execute(note_place, self._waited_s))
 
 
 def _needs(scaling: ScalingConfig) -> str:
@@ -114,30 +98,13 @@ def _needs(scaling: ScalingConfig) -> str:
     return f"{scaling.num_workers} x {each:g} {scaling.accelerator_type or ''} {unit}".replace("  ", " ")
 
 
-@dataclass(frozen=True)
-class _Job:
-    spec: RecoverySpec
-    adapter_uri: str
-    micro_batch_hint_uri: str
-    progress: ClusterProgress
-    workers: int
-    collective_timeout_s: int = 1800
-    stage: RunningStage | None = None
-
-
 def recover_on_ray(
     spec: RecoverySpec,
     *,
     adapter_uri: str,
     name: str,
     storage_path: str,
-    workers: int = 1,
-    cpus_per_worker: float = 1.0,
-    gpus_per_worker: float = 0.0,
-    memory_bytes_per_worker: float = 0.0,
-    accelerator: str | None = None,
-    labels: Mapping[str, str] | None = None,
-    start_timeout_s: float | None = None,
+    pool: ActorPoolSpec,
     replacement_timeout_s: float | None = None,
     max_failures: int = 3,
     collective_timeout_s: int = 1800,
@@ -155,11 +122,8 @@ def recover_on_ray(
         adapter_uri: where rank 0 publishes the trained adapter.
         name: name of the run, unique to `spec` under `storage_path`.
         storage_path: where checkpoints go; all nodes must see it.
-        workers: number of workers; `cpus_per_worker`, `gpus_per_worker` and
-            `memory_bytes_per_worker` are what each one reserves, of nodes with GPUs of the
-            type `accelerator` and with those `labels`.
-        start_timeout_s: how long to wait for the workers' resources, each time
-            that they are requested; until there is room if None.
+        pool: how many workers, what each reserves, and how long to wait for that, each time that they
+            are started.
         replacement_timeout_s: how long to wait for the replacement of a lost worker before
             training goes on with fewer; until there is one if None.
         max_failures: how many failures of workers, and of starting them, are survived;
@@ -175,18 +139,10 @@ def recover_on_ray(
     """
     progress = on_cluster(progress_handle or no_progress)
     hint_uri = join(storage_path, name, "micro_batch_size")
-    job = _Job(spec, adapter_uri, hint_uri, progress, workers, collective_timeout_s, running_stage())
-    scaling = ScalingConfig(
-        num_workers=workers,
-        use_gpu=gpus_per_worker > 0,
-        resources_per_worker={
-            "CPU": cpus_per_worker,
-            **({"GPU": gpus_per_worker} if gpus_per_worker else {}),
-            **({"memory": memory_bytes_per_worker} if memory_bytes_per_worker else {}),
-        },
-        accelerator_type=accelerator,
-        label_selector=dict(labels) if labels else None,
+    job = RecoveryJob(
+        spec, adapter_uri, hint_uri, progress, pool.actors, collective_timeout_s, running_stage()
     )
+    scaling = _scaling(pool)
     filesystem, path = retrying_filesystem(storage_path)
     run_config = RunConfig(
         name=name,
@@ -198,8 +154,8 @@ def recover_on_ray(
         # Its warnings are of requests that it repeats by itself.
         logging_config=LoggingConfig(log_level="ERROR"),
     )
-    counts = worker_counts(spec.batch_size, workers)
-    restarts = Restarts(counts, max_failures, start_timeout_s, replacement_timeout_s)
+    counts = worker_counts(spec.batch_size, pool.actors)
+    restarts = Restarts(counts, max_failures, pool.start_timeout_s, replacement_timeout_s)
     while True:
         try:
             result, waited_s = _fit(job, replace(scaling, num_workers=restarts.count), run_config, restarts)
@@ -218,12 +174,24 @@ def recover_on_ray(
         except _NoPlacesError as error:
             if not restarts.go_on_without_places():
                 raise
-            said = f"{error}: going on with {restarts.count} of {workers} workers"
+            said = f"{error}: going on with {restarts.count} of {pool.actors} workers"
             log.warning("recovery %s: %s", name, said)
             progress.waits_for(said)
         else:
             progress.waited(waited_s + restarts.missing_s)
             return result
+
+
+def _scaling(pool: ActorPoolSpec) -> ScalingConfig:
+    """Return what Ray Train calls the places of workers."""
+    each = {"CPU": pool.cpus, "GPU": pool.gpus, "memory": pool.memory_bytes}
+    return ScalingConfig(
+        num_workers=pool.actors,
+        use_gpu=pool.gpus > 0,
+        resources_per_worker={name: amount for name, amount in each.items() if amount or name == "CPU"},
+        accelerator_type=pool.accelerator,
+        label_selector=dict(pool.labels) or None,
+    )
 
 
 class _WorkersLostError(WorkError):
@@ -239,13 +207,13 @@ class _NoPlacesError(WorkError):
 
 
 def _fit(
-    job: _Job, scaling: ScalingConfig, run_config: RunConfig, restarts: Restarts
+    job: RecoveryJob, scaling: ScalingConfig, run_config: RunConfig, restarts: Restarts
 ) -> tuple[RecoveryResult, float]:
     """Run the job to its end; failures are raised as what caused them. Return for how long it waited, too."""
     from ray.train.torch import TorchConfig, TorchTrainer
 
     trainer = TorchTrainer(
-        _train_worker,
+        train_worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(timeout_s=job.collective_timeout_s),
         scaling_config=scaling,
@@ -283,7 +251,7 @@ def _error_of_worker(error: BaseException) -> BaseException:
     return cause_of(error)
 
 
-def _cause_of_failure(job: _Job, name: str, causes: Sequence[BaseException]) -> IterabreError:
+def _cause_of_failure(job: RecoveryJob, name: str, causes: Sequence[BaseException]) -> IterabreError:
     """Return what is to be raised for the failures of workers: one's own error rather than a lost peer."""
     for cause in causes:
         if isinstance(cause, IterabreError):
@@ -305,7 +273,7 @@ def _only_waited(cause: BaseException) -> bool:
     return is_lost_peer(cause) or isinstance(cause, HANGS)
 
 
-def _with_smaller_micro_batch(job: _Job, name: str, error: BaseException) -> IterabreError:
+def _with_smaller_micro_batch(job: RecoveryJob, name: str, error: BaseException) -> IterabreError:
     """Note a smaller micro-batch where a worker was ended for want of memory, or failed outside of a step."""
     noted = read_bytes(job.micro_batch_hint_uri)
     use = MemoryUse.parse(noted.decode()) if noted else MemoryUse(job.spec.micro_batch_size)
@@ -324,68 +292,6 @@ def _with_smaller_micro_batch(job: _Job, name: str, error: BaseException) -> Ite
     return MicroBatchError(
         f"recovery {name}: {last_line(error)}; going on with micro-batches of {size}{again}"
     )
-
-
-def _train_worker(config: dict[str, _Job]) -> tuple[RecoveryResult | IterabreError, float]:
-    """Train in one worker; return the result, and for how long its workers waited for their places."""
-    quiet_libraries()
-    # It reports every checkpoint, under the name of its file.
-    logging.getLogger(context.__file__).setLevel(logging.WARNING)
-    with output_of(config["job"].stage):
-        return _train(config["job"]), _waited["s"]
-
-
-def _train(job: _Job) -> RecoveryResult | IterabreError:
-    """Train in one worker; errors that all workers meet at once are returned."""
-    from actors.recovery.training.train_loop import train
-
-    ray_context = ray_train.get_context()
-    world_size = ray_context.get_world_size()
-
-    def progress(done: int, total: int, note: str = "") -> None:
-        fewer = "" if world_size == job.workers else f", on {world_size} of {job.workers} workers"
-        job.progress(done, total, f"{note}{fewer}")
-
-    own_context = TrainContext(
-        rank=ray_context.get_world_rank(),
-        world_size=world_size,
-        adapter_uri=job.adapter_uri,
-        micro_batch_hint_uri=job.micro_batch_hint_uri,
-        save_checkpoint=_report_checkpoint,
-        checkpoints=_checkpoints_newest_first,
-        progress=progress,
-        # The same on all workers: true once the machine of any of them is announced to be taken away.
-        preemption_requested=lambda: ray_train.get_preemption_info() is not None,
-        stop_requested=job.progress.stop_requested,
-    )
-    try:
-        return train(job.spec, own_context)
-    except (RequestError, ChangedError, DivergenceError, StopRequestedError) as error:
-        return error
-
-
-def _report_checkpoint(steps_done: int, write: WriteShard) -> None:
-    """Write this worker's shard; Ray Train merges the shards and commits when all are there."""
-    with TemporaryDirectory(prefix="iterabre-checkpoint-") as scratch:
-        write(Path(scratch))
-        with explained(ray_train.get_context().get_experiment_name(), "store a checkpoint of recovery"):
-            ray_train.report(
-                {"steps_done": steps_done},
-                checkpoint=ray_train.Checkpoint.from_directory(scratch),
-                checkpoint_dir_name=f"step_{steps_done:06d}",
-            )
-
-
-def _checkpoints_newest_first() -> Iterator[AbstractContextManager[Path]]:
-    """Return what Ray Train has committed: checkpoints of which every worker's shard has arrived."""
-    reported = ray_train.get_all_reported_checkpoints()
-    return (_open_checkpoint(each.checkpoint) for each in reversed(reported))
-
-
-@contextmanager
-def _open_checkpoint(checkpoint: ray_train.Checkpoint) -> Iterator[Path]:
-    with checkpoint.as_directory() as directory:
-        yield Path(directory)
 
 
 @contextmanager

@@ -59,22 +59,16 @@ class RayBackend:
         return run_in_task(teach_on_ray, spec, uri, self._pool("teach"), progress=progress)
 
     def recover(self, spec: RecoverySpec, uri: str, key: str, progress: Progress) -> RecoveryResult:
-        request = self._requests[resource_kind("recover", spec)]
+        training = self._execution.training
         return recover_on_ray(
             spec,
             adapter_uri=uri,
             name=key,
             storage_path=self._store.train_uri(key),
-            workers=request.max_count,
-            cpus_per_worker=request.bundle.cpus,
-            gpus_per_worker=request.bundle.gpus,
-            memory_bytes_per_worker=request.bundle.memory_bytes,
-            accelerator=request.bundle.accelerator,
-            labels=request.bundle.labels,
-            start_timeout_s=self._execution.start_timeout_s,
-            replacement_timeout_s=self._execution.training.replacement_timeout_s,
-            max_failures=self._execution.training.max_failures,
-            collective_timeout_s=self._execution.training.collective_timeout_s,
+            pool=self._pool(resource_kind("recover", spec)),
+            replacement_timeout_s=training.replacement_timeout_s,
+            max_failures=training.max_failures,
+            collective_timeout_s=training.collective_timeout_s,
             progress_handle=progress,
         )
 

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from orchestrator.reporting.data.measured import Number
 from orchestrator.reporting.data.provenance import Stage
 from orchestrator.reporting.tables.metric_names import heading, hint
+from orchestrator.reporting.tables.summary import format_count
 from orchestrator.reporting.tables.tables import show, show_error
 
 
@@ -24,7 +25,9 @@ def environment(stages: Mapping[str, Stage]) -> Environment:
         lstrip_blocks=True,
     )
 
-    def cell(value: Any) -> str | Markup:
+    def cell(value: Any, column: str = "") -> str | Markup:
+        if column == "parameters" and value is not None:
+            return Markup('<span title="{:,}">{}</span>').format(value, format_count(value))
         if not isinstance(value, Number):
             return show(value)
         text, stage = show(value.value), stages.get(value.key)

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from actors.artifacts import fetch
-from actors.contracts import RecoveryResult, RecoverySpec, TextSpec
+from actors.contracts import ActorPoolSpec, RecoveryResult, RecoverySpec, TextSpec
 from actors.errors import RequestError, StopRequestedError, UnexpectedError
 from actors.recovery.ray import recover_on_ray
 from actors.recovery.training.local import recover_locally
@@ -21,7 +21,7 @@ from tests.support.tiny_recovery import tiny_recovery_spec
 
 pytestmark = pytest.mark.usefixtures("ray_two_cpus")
 
-WORKERS = {"workers": 2, "cpus_per_worker": 0.5, "start_timeout_s": 120.0, "max_failures": 2}
+WORKERS = ActorPoolSpec(2, cpus=0.5, gpus=0, start_timeout_s=120.0)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,8 @@ def test_a_worker_killed_midway_is_replaced_and_the_curve_is_that_of_one_process
         name="killed-midway",
         storage_path=str(tmp_path / "train"),
         progress_handle=kill_once,
-        **WORKERS,
+        pool=WORKERS,
+        max_failures=2,
     )
     assert killed.exists()
     steps_done = [int(line) for line in log.read_text().split()]
@@ -117,7 +118,7 @@ def _recover(spec: RecoverySpec, directory: Path, progress: Watching, **options:
         name="watched",
         storage_path=str(directory / "train"),
         progress_handle=progress,
-        **{**WORKERS, **options},
+        **{"pool": WORKERS, "max_failures": 2, **options},
     )
 
 
@@ -150,7 +151,9 @@ def test_training_goes_on_with_fewer_workers_where_none_replaces_a_lost_one(
     queue = threading.Thread(target=take_the_place)
     queue.start()
     try:
-        result = _recover(spec, tmp_path, progress, cpus_per_worker=1.0, replacement_timeout_s=5.0)
+        result = _recover(
+            spec, tmp_path, progress, pool=replace(WORKERS, cpus=1.0), replacement_timeout_s=5.0
+        )
     finally:
         queue.join()
         ray.kill(queued[0])
@@ -186,5 +189,5 @@ def test_a_wrong_request_is_reported_as_such_and_not_tried_again(spec: RecoveryS
             adapter_uri=str(tmp_path / "adapter"),
             name="wrong",
             storage_path=str(tmp_path / "train"),
-            **WORKERS,
+            pool=WORKERS,
         )

@@ -7,6 +7,12 @@ from orchestrator.reporting.data.comparisons import Grid
 from orchestrator.reporting.data.measured import Number
 from orchestrator.reporting.tables.tables import STAGES, Line
 
+LEAST_HOURS = 10
+"""Campaigns of less are tabulated in minutes."""
+
+SECONDS = {"min": 60, "h": 3600}
+IN_WORDS = {"min": "Minutes", "h": "Hours"}
+
 
 def cost_grid(ledger: pa.Table) -> Grid | None:
     """Tabulate the cost of each method as if it had run alone; the last line has every stage once."""
@@ -20,25 +26,27 @@ def cost_grid(ledger: pa.Table) -> Grid | None:
         return None
     together = {key: spent for own in seconds.values() for key, spent in own.items()}
     kinds = [kind for kind in STAGES if any(stage == kind for stage, _ in together.values())]
-    lines = [_line(name, own, kinds) for name, own in seconds.items()]
+    unit = "min" if sum(spent for _, spent in together.values()) < LEAST_HOURS * 3600 else "h"
     return Grid(
         "cost",
         "Cost",
-        "Hours from start to end of the stages that each method needs, as if it had run alone. What methods "
-        "have in common was computed once: the last line counts it once.",
-        (*lines, _line("the campaign", together, kinds)),
+        f"{IN_WORDS[unit]} from start to end of the stages that each method needs, as if it had run alone. "
+        "What methods have in common was computed once: the last line counts it once.",
+        (
+            *(_line(name, own, kinds, unit) for name, own in seconds.items()),
+            _line("the campaign", together, kinds, unit),
+        ),
     )
 
 
-def _line(name: str, spent: dict[str, tuple[str, float]], kinds: list[str]) -> Line:
-    hours = {
-        kind: Number(sum(seconds for stage, seconds in spent.values() if stage == kind) / 3600, None, "")
+def _line(name: str, spent: dict[str, tuple[str, float]], kinds: list[str], unit: str) -> Line:
+    times = {
+        kind: sum(seconds for stage, seconds in spent.values() if stage == kind) / SECONDS[unit]
         for kind in kinds
     }
-    total = Number(sum(number.value for number in hours.values()), None, "")
     return {
         "method": name,
         "stages": len(spent),
-        **{f"{kind} h": hours[kind] for kind in kinds},
-        "all h": total,
+        **{f"{kind} {unit}": Number(time, None, "") for kind, time in times.items()},
+        f"all {unit}": Number(sum(times.values()), None, ""),
     }

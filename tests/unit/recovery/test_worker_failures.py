@@ -14,7 +14,8 @@ from ray.train.v2._internal.exceptions import (
 
 from actors.contracts import no_progress
 from actors.errors import MemoryExhaustedError, StorageUnavailableError, UnexpectedError
-from actors.recovery.ray import _cause_of_failure, _error_of_worker, _Job, _WorkersLostError
+from actors.recovery.ray import _cause_of_failure, _error_of_worker, _WorkersLostError
+from actors.recovery.ray_worker import RecoveryJob
 from actors.recovery.training.failures import MicroBatchError
 from tests.support.tiny_recovery import tiny_recovery_spec
 
@@ -27,12 +28,12 @@ def raised(error: BaseException) -> BaseException:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> _Job:
+def job(tmp_path: Path) -> RecoveryJob:
     spec = tiny_recovery_spec(tmp_path)
-    return _Job(spec, str(tmp_path / "adapter"), str(tmp_path / "hint"), no_progress, 2)
+    return RecoveryJob(spec, str(tmp_path / "adapter"), str(tmp_path / "hint"), no_progress, 2)
 
 
-def meaning(job: _Job, *failures: BaseException) -> Any:
+def meaning(job: RecoveryJob, *failures: BaseException) -> Any:
     return _cause_of_failure(job, "recovery", [_error_of_worker(each) for each in failures])
 
 
@@ -46,19 +47,19 @@ def meaning(job: _Job, *failures: BaseException) -> Any:
     ],
     ids=["a process", "a process and its peer", "peers alone", "a hang"],
 )
-def test_losses_are_tried_again(job: _Job, failures: tuple[BaseException, ...]) -> None:
+def test_losses_are_tried_again(job: RecoveryJob, failures: tuple[BaseException, ...]) -> None:
     error = meaning(job, *failures)
     assert isinstance(error, _WorkersLostError)
     assert not error.announced
 
 
-def test_a_loss_that_was_announced_is_no_failure(job: _Job) -> None:
+def test_a_loss_that_was_announced_is_no_failure(job: RecoveryJob) -> None:
     lost = ActorDiedError()
     lost._preempted = True
     assert meaning(job, raised(PEER), WorkerHealthCheckFailedError("", lost)).announced
 
 
-def test_an_error_of_ones_own_ends_it_whatever_its_peers_say(job: _Job) -> None:
+def test_an_error_of_ones_own_ends_it_whatever_its_peers_say(job: RecoveryJob) -> None:
     error = meaning(job, raised(PEER), raised(ValueError("no such thing")))
     assert isinstance(error, UnexpectedError)
     assert "failed: ValueError: no such thing: this is a fault of iterabre or of a plug-in" in str(error)
@@ -66,7 +67,7 @@ def test_an_error_of_ones_own_ends_it_whatever_its_peers_say(job: _Job) -> None:
     assert meaning(job, raised(PEER), raised(away)) is away
 
 
-def test_a_worker_ended_for_want_of_memory_makes_micro_batches_smaller(job: _Job) -> None:
+def test_a_worker_ended_for_want_of_memory_makes_micro_batches_smaller(job: RecoveryJob) -> None:
     sizes = []
     while isinstance(error := meaning(job, OutOfMemoryError("killed"), raised(PEER)), MicroBatchError):
         sizes.append(int(Path(job.micro_batch_hint_uri).read_text()))
