@@ -96,40 +96,23 @@ def run_campaign(
         )
     limits = limits_of(config)
     check_unlocked(store)
-    for evaluation in {trajectory.evaluation for trajectory in plan.trajectories}:
-        check_task_data(evaluation.tasks, evaluation.include_path, evaluation.num_fewshot)
-    for task in {trajectory.score_spec(trajectory.dense).task for trajectory in plan.trajectories}:
-        if task is not None:
-            check_task_data((task.name,), task.include_path, task.num_fewshot)
+    _check_tasks(plan)
     trackers = make_trackers(config, store)
     store.check_writable(plan.needed_bytes())
     os.environ.update(QUIET)
     if execution.backend == "local":
         with _running(config, plan, store, trackers, LogWriter(store), changes, tell) as stop:
             return _run_in_this_process(config, plan, store, limits, stop)
-    own = cluster_address(address) == LOCAL
-    tell("Starting Ray on this machine" if own else "Joining the Ray cluster")
-    with cluster(address):
-        requests, nodes = stage_resources(execution), cluster_nodes(execution)
-        check_resources(requests, nodes, execution.max_devices)
-        if any(trajectory.evaluation.throughput for trajectory in plan.trajectories):
-            check_speeds_compare(requests["evaluate"], nodes)
-        end_helpers_of_dead_drivers()
-        admission = AdmissionController(ClusterNodes(node_types(execution)), requests, execution.max_devices)
-        at_a_time = trajectories_at_a_time(
-            execution, admission.concurrent_trajectories(nodes), head_memory_bytes()
-        )
-        tell(
-            f"{len(plan.trajectories)} trajectories, up to {at_a_time} at a time, on "
-            f"{sum(node.is_up for node in nodes)} nodes with {sum(node.cpus for node in nodes):g} CPUs and "
-            f"{sum(node.gpus for node in nodes):g} GPUs"
-        )
-        logs = LogWriter(store)
-        with (
-            _running(config, plan, store, trackers, logs, changes, tell) as stop,
-            workers_output_to(WorkerOutput(logs)),
-        ):
-            return run_trials(config, plan, store, limits, at_a_time, admission, stop=stop)
+    return _run_on_cluster(config, plan, store, trackers, limits, changes, address, tell)
+
+
+def _check_tasks(plan: CampaignPlan) -> None:
+    """Raise RequestError for data of a task that cannot be had."""
+    for evaluation in {trajectory.evaluation for trajectory in plan.trajectories}:
+        check_task_data(evaluation.tasks, evaluation.include_path, evaluation.num_fewshot)
+    for task in {trajectory.score_spec(trajectory.dense).task for trajectory in plan.trajectories}:
+        if task is not None:
+            check_task_data((task.name,), task.include_path, task.num_fewshot)
 
 
 @contextmanager
@@ -169,6 +152,43 @@ def limits_of(config: CampaignConfig) -> Limits:
         devices=devices_held(execution),
         held_kinds=held_kinds(methods),
     )
+
+
+def _run_on_cluster(
+    config: CampaignConfig,
+    plan: CampaignPlan,
+    store: Store,
+    trackers: Mapping[str, Tracker],
+    limits: Limits,
+    changes: Sequence[Change],
+    address: str | None,
+    tell: Callable[[str], None],
+) -> CampaignOutcome:
+    """Run the trajectories as trials, as many at a time as the cluster can feed."""
+    execution = config.execution
+    own = cluster_address(address) == LOCAL
+    tell("Starting Ray on this machine" if own else "Joining the Ray cluster")
+    with cluster(address):
+        requests, nodes = stage_resources(execution), cluster_nodes(execution)
+        check_resources(requests, nodes, execution.max_devices)
+        if any(trajectory.evaluation.throughput for trajectory in plan.trajectories):
+            check_speeds_compare(requests["evaluate"], nodes)
+        end_helpers_of_dead_drivers()
+        admission = AdmissionController(ClusterNodes(node_types(execution)), requests, execution.max_devices)
+        at_a_time = trajectories_at_a_time(
+            execution, admission.concurrent_trajectories(nodes), head_memory_bytes()
+        )
+        tell(
+            f"{len(plan.trajectories)} trajectories, up to {at_a_time} at a time, on "
+            f"{sum(node.is_up for node in nodes)} nodes with {sum(node.cpus for node in nodes):g} CPUs and "
+            f"{sum(node.gpus for node in nodes):g} GPUs"
+        )
+        logs = LogWriter(store)
+        with (
+            _running(config, plan, store, trackers, logs, changes, tell) as stop,
+            workers_output_to(WorkerOutput(logs)),
+        ):
+            return run_trials(config, plan, store, limits, at_a_time, admission, stop=stop)
 
 
 def _run_in_this_process(

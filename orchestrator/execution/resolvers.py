@@ -92,7 +92,7 @@ class ComputeResolver:
         if stage.background:
             self._report(replace(now, finished=True))
         if isinstance(stored.result, EvaluationResult) and stage.phase != "pruned":
-            self._note_measured(stored.result)
+            self._note_measured(stored.result, stage.phase)
         self._count(kind, reused, stored.seconds, background=stage.background)
         numbers = [*stage.kind.numbers(stored.result), ("seconds", stored.seconds, "s", {})]
         if stored.waited_s:
@@ -101,12 +101,13 @@ class ComputeResolver:
         self._record(stage.iteration, kind, stage.key, numbers, stage.phase, where, stage.beside)
         return stored.result
 
-    def _note_measured(self, result: EvaluationResult) -> None:
+    def _note_measured(self, result: EvaluationResult, phase: str | None) -> None:
         """Note of the newest model what the progress shows: its perplexities, and one number."""
         ending = "/token_perplexity"
         found = {m.name.removesuffix(ending): m.value for m in result.metrics if m.name.endswith(ending)}
         first = sorted(result.metrics, key=lambda metric: not metric.name.endswith(ending))[:1]
-        measured = {metric.name: metric.value for metric in first}
+        whose = "unpruned " if phase == "dense" else ""
+        measured = {whose + metric.name: metric.value for metric in first}
         with self._counting:
             self.progress = replace(self.progress, perplexities=found, measured=measured)
 

@@ -8,7 +8,7 @@ finished model up are the same loop with different resolvers: `ComputeResolver`,
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -92,6 +92,7 @@ class StageRunner:
         self._teacher_states: ArtifactRef | None = None
         self._no_teacher_states = False
         self._background = ThreadPoolExecutor(1, "evaluation") if overlap else None
+        self._failed = False
         self._evaluations: deque[tuple[Future[None], Callable[[], None]]] = deque()
 
     def score(self, iteration: IterationPlan, model: ModelRef) -> ScoreResult:
@@ -171,7 +172,19 @@ class StageRunner:
         if self._background is None:
             measure()
         else:
-            self._evaluations.append((self._background.submit(measure), measure))
+            self._evaluations.append((self._background.submit(self._unless_failed, measure), measure))
+
+    def _unless_failed(self, measure: Callable[[], None]) -> None:
+        """Measure, unless an evaluation before it has failed, whose error ends the trajectory."""
+        if self._failed:
+            raise CancelledError
+        try:
+            measure()
+        except MemoryExhaustedError:  # is tried once more
+            raise
+        except Exception:
+            self._failed = True
+            raise
 
     def _evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
         def key(part: EvaluationSpec) -> str:

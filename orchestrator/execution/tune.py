@@ -122,27 +122,8 @@ def run_trials(
         make_backend=make_backend,
         metric=config.search.metric if searching else None,
     )
-    filesystem, tune_path = retrying_filesystem(store.tune_uri)
-    trajectory = wrap_function(tune.with_resources(trainable, TRIAL_RESOURCES), name="Trajectory")
-    trajectory.__name__ = trajectory.__qualname__ = "Trajectory"  # what Ray's dashboard shows
-    tuner = tune.Tuner(
-        trajectory,
-        param_space={"trajectory": tune.grid_search(list(trajectories))},
-        tune_config=tune.TuneConfig(
-            max_concurrent_trials=at_a_time,
-            reuse_actors=True,
-            trial_name_creator=lambda trial: trial.config["trajectory"],
-        ),
-        run_config=tune.RunConfig(
-            name=f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
-            storage_path=tune_path,
-            storage_filesystem=filesystem,
-            verbose=0,
-            stop=stopper,
-            callbacks=[ReportRestarts(plan, RemoteReport(board), coordinator.is_cancelled)],
-            failure_config=tune.FailureConfig(max_failures=LOST_TRIAL_RETRIES),
-        ),
-    )
+    restarts = ReportRestarts(plan, RemoteReport(board), coordinator.is_cancelled)
+    tuner = _tuner(trainable, list(trajectories), store, at_a_time, stopper, restarts)
     gauges = CampaignGauges(config.name)
 
     def snapshot() -> list[TrajectoryProgress]:
@@ -160,6 +141,38 @@ def run_trials(
         results = tuner.fit()
     coordinator.save_usage()
     return _campaign_outcome(results, store, coordinator, stopper.reasons if stopper else {})
+
+
+def _tuner(
+    trainable: Callable[[dict[str, Any]], None],
+    trajectories: list[str],
+    store: Store,
+    at_a_time: int,
+    stopper: tune.Stopper | None,
+    restarts: tune.Callback,
+) -> tune.Tuner:
+    """Return a tuner with a trial for each trajectory, in their order."""
+    filesystem, path = retrying_filesystem(store.tune_uri)
+    trajectory = wrap_function(tune.with_resources(trainable, TRIAL_RESOURCES), name="Trajectory")
+    trajectory.__name__ = trajectory.__qualname__ = "Trajectory"  # what Ray's dashboard shows
+    return tune.Tuner(
+        trajectory,
+        param_space={"trajectory": tune.grid_search(trajectories)},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=at_a_time,
+            reuse_actors=True,
+            trial_name_creator=lambda trial: trial.config["trajectory"],
+        ),
+        run_config=tune.RunConfig(
+            name=f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            verbose=0,
+            stop=stopper,
+            callbacks=[restarts],
+            failure_config=tune.FailureConfig(max_failures=LOST_TRIAL_RETRIES),
+        ),
+    )
 
 
 def _campaign_outcome(

@@ -1,6 +1,7 @@
 """Evaluation in the background: what may go on meanwhile, what has to wait, and what is written."""
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,25 @@ def test_an_evaluation_without_memory_is_tried_once_more_by_itself(
         else:
             stages.wait()
             assert measured(store) == {("dense", "arc/acc"): 0.8}
+
+
+def test_after_a_failed_evaluation_none_begins(plan: TrajectoryPlan, tmp_path: Path) -> None:
+    backend, begun = SlowBackend(), []
+
+    def fail(spec: EvaluationSpec, *_: object) -> EvaluationResult:
+        begun.append(spec)
+        assert backend.may_go_on.wait(60)
+        raise WorkError("broken")
+
+    backend.evaluate = fail
+    stages, _ = stages_of(plan, Store(str(tmp_path / "runs")), backend)
+    stages.evaluate(DENSE, plan.dense, "dense")
+    stages.evaluate(FIRST, plan.dense.without((2,)), "recovered")
+    backend.may_go_on.set()
+    time.sleep(0.2)  # the second would begin before anybody has seen that the first failed
+    with pytest.raises(WorkError, match="broken"):
+        stages.wait()
+    assert len(begun) == 1
 
 
 def test_a_scheduler_hears_of_an_iteration_only_what_was_measured_of_it(
