@@ -1,15 +1,18 @@
 """`iterabre ls`: the names that a campaign file may hold, each with where it comes from."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from orchestrator.cli.options import Json, completing
 from orchestrator.cli.output import print_json, print_table
-from orchestrator.errors import unknown_name
+from orchestrator.errors import RequestError, unknown_name
 
 Rows = list[dict[str, str]]
+
+RECIPES = Path(__file__).parents[2] / "configs/recipes"
 
 
 def criteria() -> Rows:
@@ -64,12 +67,31 @@ def tasks() -> Rows:
     return [{"task": name} for name in task_names()]
 
 
+def recipes() -> Rows:
+    """Campaign files to begin with, in a clone of the repository; `iterabre init` writes one like `best`."""
+    if not RECIPES.is_dir():
+        raise RequestError(
+            f"recipes are files of the repository ({RECIPES} is not there): clone it, or let `iterabre init` "
+            "write a campaign file like the recipe `best`"
+        )
+    # A recipe's first line says what it is for.
+    return [
+        {
+            "recipe": file.stem,
+            "for": file.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# "),
+            "file": f"configs/recipes/{file.name}",
+        }
+        for file in sorted(RECIPES.glob("*.yaml"))
+    ]
+
+
 KINDS: dict[str, Callable[[], Rows]] = {
     "criteria": criteria,
     "objectives": objectives,
     "suites": suites,
     "tasks": tasks,
     "probes": probes,
+    "recipes": recipes,
 }
 
 
@@ -77,7 +99,7 @@ def ls(
     kind: Annotated[
         str,
         typer.Argument(
-            help="criteria, objectives, suites, tasks or probes.", autocompletion=completing(*KINDS)
+            help="criteria, objectives, suites, tasks, probes or recipes.", autocompletion=completing(*KINDS)
         ),
     ],
     search: Annotated[str | None, typer.Option(help="Only lines with this in them.")] = None,
