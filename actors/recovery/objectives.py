@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from actors.contracts import RecoverySpec
+from actors.contracts import Progress, RecoverySpec
 from actors.data import TrainingData
 from actors.plugins import find_row
 from actors.recovery.distillation.auxiliary_healing import AuxiliaryHealing
@@ -22,7 +22,7 @@ BuildModule = Callable[[TeacherStudent, RecoverySpec], nn.Module]
 under `loss`, each the sum over the batch's tokens divided by `batch.denominator`."""
 
 
-Solve = Callable[[RecoverySpec, TrainingData], Solution]
+Solve = Callable[[RecoverySpec, TrainingData, Progress], Solution]
 """Solves for tensors that replace the model's own, in closed form."""
 
 

@@ -14,6 +14,7 @@ before and adapters included, so that later ones make up for what earlier ones m
 N tokens, D hidden size.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -23,7 +24,7 @@ from torch import distributed as dist
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from actors.contracts import RecoverySpec
+from actors.contracts import Progress, RecoverySpec, no_progress
 from actors.data import TokenBatch, TrainingData
 from actors.errors import RequestError
 from actors.models import (
@@ -101,11 +102,11 @@ def find_bridges(kept: tuple[int, ...], num_source_layers: int) -> list[Bridge]:
     return [Bridge(position, end - 1) for position, (before, end) in places if end > before + 1]
 
 
-def solve_bridges(spec: RecoverySpec, data: TrainingData) -> Solution:
+def solve_bridges(spec: RecoverySpec, data: TrainingData, progress: Progress = no_progress) -> Solution:
     """Bridge every run of removed blocks of `spec.model`, on the first `max_tokens` tokens of the data.
 
     Both the student and the unpruned model are in memory. With a process group,
-    every worker calls this with the same data and takes its share.
+    every worker calls this with the same data and takes its share; `progress` counts its micro-batches.
 
     Raises:
         RequestError: nothing to bridge, no block before, or a block whose MLP does
@@ -124,10 +125,14 @@ def solve_bridges(spec: RecoverySpec, data: TrainingData) -> Solution:
         count += 1
     chosen = torch.arange(count)
 
+    rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    portions = chosen[rank::workers].split(spec.micro_batch_size)
+    total, done = len(portions) * len(find_bridges(kept, depth(source.config))), itertools.count(1)
+
     def local_batches() -> Iterator[TokenBatch]:
-        rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        for portion in chosen[rank::workers].split(spec.micro_batch_size):
+        for portion in portions:
             yield data.batch(portion)
+            progress(next(done), total, "micro-batches")
 
     changed = insert_bridges(source, student, kept, local_batches)
     return Solution(_without_adapter_chain(spec, source, kept, changed), data.num_tokens(chosen))

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from actors.artifacts import publish
-from actors.contracts import ArtifactRef, RecoveryResult, RecoverySpec, RowCounts, StepRecord, digest
+from actors.contracts import (
+    ArtifactRef,
+    RecoveryResult,
+    RecoverySpec,
+    RowCounts,
+    StepRecord,
+    digest,
+    no_progress,
+)
 from actors.errors import MemoryExhaustedError, RequestError, StopRequestedError, one_line
 from actors.models import load_tokenizer, save_weights
 from actors.out_of_memory import is_out_of_memory
@@ -91,7 +99,7 @@ def _solve(spec: RecoverySpec, context: TrainContext, solve: Solve) -> RecoveryR
     def work() -> tuple[Solution, RowCounts]:
         check_recovery(spec, context.world_size)
         data = training_data(spec, load_tokenizer(spec.model.source))
-        return solve(spec, data), data.rows
+        return solve(spec, data, context.progress if context.rank == 0 else no_progress), data.rows
 
     solution, rows = run_on_all_workers(work)
 

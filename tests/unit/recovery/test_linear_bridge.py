@@ -72,7 +72,13 @@ def test_bridges_are_those_of_stacked_activations(tmp_path: Path) -> None:
     """Two runs; the second one's MLP output comes from the student with the first bridge in it."""
     path = save_tiny(tmp_path / "model", num_layers=6)
     ids_BT = tiny_ids(24, 16)
-    solved = solve_bridges(_spec(path, (2, 3, 5)), BlockData(ids_BT)).tensors
+    reported: list[tuple[int, int]] = []
+    spec = _spec(path, (2, 3, 5))
+    solved = solve_bridges(
+        spec, BlockData(ids_BT), lambda done, all, _="": reported.append((done, all))
+    ).tensors
+    total = 2 * -(-24 // spec.micro_batch_size)
+    assert reported == [(done, total) for done in range(1, total + 1)]
     assert set(solved) == {f"model.layers.{i}.mlp.down_proj.weight" for i in (1, 4)}
 
     source, _ = load_model(path)
