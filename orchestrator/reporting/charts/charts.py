@@ -7,7 +7,8 @@ from typing import Any, Literal
 from orchestrator.reporting.data.measured import direction
 from orchestrator.reporting.tables.metric_names import heading, hint, named
 
-LOG_SCALE_FROM_RATIO = 8.0
+LOG_SCALE_FROM_RATIO = {"lines": 8.0, "bars": 50.0}
+"""Ratio of the largest value to the smallest that it begins at; bars keep their length if all can be seen."""
 MOST_POINTS = 120
 """Longer curves are thinned out by means: more than that is not seen, and makes the page slow."""
 DIGITS = 5
@@ -138,8 +139,8 @@ def chart(
         return None
     values = [value for curve in drawn for value in curve.y if value > 0]
     # Scores from 0 to 1 are compared on a linear scale, whatever their range.
-    wide = kind == "lines" and direction(metric) != "higher" and bool(values)
-    log_y = wide and max(values) > LOG_SCALE_FROM_RATIO * min(values)
+    wide = kind in LOG_SCALE_FROM_RATIO and direction(metric) != "higher" and bool(values)
+    log_y = wide and max(values) > LOG_SCALE_FROM_RATIO[kind] * min(values)
     return Chart(title or heading(metric), x_title, y_title or named(metric), drawn, log_y, kind, metric)
 
 

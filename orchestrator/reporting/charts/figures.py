@@ -137,7 +137,11 @@ def _draw_bars(chart: Chart, axes: Axes, colours: dict[str, str]) -> None:
         )
         below = [low + height for low, height in zip(below, heights, strict=True)]
     _name_ticks(axes, places, "x")
-    axes.axhline(0, color="grey", linewidth=0.8)
+    if chart.log_y:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=min(value for curve in chart.curves for value in curve.y if value > 0) / 2)
+    else:
+        axes.axhline(0, color="grey", linewidth=0.8)
 
 
 def _draw_map(heat_map: HeatMap, axes: Axes) -> None:

@@ -16,7 +16,7 @@ from orchestrator.reporting.data.measured import (
     within_noise,
 )
 from orchestrator.reporting.tables.metric_names import named
-from orchestrator.reporting.tables.tables import show
+from orchestrator.reporting.tables.tables import is_perplexity, show
 
 MOST_METRICS = 3
 SPEEDUP = "throughput/speedup"
@@ -61,7 +61,8 @@ def best_at_each_size(
     """Choose for each source and size the method that keeps the most.
 
     The mean accuracy decides, without one the first headline metric, which is a perplexity if one was
-    measured. The sizes are those at which models were exported; before any was, all that are measured. As
+    measured. Of models whose accuracy cannot be told apart, the one with the lowest perplexity is chosen. The
+    sizes are those at which models were exported; before any was, all that are measured. As
     long as a method is due there, none is chosen.
     """
     exports = exports or {}
@@ -108,8 +109,14 @@ def _at_depth(
     if late:
         named_all = tuple(_with_number(entry, decides) for entry in ranked)
         return Choice(model, size, metric=metric, rivals=named_all, due=tuple(late.values()), ended=ended)
-    best, *others = ranked
-    even = [one for one in others if within_noise(best.numbers[decides], one.numbers[decides])]
+    first, *others = ranked
+    level = [first, *(one for one in others if within_noise(first.numbers[decides], one.numbers[decides]))]
+    best, why = first, _why(first, level[1:], decides)
+    tie = next(filter(is_perplexity, metrics), None) if decides == MEAN_ACCURACY else None
+    if len(level) > 1 and tie and all(tie in one.numbers for one in level):
+        best = min(level, key=lambda one: one.numbers[tie].value)
+        why += f"; of these it has the lowest {named(tie)}"
+    even = [one for one in level if one is not best]
     places = [exports[place] for name in best.trajectories if (place := (name, depth)) in exports]
     return Choice(
         model,
@@ -118,9 +125,9 @@ def _at_depth(
         tuple(_facts(best, dense)),
         metric,
         show(best.numbers[decides]),
-        tuple(_with_number(one, decides) for one in (*even, *(one for one in others if one not in even))),
+        tuple(_with_number(one, decides) for one in (*even, *(one for one in ranked if one not in level))),
         tuple(one.method for one in even),
-        _why(best, even, decides),
+        why,
         places[0] if places else "",
         ended=ended,
     )

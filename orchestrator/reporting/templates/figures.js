@@ -18,6 +18,13 @@
     return ticks;
   }
 
+  const shownValues = (panel) => panel.curves.flatMap((c) => c.y).filter((y) => y > 0);
+
+  function logAxis(values) {
+    const ticks = logTicks(values);
+    return { type: "log", tickvals: ticks, ticktext: ticks.map((v) => v.toPrecision(1) * 1 + "") };
+  }
+
   function lines(panel, colours) {
     const traces = panel.curves.map((c) => ({
       name: c.n, x: c.x, y: c.y, legendgroup: c.g, type: "scatter",
@@ -29,10 +36,7 @@
     const layout = base(panel);
     layout.hovermode = "x unified";
     if (panel.whole) Object.assign(layout.xaxis, wholeTicks(panel.curves.flatMap((c) => c.x)));
-    if (panel.log) {
-      const ticks = logTicks(panel.curves.flatMap((c) => c.y).filter((y) => y > 0));
-      Object.assign(layout.yaxis, { type: "log", tickvals: ticks, ticktext: ticks.map((v) => v.toPrecision(1) * 1 + "") });
-    }
+    if (panel.log) Object.assign(layout.yaxis, logAxis(shownValues(panel)));
     return [traces, layout];
   }
 
@@ -45,6 +49,10 @@
     const layout = base(panel);
     layout.barmode = panel.kind === "stacked" ? "stack" : "group";
     layout.hovermode = "x unified";
+    if (panel.log) {
+      const values = shownValues(panel), range = [Math.min(...values) / 2, Math.max(...values) * 2].map(Math.log10);
+      Object.assign(layout.yaxis, logAxis(values), { range });
+    }
     Object.assign(layout.xaxis, { type: "category", categoryorder: "array", categoryarray: panel.places.map(String) });
     return [traces, layout];
   }

@@ -69,6 +69,19 @@ def test_a_difference_of_noise_is_no_recommendation() -> None:
     assert choice.why == "one seed, and less than 2 % between them in WikiText-2 perplexity"
 
 
+def test_of_accuracies_that_are_level_the_lowest_perplexity_is_chosen() -> None:
+    models = [
+        _measured(method, 0, perplexity=(perplexity, None), accuracy=(accuracy, 0.02))
+        for method, perplexity, accuracy in (("a", 90.0, 0.41), ("b", 38.0, 0.40), ("c", 30.0, 0.2))
+    ]
+    second = {"boolq/acc": Number(0.5, 0.01, "key")}
+    models = [replace(model, numbers={**model.numbers, **second}) for model in models]
+    choice = _choice(*with_mean_accuracy(models))
+    assert (choice.method, choice.even) == ("b", ("a",))
+    assert choice.why.endswith("; of these it has the lowest WikiText-2 perplexity")
+    assert [rival.split()[0] for rival in choice.rivals] == ["a", "c"]
+
+
 def test_the_size_is_a_target_and_names_where_the_model_lies() -> None:
     models = [_measured("a", 0, perplexity=(30.0, None))]
     models.append(replace(models[0], layers=8))
