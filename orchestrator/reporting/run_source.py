@@ -29,7 +29,7 @@ class Source:
         planned: iterations of each trajectory, by its id, as far as known.
         trajectories: id, model, method and depths of all that are planned, as far as known.
         failures: reason of every trajectory that failed.
-        given_up: trajectories that the scheduler ended.
+        given_up: trajectories that the scheduler or an operator ended.
         hashes: of source models and data, by what they are.
         sweeps: contents of every `sweep.json` of the run.
         exports: where the model lies that a trajectory left with so many layers.
@@ -63,7 +63,7 @@ def read_source(store: Store) -> Source:
         stored.get("planned", {}),
         stored.get("trajectories", ()),
         {name: status.reason for name, status in statuses.items() if status.state == "failed"},
-        [name for name, status in statuses.items() if status.state == "stopped"],
+        [name for name, status in statuses.items() if status.state in ("stopped", "cancelled")],
         read_hashes(store, ledger),
         read_sweeps(store),
         exported_models(store, ledger),

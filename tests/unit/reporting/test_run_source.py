@@ -18,6 +18,7 @@ def test_hashes_come_from_manifests_and_sweeps_from_their_directory(tmp_path: Pa
     planned = [{"trajectory": "t", "model": "smol", "method": "a", "depths": [9, 8, 7]}]
     open_run(store, {"name": "demo"}, planned={"t": 3}, trajectories=planned)
     write_status(store, "gone", TrajectoryStatus("stopped", "given up"))
+    write_status(store, "cancelled", TrajectoryStatus("cancelled", "by an operator"))
     place = {"campaign": "demo", "trajectory": "t", "model": "smol", "method": "a", "seed": 0, "iteration": 1}
     rows = []
     for kind, inputs in (("score", SCORE), ("evaluate", EVALUATE)):
@@ -32,7 +33,8 @@ def test_hashes_come_from_manifests_and_sweeps_from_their_directory(tmp_path: Pa
     sweep.mkdir(parents=True)
     (sweep / "sweep.json").write_text('{"model": "smol"}')
     source = read_source(store)
-    assert (source.planned, source.trajectories, source.given_up) == ({"t": 3}, planned, ["gone"])
+    assert (source.planned, source.trajectories) == ({"t": 3}, planned)
+    assert sorted(source.given_up) == ["cancelled", "gone"]
     assert source.hashes == {
         "model smol": "aa",
         "calibration data of a": "bb",
