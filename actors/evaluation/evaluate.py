@@ -129,14 +129,14 @@ def evaluate(
     for text in spec.perplexity:
         input_ids = tokenize_text(texts[text.name], tokenizer, text.max_tokens, repr(text.data.name))
         measure = partial(_perplexity, model, text, input_ids, spec.batch_size or BATCH_SIZE, part(text.name))
-        metrics += kept.metrics(text.name, measure)
+        metrics += kept.metrics(f"text {text.name}", measure)
     if spec.tasks:
         respond = _kept_responder(model, tokenizer, spec, part(tasks_in_words(spec)), kept)
         tasks = measure_tasks(spec, respond, tokenizer, samples_uri)
         metrics += tasks.metrics
         versions += tasks.versions
     for name in spec.probes:
-        metrics += kept.metrics(name, partial(run_probe, name, model, tokenizer, spec, part(name)))
+        metrics += kept.metrics(f"probe {name}", partial(run_probe, name, model, tokenizer, spec, part(name)))
     if spec.throughput is not None:
         metrics += _speed(model, tokenizer, spec, spec.throughput, part("throughput"))
         cuda = model.device.type == "cuda"
