@@ -81,6 +81,26 @@ class NormalEquations:
         return torch.linalg.solve(self.gram_DD + alpha * one_DD, self.moment_DD + alpha * one_DD)
 
 
+@dataclass
+class Stream:
+    """A batch on its way through a model: its hidden states before block `block`, in host memory."""
+
+    model: PreTrainedModel
+    block: int = 0
+    hidden_BTD: Tensor | None = None
+
+    def run_to(self, block: int, batch: TokenBatch) -> tuple[LayerwisePass, Tensor]:
+        """Return the batch's pass and the input of block `block`, or the last output for their number."""
+        layerwise = layerwise_pass(self.model, batch)
+        hidden_BTD = layerwise.hidden_BTD
+        if self.hidden_BTD is not None:
+            hidden_BTD = self.hidden_BTD.to(hidden_BTD.device)
+        for index in range(self.block, block):
+            hidden_BTD = layerwise.block(index, hidden_BTD)
+        self.block, self.hidden_BTD = block, hidden_BTD.cpu()
+        return layerwise, hidden_BTD
+
+
 def find_bridges(kept: tuple[int, ...], num_source_layers: int) -> list[Bridge]:
     """Return a bridge for every run of removed blocks, ascending.
 
@@ -147,19 +167,26 @@ def insert_bridges(
 ) -> dict[tuple[int, str], nn.Module]:
     """Fold a bridge into the student before every run of removed blocks.
 
+    Both models compute each block once, however many bridges there are: between two bridges
+    the hidden states of all tokens of both models wait in host memory (2·N·D values).
+
     Args:
         kept: source index of each of the student's blocks.
-        batches: gives this worker's tokens; called once a bridge.
+        batches: gives this worker's tokens, always the same; called once a bridge.
 
     Returns:
         The layers changed, by the student's block and their name in it.
     """
     bridges = find_bridges(kept, depth(source.config))
     last = {bridge: find_output_projection(student, bridge.student_block) for bridge in bridges}
+    waiting: dict[int, tuple[Stream, Stream]] = {}
     for bridge, (_, layer) in last.items():
         equations = NormalEquations(student.get_input_embeddings().weight.shape[1], student.device)
-        for batch in batches():
-            equations.add(*_regression_rows(source, student, bridge, layer, batch.to(student.device)))
+        for number, batch in enumerate(batches()):
+            streams = waiting.pop(number, None) or (Stream(source), Stream(student))
+            equations.add(*_regression_rows(*streams, bridge, layer, batch.to(student.device)))
+            if bridge != bridges[-1]:
+                waiting[number] = streams
         if dist.is_initialized():
             for sums in (equations.gram_DD, equations.moment_DD):
                 dist.all_reduce(sums)
@@ -228,25 +255,19 @@ def _is_added(
 
 
 def _regression_rows(
-    source: PreTrainedModel, student: PreTrainedModel, bridge: Bridge, layer: nn.Module, batch: TokenBatch
+    source: Stream, student: Stream, bridge: Bridge, layer: nn.Module, batch: TokenBatch
 ) -> tuple[Tensor, Tensor]:
     """Return M and L − Y [N, D] of a batch, without padding."""
+    layerwise, before_BTD = student.run_to(bridge.student_block, batch)
     mlp: list[Tensor] = []
     hook = layer.register_forward_hook(lambda _m, _i, given: mlp.append(given))
-    after_BTD = _hidden_after(student, bridge.student_block, batch)
+    after_BTD = layerwise.block(bridge.student_block, before_BTD)
     hook.remove()
     mlp_BTD = mlp[-1].float()
-    wanted_BTD = _hidden_after(source, bridge.last_removed, batch).float() - (after_BTD.float() - mlp_BTD)
+    _, wanted_BTD = source.run_to(bridge.last_removed + 1, batch)
+    wanted_BTD = wanted_BTD.float() - (after_BTD.float() - mlp_BTD)
     token_weights = slice(None) if batch.mask_BT is None else batch.mask_BT.flatten().bool()
     return mlp_BTD.flatten(0, 1)[token_weights], wanted_BTD.flatten(0, 1)[token_weights]
-
-
-def _hidden_after(model: PreTrainedModel, block: int, batch: TokenBatch) -> Tensor:
-    layerwise = layerwise_pass(model, batch)
-    hidden_BTD = layerwise.hidden_BTD
-    for index in range(block + 1):
-        hidden_BTD = layerwise.block(index, hidden_BTD)
-    return hidden_BTD
 
 
 def _without_adapter_chain(
