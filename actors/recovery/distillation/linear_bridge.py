@@ -154,7 +154,8 @@ def solve_bridges(spec: RecoverySpec, data: TrainingData, progress: Progress = n
             yield data.batch(portion)
             progress(next(done), total, "micro-batches")
 
-    changed = insert_bridges(source, student, kept, local_batches)
+    unchanged = not spec.model.adapters and spec.model.weights is None
+    changed = insert_bridges(source, student, kept, local_batches, unchanged)
     return Solution(_without_adapter_chain(spec, source, kept, changed), data.num_tokens(chosen))
 
 
@@ -164,6 +165,7 @@ def insert_bridges(
     student: PreTrainedModel,
     kept: tuple[int, ...],
     batches: Callable[[], Iterable[TokenBatch]],
+    unchanged: bool = False,
 ) -> dict[tuple[int, str], nn.Module]:
     """Fold a bridge into the student before every run of removed blocks.
 
@@ -173,6 +175,7 @@ def insert_bridges(
     Args:
         kept: source index of each of the student's blocks.
         batches: gives this worker's tokens, always the same; called once a bridge.
+        unchanged: the student's blocks are the source's, so that below the first bridge one model will do.
 
     Returns:
         The layers changed, by the student's block and their name in it.
@@ -183,8 +186,12 @@ def insert_bridges(
     for bridge, (_, layer) in last.items():
         equations = NormalEquations(student.get_input_embeddings().weight.shape[1], student.device)
         for number, batch in enumerate(batches()):
+            on_device = batch.to(student.device)
             streams = waiting.pop(number, None) or (Stream(source), Stream(student))
-            equations.add(*_regression_rows(*streams, bridge, layer, batch.to(student.device)))
+            if unchanged and bridge is bridges[0]:
+                streams[0].run_to(bridge.student_block, on_device)
+                streams = streams[0], replace(streams[0], model=student)
+            equations.add(*_regression_rows(*streams, bridge, layer, on_device))
             if bridge != bridges[-1]:
                 waiting[number] = streams
         if dist.is_initialized():

@@ -1,6 +1,6 @@
-"""Print what each method keeps of the unpruned model, as a Markdown table, from the ledger of the run.
+"""Print what each method keeps of the unpruned model, as a Markdown table, from the ledgers of the runs.
 
-    python docs/results/smollm2/retention.py [RUN]
+    python docs/results/smollm2/retention.py [RUN ...]
 
 Kept is score / unpruned score, of the mean accuracy of five tasks, with chance in it. ± is one standard
 error over the questions; those of a task are the same for all models, but are counted as if they were
@@ -9,6 +9,7 @@ drawn anew for each. Where a method ran with several seeds, numbers are means ov
 
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from math import hypot
 from pathlib import Path
 from statistics import fmean
@@ -17,25 +18,34 @@ import pyarrow.dataset
 
 TASKS = ("arc_easy", "winogrande", "lambada_openai", "openbookqa", "boolq")
 TEXTS = ("wikitext2", "c4")
+UNPRUNED = (30, "unpruned")
 
 Numbers = dict[str, tuple[float, float]]
 """Values of metrics with their standard errors."""
 
 
-def measured(run: Path) -> dict[str, Numbers]:
-    """Return the numbers of each method's model, over its seeds, and of the unpruned model."""
-    rows = pyarrow.dataset.dataset(run / "ledger").to_table().to_pylist()
-    found: dict[str, dict[str, dict[int, tuple[float, float]]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        if row["stage"] == "evaluate" and row["phase"] in ("dense", "recovered"):
-            method = "unpruned" if row["phase"] == "dense" else row["method"]
-            found[method][row["metric"]][row["seed"]] = (row["value"], row["stderr"] or 0.0)
+def measured(runs: Sequence[Path]) -> dict[tuple[int, str], Numbers]:
+    """Return the numbers of each method's model by its blocks, over its seeds, and of the unpruned model."""
+    found: dict[tuple[int, str], dict[str, dict[int, tuple[float, float]]]]
+    found = defaultdict(lambda: defaultdict(dict))
+    for run in runs:
+        rows = pyarrow.dataset.dataset(run / "ledger").to_table().to_pylist()
+        blocks = {
+            (row["trajectory"], row["iteration"]): int(row["value"])
+            for row in rows
+            if (row["stage"], row["metric"]) == ("prune", "layers")
+        }
+        for row in rows:
+            if row["stage"] == "evaluate" and row["phase"] in ("dense", "recovered"):
+                pruned = row["phase"] == "recovered"
+                model = (blocks[row["trajectory"], row["iteration"]], row["method"]) if pruned else UNPRUNED
+                found[model][row["metric"]][row["seed"]] = (row["value"], row["stderr"] or 0.0)
     return {
-        method: {
+        model: {
             metric: (fmean(value for value, _ in seeds.values()), max(error for _, error in seeds.values()))
             for metric, seeds in metrics.items()
         }
-        for method, metrics in found.items()
+        for model, metrics in found.items()
     }
 
 
@@ -52,23 +62,21 @@ def kept(numbers: Numbers, dense: Numbers, tasks: tuple[str, ...]) -> str:
 
 
 def main() -> None:
-    """Read the ledger and print the table."""
-    run = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "run"
-    found = measured(run)
-    dense = found.pop("unpruned")
+    """Read the ledgers and print the table."""
+    found = measured([Path(run) for run in sys.argv[1:]] or sorted(Path(__file__).parent.glob("run*")))
+    dense = found[UNPRUNED]
     without_boolq = tuple(task for task in TASKS if task != "boolq")
-    head = ["method", *TEXTS, *TASKS, "mean", "kept", "kept without BoolQ"]
-    print(f"| {' | '.join(head)} |\n|---|{'--:|' * (len(head) - 1)}")
-    for method, numbers in [
-        ("unpruned", dense),
-        *sorted(found.items(), key=lambda each: each[1]["wikitext2/loss_nats"]),
-    ]:
-        cells = [method, *(f"{numbers[f'{text}/token_perplexity'][0]:.1f}" for text in TEXTS)]
+    head = ["blocks", "method", *TEXTS, *TASKS, "mean", "kept", "kept without BoolQ"]
+    print(f"| {' | '.join(head)} |\n|--:|---|{'--:|' * (len(head) - 2)}")
+    for (blocks, method), numbers in sorted(
+        found.items(), key=lambda each: (-each[0][0], each[1]["wikitext2/loss_nats"])
+    ):
+        cells = [str(blocks), method, *(f"{numbers[f'{text}/token_perplexity'][0]:.1f}" for text in TEXTS)]
         cells += [f"{numbers[f'{task}/acc'][0]:.3f}" for task in TASKS]
         value, error = mean(numbers, TASKS)
         cells.append(f"{value:.3f} ± {error:.3f}")
         shares = [kept(numbers, dense, tasks) for tasks in (TASKS, without_boolq)]
-        cells += ["", ""] if method == "unpruned" else shares
+        cells += ["", ""] if numbers is dense else shares
         print(f"| {' | '.join(cells)} |")
 
 
