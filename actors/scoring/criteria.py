@@ -15,6 +15,7 @@ from actors.scoring.measures.pooling import POOLING
 from actors.scoring.measures.wavefront import layer_forwards
 
 TIE_TOLERANCE = 1e-6
+"""How far apart equal scores may be by rounding, relative to scores above 1, such as a perplexity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +318,8 @@ def removal_order(
     left = [i for i in range(len(values)) if i not in protected]
     while left:
         best = max(values[i] for i in left)
-        order.append(max(i for i in left if values[i] >= best - TIE_TOLERANCE))
+        tied = best - TIE_TOLERANCE * max(1.0, abs(best))
+        order.append(max(i for i in left if values[i] >= tied))
         left.remove(order[-1])
     runs = (range(i, i + run) for i in order)
     together = next((each for each in runs if set(each) <= set(order)), None)

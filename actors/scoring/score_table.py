@@ -114,7 +114,8 @@ class ScoreTable:
         if len(scores_C) < num_winners:
             return list(range(len(candidates)))
         size = abs(scores_C.topk(num_winners).values[-1].item())
-        slack = SCREENING_FLOOR * size if self.screened else TIE_TOLERANCE + ROUNDING * max(1.0, size)
+        exact = (TIE_TOLERANCE + ROUNDING) * max(1.0, size)
+        slack = SCREENING_FLOOR * size if self.screened else exact
         return contenders(best_C, finished_C, num_winners, slack)
 
     def _order(self, layers: Sequence[int]) -> tuple[int, ...]:

@@ -107,19 +107,20 @@ def _plain_scores(seed: int, criterion: str) -> list[float]:
 
 
 def _plain_choice(scores: Sequence[float], criterion: str, count: int) -> list[int]:
-    """The best so many, one by one; of those as good as the best but for 1e-6, the deepest."""
+    """The best so many, one by one; of those as good as the best but for a millionth, the deepest."""
     good = [score if criterion == "hidden_cosine" else -score for score in scores]
     chosen: list[int] = []
     for _ in range(count):
         left = [i for i in range(len(good)) if i not in chosen]
-        chosen.append(max(i for i in left if good[i] >= max(good[j] for j in left) - 1e-6))
+        best = max(good[j] for j in left)
+        chosen.append(max(i for i in left if good[i] >= best - 1e-6 * max(1, abs(best))))
     return chosen
 
 
 def _clear(scores: Sequence[float], criterion: str, count: int) -> bool:
     """Rounding does not decide: the choice is that of a tolerance half and of one twice as large."""
     good = sorted((score if criterion == "hidden_cosine" else -score) for score in scores)[::-1]
-    gaps = [a - b for a, b in pairwise(good[: count + 2])]
+    gaps = [(a - b) / max(1, abs(a)) for a, b in pairwise(good[: count + 2])]
     return all(gap < 2e-7 or gap > 5e-6 for gap in gaps)
 
 
