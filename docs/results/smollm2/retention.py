@@ -17,7 +17,22 @@ from statistics import fmean
 import pyarrow.dataset
 
 TASKS = ("arc_easy", "winogrande", "lambada_openai", "openbookqa", "boolq")
+OTHERS = ("arc_challenge", "blimp_sample", "copa")
+"""Tasks that are shown and are not in the mean."""
+
 TEXTS = ("wikitext2", "c4")
+NAMES = {
+    "wikitext2": "WikiText-2",
+    "c4": "C4",
+    "arc_easy": "ARC-E",
+    "winogrande": "WinoGrande",
+    "lambada_openai": "LAMBADA",
+    "openbookqa": "OpenBookQA",
+    "boolq": "BoolQ",
+    "arc_challenge": "ARC-C",
+    "blimp_sample": "BLiMP",
+    "copa": "COPA",
+}
 UNPRUNED = (30, "unpruned")
 
 Numbers = dict[str, tuple[float, float]]
@@ -63,10 +78,11 @@ def kept(numbers: Numbers, dense: Numbers, tasks: tuple[str, ...]) -> str:
 
 def main() -> None:
     """Read the ledgers and print the table."""
-    found = measured([Path(run) for run in sys.argv[1:]] or sorted(Path(__file__).parent.glob("run*")))
+    found = measured([Path(run) for run in sys.argv[1:]] or sorted(Path(__file__).parent.glob("*-blocks")))
     dense = found[UNPRUNED]
     without_boolq = tuple(task for task in TASKS if task != "boolq")
-    head = ["blocks", "method", *TEXTS, *TASKS, "mean", "kept", "kept without BoolQ"]
+    columns = [NAMES[name] for name in (*TEXTS, *TASKS)]
+    head = ["blocks", "method", *columns, "mean", "kept", "kept without BoolQ", *(NAMES[t] for t in OTHERS)]
     print(f"| {' | '.join(head)} |\n|--:|---|{'--:|' * (len(head) - 2)}")
     for (blocks, method), numbers in sorted(
         found.items(), key=lambda each: (-each[0][0], each[1]["wikitext2/loss_nats"])
@@ -77,6 +93,7 @@ def main() -> None:
         cells.append(f"{value:.3f} ± {error:.3f}")
         shares = [kept(numbers, dense, tasks) for tasks in (TASKS, without_boolq)]
         cells += ["", ""] if numbers is dense else shares
+        cells += [f"{numbers[f'{task}/acc'][0]:.3f}" if f"{task}/acc" in numbers else "" for task in OTHERS]
         print(f"| {' | '.join(cells)} |")
 
 
