@@ -11,8 +11,7 @@ What `methods[].scoring.criterion` may name. This page is written from the table
 
 M is the current model of N layers, d a calibration sequence, h the last hidden state after the final norm,
 x_i,t what layer i receives at token t (T the last), W_k the weight matrices of a layer. Sequences are
-scored one by one without padding. Within a tie (1e-6, of
-scores above 1 a millionth) the deeper layer goes.
+scored one by one without padding. Within a tie (1e-6, relative above 1) the deeper layer goes.
 
 | criterion | paper | computes for layer i | removed first | reads text | layer-forwards |
 |---|---|---|---|---|---|
