@@ -8,6 +8,7 @@ prompt. The defaults take some six minutes with SmolLM2-135M on one core.
 """
 
 import argparse
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -36,7 +37,7 @@ def drafts(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Pre
     given = {}
     for path in options.drafts:
         draft = load_model(path, dtype=options.dtype)[0]
-        given[f"{depth(draft.config)} of {num_layers}, healed"] = draft
+        given[f"{depth(draft.config)} of {num_layers}, {Path(path).parent.name}"] = draft
     return {f"all {num_layers}": model, **given, **pruned}
 
 
