@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from gguf import GGUFReader
 from huggingface_hub import ModelCardData, RepoCard, hf_hub_download
 
 from actors.contracts import ModelSpec, Origin
 from actors.errors import RequestError
+from actors.models.loading.gguf_file import converted
 from actors.models.loading.source import source_path
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -37,7 +37,7 @@ def origin(spec: ModelSpec) -> Origin:
     except RequestError:  # the package or file was removed since the model was read
         return Origin()
     if source.suffix == ".gguf":
-        return _of_gguf(source)
+        source = converted(source)
     if source.is_dir():
         return _of_directory(source)
     try:
@@ -82,19 +82,4 @@ def _of_readme(readme: Path, base_model: str | None = None) -> Origin:
         said.get("license"),
         said.get("license_name"),
         said.get("license_link"),
-    )
-
-
-def _of_gguf(file: Path) -> Origin:
-    fields = GGUFReader(str(file)).fields
-
-    def value(name: str) -> str | None:
-        return str(fields[name].contents()) if name in fields else None
-
-    url = value("general.base_model.0.repo_url") or value("general.source.huggingface.repository") or ""
-    return Origin(
-        url.removeprefix("https://huggingface.co/") or None,
-        value("general.license"),
-        value("general.license.name"),
-        value("general.license.link"),
     )

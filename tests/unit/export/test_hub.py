@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from gguf import GGUFWriter
 from huggingface_hub import ModelCard, constants
 
 from actors.contracts import ModelSpec, Origin
@@ -66,17 +65,6 @@ def test_the_hub_reads_the_card(place: Path) -> None:
 def test_what_a_directory_says_of_its_licence(tmp_path: Path, name: str, text: str, reported: Origin) -> None:
     (tmp_path / name).write_text(text)
     assert origin(ModelSpec(str(tmp_path))) == reported
-
-
-def test_what_a_gguf_file_says_of_its_licence(tmp_path: Path) -> None:
-    file = tmp_path / "fox.gguf"
-    writer = GGUFWriter(file, "llama")
-    writer.add_license("apache-2.0")
-    writer.add_string("general.base_model.0.repo_url", "https://huggingface.co/den/fox")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    assert origin(ModelSpec(str(file))) == Origin("den/fox", "apache-2.0")
 
 
 class _Hub(BaseHTTPRequestHandler):
