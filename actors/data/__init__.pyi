@@ -1,11 +1,10 @@
 from .bad_rows import RowTally
-from .batches import BlockData, TokenBatch, TopK, TrainingData
+from .batches import TokenBatch, TopK, TrainingData
 from .conversations import chat_template, conversation_sequences, read_prompts, render
 from .packing import (
     PackedData,
     TokenSequence,
     cut_into_blocks,
-    in_memory,
     memory_mapped,
     pack_sequences,
     shuffled,
@@ -34,7 +33,6 @@ from .tokens import (
 
 __all__ = [
     "BUILTIN_TEXTS",
-    "BlockData",
     "PackedData",
     "ReadAhead",
     "RowTally",
@@ -49,7 +47,6 @@ __all__ = [
     "calibration_sequences",
     "chat_template",
     "chat_template_text",
-    "in_memory",
     "conversation_sequences",
     "cut_into_blocks",
     "describe_text",

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import LongTensor, Tensor
 
-from actors.contracts import NO_ROWS, RowCounts
+from actors.contracts import RowCounts
 
 
 @dataclass(frozen=True)
@@ -133,28 +133,3 @@ class TrainingData(Protocol):
     @property
     def rows(self) -> RowCounts:
         """The rows that the sequences were made of, and those that were left out."""
-
-
-@dataclass(frozen=True)
-class BlockData:
-    """Full blocks of running text, every token of which counts."""
-
-    blocks_ST: Tensor
-    rows: RowCounts = NO_ROWS
-
-    def __len__(self) -> int:
-        return len(self.blocks_ST)
-
-    def batch(self, chosen_B: LongTensor) -> TokenBatch:
-        return TokenBatch(self.blocks_ST[chosen_B], sequences_B=chosen_B)
-
-    def num_tokens(self, chosen_B: LongTensor) -> int:
-        return self.blocks_ST[chosen_B].numel()
-
-    @property
-    def lengths_S(self) -> Tensor:
-        return torch.full((len(self),), self.blocks_ST.shape[1])
-
-    @property
-    def largest_id(self) -> int:
-        return int(self.blocks_ST.max())

@@ -176,17 +176,6 @@ class PackedData:
         return gathered
 
 
-def in_memory(sequences: Iterable[TokenSequence]) -> PackedData:
-    """Collect the sequences in memory. All have the same attributes."""
-    held = list(sequences)
-    columns = {
-        name: np.concatenate([getattr(sequence, name) for sequence in held]).astype(kind)
-        for name, kind in COLUMN_DTYPES.items()
-        if held and getattr(held[0], name) is not None
-    }
-    return PackedData(columns, _bounds([len(sequence.ids) for sequence in held]))
-
-
 def memory_mapped(
     make: Callable[[], Iterable[TokenSequence]], directory: Path, count: Count = RowCounts
 ) -> PackedData:

@@ -30,7 +30,8 @@ from orchestrator.execution.dry_run import campaign_stages, unfinished_trajector
 from orchestrator.execution.local import LocalBackend
 from orchestrator.execution.progress import ProgressBoard
 from orchestrator.execution.stopping import StopRequest
-from orchestrator.execution.tune import CampaignOutcome, run_trial, run_trials
+from orchestrator.execution.trial import run_trial
+from orchestrator.execution.tune import CampaignOutcome, run_trials
 from orchestrator.planning.changes import Change, Effect, described
 from orchestrator.planning.cost_model import machine_of
 from orchestrator.planning.plan import CampaignPlan

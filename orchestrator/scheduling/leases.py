@@ -96,10 +96,6 @@ class Leases:
         finally:
             self._forget(key)
 
-    def is_lost(self, key: str) -> bool:
-        """Return whether another has taken over a stage that is held here: both compute it."""
-        return key in self._lost
-
     def _forget(self, key: str) -> None:
         with self._changed:
             self._wanted.discard(key)

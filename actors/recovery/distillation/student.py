@@ -72,10 +72,6 @@ class Student(nn.Module):
             hidden_BTD, _ = self.block(layerwise, layer, hidden_BTD)
         return layerwise.finish(hidden_BTD)
 
-    def student_hidden(self, input_ids_BT: Tensor) -> Tensor:
-        """Return `hidden` of rows of one document each, without padding."""
-        return self.hidden(TokenBatch(input_ids_BT))
-
     def block(self, layerwise: LayerwisePass, layer: int, hidden_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run one of the student's blocks; return output and, if recorded, attention matrix [B, H, T, T]."""
         layers = self.pair.student_layers

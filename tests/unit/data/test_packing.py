@@ -10,18 +10,16 @@ import pytest
 import torch
 
 from actors.data import (
-    BlockData,
-    PackedData,
     TokenBatch,
     TokenSequence,
     TopK,
     cut_into_blocks,
-    in_memory,
     memory_mapped,
     pack_sequences,
     shuffled,
     take_tokens,
 )
+from tests.support.packed_data import packed
 from tests.support.tiny_models import tiny_model
 
 DOCUMENTS = [list(range(10, 15)), [20], [], list(range(30, 43)), [50, 51], [60], list(range(70, 77))]
@@ -43,7 +41,7 @@ def plain_blocks(length: int) -> list[list[tuple[int, int, bool]]]:
 
 @pytest.mark.parametrize("length", [2, 4, 7, 29])
 def test_blocks_of_documents_are_those_of_a_plain_loop(length: int) -> None:
-    data = in_memory(cut_into_blocks(DOCUMENTS, length, isolated=True))
+    data = packed(cut_into_blocks(DOCUMENTS, length, isolated=True))
     batch = data.batch(torch.arange(len(data)))
     got = torch.stack([batch.input_ids_BT, batch.position_ids_BT, batch.targets_BT], dim=-1)
     assert [[(i, p, bool(t)) for i, p, t in row] for row in got.tolist()] == plain_blocks(length)
@@ -52,7 +50,7 @@ def test_blocks_of_documents_are_those_of_a_plain_loop(length: int) -> None:
 
 
 def test_concatenated_blocks_say_nothing_of_documents() -> None:
-    data = in_memory(cut_into_blocks(DOCUMENTS, 4, isolated=False))
+    data = packed(cut_into_blocks(DOCUMENTS, 4, isolated=False))
     batch = data.batch(torch.tensor([2, 0]))
     flat = [token for document in DOCUMENTS for token in document]
     assert batch.input_ids_BT.tolist() == [flat[8:12], flat[:4]]
@@ -63,14 +61,14 @@ def test_concatenated_blocks_say_nothing_of_documents() -> None:
 def test_no_token_sees_another_document(family: str) -> None:
     """The model's output on packed documents is that on each by itself."""
     documents = [list(range(10, 15)), [20, 21], list(range(30, 35))]
-    batch = in_memory(cut_into_blocks(documents, 12, isolated=True)).batch(torch.tensor([0]))
+    batch = packed(cut_into_blocks(documents, 12, isolated=True)).batch(torch.tensor([0]))
     model = tiny_model(family)
     with torch.no_grad():
-        packed = model(batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).logits[0]
+        isolated = model(batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).logits[0]
         alone = [model(torch.tensor([document]), use_cache=False).logits[0] for document in documents]
         together = model(batch.input_ids_BT, use_cache=False).logits[0]
-    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(packed, together, atol=1e-2)
+    torch.testing.assert_close(isolated, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(isolated, together, atol=1e-2)
 
 
 def answers(*lengths: int) -> list[TokenSequence]:
@@ -82,7 +80,7 @@ def answers(*lengths: int) -> list[TokenSequence]:
 
 
 def test_sequences_of_unequal_length_are_padded_to_the_longest_of_the_batch() -> None:
-    data = in_memory(answers(4, 2, 6))
+    data = packed(answers(4, 2, 6))
     batch = data.batch(torch.tensor([1, 0]))
     assert batch.input_ids_BT.tolist() == [[100, 101, 0, 0], [50, 51, 52, 53]]
     assert batch.mask_BT is not None
@@ -95,7 +93,7 @@ def test_sequences_of_unequal_length_are_padded_to_the_longest_of_the_batch() ->
 
 
 def test_whole_sequences_share_one_where_they_fit() -> None:
-    data = in_memory(pack_sequences(answers(3, 4, 2, 7, 1), 7))
+    data = packed(pack_sequences(answers(3, 4, 2, 7, 1), 7))
     assert data.lengths_S.tolist() == [7, 2, 7, 1]
     batch = data.batch(torch.tensor([0, 1]))
     assert batch.position_ids_BT.tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 0, 0, 0, 0]]
@@ -105,7 +103,7 @@ def test_whole_sequences_share_one_where_they_fit() -> None:
 
 
 def test_padding_changes_nothing_for_the_tokens_before_it() -> None:
-    data = in_memory(pack_sequences(answers(3, 4, 2), 7))
+    data = packed(pack_sequences(answers(3, 4, 2), 7))
     model = tiny_model("llama")
     with torch.no_grad():
         wide = data.batch(torch.tensor([0, 1]))
@@ -123,22 +121,15 @@ def test_the_ceiling_of_tokens_is_kept(max_tokens: int) -> None:
     assert len(taken) == 3 or sum(taken) + [4, 2, 6][len(taken)] > max_tokens
 
 
-@pytest.mark.parametrize("isolated", [True, False])
-def test_mapped_files_give_what_memory_gives(tmp_path: Path, isolated: bool) -> None:
-    held = in_memory(cut_into_blocks(DOCUMENTS, 4, isolated))
-    mapped = memory_mapped(lambda: cut_into_blocks(DOCUMENTS, 4, isolated), tmp_path / "tokens")
-    again = memory_mapped(list, tmp_path / "tokens")  # found: not written anew
+def test_mapped_files_are_found_again_and_not_made_anew(tmp_path: Path) -> None:
+    made = memory_mapped(lambda: cut_into_blocks(DOCUMENTS, 4, isolated=True), tmp_path / "tokens")
+    again = memory_mapped(list, tmp_path / "tokens")
     chosen = torch.tensor([3, 1, 0])
-    for data in (mapped, again):
-        assert_same_batch(data, held, chosen)
-        assert len(data) == len(held)
-    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
-
-
-def assert_same_batch(got: PackedData, want: PackedData, chosen: torch.LongTensor) -> None:
-    for name, value in vars(want.batch(chosen)).items():
-        other = getattr(got.batch(chosen), name)
+    assert len(again) == len(made)
+    for name, value in vars(made.batch(chosen)).items():
+        other = getattr(again.batch(chosen), name)
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value is other
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -162,12 +153,11 @@ def test_a_shuffled_stream_holds_everything_once_and_little_at_a_time() -> None:
 
 def test_a_batch_knows_the_index_of_each_of_its_rows() -> None:
     chosen_B = torch.tensor([2, 0])
-    blocks = BlockData(torch.arange(12).view(3, 4))
-    packed = in_memory([TokenSequence(np.arange(n + 1)) for n in range(3)])
-    for data in (blocks, packed):
-        batch = data.batch(chosen_B).to(torch.device("cpu"))
-        assert batch.sequences_B is chosen_B
-        assert batch.input_ids_BT[0, 0] == data.batch(torch.tensor([2])).input_ids_BT[0, 0]
+    data = packed([TokenSequence(np.arange(n + 1)) for n in range(3)])
+    batch = data.batch(chosen_B).to(torch.device("cpu"))
+    assert batch.sequences_B is chosen_B
+    assert batch.input_ids_BT.tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert batch.mask_BT.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 def test_what_a_cache_gives_a_batch_moves_with_it() -> None:

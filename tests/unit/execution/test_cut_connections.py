@@ -9,7 +9,7 @@ import pytest
 
 from actors.artifacts import filesystem, list_files
 from actors.contracts import EvaluationResult, ExportResult, RecoveryResult, ScoreResult
-from orchestrator.execution import tune
+from orchestrator.execution import trial
 from orchestrator.storage.ledger import Ledger
 from orchestrator.storage.stage_store import Store
 from tests.support.cutting_proxy import cutting_proxy
@@ -50,7 +50,7 @@ def test_an_upload_that_is_cut_is_no_result_and_resume_completes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ITERABRE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tune, "LOST_TRIAL_RETRIES", 0)
+    monkeypatch.setattr(trial, "LOST_TRIAL_RETRIES", 0)
     campaign = tiny_campaign(tmp_path) | {"targets": [{"layers": 3}]}
     file = write_campaign(campaign, tmp_path / "campaign.yaml")
     assert iterabre("campaign", file).exit_code == 0

@@ -22,7 +22,7 @@ from actors.contracts import EvaluationResult, EvaluationSpec, Progress
 from actors.errors import DamagedArtifactError, MemoryExhaustedError, StorageUnavailableError
 from actors.ray_pool import is_loss
 from orchestrator.config import parse_config
-from orchestrator.execution import tune
+from orchestrator.execution import trial
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.planner import build_plan
 from orchestrator.scheduling.coordinator import Coordinator
@@ -70,14 +70,14 @@ def run(
 ) -> Callable[..., tuple[str | None, FailingBackend, Store, list[float]]]:
     pauses: list[float] = []
     # Of this module only: threads that other tests left in this process sleep too.
-    monkeypatch.setattr(tune, "time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr(trial, "time", SimpleNamespace(sleep=pauses.append))
 
     def run(
         fails: Callable[[int], BaseException | None], overlap: bool = False
     ) -> tuple[str | None, FailingBackend, Store, list[float]]:
         backend, store = FailingBackend(tmp_path, fails), Store(str(tmp_path / "run"))
         coordinator = Coordinator(Limits())
-        reason = tune.run_trial(
+        reason = trial.run_trial(
             plan.trajectories[0], backend, store, lambda _: None, coordinator, overlap=overlap
         )
         return reason, backend, store, pauses
@@ -143,8 +143,8 @@ def test_what_is_lost_after_a_choice_of_layers_is_not_tried_for_ever(run: Any) -
     # The choice itself is no stage that was found in the store, in any attempt.
     reason, backend, _, pauses = run(lambda number: None if number == 1 else StorageUnavailableError("away"))
     assert "away" in reason
-    assert backend.evaluations == 1 + tune.LOST_TRIAL_RETRIES + 1
-    assert len(pauses) == tune.LOST_TRIAL_RETRIES
+    assert backend.evaluations == 1 + trial.LOST_TRIAL_RETRIES + 1
+    assert len(pauses) == trial.LOST_TRIAL_RETRIES
 
 
 def test_a_damaged_artifact_is_quarantined_and_its_stage_computed_anew(
@@ -168,7 +168,7 @@ def test_artifacts_that_are_damaged_again_and_again_end_the_trajectory(
     monkeypatch.setattr(Store, "quarantine_artifact", lambda _self, _uri: True, raising=False)
     reason, backend, _, _ = run(lambda _: DamagedArtifactError("not what was published", "a/b"))
     assert "not what was published" in reason
-    assert backend.evaluations == 1 + tune.MOST_QUARANTINES
+    assert backend.evaluations == 1 + trial.MOST_QUARANTINES
 
 
 def test_what_is_lost_is_named_and_nothing_else_is() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config import parse_config
-from orchestrator.execution import tune
 from orchestrator.execution.dry_run import unfinished_trajectories
+from orchestrator.execution.trial import run_trial
+from orchestrator.execution.tune import LedgerStopper
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.planner import build_plan
 from orchestrator.scheduling.coordinator import Coordinator
@@ -33,7 +34,7 @@ def run(plan: CampaignPlan, store: Store, notes: Path) -> None:
     """Run every trajectory to its end, one after another, without a scheduler."""
     backend = Simulation(dict.fromkeys(KINDS, 0.0), notes)(None, None)  # type: ignore[arg-type]
     for trajectory in plan.trajectories:
-        assert tune.run_trial(trajectory, backend, store, lambda _: None, Coordinator(Limits())) is None
+        assert run_trial(trajectory, backend, store, lambda _: None, Coordinator(Limits())) is None
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_a_trajectory_that_reports_again_is_judged_as_before(tmp_path: Path, sto
     search = parse_config(
         tiny_campaign(tmp_path) | {"search": SEARCH, "execution": {"backend": "ray"}}, "campaign.yaml"
     ).search
-    stopper = tune.LedgerStopper(search, plan, Ledger(store.ledger_uri))
+    stopper = LedgerStopper(search, plan, Ledger(store.ledger_uri))
     for trajectory in plan.trajectories:
         for iteration in (1, 2):
             assert not stopper("trial", {"trajectory": trajectory.id, "iteration": iteration})
@@ -75,7 +76,7 @@ def test_a_worse_trajectory_that_comes_later_is_given_up(tmp_path: Path, store: 
     search = parse_config(
         tiny_campaign(tmp_path) | {"search": SEARCH, "execution": {"backend": "ray"}}, "campaign.yaml"
     ).search
-    stopper = tune.LedgerStopper(search, plan, Ledger(store.ledger_uri))
+    stopper = LedgerStopper(search, plan, Ledger(store.ledger_uri))
     better, worse = (trajectory.id for trajectory in plan.trajectories)
     assert not stopper("trial", {"trajectory": better, "iteration": 1})
     assert stopper("trial", {"trajectory": worse, "iteration": 1})

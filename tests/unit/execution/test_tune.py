@@ -18,7 +18,7 @@ import orchestrator.execution.ray
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits
 from orchestrator.storage.stage_store import Store
-from orchestrator.execution.tune import run_trial
+from orchestrator.execution.trial import run_trial
 from tests.support.simulated import Simulation
 
 place = Path(sys.argv[1])

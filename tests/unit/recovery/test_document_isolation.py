@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from actors.contracts import AdapterSpec, LossSpec, ModelRef, ModelSpec, RecoverySpec, TextSpec
-from actors.data import TokenBatch, cut_into_blocks, in_memory
+from actors.data import TokenBatch, cut_into_blocks
 from actors.errors import RequestError
 from actors.recovery.distillation.teacher_student import load_teacher_student
 from actors.recovery.objectives import find_objective
@@ -16,6 +16,7 @@ from actors.recovery.training.document_isolation import (
     wants_one_row,
 )
 from tests.support.decoder_zoo import tiny_decoder
+from tests.support.packed_data import packed
 from tests.support.tiny_models import save_tiny, tiny_llama, tiny_model
 
 
@@ -46,7 +47,7 @@ def test_rows_put_end_to_end_give_the_same_loss_and_gradients(tmp_path: Path, ob
         packing="documents",
     )
     documents = [[i + 5 for i in range(n)] for n in (7, 20, 3, 11, 9, 14)]
-    batch = in_memory(cut_into_blocks(documents, 16, isolated=True)).batch(torch.tensor([0, 1, 3]))
+    batch = packed(cut_into_blocks(documents, 16, isolated=True)).batch(torch.tensor([0, 1, 3]))
     mask_BT = torch.ones_like(batch.input_ids_BT)
     mask_BT[1, 12:] = 0
     padded = TokenBatch(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.contracts import ModelRef, ModelSpec, RecoverySpec, TextSpec
-from actors.data import BlockData, TokenBatch
+from actors.data import TokenBatch
 from actors.errors import RequestError
 from actors.models import build_model, load_model, remove_layers
 from actors.recovery.distillation.linear_bridge import (
@@ -20,6 +20,7 @@ from actors.recovery.distillation.linear_bridge import (
     solve_bridges,
 )
 from actors.recovery.training.local import recover_locally
+from tests.support.packed_data import packed_blocks
 from tests.support.tiny_models import save_tiny, tiny_ids, tiny_llama, tiny_model
 from tests.support.tiny_recovery import tiny_recovery_spec
 
@@ -75,7 +76,7 @@ def test_bridges_are_those_of_stacked_activations(tmp_path: Path) -> None:
     reported: list[tuple[int, int]] = []
     spec = _spec(path, (2, 3, 5))
     solved = solve_bridges(
-        spec, BlockData(ids_BT), lambda done, all, _="": reported.append((done, all))
+        spec, packed_blocks(ids_BT), lambda done, all, _="": reported.append((done, all))
     ).tensors
     total = 2 * -(-24 // spec.micro_batch_size)
     assert reported == [(done, total) for done in range(1, total + 1)]

@@ -81,7 +81,7 @@ def test_a_chain_with_layers_dropped_in_between_reads_back_as_the_student(tmp_pa
     assert merged.config.num_hidden_layers == 3
     with torch.no_grad():
         got = merged(ids_BT, use_cache=False).logits
-        hidden_BTD = second.eval().student_hidden(ids_BT)
+        hidden_BTD = second.eval().hidden(TokenBatch(ids_BT))
         want = second.pair.adapted.get_base_model().get_output_embeddings()(hidden_BTD)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 

@@ -11,13 +11,14 @@ import torch
 from torch import LongTensor, nn
 
 from actors.contracts import RecoveryResult, RecoverySpec
-from actors.data import BlockData, ReadAhead, TokenBatch
+from actors.data import ReadAhead, TokenBatch
 from actors.errors import MemoryExhaustedError
 from actors.recovery.training import train_loop, training_run
 from actors.recovery.training.engine import Engine, single_process_group
 from actors.recovery.training.failures import DivergenceError
 from actors.recovery.training.local import recover_locally
 from actors.recovery.training.pending_steps import PendingStep, read_steps
+from tests.support.packed_data import packed_blocks
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_steps_read_together_share_their_time() -> None:
 
 @pytest.fixture
 def reader() -> Iterator[tuple[ReadAhead, list[list[int]]]]:
-    data, asked = BlockData(torch.arange(24).view(6, 4)), []
+    data, asked = packed_blocks(torch.arange(24).view(6, 4)), []
 
     def read(chosen_B: LongTensor) -> TokenBatch:
         asked.append(chosen_B.tolist())
