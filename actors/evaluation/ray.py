@@ -97,7 +97,13 @@ def evaluate_on_ray(
     def evaluate(spec: EvaluationSpec) -> EvaluationResult:
         with ActorPool(pool, EvalActor, setting="evaluation", progress=progress) as actors:
             if alone:
-                return result_of(_submit(actors.first, spec, progress, samples_uri, parts_uri))
+                ((_, result),) = actors.dispatch(
+                    [spec],
+                    submit=lambda actor, spec: actor.evaluate.options(**task_name()).remote(
+                        spec, progress, samples_uri, parts_uri
+                    ),
+                )
+                return result
             # A process of its own: lm-eval redirects its process's output and sets its random states.
             return run_in_task(_evaluate_on_pool, spec, actors, samples_uri, parts_uri, progress=progress)
 
@@ -120,9 +126,8 @@ def _evaluate_on_pool(
     tokenizer = load_tokenizer(spec.model.source)
     if spec.apply_chat_template:
         check_chat_template(tokenizer, spec.system_instruction)
-    without_tasks = _submit(
-        pool.first, replace(spec, tasks=(), suites=()), no_progress, samples_uri, parts_uri
-    )
+    evaluating = pool.first.evaluate.options(max_task_retries=RETRIES, **task_name())
+    without_tasks = evaluating.remote(replace(spec, tasks=(), suites=()), no_progress, samples_uri, parts_uri)
 
     def respond(kind: str, requests: list[tuple[Any, ...]]) -> list[Any]:
         responses = KeptResponses(KeptParts(parts_uri), kind, requests)
@@ -174,7 +179,3 @@ def evaluate_all_on_ray(
                 max_task_retries=RETRIES, **task_name()
             ).remote(specs[position], base),
         )
-
-
-def _submit(actor: Any, spec: EvaluationSpec, *arguments: Any) -> Any:
-    return actor.evaluate.options(max_task_retries=RETRIES, **task_name()).remote(spec, *arguments)

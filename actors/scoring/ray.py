@@ -1,11 +1,12 @@
-"""Scoring on Ray: a pool of actors that divide the calibration sequences, and the candidates if need be."""
+"""Scoring on Ray: one actor scores all, or a pool divides the calibration sequences and the candidates."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from actors.contracts import ActorPoolSpec, Progress, ScoreResult, ScoreSpec, no_progress
+from actors.contracts import MERGING_CRITERIA, ActorPoolSpec, Progress, ScoreResult, ScoreSpec, no_progress
 from actors.out_of_memory import once_more_with_less
-from actors.ray_pool import ActorPool
+from actors.ray_pool import ActorPool, run_in_task, task_name
+from actors.scoring.memory_shares import memory_shares
 
 if TYPE_CHECKING:
     from actors.scoring.score import Scorer, Shard, ShardScores
@@ -15,7 +16,7 @@ SHARDS_PER_ACTOR = 4
 
 
 class ScoreActor:
-    """Scores shards of one spec; holds its models between shards."""
+    """Scores what one spec says; holds its models between shards."""
 
     def __init__(self, spec: ScoreSpec, memory_share: float = 1.0):
         self._spec, self._memory_share = spec, memory_share
@@ -30,39 +31,48 @@ class ScoreActor:
             self._scorer = Scorer(self._spec, self._memory_share)
         return self._scorer.score(shard)
 
+    def score_all(self, progress: Progress = no_progress) -> ScoreResult:
+        """Return the result of the whole spec; `progress` crosses to the actor's process."""
+        from actors.scoring.score import score_in_process
 
-class MergeActor:
-    """Merges layers."""
-
-    def work(self, spec: ScoreSpec) -> ScoreResult:
-        """Return the merges that remove as many layers as the spec says."""
-        from actors.scoring.laco import merge_result
-
-        return merge_result(spec)
+        return score_in_process(self._spec, self._memory_share, progress)
 
 
 def score_on_ray(spec: ScoreSpec, pool: ActorPoolSpec, progress: Progress = no_progress) -> ScoreResult:
-    """Score on a pool of actors; begin as soon as one of them has a place.
+    """Score on as many actors as the pool has, or on one where the work cannot be divided.
 
-    Merges are tried one upon another and so are one task on one actor's place.
-    A shard whose actor is lost goes to another; the others are not run again.
-    All actors have ended when this returns, so that training can have their place.
+    Merges are tried one upon another, and layers by hand need no model. One actor does all by itself;
+    what divides the work among several loads as much as they do, and has a process of its own.
 
     Raises:
         WorkError: no actor got a place in time, or all were lost.
         MemoryExhaustedError: memory does not suffice, with half of the budget neither.
     """
-    from actors.scoring.criteria import FixedCriterion, MergeCriterion, criterion_of
-    from actors.scoring.fixed import fixed_result
-    from actors.scoring.score import Scorer, memory_shares, run_shards
+    if pool.actors > 1 and spec.criterion not in MERGING_CRITERIA and not spec.layers:
+        return run_in_task(score_on_pool, spec, pool, progress=progress)
+    pool = replace(pool, actors=1)
 
-    criterion = criterion_of(spec)
-    if isinstance(criterion, FixedCriterion):
-        return fixed_result(spec)
-    if isinstance(criterion, MergeCriterion):
-        with ActorPool(replace(pool, actors=1), MergeActor, setting="scoring", progress=progress) as actors:
-            ((_, merged),) = actors.dispatch([spec])
-            return merged
+    def score(memory_share: float) -> ScoreResult:
+        with ActorPool(pool, ScoreActor, spec, memory_share, setting="scoring", progress=progress) as actors:
+            ((_, result),) = actors.dispatch(
+                [spec], submit=lambda actor, _: actor.score_all.options(**task_name()).remote(progress)
+            )
+            return result
+
+    return once_more_with_less(score, **memory_shares(spec))
+
+
+def score_on_pool(spec: ScoreSpec, pool: ActorPoolSpec, progress: Progress = no_progress) -> ScoreResult:
+    """Divide the scoring among the actors of a pool; begin as soon as one of them has a place.
+
+    A shard whose actor is lost goes to another; the others are not run again.
+    All actors have ended when this returns, so that training can have their place.
+
+    Raises:
+        WorkError, MemoryExhaustedError: as `score_on_ray`.
+    """
+    from actors.scoring.score import Scorer, run_shards
+
     # A shard reads a streamed model's files once, so there are no more than actors.
     count = pool.actors if spec.stream_weights else pool.actors * SHARDS_PER_ACTOR
 

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 import transformers
@@ -41,6 +40,7 @@ from actors.scoring.measures.kept_streams import KeptStreams, name_of
 from actors.scoring.measures.memory_budget import GIB, costs_of, default_budget
 from actors.scoring.measures.reference import Reference
 from actors.scoring.measures.wavefront import ForwardCounter
+from actors.scoring.memory_shares import memory_shares
 from actors.scoring.score_table import ScoreTable, in_doubt, score_result
 
 ScoreRows = list[list[float]]
@@ -313,33 +313,27 @@ def run_shards(
     return score_result(table, screened)
 
 
-def score_locally(spec: ScoreSpec, progress: Progress = no_progress) -> ScoreResult:
-    """Score in this process, one shard after another."""
+def score_in_process(
+    spec: ScoreSpec, memory_share: float = 1.0, progress: Progress = no_progress
+) -> ScoreResult:
+    """Score in this process, one shard after another, with a share of the memory budget."""
     criterion = criterion_of(spec)
     if isinstance(criterion, MergeCriterion):
         return merge_result(spec)
     if isinstance(criterion, FixedCriterion):
         return fixed_result(spec)
+    scorer = Scorer(spec, memory_share)
 
-    def score(memory_share: float) -> ScoreResult:
-        scorer = Scorer(spec, memory_share)
+    def compute(shards: list[Shard]) -> Iterable[tuple[Shard, ShardScores]]:
+        return ((shard, scorer.score(shard)) for shard in shards)
 
-        def compute(shards: list[Shard]) -> Iterable[tuple[Shard, ShardScores]]:
-            return ((shard, scorer.score(shard)) for shard in shards)
-
-        # A shard reads a streamed model's files once, so there is only one.
-        count = 1 if spec.stream_weights else -(-len(scorer.sequences) // SEQUENCES_PER_LOCAL_SHARD)
-        return run_shards(scorer, compute, max(1, count), progress=progress)
-
-    return once_more_with_less(score, **memory_shares(spec))
+    # A shard reads a streamed model's files once, so there is only one.
+    count = 1 if spec.stream_weights else -(-len(scorer.sequences) // SEQUENCES_PER_LOCAL_SHARD)
+    return run_shards(scorer, compute, max(1, count), progress=progress)
 
 
-def memory_shares(spec: ScoreSpec) -> dict[str, Any]:
-    """Return how a scoring that lacks memory is tried again; see `once_more_with_less`."""
-    return {
-        "size": 1.0,
-        "smaller": 0.5,
-        "what": f"scoring of {spec.model.source.path!r}",
-        "setting": "scoring.memory_budget_gb",
-        "remedy": "lower scoring.sequence_length, set scoring.stream_weights, or use a larger device",
-    }
+def score_locally(spec: ScoreSpec, progress: Progress = no_progress) -> ScoreResult:
+    """Score in this process; where memory does not suffice, once more with half of the budget."""
+    return once_more_with_less(
+        lambda memory_share: score_in_process(spec, memory_share, progress), **memory_shares(spec)
+    )

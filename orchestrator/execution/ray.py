@@ -50,7 +50,7 @@ class RayBackend:
         if spec.task is not None:
             # As many at a time as scoring may have actors, each with what an evaluation holds.
             return score_by_task(spec, lambda specs: evaluate_all_on_ray(specs, pool, progress), progress)
-        return run_in_task(score_on_ray, spec, pool, progress=progress)
+        return score_on_ray(spec, pool, progress)
 
     def generate(self, spec: GenerationSpec, uri: str, progress: Progress) -> GenerationResult:
         return run_in_task(generate_on_ray, spec, uri, self._pool("generate"), progress=progress)

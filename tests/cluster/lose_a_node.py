@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from actors.contracts import ActorPoolSpec, ModelRef, ModelSpec, ScoreSpec, TextSpec
 from actors.scoring import ray as actor
 from actors.scoring import score_locally
-from actors.scoring.ray import ScoreActor, score_on_ray
+from actors.scoring.ray import ScoreActor, score_on_pool
 from actors.scoring.score import Shard, ShardScores
 
 
@@ -45,7 +45,7 @@ def main() -> None:
 
     actor.ScoreActor = SlowActor  # type: ignore[misc]
     # Each takes more than half a node, so there is one on each, and the lost one finds no other place.
-    got = score_on_ray(spec, ActorPoolSpec(2, cpus=0.6, gpus=0, start_timeout_s=300.0), lose_one)
+    got = score_on_pool(spec, ActorPoolSpec(2, cpus=0.6, gpus=0, start_timeout_s=300.0), lose_one)
     want = score_locally(spec)
     apart = max(abs(x - y) for x, y in zip(got.scores, want.scores, strict=True))
     print(

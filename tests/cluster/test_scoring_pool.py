@@ -12,18 +12,20 @@ from typing import Any
 
 import pytest
 
-from actors.contracts import ActorPoolSpec, ModelRef, ModelSpec, ScoreResult, ScoreSpec, TextSpec
+from actors.contracts import ActorPoolSpec, MergeSpec, ModelRef, ModelSpec, ScoreResult, ScoreSpec, TextSpec
 from actors.errors import UnexpectedError, WorkError
 from actors.ray_pool import ActorPool
 from actors.scoring import ray as actor
 from actors.scoring import score_locally
-from actors.scoring.ray import ScoreActor, score_on_ray
+from actors.scoring.ray import ScoreActor, score_on_pool, score_on_ray
 from actors.scoring.score import Shard, ShardScores
 from tests.support.tiny_models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("ray_two_cpus")
 LONG = pytest.mark.long
 
+MERGES = MergeSpec(group=2, threshold=-1.0)
+BY_HAND = {"criterion": "fixed", "layers": (4, 2)}
 LINES = [f"The gods of the land number {i} give rise to way " + "higher " * i for i in range(9)]
 
 
@@ -47,7 +49,7 @@ def on_ray(
     spec: ScoreSpec, actors: int, progress: Callable[[int, int, str], None] | None = None
 ) -> ScoreResult:
     options: dict[str, Any] = {"progress": progress} if progress else {}
-    return score_on_ray(spec, ActorPoolSpec(actors, cpus=0.4, gpus=0), **options)
+    return score_on_pool(spec, ActorPoolSpec(actors, cpus=0.4, gpus=0), **options)
 
 
 def recorder(log: Path, die: Callable[[Shard, int], bool]) -> type[ScoreActor]:
@@ -77,6 +79,35 @@ def test_any_number_of_actors_gives_the_same(spec: ScoreSpec, local: ScoreResult
     result = on_ray(spec, actors, lambda done, total, _note: heard.append(done))
     assert_same(result, local)
     assert heard[-1] == 9
+
+
+class Written:
+    """A progress that writes down its reports, and kills the process of the first."""
+
+    def __init__(self, file: Path):
+        self._file = file
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        first = not self._file.exists()
+        with self._file.open("a") as file:
+            file.write(f"{done} of {total} {note}\n")
+        if first:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("changes", "actors"),
+    [({}, 1), ({"criterion": "laco", "num_remove": 1, "merge": MERGES}, 2), (BY_HAND, 2)],
+    ids=["whole", "merges", "by hand"],
+)
+def test_one_actor_scores_all_that_is_not_divided(
+    spec: ScoreSpec, changes: dict[str, Any], actors: int, tmp_path: Path
+) -> None:
+    alone, written = replace(spec, **changes), Written(tmp_path / "progress")
+    result = score_on_ray(alone, ActorPoolSpec(actors, cpus=0.4, gpus=0), written)
+    assert_same(result, score_locally(alone))
+    if not changes:  # once by the process that was lost, once by the next
+        assert (tmp_path / "progress").read_text() == "9 of 9 sequences\n" * 2
 
 
 def test_more_actors_than_sequences_shard_the_candidates(spec: ScoreSpec) -> None:
