@@ -8,16 +8,17 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
 import ray
 
 from orchestrator.execution.cluster import HEAD
+from orchestrator.execution.coordinator_client import RayCoordinatorClient
 from orchestrator.execution.progress import ProgressBoard
 from orchestrator.scheduling.admission import AdmissionController
-from orchestrator.scheduling.coordinator import SETTLE_S, Coordinator, LeaseReply, LeaseRequest
+from orchestrator.scheduling.coordinator import SETTLE_S, Coordinator
 from orchestrator.scheduling.limits import Limits, spent_before
 from orchestrator.storage.control import Directives
 from orchestrator.storage.stage_store import Store
@@ -51,7 +52,7 @@ def start_coordinator(
     at_a_time: int,
     control: Callable[[], Directives] = Directives,
     campaign: str | None = None,
-) -> "RayCoordinatorClient":
+) -> RayCoordinatorClient:
     """Start the coordinator of a campaign with so many trajectories at a time."""
     # A trajectory may wait for two stages, renew its leases and look for its cancellation at a time.
     many = {"max_concurrency": 4 * at_a_time + 8}
@@ -114,38 +115,3 @@ class HeadCoordinator(Coordinator):
                 self.save_usage()
             except Exception as error:  # the storage may be away for a moment
                 log.warning("what was used of the cluster could not be written, trying again: %s", error)
-
-
-class RayCoordinatorClient:
-    """A `CoordinatorClient` of a coordinator that a Ray actor holds."""
-
-    def __init__(self, actor: Any):
-        self._actor = actor
-
-    def try_acquire(self, request: LeaseRequest, wait_s: float = 0.0) -> LeaseReply:
-        return ray.get(self._actor.try_acquire.remote(request, wait_s))
-
-    def release(self, request: LeaseRequest, seconds: float, failed: bool = False) -> None:
-        ray.get(self._actor.release.remote(request, seconds, failed))
-
-    def renew(self, held: Sequence[LeaseRequest]) -> Sequence[str]:
-        return ray.get(self._actor.renew.remote(held))
-
-    def fail(self, trajectory: str) -> None:
-        ray.get(self._actor.fail.remote(trajectory))
-
-    def save_usage(self) -> None:
-        """Have the coordinator write what has been used of the cluster."""
-        ray.get(self._actor.save_usage.remote())
-
-    def ended_by(self) -> str | None:
-        return ray.get(self._actor.ended_by.remote())
-
-    def stop(self, reason: str) -> None:
-        ray.get(self._actor.stop.remote(reason))
-
-    def stopping(self) -> bool:
-        return ray.get(self._actor.stopping.remote())
-
-    def is_cancelled(self, trajectory: str) -> bool:
-        return ray.get(self._actor.is_cancelled.remote(trajectory))

@@ -14,7 +14,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestrator.config import CampaignConfig, parse_config
 from orchestrator.execution.campaign import limits_of
 from orchestrator.execution.cluster import ClusterNodes
-from orchestrator.execution.head_actors import RayCoordinatorClient, start_coordinator
+from orchestrator.execution.coordinator_client import RayCoordinatorClient
+from orchestrator.execution.head_actors import start_coordinator
 from orchestrator.execution.tune import CampaignOutcome, run_trials
 from orchestrator.planning.planner import build_plan
 from orchestrator.scheduling.admission import AdmissionController

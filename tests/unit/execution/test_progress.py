@@ -1,9 +1,12 @@
 """What is shown of a campaign while it runs."""
 
 import pickle
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
+from orchestrator.execution.coordinator_client import RayCoordinatorClient
 from orchestrator.execution.progress import (
     ProgressBoard,
     RemoteReport,
@@ -147,3 +150,18 @@ def test_devices_that_actors_share_are_counted_once() -> None:
     places = ["w1 GPU 0", "w1 GPU 0", "w1 GPU 1 GPU 2", "w2 GPU 0", "w3", "w3"]
     assert devices_in_use(places) == 6
     assert devices_in_use([]) == 0
+
+
+def test_what_reports_from_a_worker_loads_nothing_heavy_there() -> None:
+    """Every process that computes unpickles it."""
+    progress = StageProgress(_nowhere, PROGRESS, RayCoordinatorClient(None).stopping)
+    unpickle = (
+        "import pickle, sys; pickle.loads(bytes.fromhex(sys.argv[1]))\n"
+        "print(*(name for name in ('ray.tune', 'ray.train', 'torch', 'pandas') if name in sys.modules))"
+    )
+    command = [sys.executable, "-c", unpickle, pickle.dumps(progress).hex()]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def _nowhere(progress: TrajectoryProgress) -> None:
+    """Be a report that pickles."""
