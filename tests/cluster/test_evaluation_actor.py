@@ -94,6 +94,24 @@ def test_actors_killed_in_mid_task_change_no_number(
     assert len(log.read_text().splitlines()) > 2 * actor.SHARDS_PER_ACTOR
 
 
+def test_one_actor_that_is_killed_is_called_again(
+    spec: EvaluationSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "killed"
+
+    class Mortal(EvalActor):
+        def evaluate(self, *arguments: Any) -> EvaluationResult:
+            if not killed.exists():
+                killed.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().evaluate(*arguments)
+
+    monkeypatch.setattr(actor, "EvalActor", Mortal)
+    text = replace(spec, tasks=())
+    _assert_same(_on_pool(text, 1), _evaluate_here(text))
+    assert killed.exists()
+
+
 def test_a_pool_asks_only_for_responses_that_are_not_kept(spec: EvaluationSpec, tmp_path: Path) -> None:
     def measured() -> EvaluationResult:
         pool = ActorPoolSpec(2, cpus=0.4, gpus=0)
