@@ -55,7 +55,7 @@ def with_mean_accuracy(models: Sequence[Measured]) -> list[Measured]:
             continue
         errors = [number.stderr or 0.0 for number in found]
         number = Number(mean(number.value for number in found), hypot(*errors) / len(errors), "")
-        added.append(replace(model, numbers={**model.numbers, MEAN_ACCURACY: number}))
+        added.append(replace(model, numbers={**model.numbers, MEAN_ACCURACY: number}, averaged=tuple(tasks)))
     return added
 
 

@@ -73,7 +73,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Entry:
-    """A method's model at one depth and in one state, over all its seeds; `trajectories` has one of each."""
+    """A method's model at one depth and in one state, over all its seeds; `trajectories` has one of each.
+
+    `averaged` are the tasks that its mean accuracy is of: of runs that are compared, those in common.
+    """
 
     model: str
     method: str
@@ -83,6 +86,7 @@ class Entry:
     seeds: int
     numbers: Mapping[str, Number]
     trajectories: tuple[str, ...] = ()
+    averaged: tuple[str, ...] = ()
 
 
 def dense_of(model: str, found: Iterable[Entry]) -> Entry | None:
@@ -119,7 +123,8 @@ def entries(models: Iterable[Measured]) -> list[Entry]:
         numbers = {name: _over_seeds([each.numbers[name] for each in seeds]) for name in names}
         num_seeds = len({each.seed for each in seeds})
         own = tuple(each.trajectory for each in sorted(seeds, key=lambda each: each.seed))
-        joined.append(Entry(model, method, phase, layers, seeds[0].parameters, num_seeds, numbers, own))
+        size, averaged = seeds[0].parameters, seeds[0].averaged
+        joined.append(Entry(model, method, phase, layers, size, num_seeds, numbers, own, averaged))
     return joined
 
 
@@ -187,7 +192,7 @@ def mean_kept_above_chance(entry: Entry, dense: Entry | None) -> Number | None:
     """Return the same of what of it is above a blind guess; None if that is not known of a task."""
     if dense is None or not {MEAN_ACCURACY} <= entry.numbers.keys() & dense.numbers:
         return None
-    chance = chance_of(accuracy_tasks([dense]))
+    chance = chance_of(dense.averaged)
     if chance is None:
         return None
     return kept(entry.numbers[MEAN_ACCURACY], dense.numbers[MEAN_ACCURACY], chance)

@@ -83,7 +83,7 @@ class Measured:
     """One model in one state.
 
     `phase` is dense (unpruned), pruned (before recovery) or recovered; with the
-    objective none, what is recovered is what was pruned.
+    objective none, what is recovered is what was pruned. `averaged` are the tasks of its mean accuracy.
     """
 
     trajectory: str
@@ -95,6 +95,7 @@ class Measured:
     layers: int | None
     parameters: int | None
     numbers: Mapping[str, Number]
+    averaged: tuple[str, ...] = ()
 
 
 def measured_models(ledger: pa.Table) -> list[Measured]:

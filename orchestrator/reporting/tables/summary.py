@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.reporting.data.accuracies import MEAN_ACCURACY, accuracy_tasks
+from orchestrator.reporting.data.accuracies import MEAN_ACCURACY
 from orchestrator.reporting.data.comparisons import Entry, dense_of, mean_kept, mean_kept_above_chance
 from orchestrator.reporting.data.due import Due
 from orchestrator.reporting.data.measured import (
@@ -159,11 +159,10 @@ def _facts(entry: Entry, dense: Entry | None) -> list[tuple[str, str]]:
         facts.append((f"{speedup.value:.2f} ×", "the decoding speed"))
     average = mean_kept(entry, dense)
     if dense and average:
-        tasks = len(accuracy_tasks([dense]))
         above = mean_kept_above_chance(entry, dense)
         rest = f" ({above.value:.0f} % of what is above chance)" if above else ""
         share = _percent(average.value, average.stderr)
-        facts.append((f"{share} kept", f"of the mean accuracy on {tasks} tasks{rest}"))
+        facts.append((f"{share} kept", f"of the mean accuracy on {len(dense.averaged)} tasks{rest}"))
     quality = [name for name in headline_metrics([entry]) if not is_speed(name) and name != MEAN_ACCURACY]
     return facts + [_against(entry, dense, name) for name in quality[: 1 if average else 2]]
 

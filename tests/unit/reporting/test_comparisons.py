@@ -100,6 +100,21 @@ def test_a_mean_is_of_all_tasks_or_none() -> None:
     assert accuracy_tasks([probe]) == ["arc_easy/acc", "boolq/acc"]
 
 
+def test_runs_with_different_tasks_are_compared_by_those_in_common() -> None:
+    """Of the unpruned model, the other run measured one task more."""
+    more = replace(
+        _model("dense", 10, 20, arc_easy=0.65, boolq=0.7, lambada_openai=0.4), trajectory="another run"
+    )
+    found = entries(with_mean_accuracy([DENSE_MODEL, HALF, more]))
+    dense = next(entry for entry in found if entry.phase == "dense")
+    assert "lambada_openai/acc" in dense.numbers
+    assert dense.averaged == ("arc_easy/acc", "boolq/acc")
+    grid = retention_grid(found)
+    assert grid is not None
+    # The chance of a blind guess is that of the two tasks, too.
+    assert _rows(grid, layers=8)[0][ABOVE_CHANCE].value == pytest.approx(50)
+
+
 def test_of_equal_cells_all_are_bold_or_none() -> None:
     """0.59996 and 0.60001 look alike, and so do all accuracies of the second task."""
     names, values = ("a", "b", "c"), (0.60001, 0.59996, 0.5)
