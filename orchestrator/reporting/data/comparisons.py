@@ -73,10 +73,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Entry:
-    """A method's model at one depth and in one state, over all its seeds; `trajectories` has one of each.
-
-    `averaged` are the tasks that its mean accuracy is of: of runs that are compared, those in common.
-    """
+    """A method's model at one depth and in one state, over all its seeds; `trajectories` has one of each."""
 
     model: str
     method: str
@@ -86,7 +83,7 @@ class Entry:
     seeds: int
     numbers: Mapping[str, Number]
     trajectories: tuple[str, ...] = ()
-    averaged: tuple[str, ...] = ()
+    averaged: tuple[str, ...] = ()  # as in `Measured`
 
 
 def dense_of(model: str, found: Iterable[Entry]) -> Entry | None:
