@@ -16,6 +16,8 @@ BATCH_SIZE, MICRO_BATCH_SIZE = 32, 4
 """Sequences of an optimizer step, and at most of a worker at a time."""
 CPU_TOKENS = 16_384
 """Of the test text, where there is no GPU: the whole takes hours."""
+START_TOKENS = 500_000
+"""Of the linear map before training, at most: about a hundred times the hidden size of a 7B model."""
 LEARNING_RATE = "2e-4"
 """As QLoRA (arXiv 2305.14314, App. B.2) has it for models of 7B and 13B."""
 WARMUP_SHARE = 0.05
@@ -72,6 +74,7 @@ def campaign_file(answers: Answers, file: str) -> str:
         warmup_steps=round(WARMUP_SHARE * steps),
         steps=steps,
         max_tokens=answers.max_tokens,
+        start_tokens=min(answers.max_tokens, START_TOKENS),
         test_tokens=None if answers.gpus else CPU_TOKENS,
         fractions=answers.fractions,
         backend="ray",

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
 from pydantic import Field
 
 from actors.contracts import (
@@ -78,6 +79,9 @@ class RecoveryConfig(RecoverySettings):
 
     start: Annotated[
         Literal["linear_bridge"] | None, Doc("What is done in closed form before the objective is trained.")
+    ] = None
+    start_tokens: Annotated[
+        int | None, Ge(1), Doc("Tokens that `start` is fitted to; as many as max_tokens if not given.")
     ] = None
     generation: GenerationSettings = GenerationSettings()
     teacher: Annotated[ModelConfig | None, Doc("Learn from this model, not from the unpruned one.")] = None

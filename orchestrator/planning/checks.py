@@ -219,10 +219,12 @@ def _bridge_notes(trajectory: TrajectoryPlan) -> list[str]:
     """Note a linear map [D, D] that fewer than D tokens do not determine."""
     recovery, width = trajectory.method.recovery, trajectory.model.hidden_size
     bridges = CLOSED_FORM_OBJECTIVES.intersection((recovery.objective, recovery.start))
-    if not bridges or recovery.max_tokens >= width:
+    given = "start_tokens" if recovery.start and recovery.start_tokens else "max_tokens"
+    tokens = getattr(recovery, given)
+    if not bridges or tokens >= width:
         return []
     return [
-        f"method {trajectory.method.name!r}: recovery.max_tokens {recovery.max_tokens} is fewer than the "
+        f"method {trajectory.method.name!r}: recovery.{given} {tokens} is fewer than the "
         f"{width} numbers of a hidden state of {trajectory.model_id!r}: {min(bridges)} cannot be fitted to "
         "so few and may make the model worse; give many times as many tokens, or leave it out"
     ]

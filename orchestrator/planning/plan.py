@@ -203,7 +203,7 @@ class TrajectoryPlan:
             sequence_length=recovery.sequence_length,
             batch_size=recovery.batch_size,
             micro_batch_size=recovery.micro_batch_size,
-            max_tokens=recovery.max_tokens,
+            max_tokens=recovery.start_tokens or recovery.max_tokens,
             precision=recovery.precision,
             seed=self.seed,
         )

@@ -37,11 +37,10 @@ def test_init_starts_from_the_recipe_best(tmp_path: Path) -> None:
     iterabre("init", file, "--model", "m")
     (method,) = load_config(file).methods
     (best,) = load_config(Path(__file__).parents[3] / "configs/recipes/best.yaml").methods
-    sizes = {
-        field: getattr(method.recovery, field)
-        for field in ("data", "batch_size", "micro_batch_size", "learning_rate", "warmup_steps", "max_tokens")
-    }
+    fields = ("data", "batch_size", "micro_batch_size", "learning_rate", "warmup_steps", "max_tokens")
+    sizes = {field: getattr(method.recovery, field) for field in (*fields, "start_tokens")}
     assert method.recovery == replace(best.recovery, **sizes)
+    assert method.recovery.start_tokens == 500_000
     assert (method.name, method.scoring, method.schedule) == (best.name, best.scoring, best.schedule)
     assert method.recovery.warmup_steps == 8  # of 152
 

@@ -129,6 +129,16 @@ def test_methods_share_a_start_that_does_not_depend_on_what_differs(campaign: di
     assert starts[0].objective == "linear_bridge"
 
 
+def test_a_start_is_fitted_to_tokens_of_its_own(campaign: dict[str, Any]) -> None:
+    campaign["methods"][0]["recovery"] |= {"start": "linear_bridge", "start_tokens": 128}
+    campaign["methods"][1]["recovery"] |= {"start_tokens": 128, "max_tokens": 512}
+    trained = [t.recovery_spec(t.dense.without((3,))).max_tokens for t in trajectories(campaign)]
+    starts = [t.start_spec(t.dense.without((3,)), TextSpec(builtin="x")) for t in trajectories(campaign)]
+    assert trained == [256, 512]
+    assert starts[0] == starts[1]
+    assert starts[0].max_tokens == 128
+
+
 def test_other_objectives_generate_nothing(campaign: dict[str, Any]) -> None:
     for method in campaign["methods"]:
         method["recovery"] |= {"objective": "sft"}

@@ -1,5 +1,6 @@
 """GGUF files: what becomes of a small one, and how often it is parsed."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,3 +88,11 @@ def test_a_gguf_file_is_parsed_once_and_says_its_licence(
     want, _ = tiny_llama()
     for ours in ("model.embed_tokens", "model.layers.3.mlp.down_proj", "lm_head"):
         assert model.state_dict()[f"{ours}.weight"].equal(want.state_dict()[f"{ours}.weight"]), ours
+
+
+def test_a_converted_tokenizer_does_not_say_whether_the_machine_was_offline(
+    file: Path, session_cache: Path
+) -> None:
+    settings = json.loads((converted(file) / "tokenizer_config.json").read_text())
+    assert "local_files_only" not in settings
+    assert settings["tokenizer_class"] == "TokenizersBackend"

@@ -260,10 +260,13 @@ def test_a_text_exchanged_while_a_command_runs_is_refused(
     assert str(file) in answer.err
 
 
+@pytest.mark.parametrize("given", ["max_tokens", "start_tokens"])
 @pytest.mark.parametrize(("tokens", "noted"), [(31, True), (32, False)])
-def test_a_bridge_that_its_text_does_not_determine_is_noted(place: Path, tokens: int, noted: bool) -> None:
+def test_a_bridge_that_its_text_does_not_determine_is_noted(
+    place: Path, given: str, tokens: int, noted: bool
+) -> None:
     campaign = _campaign(place, "qwen2")
-    _method(campaign)["recovery"] |= {"start": "linear_bridge", "max_tokens": tokens, "batch_size": 1}
+    _method(campaign)["recovery"] |= {"start": "linear_bridge", given: tokens, "batch_size": 1}
     notes = build_plan(parse_config(campaign, "campaign.yaml")).notes
-    wanted = f"recovery.max_tokens {tokens} is fewer than the 32 numbers of a hidden state of 'm'"
+    wanted = f"recovery.{given} {tokens} is fewer than the 32 numbers of a hidden state of 'm'"
     assert any(wanted in note for note in notes) == noted
