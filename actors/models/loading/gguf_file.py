@@ -49,7 +49,7 @@ def converted(gguf: Path) -> Path:
         drop_quantization(model.config)
         model.hf_quantizer = None
         model.save_pretrained(scratch)
-        # Whether this machine was offline is no part of the model, whose files' hashes are in every stage key.
+        # Whether the machine was offline is no part of the model, whose files' hashes are in stage keys.
         tokenizer.init_kwargs.pop("local_files_only", None)
         tokenizer.save_pretrained(scratch)
         card.save(scratch / "README.md")
