@@ -34,6 +34,7 @@ from orchestrator.execution.trial import run_trial
 from orchestrator.execution.tune import CampaignOutcome, run_trials
 from orchestrator.planning.changes import Change, Effect, described
 from orchestrator.planning.cost_model import machine_of
+from orchestrator.planning.estimate import expected_seconds
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.planning.recorded import check_changes, continue_plan, record_trajectories
 from orchestrator.planning.stages import count_stages
@@ -202,7 +203,7 @@ def _run_in_this_process(
     backend = LocalBackend(config.execution, store)
     trajectories = unfinished_trajectories(plan, store, control_reader(config, plan, store)())
     planned = {name: len(plan.find(name).iterations) for name in trajectories}
-    whole = partial(overview, trajectories, time.time())
+    whole = partial(overview, trajectories, expected_seconds(config, plan, trajectories), time.time())
     with (
         live_view(board.snapshot, planned, whole),
         progress_written(store, board.snapshot, overview=whole),

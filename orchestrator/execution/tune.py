@@ -33,6 +33,7 @@ from orchestrator.execution.ray import RayBackend
 from orchestrator.execution.stage_kinds import Backend
 from orchestrator.execution.stopping import StopRequest
 from orchestrator.execution.trial import LOST_TRIAL_RETRIES, as_shown, end_cancelled, run_trial
+from orchestrator.planning.estimate import expected_seconds
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.reporting.data.overview import overview
 from orchestrator.reporting.live_view import live_view
@@ -113,7 +114,7 @@ def run_trials(
         return shown
 
     planned = {name: len(plan.find(name).iterations) for name in trajectories}
-    whole = partial(overview, trajectories, time.time())
+    whole = partial(overview, trajectories, expected_seconds(config, plan, trajectories), time.time())
     with (
         live_view(snapshot, planned, whole),
         progress_written(store, snapshot, overview=whole),

@@ -28,6 +28,8 @@ class Machine:
     price_per_hour: float
 
 
+CPU_MACHINE = "CPU-core"
+
 MACHINES = {
     machine.name: machine
     for machine in (
@@ -40,7 +42,7 @@ MACHINES = {
         Machine("RTX-PRO-6000-96G", 504.0, 126.0, 96.0, 2.00),
         Machine("RTX-5090-32G", 210.0, 105.0, 32.0, 0.80),
         Machine("RTX-4090-24G", 165.0, 82.6, 24.0, 0.50),
-        Machine("CPU-core", 0.05, 0.05, 8.0, 0.04),
+        Machine(CPU_MACHINE, 0.05, 0.05, 8.0, 0.04),
     )
 }
 """Assumptions of November 2026: peaks as their makers state them, prices (USD) as a round guess at on-demand
@@ -140,6 +142,11 @@ def calibration(
         for kind in kinds
     }
     return {kind: took / expected for kind, (took, expected) in sorted(totals.items()) if expected > 0}
+
+
+def machine_at_work(cost: CostConfig, on_gpus: bool) -> Machine:
+    """Return the campaign's machine; a CPU core where no stage uses a GPU."""
+    return machine_of(cost, cost.machine if on_gpus else CPU_MACHINE)
 
 
 def machine_of(cost: CostConfig, name: str) -> Machine:

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from actors.contracts import (
+    CLOSED_FORM_OBJECTIVES,
     DTYPE_BYTES,
     EvaluationSpec,
     GenerationSpec,
@@ -28,13 +29,14 @@ from orchestrator.planning.cost_model import (
     calibration,
     head_flops,
     kept_parameters,
+    machine_at_work,
     seconds,
     training_block_flops,
 )
 from orchestrator.planning.plan import CampaignPlan, TextSize, TrajectoryPlan
 from orchestrator.planning.stages import PlannedStage, count_stages, distinct_stages
 from orchestrator.planning.training_memory import training_memory
-from orchestrator.scheduling.resources import devices_held, resource_kind, stage_resources
+from orchestrator.scheduling.resources import devices_held, resource_kind, stage_resources, uses_gpus
 from orchestrator.storage.ledger import measured_seconds
 
 TASK_DOCUMENTS, TASK_REQUESTS, TASK_TOKENS = 1000, 4, 100
@@ -70,13 +72,13 @@ Planned = Mapping[str, Sequence[PlannedStage]]
 
 
 def costed_stages(plan: CampaignPlan, planned: Planned, workers: int = 1) -> list[Costed]:
-    """Return every distinct stage of the campaign, in the order in which it is first requested.
+    """Return every distinct stage of the planned trajectories, in the order in which it is first requested.
 
     Args:
         workers: that share a recovery.
     """
     first: dict[tuple[str, str], tuple[PlannedStage, TrajectoryPlan]] = {}
-    for trajectory in plan.trajectories:
+    for trajectory in (each for each in plan.trajectories if each.id in planned):
         for name, stage in distinct_stages(planned[trajectory.id]).items():
             first.setdefault(name, (stage, trajectory))
     return [Costed(s, t, stage_cost(s, t, plan.text_sizes, workers)) for s, t in first.values()]
@@ -125,12 +127,16 @@ def recover_cost(
     stage: PlannedStage, trajectory: TrajectoryPlan, sizes: Mapping[TextSpec, TextSize], workers: int = 1
 ) -> StageCost:
     spec: RecoverySpec = stage.spec
-    info, layers, tokens = trajectory.model, stage.layers, float(trajectory.recovery_tokens)
+    info, layers, tokens = trajectory.model, stage.layers, float(spec.max_tokens)
     if spec.epochs is not None:
         tokens = min(tokens, spec.epochs * sizes.get(spec.data, TextSize()).tokens)
     if not find_objective(spec.objective).applies_recovery:
         return StageCost()
     each, length = DTYPE_BYTES[info.spec.dtype], spec.sequence_length
+    if spec.objective in CLOSED_FORM_OBJECTIVES:
+        flops = (info.num_layers + layers) * block_flops(info, tokens, length)
+        memory = training_memory(spec, info, layers, workers, True)
+        return StageCost(flops, info.num_parameters * each, memory)
     rank = None if spec.adapter.kind == "full" else spec.adapter.rank
     # Blocks below the first trained one run forward only, once for teacher and student.
     first = min(spec.first_trainable, layers)
@@ -246,6 +252,19 @@ def stage_seconds(
     return expected * factors.get(kind, 1.0)
 
 
+def expected_seconds(
+    config: CampaignConfig, plan: CampaignPlan, planned: Planned
+) -> dict[tuple[str, str], float]:
+    """Return what the cost model expects of each distinct stage: on a CPU core where no stage has a GPU."""
+    stages = costed_stages(plan, planned, config.execution.training.workers)
+    machine = machine_at_work(config.cost, uses_gpus(config.execution))
+    devices = devices_held(config.execution)
+    return {
+        (each.stage.kind, each.stage.key): stage_seconds(each, config, machine, {}, devices)
+        for each in stages
+    }
+
+
 @dataclass(frozen=True)
 class MachineEstimate:
     """A campaign on `count` devices of one type.
@@ -305,7 +324,9 @@ def plan_summary(
                 "targets": [i.layers_left for i in t.iterations if i.is_target],
                 "iterations": len(t.iterations),
                 "stages": len(planned[t.id]),
-                "recovery_tokens": t.recovery_tokens * len(t.iterations),
+                "recovery_tokens": sum(
+                    stage.spec.max_tokens for stage in planned[t.id] if stage.kind == "recover"
+                ),
                 "recovery_flops": sum(
                     stage_cost(stage, t, plan.text_sizes).flops
                     for stage in planned[t.id]

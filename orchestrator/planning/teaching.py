@@ -11,19 +11,15 @@ from orchestrator.errors import RequestError
 from orchestrator.planning.cost_model import (
     GB,
     LOAD_GB_PER_S,
-    Machine,
     StageCost,
     block_flops,
-    machine_of,
+    machine_at_work,
     seconds,
 )
 from orchestrator.planning.estimate import teach_cost
 from orchestrator.planning.plan import TextSize, TrajectoryPlan
 from orchestrator.planning.stages import PlannedStage
-from orchestrator.scheduling.resources import devices_held, stage_resources
-
-CPU_MACHINE = "CPU-core"
-"""What is counted with where no stage uses a GPU."""
+from orchestrator.scheduling.resources import devices_held, uses_gpus
 
 
 @dataclass(frozen=True)
@@ -108,8 +104,7 @@ def saved_seconds(sharing: Sharing, sizes: Mapping[TextSpec, TextSize], config: 
     Reading them while training takes none: that is done ahead.
     """
     execution = config.execution
-    on_gpus = any(request.bundle.gpus for request in stage_resources(execution).values())
-    machine: Machine = machine_of(config.cost, config.cost.machine if on_gpus else CPU_MACHINE)
+    machine = machine_at_work(config.cost, uses_gpus(execution))
     held, utilisation = devices_held(execution), config.cost.utilisation
     plan, spec = sharing.trajectories[0], sharing.spec
     stage = PlannedStage("teach", "", 0, plan.model.num_layers, spec, finished=False)

@@ -160,9 +160,13 @@ SECTIONS = {
 
 def devices_held(execution: ExecutionConfig) -> Mapping[str, float]:
     """Return the devices that a stage of each kind holds: its GPUs, or its CPUs if no stage uses a GPU."""
-    requests = stage_resources(execution)
-    on_gpus = any(request.bundle.gpus for request in requests.values())
-    return {kind: request.max.devices(on_gpus) for kind, request in requests.items()}
+    on_gpus = uses_gpus(execution)
+    return {kind: request.max.devices(on_gpus) for kind, request in stage_resources(execution).items()}
+
+
+def uses_gpus(execution: ExecutionConfig) -> bool:
+    """Return whether a stage of any kind holds GPUs."""
+    return any(request.bundle.gpus for request in stage_resources(execution).values())
 
 
 def _bundle(actor: ActorConfig) -> ResourceBundle:

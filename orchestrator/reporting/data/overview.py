@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from orchestrator.planning.stages import PlannedStage
 from orchestrator.storage.run_progress import Overview, TrajectoryProgress
@@ -19,77 +19,108 @@ ENOUGH = 0.1
 Name = tuple[str, str]
 """Kind and key of a stage."""
 
+NOTHING: tuple[list[Name], list[Name]] = ([], [])
+"""Of a trajectory without planned stages: none passed, none left."""
+
 
 def overview(
     planned: Mapping[str, Sequence[PlannedStage]],
+    expected: Mapping[Name, float],
     started_at: float,
     trajectories: Sequence[TrajectoryProgress],
     now: float | None = None,
 ) -> Overview:
     """Return how far the campaign is.
 
-    A stage is expected to take as long as others of its kind took, which is rough where methods differ, and
-    as many to be at work as are now.
+    Stages of a kind are expected to take as long as finished ones took, by the ratio of what the plan
+    expects of them, and as many to be at work as are now. One that is at work tells of itself.
 
     Args:
         planned: the stages of each trajectory, by its id, as a dry run found them at the start.
+        expected: seconds that the plan expects of a stage, right but for a factor that its kind shares.
         started_at: when the driver began, in seconds since the epoch.
         trajectories: where those are that have begun.
         now: the time; that of the call if None.
     """
     now = time.time() if now is None else now
     own = {each.trajectory: each for each in trajectories if not each.background}
-    at_work = [each for each in trajectories if each.key and not each.finished and not each.waits_for]
-    left = {name: list(_left(stages, own.get(name))) for name, stages in planned.items()}
+    ways = {name: _way(stages, own.get(name)) for name, stages in planned.items()}
     every = {(stage.kind, stage.key) for stages in planned.values() for stage in stages}
     done = {(stage.kind, stage.key) for stages in planned.values() for stage in stages if stage.finished}
-    for name, stages in planned.items():
-        done |= {(stage.kind, stage.key) for stage in stages} - set(left[name])
+    done |= {stage for passed, _ in ways.values() for stage in passed}
     # What a trajectory has not passed that has ended is never run.
     to_run = {
-        name: [stage for stage in stages if stage not in done]
-        for name, stages in left.items()
+        name: [stage for stage in left if stage not in done]
+        for name, (_, left) in ways.items()
         if name not in own or not own[name].finished
     }
-    takes = _seconds_each(list(own.values()), at_work, now)
-    unknown = next((kind for stages in to_run.values() for kind, _ in stages if kind not in takes), "")
+    at_work = [
+        (each, stage)
+        for each in trajectories
+        if each.key and not each.finished and not each.waits_for
+        for stage in _first(each.stage, ways.get(each.trajectory, NOTHING)[1])
+    ]
+    known = {stage: total for each, stage in at_work if (total := _total_s(each, now))}
+    pace = _pace(own.values(), ways, expected, known)
+    unknown = next((kind for stages in to_run.values() for kind, _ in stages if kind not in pace), "")
     if unknown:
         return Overview(len(done), len(every), started_at, unknown=unknown)
-    passed: dict[str, float] = defaultdict(float)  # seconds of the stages at work, by trajectory
-    work_s = sum(takes[kind] for kind, _ in {stage for stages in to_run.values() for stage in stages})
-    for each in at_work:
-        seconds = min(now - each.started_at, takes.get(each.stage, 0.0))
+
+    def takes(stage: Name) -> float:
+        return known.get(stage, pace.get(stage[0], 0.0) * (expected.get(stage) or 1.0))
+
+    gone: dict[str, float] = defaultdict(float)  # seconds of the stages at work, by trajectory
+    work_s = sum(takes(stage) for stage in {stage for stages in to_run.values() for stage in stages})
+    for each, stage in at_work:
+        seconds = min(now - each.started_at, takes(stage))
         work_s -= seconds
-        passed[each.trajectory] += 0 if each.stage == "evaluate" else seconds
+        gone[each.trajectory] += 0 if each.stage == "evaluate" else seconds
     # An evaluation may go on beside the next stage; the others of a trajectory follow one another.
     chains = [
-        sum(takes[kind] for kind, _ in stages if kind != "evaluate") - passed[name]
+        sum(takes(stage) for stage in stages if stage[0] != "evaluate") - gone[name]
         for name, stages in to_run.items()
     ]
     left_s = max(work_s / max(1, len(at_work)), *chains, 0.0)
     return Overview(len(done), len(every), started_at, left_s)
 
 
-def _left(stages: Sequence[PlannedStage], progress: TrajectoryProgress | None) -> Iterator[Name]:
-    """Yield the stages that a trajectory has not passed; it passes those of a kind in their order."""
-    passed = Counter(progress.kinds_done if progress else {})
+def _way(
+    stages: Sequence[PlannedStage], progress: TrajectoryProgress | None
+) -> tuple[list[Name], list[Name]]:
+    """Return the stages that a trajectory has passed and those that it has not, each kind in its order."""
+    counts = Counter(progress.kinds_done if progress else {})
+    passed: list[Name] = []
+    left: list[Name] = []
     for stage in stages:
-        if passed[stage.kind]:
-            passed[stage.kind] -= 1
-        else:
-            yield stage.kind, stage.key
+        (passed if counts[stage.kind] > 0 else left).append((stage.kind, stage.key))
+        counts[stage.kind] -= 1
+    return passed, left
 
 
-def _seconds_each(
-    trajectories: Sequence[TrajectoryProgress], at_work: Sequence[TrajectoryProgress], now: float
+def _first(kind: str, stages: Sequence[Name]) -> list[Name]:
+    """Return the first stage of a kind, if there is one: at work, its key may differ from the plan's."""
+    return [stage for stage in stages if stage[0] == kind][:1]
+
+
+def _total_s(progress: TrajectoryProgress, now: float) -> float | None:
+    """Return how long a stage at work will have taken, if so much of it is done that it can be told."""
+    if progress.stage in COUNTED and progress.total and progress.done >= ENOUGH * progress.total:
+        return (now - progress.started_at) * progress.total / progress.done
+    return None
+
+
+def _pace(
+    trajectories: Iterable[TrajectoryProgress],
+    ways: Mapping[str, tuple[Sequence[Name], Sequence[Name]]],
+    expected: Mapping[Name, float],
+    known: Mapping[Name, float],
 ) -> dict[str, float]:
-    """Return how long a stage of each kind takes: as finished ones did, or as one at work lets expect."""
-    takes = dict.fromkeys(SHORT, 0.0)
-    for each in at_work:
-        if each.stage in COUNTED and each.total and each.done >= ENOUGH * each.total:
-            takes[each.stage] = (now - each.started_at) * each.total / each.done
-    counts, seconds = Counter[str](), Counter[str]()
+    """Return what stages of each kind take, over what is expected: finished ones, else one at work."""
+    pace = dict.fromkeys(SHORT, 0.0)
+    pace |= {stage[0]: total_s / (expected.get(stage) or 1.0) for stage, total_s in known.items()}
+    took, of_plan = Counter[str](), Counter[str]()
     for each in trajectories:
-        counts.update(each.kinds_done)
-        seconds.update(each.seconds_of)  # type: ignore[arg-type]
-    return takes | {kind: seconds[kind] / count for kind, count in counts.items()}
+        took.update(each.seconds_of)  # type: ignore[arg-type]
+        for stage in ways.get(each.trajectory, NOTHING)[0]:
+            of_plan[stage[0]] += expected.get(stage) or 1.0  # type: ignore[assignment]
+    return pace | {kind: took[kind] / seconds for kind, seconds in of_plan.items()}

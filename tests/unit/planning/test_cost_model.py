@@ -202,6 +202,19 @@ def test_generation_by_hand(info: ModelInfo) -> None:
     assert cost.load_bytes == 4 * info.num_parameters < cost.memory_bytes
 
 
+def test_a_linear_bridge_runs_both_models_forward_over_its_own_tokens(tmp_path: Path) -> None:
+    campaign = tiny_campaign(tmp_path)
+    campaign["methods"][0]["recovery"] |= {"start": "linear_bridge", "start_tokens": 64}
+    plan = build_plan(parse_config(campaign, "c.yaml"))
+    (trajectory,) = plan.trajectories
+    recoveries = [each for each in campaign_stages(plan)[trajectory.id] if each.kind == "recover"]
+    start, training = recoveries[:2]
+    info, length = trajectory.model, trajectory.method.recovery.sequence_length
+    of_start = stage_cost(start, trajectory, plan.text_sizes).flops
+    assert of_start == pytest.approx((info.num_layers + start.layers) * block_flops(info, 64.0, length))
+    assert of_start < stage_cost(training, trajectory, plan.text_sizes).flops
+
+
 def test_no_recovery_costs_nothing(tmp_path: Path) -> None:
     campaign = tiny_campaign(tmp_path)
     campaign["methods"][0]["recovery"]["objective"] = "none"
