@@ -160,7 +160,7 @@ def test_the_config_reaches_the_specs(place: Path) -> None:
     assert (spec.adapter.rank, spec.adapter.targets) == (2, ("q_proj", "v_proj"))
     assert spec.max_tokens == 96
     # Every field of the section has its field in the spec, so none is silently left out.
-    stages_of_their_own = {"start", "generation"}
+    stages_of_their_own = {"start", "start_tokens", "generation"}
     section = {field.name for field in fields(trajectory.method.recovery)} - stages_of_their_own
     assert section <= {field.name for field in fields(RecoverySpec)}
 
