@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -22,6 +23,9 @@ JOB_LIMIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 
 JOB_LIMIT_S = 3.0
 """That time where the variable does not say it."""
+
+REPEAT_S = 5.0
+"""How often the request is repeated: a coordinator that Ray starts again knows nothing of the one before."""
 
 MARGIN_S = 2.0
 """Of that time, what the driver needs to end."""
@@ -88,11 +92,16 @@ class StopRequest:
             f"Stopping ({name}): no further stage starts; those at work have {left_s:g} s to finish or to "
             f"reach a checkpoint. {name} once more stops at once."
         )
-        try:
-            stop(f"stopped by {name}")
-        except Exception as error:
-            log.warning("the coordinator was not reached (%s); stopping at once", error)
-            left_s = 0.0
-        if not self._over.wait(left_s):
-            self._say(f"Stopping now: stages were still at work after {left_s:g} s.")
-            os.kill(os.getpid(), signal.SIGINT)
+        end = time.monotonic() + left_s
+        while True:
+            try:
+                stop(f"stopped by {name}")
+            except Exception as error:
+                log.warning("the coordinator was not reached (%s); stopping at once", error)
+                end = left_s = 0.0
+            if self._over.wait(max(0.0, min(REPEAT_S, end - time.monotonic()))):
+                return
+            if time.monotonic() >= end:
+                break
+        self._say(f"Stopping now: stages were still at work after {left_s:g} s.")
+        os.kill(os.getpid(), signal.SIGINT)

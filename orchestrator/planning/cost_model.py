@@ -6,8 +6,10 @@ attention as the full S × S square. Times are estimates for a plan, not promise
 `iterabre plan --calibrate RUN` scales them by what an earlier run has measured.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from actors.contracts import ModelInfo
 from orchestrator.config import CostConfig, MachineConfig
@@ -64,6 +66,35 @@ START_S: Mapping[str, float] = {
 }
 """Assumption: seconds until the processes of a stage work, without the loading of weights."""
 
+
+class TaskSize(NamedTuple):
+    """Documents of an lm-eval task, tokens of one with all its answers, and tasks of which it is a group."""
+
+    documents: int
+    tokens: int
+    tasks: int = 1
+
+
+TASK_SIZES: Mapping[str, TaskSize] = {
+    "arc_easy": TaskSize(2376, 44),
+    "arc_challenge": TaskSize(1172, 56),
+    "blimp": TaskSize(67_000, 21, tasks=67),
+    "blimp_sample": TaskSize(201, 21),
+    "boolq": TaskSize(3270, 152),
+    "copa": TaskSize(100, 22),
+    "lambada_openai": TaskSize(5153, 81),
+    "mmlu": TaskSize(14_042, 131, tasks=57),
+    "openbookqa": TaskSize(500, 24),
+    "winogrande": TaskSize(1267, 44),
+}
+"""Counted without examples, with SmolLM2's tokenizer, what answers begin with once."""
+
+OTHER_TASK = TaskSize(1000, 150)
+"""Assumption for any other."""
+
+TASK_LENGTH = 100
+"""Assumption: tokens of one request of a task."""
+
 ACTIVATION_BYTES = 34
 """Bytes a token, layer and D that blocks keep for the backward pass, 16 bits (Korthikanti 2022, eq. 1)."""
 
@@ -78,6 +109,13 @@ class StageCost:
     flops: float = 0.0
     load_bytes: float = 0.0
     memory_bytes: float = 0.0
+
+
+def task_tokens(tasks: Iterable[str], limit: int | None) -> float:
+    """Return the tokens that a model reads to answer so many documents of each task."""
+    sizes = [TASK_SIZES.get(name, OTHER_TASK) for name in tasks]
+    most = limit or math.inf
+    return sum(min(size.documents, most * size.tasks) * size.tokens for size in sizes)
 
 
 def kept_parameters(info: ModelInfo, layers: int) -> float:

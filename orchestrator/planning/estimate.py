@@ -23,6 +23,7 @@ from orchestrator.config.execution import ExecutionConfig
 from orchestrator.planning.cost_model import (
     CURRENCY,
     GB,
+    TASK_LENGTH,
     Machine,
     StageCost,
     block_flops,
@@ -31,6 +32,7 @@ from orchestrator.planning.cost_model import (
     kept_parameters,
     machine_at_work,
     seconds,
+    task_tokens,
     training_block_flops,
 )
 from orchestrator.planning.plan import CampaignPlan, TextSize, TrajectoryPlan
@@ -39,8 +41,6 @@ from orchestrator.planning.training_memory import training_memory
 from orchestrator.scheduling.resources import devices_held, resource_kind, stage_resources, uses_gpus
 from orchestrator.storage.ledger import measured_seconds
 
-TASK_DOCUMENTS, TASK_REQUESTS, TASK_TOKENS = 1000, 4, 100
-"""Assumption: documents of an lm-eval task, requests a document, tokens a request."""
 AUTO_BATCH = 8
 """Sequences of a batch where the batch follows from the memory that there is."""
 
@@ -102,8 +102,8 @@ def score_cost(
     each, layers = DTYPE_BYTES[info.spec.dtype], stage.layers
     weights = kept_parameters(info, layers) * each
     if isinstance(criterion, TaskCriterion) and spec.task:
-        requests = float(layers * (spec.task.limit or TASK_DOCUMENTS) * TASK_REQUESTS * TASK_TOKENS)
-        flops = (layers - 1) * block_flops(info, requests, TASK_TOKENS) + head_flops(info, requests)
+        read = layers * task_tokens([spec.task.name], spec.task.limit)
+        flops = (layers - 1) * block_flops(info, read, TASK_LENGTH) + head_flops(info, read)
         return StageCost(flops, layers * weights, weights)
     if not criterion.uses_sequences:
         return StageCost(0.0, weights, weights)
@@ -168,9 +168,9 @@ def evaluate_cost(
         flops += layers * block_flops(info, tokens, text.context) + head_flops(info, tokens)
         longest = max(longest, text.context)
     if spec.tasks:
-        tokens = len(spec.tasks) * (spec.limit or TASK_DOCUMENTS) * TASK_REQUESTS * TASK_TOKENS
-        flops += layers * block_flops(info, tokens, TASK_TOKENS) + head_flops(info, tokens)
-        longest = max(longest, TASK_TOKENS * (spec.batch_size or AUTO_BATCH))
+        read = task_tokens(spec.tasks, spec.limit)
+        flops += layers * block_flops(info, read, TASK_LENGTH) + head_flops(info, read)
+        longest = max(longest, TASK_LENGTH * (spec.batch_size or AUTO_BATCH))
     weights = kept_parameters(info, layers) * each
     return StageCost(flops, weights, weights + longest * info.vocab_size * 4)
 

@@ -66,6 +66,22 @@ def test_stages_that_take_longer_are_not_waited_for() -> None:
     assert said[-1] == "Stopping now: stages were still at work after 0.2 s."
 
 
+def test_a_coordinator_that_is_started_again_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.execution.stopping.REPEAT_S", 0.05)
+    told, twice = [], threading.Event()
+
+    def ask(reason: str) -> None:
+        told.append(reason)
+        if len(told) == 2:
+            twice.set()
+
+    stop = StopRequest(60, lambda _: None)
+    with stop.on_signals(), stop.calls(ask):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(twice)
+    assert set(told) == {"stopped by SIGTERM"}
+
+
 def test_while_nothing_is_at_work_the_first_signal_ends() -> None:
     stop = StopRequest(60)
     with stop.on_signals(), pytest.raises(KeyboardInterrupt):

@@ -28,6 +28,7 @@ from orchestrator.planning.cost_model import (
     machine_of,
     parse_machine,
     seconds,
+    task_tokens,
     training_block_flops,
 )
 from orchestrator.planning.estimate import (
@@ -200,6 +201,12 @@ def test_generation_by_hand(info: ModelInfo) -> None:
     decoding = 4 * block_flops(info, 20 * 50, 20 + 25)
     assert cost.flops == pytest.approx(prefill + decoding + head_flops(info, 20 + 20 * 50))
     assert cost.load_bytes == 4 * info.num_parameters < cost.memory_bytes
+
+
+def test_a_limit_holds_for_each_task_of_a_group() -> None:
+    assert task_tokens(["copa", "openbookqa"], None) == 100 * 22 + 500 * 24
+    assert task_tokens(["copa", "blimp"], 300) == 100 * 22 + 67 * 300 * 21
+    assert task_tokens(["somebody's"], None) == 1000 * 150
 
 
 def test_a_linear_bridge_runs_both_models_forward_over_its_own_tokens(tmp_path: Path) -> None:
