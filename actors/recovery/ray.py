@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckTimeoutError,
 )
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupContext
 from ray.util import placement_group_table
 
@@ -52,6 +52,11 @@ from actors.recovery.training.train_context import (
 from actors.stage_output import running_stage
 
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+
+POLL_VARIABLE = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+POLL_S = 0.5
+"""How often the controller looks at its workers: it takes one checkpoint of theirs at a time, and then their
+end, so that Ray Train's own 2 s would be waited for several times at the end of every training."""
 
 HANGS = (WorkerHealthCheckTimeoutError, CollectiveTimeoutError, ray_train.WorkerGroupError)
 """What Ray Train raises when workers do not answer, or not one another; the last one if it gives no cause."""
@@ -211,8 +216,16 @@ def _fit(
 ) -> tuple[RecoveryResult, float]:
     """Run the job to its end; failures are raised as what caused them. Return for how long it waited, too."""
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
 
-    trainer = TorchTrainer(
+    class Trainer(TorchTrainer):
+        """A trainer that starts no process for Ray datasets, of which there are none."""
+
+        def _create_default_callbacks(self) -> list[RayTrainCallback]:
+            callbacks = super()._create_default_callbacks()
+            return [each for each in callbacks if not isinstance(each, DatasetsCallback)]
+
+    trainer = Trainer(
         train_worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(timeout_s=job.collective_timeout_s),
@@ -220,7 +233,8 @@ def _fit(
         run_config=replace(run_config, callbacks=[WorkerPlaces(job.progress, _needs(scaling))]),
     )
     try:
-        with _start_timeout(restarts.timeout_s):
+        timeout_s = NEVER_S if restarts.timeout_s is None else restarts.timeout_s
+        with _environment({START_TIMEOUT_VARIABLE: str(timeout_s), POLL_VARIABLE: str(POLL_S)}):
             returned, waited_s = trainer.fit().return_value
     except ray_train.PreemptionError as error:
         raise _WorkersLostError(last_line(error), announced=True) from error
@@ -295,14 +309,15 @@ def _with_smaller_micro_batch(job: RecoveryJob, name: str, error: BaseException)
 
 
 @contextmanager
-def _start_timeout(seconds: float | None) -> Iterator[None]:
-    """Set the limit where Ray Train reads it: in the environment of the process that calls `fit`."""
-    before = os.environ.get(START_TIMEOUT_VARIABLE)
-    os.environ[START_TIMEOUT_VARIABLE] = str(NEVER_S if seconds is None else seconds)
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables where Ray Train reads its settings: in the environment of what calls `fit`."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[START_TIMEOUT_VARIABLE]
-        else:
-            os.environ[START_TIMEOUT_VARIABLE] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

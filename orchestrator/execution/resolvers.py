@@ -65,6 +65,7 @@ class ComputeResolver:
         self._ledger = Ledger(store.ledger_uri)
         self._former_parts = self._ledger.parts(f"{plan.id}-")
         self._counting = Lock()
+        self._measured_to = 0
         self.progress = TrajectoryProgress(
             plan.id, 0, len(plan.iterations), "starting", stages_total=stages_total
         )
@@ -92,7 +93,7 @@ class ComputeResolver:
         if stage.background:
             self._report(replace(now, finished=True))
         if isinstance(stored.result, EvaluationResult) and stage.phase != "pruned":
-            self._note_measured(stored.result, stage.phase)
+            self._note_measured(stored.result, stage)
         self._count(kind, reused, stored.seconds, background=stage.background)
         numbers = [*stage.kind.numbers(stored.result), ("seconds", stored.seconds, "s", {})]
         if stored.waited_s:
@@ -101,14 +102,17 @@ class ComputeResolver:
         self._record(stage.iteration, kind, stage.key, numbers, stage.phase, where, stage.beside)
         return stored.result
 
-    def _note_measured(self, result: EvaluationResult, phase: str | None) -> None:
+    def _note_measured(self, result: EvaluationResult, stage: StageRequest[Any]) -> None:
         """Note of the newest model what the progress shows: its perplexities, and one number."""
         ending = "/token_perplexity"
         found = {m.name.removesuffix(ending): m.value for m in result.metrics if m.name.endswith(ending)}
         first = sorted(result.metrics, key=lambda metric: not metric.name.endswith(ending))[:1]
-        whose = "unpruned " if phase == "dense" else ""
+        whose = "unpruned " if stage.phase == "dense" else ""
         measured = {whose + metric.name: metric.value for metric in first}
         with self._counting:
+            if stage.iteration.index < self._measured_to:  # that of a newer model was ready before it
+                return
+            self._measured_to = stage.iteration.index
             self.progress = replace(self.progress, perplexities=found, measured=measured)
 
     def _running(self, stage: StageRequest[ResultT]) -> RunningStage:

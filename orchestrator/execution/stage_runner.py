@@ -74,7 +74,8 @@ class StageRunner:
 
     Args:
         on_iteration: called with what an iteration's model came to; may end the trajectory.
-        overlap: evaluate in the background of what follows, one model at a time.
+        overlap: evaluate in the background of what follows, one model at a time, and one more where
+            nothing else is left to do.
     """
 
     def __init__(
@@ -172,7 +173,8 @@ class StageRunner:
         if self._background is None:
             measure()
         else:
-            self._evaluations.append((self._background.submit(self._unless_failed, measure), measure))
+            behind = partial(measure, background=True)
+            self._evaluations.append((self._background.submit(self._unless_failed, behind), measure))
 
     def _unless_failed(self, measure: Callable[[], None]) -> None:
         """Measure, unless an evaluation before it has failed, whose error ends the trajectory."""
@@ -186,7 +188,9 @@ class StageRunner:
             self._failed = True
             raise
 
-    def _evaluate(self, iteration: IterationPlan, model: ModelRef, phase: str) -> None:
+    def _evaluate(
+        self, iteration: IterationPlan, model: ModelRef, phase: str, background: bool = False
+    ) -> None:
         def key(part: EvaluationSpec) -> str:
             return stage_key(EVALUATE.name, self._plan.key_inputs(part))
 
@@ -194,7 +198,9 @@ class StageRunner:
         beside = tuple(map(key, parts))
         metrics: list[Metric] = []
         for part in parts:
-            result = self._resolve(EVALUATE, part, iteration, iteration.layers_left, phase, beside)
+            result = self._resolve(
+                EVALUATE, part, iteration, iteration.layers_left, phase, background, beside
+            )
             metrics += result.metrics
             if part.log_samples and part.tasks and result.artifact is None:
                 log.warning(
@@ -206,7 +212,11 @@ class StageRunner:
             self._recovered = {metric.name: metric.value for metric in metrics}
 
     def wait(self) -> None:
-        """Return when all evaluations are finished."""
+        """Return when all evaluations are finished; begin here, newest first, those that none has begun."""
+        for at in reversed(range(len(self._evaluations))):
+            waiting, measure = self._evaluations[at]
+            if waiting.cancel():
+                self._evaluations[at] = (_outcome(partial(self._unless_failed, measure)), measure)
         while self._evaluations:
             self._settle()
 
@@ -248,18 +258,30 @@ class StageRunner:
         iteration: IterationPlan,
         layers: int,
         phase: str | None = None,
+        background: bool = False,
         beside: tuple[str, ...] = (),
     ) -> ResultT:
         inputs = self._plan.key_inputs(spec)
-        background = kind is EVALUATE and self._background is not None
         # What failed in the background ends the trajectory before its next stage, not at its next export.
-        while not background and self._evaluations and self._evaluations[0][0].done():
+        while kind is not EVALUATE and self._evaluations and self._evaluations[0][0].done():
             self._settle()
         return self._resolver.resolve(
             StageRequest(
                 kind, stage_key(kind.name, inputs), inputs, spec, iteration, layers, phase, background, beside
             )
         )
+
+
+def _outcome(measure: Callable[[], None]) -> Future[None]:
+    """Measure now; return how that ended."""
+    ended: Future[None] = Future()
+    try:
+        measure()
+    except Exception as error:
+        ended.set_exception(error)
+    else:
+        ended.set_result(None)
+    return ended
 
 
 def placeholder(what: str, inputs: Any) -> ArtifactRef:

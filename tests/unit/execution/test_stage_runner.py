@@ -9,6 +9,7 @@ import pytest
 from actors.contracts import EvaluationResult, EvaluationSpec, Metric, Progress
 from actors.errors import MemoryExhaustedError, WorkError
 from orchestrator.config import parse_config
+from orchestrator.execution.progress import TrajectoryProgress
 from orchestrator.execution.resolvers import ComputeResolver
 from orchestrator.execution.stage_runner import StageRunner
 from orchestrator.planning.plan import TrajectoryPlan
@@ -66,6 +67,38 @@ def test_evaluations_go_on_behind_what_follows(plan: TrajectoryPlan, tmp_path: P
         ("recovered", "arc/acc"): 0.6,
     }
     assert resolver.progress.stages_done == 2
+
+
+def test_what_has_nothing_else_to_do_begins_the_next_evaluation(plan: TrajectoryPlan, tmp_path: Path) -> None:
+    class Together(SlowBackend):
+        """Ends an evaluation only once two are under way; the newer model's before the older one's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.newer_ended = threading.Barrier(2), threading.Event()
+
+        def evaluate(self, spec: EvaluationSpec, uri: str, key: str, progress: Progress) -> EvaluationResult:
+            self.both.wait(30)
+            if not spec.model.dropped:
+                assert self.newer_ended.wait(30)
+            return EvaluationResult((Metric("fox/token_perplexity", 9.0 + len(spec.model.dropped)),), 100)
+
+    backend, store = Together(), Store(str(tmp_path / "runs"))
+
+    def report(shown: TrajectoryProgress) -> None:
+        if shown.stages_done:
+            backend.newer_ended.set()
+
+    resolver = resolver_of_one(plan, store, backend, report)
+    stages = StageRunner(plan, resolver, overlap=True)
+    stages.evaluate(DENSE, plan.dense, "dense")
+    stages.evaluate(FIRST, plan.dense.without((2,)), "recovered")
+    stages.wait()
+    assert measured(store) == {
+        ("dense", "fox/token_perplexity"): 9.0,
+        ("recovered", "fox/token_perplexity"): 10.0,
+    }
+    assert resolver.progress.perplexities == {"fox": 10.0}
 
 
 def test_export_waits_for_the_numbers_that_its_card_tells(plan: TrajectoryPlan, tmp_path: Path) -> None:
