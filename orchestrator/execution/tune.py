@@ -33,7 +33,6 @@ from orchestrator.execution.ray import RayBackend
 from orchestrator.execution.stage_kinds import Backend
 from orchestrator.execution.stopping import StopRequest
 from orchestrator.execution.trial import LOST_TRIAL_RETRIES, as_shown, end_cancelled, run_trial
-from orchestrator.planning.estimate import expected_seconds
 from orchestrator.planning.plan import CampaignPlan
 from orchestrator.reporting.data.overview import overview
 from orchestrator.reporting.live_view import live_view
@@ -84,6 +83,10 @@ def run_trials(
     Stages wait for `admission`, if it is given; no more start once `stop` is requested. Trials begun again
     find their finished stages in the store, so Tune need not restore anything.
     """
+    from orchestrator.planning.estimate import (
+        expected_seconds,
+    )  # loads what computes; a trial does not need it
+
     os.environ.update(QUIET)
     searching = config.search.scheduler != "none"
     asked = control_reader(config, plan, store)()

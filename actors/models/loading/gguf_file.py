@@ -4,13 +4,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
 import gguf as gguf_package
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, get_tensor_name_map
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
@@ -70,15 +70,17 @@ def converted(gguf: Path) -> Path:
 def _read_once() -> Iterator[Callable[[str], GGUFReader]]:
     """Have transformers parse each file once in the body, where it does so for every part; yield the reader.
 
-    Parsing is slow: it makes an array of every token of the vocabulary.
+    Parsing is slow: it makes an array of every token of the vocabulary. So is the table of tensors' names,
+    which transformers makes anew for every module.
     """
     reader = cache(GGUFReader)
-    # transformers imports the class anew in each of its functions.
-    setattr(gguf_package, GGUFReader.__name__, reader)
-    try:
+    kept = {GGUFReader.__name__: reader, get_tensor_name_map.__name__: cache(get_tensor_name_map)}
+    with ExitStack() as changed:
+        for name, function in kept.items():
+            # transformers imports them anew in each of its functions.
+            changed.callback(setattr, gguf_package, name, getattr(gguf_package, name))
+            setattr(gguf_package, name, function)
         yield reader
-    finally:
-        setattr(gguf_package, GGUFReader.__name__, GGUFReader)
 
 
 def _card(file: GGUFReader) -> ModelCard:

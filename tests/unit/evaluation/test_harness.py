@@ -88,7 +88,7 @@ def test_numbers_are_those_of_lm_eval(user_tasks: Path, capfd: pytest.CaptureFix
     }
     assert dict(versions) == {
         "lm_eval": lm_eval.__version__,
-        "task:blimp_sample": "1.0",
+        "task:blimp_sample": "1.1",
         "task:tiny_odds": "3.0",
         "task:tiny_words": "3.0",
     }

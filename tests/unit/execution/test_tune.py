@@ -15,6 +15,7 @@ from pathlib import Path
 
 import actors.evaluation.ray, actors.generation.ray, actors.recovery.ray, actors.scoring.ray
 import orchestrator.execution.ray
+import orchestrator.execution.tune
 from orchestrator.scheduling.coordinator import Coordinator
 from orchestrator.scheduling.limits import Limits
 from orchestrator.storage.stage_store import Store
