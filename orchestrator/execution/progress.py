@@ -136,6 +136,8 @@ class StageProgress:
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.time()
+        if not self._progress.counted_since:
+            self._progress = replace(self._progress, counted_from=done, counted_since=now)
         if now - self._posted_at < POST_INTERVAL_S and done != total:
             return
         self._posted_at = now

@@ -25,6 +25,7 @@ class TrajectoryProgress:
     """Where one trajectory is; or, with `background`, its evaluation that goes on beside that.
 
     Attributes:
+        counted_from, counted_since: what was done of the stage when this try of it first counted, and when.
         key: of the stage that it is at.
         waits_for: what the stage waits for; nothing while it runs.
         waits_since: when that wait began.
@@ -61,6 +62,8 @@ class TrajectoryProgress:
     restarted: str = ""
     kinds_done: Mapping[str, int] = field(default_factory=dict)
     seconds_of: Mapping[str, float] = field(default_factory=dict)
+    counted_from: int = 0
+    counted_since: float = 0.0
 
 
 @dataclass(frozen=True)

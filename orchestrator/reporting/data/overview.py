@@ -13,8 +13,8 @@ SHORT = ("prune", "export")
 COUNTED = ("score", "generate", "teach", "recover")
 """Kinds of stages that count all their work, so that a part of it tells how long the whole takes."""
 
-ENOUGH = 0.1
-"""That part."""
+ENOUGH = 0.05
+"""That part, of what was left to do when it began to count."""
 
 Name = tuple[str, str]
 """Kind and key of a stage."""
@@ -103,9 +103,15 @@ def _first(kind: str, stages: Sequence[Name]) -> list[Name]:
 
 
 def _total_s(progress: TrajectoryProgress, now: float) -> float | None:
-    """Return how long a stage at work will have taken, if so much of it is done that it can be told."""
-    if progress.stage in COUNTED and progress.total and progress.done >= ENOUGH * progress.total:
-        return (now - progress.started_at) * progress.total / progress.done
+    """Return how long a stage at work will have taken, if so much of it is done that it can be told.
+
+    It goes on as since its first count: not from its start, as processes start before that, and of a stage
+    that was interrupted a part is done already.
+    """
+    done, to_do = progress.done - progress.counted_from, progress.total - progress.counted_from
+    since = progress.counted_since or progress.started_at
+    if progress.stage in COUNTED and progress.total and done > 0 and done >= ENOUGH * to_do:
+        return since - progress.started_at + (now - since) * to_do / done
     return None
 
 

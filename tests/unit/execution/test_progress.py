@@ -39,6 +39,8 @@ def test_a_stage_reports_now_and_then_and_at_its_end() -> None:
     assert 3 <= len(reports) <= most
     assert [reports[0].total, reports[1].done, reports[-1].done] == [0, 1, 1000]
     assert all(report.started_at == reports[0].started_at > 0 for report in reports)
+    assert {report.counted_from for report in reports[1:]} == {1}
+    assert {report.counted_since for report in reports[1:]} == {reports[1].counted_since}
 
 
 def test_progress_travels_to_a_worker() -> None:

@@ -74,6 +74,15 @@ def test_a_stage_at_work_tells_more_of_itself_than_finished_ones_do() -> None:
     assert found.left_s == pytest.approx(70 + 60 + 40 + 5 + 60)
 
 
+def test_neither_the_start_of_processes_nor_what_an_earlier_try_has_done_counts_as_pace() -> None:
+    # 20 s of start; then 10 of the 60 steps that were left, in 10 s.
+    resumed = replace(A, done=50, counted_from=40, counted_since=NOW - 10)
+    found = overview({"a": PLANNED["a"]}, ALIKE, NOW - 130, [resumed], NOW)
+    assert found.left_s == pytest.approx(50 + 60)
+    few = replace(resumed, done=42)
+    assert overview({"a": PLANNED["a"]}, ALIKE, NOW - 130, [few], NOW).unknown == "recover"
+
+
 def test_what_is_not_known_is_named() -> None:
     early = replace(A, done=2)  # 2 of 100 steps tell nothing
     found = overview(PLANNED, ALIKE, NOW, [early], NOW)
