@@ -21,6 +21,7 @@ from ray._private.state import state
 from ray._raylet import GcsClient
 from ray.core.generated import gcs_pb2
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.artifacts import DRIVER_DIRECTORY, PATIENCE_VARIABLE, patience_s
@@ -183,6 +184,9 @@ LEFT_HELPER = "PlacementGroupCleaner"
 SNAPSHOT_S = 1.0
 """How often the nodes of the cluster are looked at."""
 
+CLEANING_S = 10.0
+"""How often what lost trainings left is removed."""
+
 MANY_NODES = 100
 """Nodes of a type that an autoscaler starts without a limit."""
 
@@ -323,10 +327,28 @@ def _end_process(pid: int, title: str) -> None:
             process.kill()
 
 
+def free_places_of_dead_trainings() -> None:
+    """Remove placement groups of this job that were made by actors which are dead: controllers of Ray Train.
+
+    Ray keeps them until the job ends. Ray Train has a process to remove them, which fails where it finds two
+    clusters on a machine; a trajectory that lost its process would then wait for its own place for ever.
+    """
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id()).binary()
+    for stored in state._connect_and_get_accessor().get_placement_group_table():
+        group = gcs_pb2.PlacementGroupTableData.FromString(stored)
+        # Of a group that the driver made, Ray says that its actor is dead, too.
+        of_dead = group.creator_actor_dead and not ray.ActorID(group.creator_actor_id).is_nil()
+        is_there = group.state != gcs_pb2.PlacementGroupTableData.REMOVED and not group.is_detached
+        if of_dead and is_there and group.creator_job_id == job:
+            log.warning("the place of a training whose controller is lost is freed")
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
 class ClusterNodes:
     """The nodes of the connected cluster with the room that there is, looked at every second.
 
     Where it is first called, a thread begins to look: a coordinator need not wait for Ray's answers.
+    It also frees, now and then, what lost trainings hold.
     """
 
     def __init__(self, types: Sequence[tuple[Node, int]]):
@@ -350,9 +372,13 @@ class ClusterNodes:
         self._nodes = with_node_types(self._snapshots.add(node_reports()), self._types)
 
     def _keep_looking(self) -> None:
+        cleaned_at = time.monotonic()
         while ray.is_initialized():
             time.sleep(SNAPSHOT_S)
             try:
+                if time.monotonic() - cleaned_at > CLEANING_S:
+                    cleaned_at = time.monotonic()
+                    free_places_of_dead_trainings()
                 self._look()
             except Exception as error:  # the head may be away for a moment
                 log.warning("the nodes of the cluster could not be looked at, trying again: %s", error)
