@@ -8,7 +8,7 @@ finished model up are the same loop with different resolvers: `ComputeResolver`,
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -93,7 +93,7 @@ class StageRunner:
         self._teacher_states: ArtifactRef | None = None
         self._no_teacher_states = False
         self._background = ThreadPoolExecutor(1, "evaluation") if overlap else None
-        self._failed = False
+        self._failure: Exception | None = None
         self._evaluations: deque[tuple[Future[None], Callable[[], None]]] = deque()
 
     def score(self, iteration: IterationPlan, model: ModelRef) -> ScoreResult:
@@ -177,15 +177,15 @@ class StageRunner:
             self._evaluations.append((self._background.submit(self._unless_failed, behind), measure))
 
     def _unless_failed(self, measure: Callable[[], None]) -> None:
-        """Measure, unless an evaluation before it has failed, whose error ends the trajectory."""
-        if self._failed:
-            raise CancelledError
+        """Measure, unless another evaluation has failed; its error, which ends the trajectory, is raised."""
+        if self._failure is not None:
+            raise self._failure
         try:
             measure()
         except MemoryExhaustedError:  # is tried once more
             raise
-        except Exception:
-            self._failed = True
+        except Exception as error:
+            self._failure = error
             raise
 
     def _evaluate(

@@ -83,9 +83,8 @@ def run_trials(
     Stages wait for `admission`, if it is given; no more start once `stop` is requested. Trials begun again
     find their finished stages in the store, so Tune need not restore anything.
     """
-    from orchestrator.planning.estimate import (
-        expected_seconds,
-    )  # loads what computes; a trial does not need it
+    # It loads what computes; the process of a trial, which loads this module, does not need it.
+    from orchestrator.planning.estimate import expected_seconds
 
     os.environ.update(QUIET)
     searching = config.search.scheduler != "none"

@@ -174,6 +174,29 @@ def test_after_a_failed_evaluation_none_begins(plan: TrajectoryPlan, tmp_path: P
     assert len(begun) == 1
 
 
+def test_the_error_of_the_newest_evaluation_is_that_of_the_trajectory(
+    plan: TrajectoryPlan, tmp_path: Path
+) -> None:
+    backend, begun = SlowBackend(), []
+
+    def evaluate(spec: EvaluationSpec, *_: object) -> EvaluationResult:
+        begun.append(len(spec.model.dropped))
+        if len(spec.model.dropped) == 2:
+            backend.may_go_on.set()
+            raise WorkError("broken")
+        assert backend.may_go_on.wait(60)
+        time.sleep(0.2)  # the newest has failed before this one ends
+        return EvaluationResult((), 100)
+
+    backend.evaluate = evaluate
+    stages, _ = stages_of(plan, Store(str(tmp_path / "runs")), backend)
+    for dropped in ((), (1,), (1, 2)):
+        stages.evaluate(FIRST, plan.dense.without(dropped), "recovered")
+    with pytest.raises(WorkError, match="broken"):
+        stages.wait()
+    assert sorted(begun) == [0, 2]
+
+
 def test_a_scheduler_hears_of_an_iteration_only_what_was_measured_of_it(
     plan: TrajectoryPlan, tmp_path: Path
 ) -> None:
