@@ -185,7 +185,7 @@ def test_evaluate_prints_the_columns_of_lm_eval_and_keeps_samples(place: Path, t
         for start in ("task", "blimp_sample")
     )
     assert heading == ["task", "version", "n-shot", "metric", "value", "±", "stderr"]
-    assert (row[:4], row[5]) == (["blimp_sample", "1.0", "0", "acc"], "±")
+    assert (row[:4], row[5]) == (["blimp_sample", "1.1", "0", "acc"], "±")
     lines = (tmp_path / "samples/samples_blimp_sample.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
     assert [sample["doc_id"] for sample in samples] == [0, 1, 2, 3, 4]
