@@ -35,11 +35,17 @@ DEMO_DTYPE := $(shell grep -qsE 'avx512_bf16|amx_bf16|\<bf16\>' /proc/cpuinfo &&
 demo: $(STAMP)
 	$(BIN)/iterabre campaign configs/demo.yaml --resume --set models.0.dtype=$(DEMO_DTYPE)
 
+# Tests without Ray run side by side, a file in one process; those with Ray need the processors for themselves.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder tests/unit tests/browser
+WITH_RAY := tests/cluster tests/chaos
+
 test: venv
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -m "not long" $(WITH_RAY)
 
 test-all: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest $(WITH_RAY)
 
 # In pieces: --runs 8 --first 0, then --first 8, ... with the same --seed and --directory.
 chaos: venv
