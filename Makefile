@@ -36,7 +36,7 @@ demo: $(STAMP)
 	$(BIN)/iterabre campaign configs/demo.yaml --resume --set models.0.dtype=$(DEMO_DTYPE)
 
 # Tests without Ray run side by side, a file in one process; those with Ray need the processors for themselves.
-SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder tests/unit tests/browser
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder tests/unit tests/browser
 WITH_RAY := tests/cluster tests/chaos
 
 test: venv
