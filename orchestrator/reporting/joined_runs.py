@@ -47,9 +47,7 @@ def join_sources(runs: Mapping[str, Source]) -> Source:
         {
             "name": " and ".join(runs),
             "models": list(models.values()),
-            "methods": [
-                method for source in renamed.values() for method in source.config.get("methods") or []
-            ],
+            "methods": _methods_beside_each_other(runs, renamed),
             "runs": {run: dict(source.config) for run, source in runs.items()},
         },
         first.versions,
@@ -72,6 +70,20 @@ def join_sources(runs: Mapping[str, Source]) -> Source:
 
 def _unique(source: Source, column: str) -> list[str]:
     return pc.unique(source.ledger[column]).to_pylist()
+
+
+def _methods_beside_each_other(
+    runs: Mapping[str, Source], renamed: Mapping[str, Source]
+) -> list[Mapping[str, Any]]:
+    """Return the methods that the runs have measured, those that had one name one after the other."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for run, source in runs.items():
+        own, new = (each.config.get("methods") or [] for each in (source, renamed[run]))
+        measured = _unique(source, "method")
+        for before, after in zip(own, new, strict=True):
+            if before["name"] in measured:
+                found.setdefault(before["name"], []).append(after)
+    return [method for same in found.values() for method in same]
 
 
 def _renamed(source: Source, run: str, names: Mapping[str, Callable[[str], str]]) -> Source:

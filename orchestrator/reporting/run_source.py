@@ -71,13 +71,12 @@ def read_source(store: Store) -> Source:
 
 
 def exported_models(store: Store, ledger: pa.Table) -> dict[tuple[str, int], str]:
-    """Return where each exported model of the run lies, by trajectory and layers left."""
+    """Return where each exported model lies that is still there, by trajectory and layers left."""
     rows = ledger.filter((pc.field("stage") == "export") & (pc.field("metric") == "layers"))
-    places = rows.select(["trajectory", "value"]).to_pylist()
-    return {
-        (row["trajectory"], int(row["value"])): store.models_uri(row["trajectory"], int(row["value"]))
-        for row in places
-    }
+    places = [
+        (row["trajectory"], int(row["value"])) for row in rows.select(["trajectory", "value"]).to_pylist()
+    ]
+    return {place: uri for place in places if list_files(uri := store.models_uri(*place))}
 
 
 def read_hashes(store: Store, ledger: pa.Table) -> dict[str, str]:

@@ -40,6 +40,14 @@ def test_methods_of_both_runs_are_told_apart_and_the_unpruned_model_is_one(tmp_p
     assert joined.notes == []
 
 
+def test_methods_of_one_name_follow_one_another(tmp_path: Path) -> None:
+    """Where the other run lists a method that it left out, the one that was measured keeps its place."""
+    first, second = _run(tmp_path / "one", "a", "b"), _run(tmp_path / "two", "c", "a")
+    second = replace(second, config={**second.config, "methods": [{"name": name} for name in "cbax"]})
+    joined = join_sources({"one": first, "two": second})
+    assert [method["name"] for method in joined.config["methods"]] == ["a (one)", "a (two)", "b", "c"]
+
+
 def test_another_model_under_the_same_id_has_its_own_name(tmp_path: Path) -> None:
     joined = join_sources({"one": _run(tmp_path / "one", "a"), "two": _run(tmp_path / "two", "c", sha="2")})
     assert {entry.model for entry in entries(measured_models(joined.ledger))} == {"smol (one)", "smol (two)"}
