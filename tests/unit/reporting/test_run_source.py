@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-from orchestrator.reporting.run_source import read_source
+from orchestrator.reporting.run_source import exported_models, read_source
 from orchestrator.storage.ledger import Ledger, Row
 from orchestrator.storage.run_manifest import open_run
 from orchestrator.storage.stage_store import Store
 from orchestrator.storage.trajectory_status import TrajectoryStatus, write_status
+from tests.unit.reporting.sample_run import sample_ledger
 
 SCORE = {"model": {"source": "aa"}, "calibration": "bb"}
 EVALUATE = {"model": {"source": "aa"}, "perplexity": [{"name": "wikitext2", "data": "cc"}]}
@@ -41,3 +42,14 @@ def test_hashes_come_from_manifests_and_sweeps_from_their_directory(tmp_path: Pa
         "perplexity data wikitext2": "cc",
     }
     assert source.sweeps == [{"model": "smol"}]
+
+
+def test_exported_models_are_those_that_are_still_there(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    ledger = sample_ledger(store.ledger_uri, ("t",))
+    assert exported_models(store, ledger) == {}
+    directory = Path(store.models_uri("t", 8))
+    directory.mkdir(parents=True)
+    assert exported_models(store, ledger) == {}
+    (directory / "config.json").write_text("{}")
+    assert exported_models(store, ledger) == {("t", 8): str(directory)}
